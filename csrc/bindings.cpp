@@ -1,0 +1,393 @@
+// The operators: checks, parameter structs and registration, on LibTorch's stable ABI.
+// Schemas live in fastlstm/ops.py; outputs are passed in (returning a tensor through the stable ABI costs more
+// than allocating it in Python).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "array.h"
+#include "lstm.h"
+
+namespace fastlstm {
+namespace {
+
+using Handle = AtenTensorHandle;
+using OptionalHandle = std::optional<AtenTensorHandle>;
+using HandleList = std::vector<AtenTensorHandle>;
+
+Threads torch_threads() {
+  return {int(torch::stable::get_num_threads()), [](i64 n, void (*body)(i64, i64, void*), void* context) {
+            TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+          }};
+}
+
+Dtype dtype_of(const Array& t) {
+  if (t.dtype == aoti_torch_dtype_float32()) return Dtype::f32;
+  if (t.dtype == aoti_torch_dtype_float64()) return Dtype::f64;
+  if (t.dtype == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  STD_TORCH_CHECK(t.dtype == aoti_torch_dtype_float16(),
+                  "fastlstm: expected a float32, float64, bfloat16 or float16 tensor");
+  return Dtype::f16;
+}
+
+// What both passes derive from their common inputs.
+struct Call {
+  Sizes sizes{};
+  Dtype dtype;
+  int32_t type, compute_type;
+  bool packed_rows;
+  i64 rows = 0;  // of packed input
+  DirectionWeights weights[2] = {};
+  std::vector<i64> row_offset, active, order, length;
+  Ragged ragged{};
+
+  Call(const Array& x, const std::vector<Array>& w, i64 directions, const Array& batch_sizes, const Array& lengths)
+      : dtype(dtype_of(x)), type(x.dtype),
+        compute_type(dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
+        packed_rows(bool(batch_sizes)) {
+    STD_TORCH_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
+    const i64 each = i64(w.size()) / directions;
+    STD_TORCH_CHECK(each >= 2 && each <= 5 && each * directions == i64(w.size()),
+                    "fastlstm: expected 2 to 5 weights for each of ", directions, " directions, got ", w.size());
+    STD_TORCH_CHECK(x.dim == (packed_rows ? 2 : 3), "fastlstm: expected ",
+                    packed_rows ? "packed rows [N, I]" : "input [T, B, I]", ", got ", x.shape_text());
+    STD_TORCH_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
+    Sizes& s = sizes;
+    s.D = directions;
+    s.bias = each >= 4;
+    s.projected = each % 2 == 1;
+    s.I = x.last();
+    s.H = w[0].dim == 2 ? w[0].sizes[0] / 4 : 0;
+    s.P = s.projected ? (w[size_t(each) - 1].dim == 2 ? w[size_t(each) - 1].sizes[0] : 0) : s.H;
+    if (packed_rows) {
+      rows = x.sizes[0];
+      STD_TORCH_CHECK(batch_sizes.dim == 1, "fastlstm: expected batch_sizes [T], got ", batch_sizes.shape_text());
+      batch_sizes.check_dtype("batch_sizes", aoti_torch_dtype_int64());
+      s.T = batch_sizes.sizes[0];
+      s.B = s.T ? static_cast<const i64*>(batch_sizes.data)[0] : 0;
+    } else {
+      s.T = x.sizes[0];
+      s.B = x.sizes[1];
+    }
+    for (i64 d = 0; d < directions; ++d) {
+      const Array* t = w.data() + d * each;
+      for (i64 k = 0; k < each; ++k) {
+        t[k].check_dtype("a weight", type);
+        STD_TORCH_CHECK(t[k].contiguous(), "fastlstm: weights must be contiguous");
+      }
+      t[0].check_shape("weight_ih", {4 * s.H, s.I});
+      t[1].check_shape("weight_hh", {4 * s.H, s.P});
+      weights[d] = {t[0].data, t[1].data, nullptr, nullptr, nullptr};
+      if (s.bias) {
+        t[2].check_shape("bias_ih", {4 * s.H});
+        t[3].check_shape("bias_hh", {4 * s.H});
+        weights[d].b_ih = t[2].data;
+        weights[d].b_hh = t[3].data;
+      }
+      if (s.projected) {
+        t[each - 1].check_shape("weight_hr", {s.P, s.H});
+        weights[d].w_hr = t[each - 1].data;
+      }
+    }
+    if (packed_rows) from_batch_sizes(batch_sizes);
+    if (lengths) from_lengths(lengths);
+  }
+
+  void from_batch_sizes(const Array& batch_sizes) {
+    STD_TORCH_CHECK(batch_sizes.contiguous(), "fastlstm: batch_sizes must be contiguous");
+    const i64* n = static_cast<const i64*>(batch_sizes.data);
+    row_offset.resize(size_t(sizes.T));
+    length.resize(size_t(sizes.B));
+    i64 total = 0;
+    for (i64 t = 0; t < sizes.T; ++t) {
+      STD_TORCH_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]),
+                      "fastlstm: batch_sizes must be positive and never increase");
+      row_offset[size_t(t)] = total;
+      total += n[t];
+    }
+    STD_TORCH_CHECK(total == rows, "fastlstm: batch_sizes add up to ", total, " rows, the input has ", rows);
+    i64 t = sizes.T;
+    for (i64 slot = 0; slot < sizes.B; ++slot) {
+      while (n[t - 1] <= slot) --t;
+      length[size_t(slot)] = t;
+    }
+    ragged = {row_offset.data(), n, nullptr, length.data()};
+  }
+
+  void from_lengths(const Array& lengths) {
+    STD_TORCH_CHECK(!packed_rows, "fastlstm: packed rows have their lengths in batch_sizes");
+    lengths.check_dtype("lengths", aoti_torch_dtype_int64());
+    lengths.check_shape("lengths", {sizes.B});
+    STD_TORCH_CHECK(lengths.contiguous(), "fastlstm: lengths must be contiguous");
+    const i64* n = static_cast<const i64*>(lengths.data);
+    order.resize(size_t(sizes.B));
+    std::iota(order.begin(), order.end(), i64(0));
+    std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return n[a] > n[b]; });
+    active.assign(size_t(sizes.T), 0);
+    for (i64 b : order) {
+      STD_TORCH_CHECK(n[b] >= 0 && n[b] <= sizes.T, "fastlstm: expected lengths between 0 and ", sizes.T, ", got ",
+                      n[b]);
+      length.push_back(n[b]);
+    }
+    i64 slot = sizes.B;
+    for (i64 t = 0; t < sizes.T; ++t) {
+      while (slot > 0 && length[size_t(slot - 1)] <= t) --slot;
+      active[size_t(t)] = slot;
+    }
+    ragged = {nullptr, active.data(), order.data(), length.data()};
+  }
+
+  // [T, B, D*n], or packed rows [N, D*n], each direction with n columns of its own; absent stays absent.
+  Rows rows_of(const Array& t, const char* name, i64 n, int32_t expected) const {
+    Rows result = shared_rows_of(t, name, sizes.D * n, expected);
+    result.direction = n;
+    return result;
+  }
+  // [T, B, n] or [N, n], the same for both directions.
+  Rows shared_rows_of(const Array& t, const char* name, i64 n, int32_t expected) const {
+    if (!t) return {};
+    t.check_dtype(name, expected);
+    packed_rows ? t.check_shape(name, {rows, n}) : t.check_shape(name, {sizes.T, sizes.B, n});
+    STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
+    return {t.data, 0, packed_rows ? 0 : t.strides[0], t.strides[packed_rows ? 0 : 1]};
+  }
+  // [D, T, B, 4H] or [D, N, 4H], contiguous: a direction walks through its own memory.
+  Rows gates_of(const Array& t) const {
+    if (!t) return {};
+    const i64 n = 4 * sizes.H;
+    t.check_dtype("gates", compute_type);
+    packed_rows ? t.check_shape("gates", {sizes.D, rows, n})
+                : t.check_shape("gates", {sizes.D, sizes.T, sizes.B, n});
+    STD_TORCH_CHECK(t.contiguous(), "fastlstm: gates must be contiguous");
+    return {t.data, (packed_rows ? rows : sizes.T * sizes.B) * n, sizes.B * n, n};
+  }
+  // [D, B, n]
+  States states_of(const Array& t, const char* name, i64 n, int32_t expected) const {
+    if (!t) return {};
+    t.check_dtype(name, expected);
+    t.check_shape(name, {sizes.D, sizes.B, n});
+    STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
+    return {t.data, t.strides[0], t.strides[1]};
+  }
+  // Sets the reset mask [T, B] of forward or backward parameters.
+  template <class Params>
+  void set_reset(const Array& reset, Params& p) const {
+    if (!reset) return;
+    STD_TORCH_CHECK(!packed_rows, "fastlstm: reset needs padded input");
+    reset.check_dtype("reset", aoti_torch_dtype_bool());
+    reset.check_shape("reset", {sizes.T, sizes.B});
+    p.reset = static_cast<const bool*>(reset.data);
+    p.reset_step = reset.strides[0];
+    p.reset_batch = reset.strides[1];
+  }
+};
+
+// Weights in kernel order: from the caller's buffer while it holds these very weights, else packed anew.
+// The buffer starts with a header: a tag for what was packed and how, and a hash of the weights' bytes, because
+// an edit through `.data` leaves no other trace.
+class PackedWeights {
+ public:
+  static constexpr i64 kHeaderBytes = 64;
+
+  PackedWeights(const Call& call, bool backward, const Array& cache) {
+    const Kernels& kernels = cpu_kernels();
+    const Sizes& s = call.sizes;
+    const size_t bytes = kernels.packed_bytes(s, call.dtype == Dtype::f64);
+    char* base;
+    if (cache) {
+      STD_TORCH_CHECK(cache.dtype == aoti_torch_dtype_uint8() && cache.has_shape({i64(bytes) + kHeaderBytes}),
+                      "fastlstm: the cache of packed weights belongs to a layer of another size");
+      base = static_cast<char*>(cache.data);
+    } else {
+      own_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + kHeaderBytes + 63) / 64 * 64)));
+      STD_TORCH_CHECK(own_, "fastlstm: out of memory for packed weights");
+      base = own_.get();
+    }
+    data_ = base + kHeaderBytes;
+    const auto pack = [&] {
+      (backward ? kernels.pack_backward : kernels.pack_forward)(s, call.dtype, call.weights, data_);
+    };
+    if (!cache) {
+      pack();
+      return;
+    }
+
+    auto* header = reinterpret_cast<std::atomic<uint64_t>*>(base);
+    const uint64_t wanted = hash_weights(call, backward);
+    if (header->load(std::memory_order_acquire) == wanted) return;
+    static std::mutex mutex;  // threads sharing a module must not pack into one buffer at once
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (header->load(std::memory_order_relaxed) == wanted) return;
+    pack();
+    header->store(wanted, std::memory_order_release);
+  }
+
+  const void* data() const { return data_; }
+
+ private:
+  static uint64_t hash_weights(const Call& call, bool backward) {
+    const Kernels& kernels = cpu_kernels();
+    const Sizes& s = call.sizes;
+    const i64 tag[] = {s.I, s.H, s.P, s.D, s.bias, s.projected, i64(call.dtype), backward};
+    uint64_t h = kernels.hash(tag, sizeof tag, 1);
+    const size_t e = call.dtype == Dtype::f64 ? 8 : call.dtype == Dtype::f32 ? 4 : 2;
+    for (i64 d = 0; d < s.D; ++d) {
+      const DirectionWeights& w = call.weights[d];
+      h = hash_large(w.w_ih, size_t(4 * s.H * s.I) * e, h);
+      h = hash_large(w.w_hh, size_t(4 * s.H * s.P) * e, h);
+      if (!backward && s.bias) {
+        h = kernels.hash(w.b_ih, size_t(4 * s.H) * e, h);
+        h = kernels.hash(w.b_hh, size_t(4 * s.H) * e, h);
+      }
+      if (s.projected) h = hash_large(w.w_hr, size_t(s.P * s.H) * e, h);
+    }
+    return h | 1;  // never the zero of a fresh buffer
+  }
+  // Blocks of a large matrix are hashed side by side; their hashes are then hashed.
+  static uint64_t hash_large(const void* data, size_t bytes, uint64_t seed) {
+    constexpr size_t kBlock = 256 << 10;
+    const Kernels& kernels = cpu_kernels();
+    if (bytes <= kBlock) return kernels.hash(data, bytes, seed);
+    std::vector<uint64_t> hashes((bytes + kBlock - 1) / kBlock);
+    torch::stable::parallel_for(0, i64(hashes.size()), 1, [&](i64 begin, i64 end) {
+      for (i64 k = begin; k < end; ++k)
+        hashes[size_t(k)] = kernels.hash(static_cast<const char*>(data) + size_t(k) * kBlock,
+                                         std::min(kBlock, bytes - size_t(k) * kBlock), seed);
+    });
+    return kernels.hash(hashes.data(), hashes.size() * sizeof(uint64_t), seed);
+  }
+
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> own_;
+  char* data_;
+};
+
+void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
+                  OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle h_n_,
+                  Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_, OptionalHandle cache_) {
+  const std::vector<Array> weights = to_arrays(weights_);
+  const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
+      c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_);
+  const Call call(x, weights, directions, batch_sizes, lengths);
+  const Sizes& s = call.sizes;
+  ForwardParams p{};
+  p.sizes = s;
+  p.dtype = call.dtype;
+  p.ragged = call.ragged;
+  p.x = call.shared_rows_of(x, "input", s.I, call.type);
+  p.y = call.rows_of(y, "y", s.P, call.type);
+  p.c_all = call.rows_of(c_all, "c_all", s.H, call.compute_type);
+  p.gates = call.gates_of(gates);
+  p.h0 = call.states_of(h0, "h0", s.P, call.type);
+  p.c0 = call.states_of(c0, "c0", s.H, call.type);
+  p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
+  p.c_n = call.states_of(c_n, "c_n", s.H, call.type);
+  call.set_reset(reset, p);
+  const PackedWeights packed(call, false, cache);
+  p.packed = packed.data();
+  p.threads = torch_threads();
+  cpu_kernels().forward(p);
+}
+
+void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
+                  OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle c_all_,
+                  Handle gates_, OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_,
+                  OptionalHandle dc_all_, OptionalHandle dx_, OptionalHandle dh0_, OptionalHandle dc0_,
+                  const HandleList& dweights_, OptionalHandle cache_) {
+  const std::vector<Array> weights = to_arrays(weights_), dweights = to_arrays(dweights_);
+  const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_),
+      c_all(c_all_), gates(gates_), dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_), dc0(dc0_),
+      cache(cache_);
+  const Call call(x, weights, directions, batch_sizes, lengths);
+  const Sizes& s = call.sizes;
+  const int32_t grad = call.compute_type;
+  BackwardParams p{};
+  p.sizes = s;
+  p.dtype = call.dtype;
+  p.ragged = call.ragged;
+  p.x = call.shared_rows_of(x, "input", s.I, call.type);
+  p.y = call.rows_of(y, "y", s.P, call.type);
+  p.c_all = call.rows_of(c_all, "c_all", s.H, grad);
+  p.gates = call.gates_of(gates);
+  p.h0 = call.states_of(h0, "h0", s.P, call.type);
+  p.c0 = call.states_of(c0, "c0", s.H, call.type);
+  call.set_reset(reset, p);
+  p.dy = call.rows_of(dy, "dy", s.P, grad);
+  p.dc_all = call.rows_of(dc_all, "dc_all", s.H, grad);
+  p.dh_n = call.states_of(dh_n, "dh_n", s.P, grad);
+  p.dc_n = call.states_of(dc_n, "dc_n", s.H, grad);
+  p.dx = call.shared_rows_of(dx, "dx", s.I, grad);
+  p.dh0 = call.states_of(dh0, "dh0", s.P, grad);
+  p.dc0 = call.states_of(dc0, "dc0", s.H, grad);
+  // dweights: none, or for each direction w_ih, w_hh, (b), (w_hr)
+  const i64 each = 2 + s.bias + s.projected;
+  STD_TORCH_CHECK(dweights.empty() || i64(dweights.size()) == each * s.D, "fastlstm: expected ", each,
+                  " weight gradients for each direction, got ", dweights.size());
+  for (i64 d = 0; d < s.D && !dweights.empty(); ++d) {
+    const Array* t = dweights.data() + d * each;
+    for (i64 k = 0; k < each; ++k) {
+      t[k].check_dtype("a weight gradient", grad);
+      STD_TORCH_CHECK(t[k].contiguous(), "fastlstm: weight gradients must be contiguous");
+    }
+    t[0].check_shape("gradient of weight_ih", {4 * s.H, s.I});
+    t[1].check_shape("gradient of weight_hh", {4 * s.H, s.P});
+    if (s.bias) t[2].check_shape("gradient of the bias", {4 * s.H});
+    if (s.projected) t[each - 1].check_shape("gradient of weight_hr", {s.P, s.H});
+    p.dw[d] = {t[0].data, t[1].data, s.bias ? t[2].data : nullptr, s.projected ? t[each - 1].data : nullptr};
+  }
+  const PackedWeights packed(call, true, cache);
+  p.packed = packed.data();
+  p.threads = torch_threads();
+  cpu_kernels().backward(p);
+}
+
+Sizes layer_sizes(i64 input, i64 hidden, i64 projected, i64 directions) {
+  Sizes s{};
+  s.I = input;
+  s.H = hidden;
+  s.P = projected ? projected : hidden;
+  s.D = directions;
+  s.projected = projected > 0;
+  return s;
+}
+
+i64 cpu_cache_bytes(i64 input, i64 hidden, i64 projected, i64 directions, bool is_double) {
+  return PackedWeights::kHeaderBytes +
+         i64(cpu_kernels().packed_bytes(layer_sizes(input, hidden, projected, directions), is_double));
+}
+
+std::string cpu_isa() { return cpu_kernels().name; }
+
+std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads) {
+  Sizes s = layer_sizes(input, hidden, projected, directions);
+  s.T = T;
+  s.B = B;
+  char text[256];
+  cpu_kernels().describe(s, int(threads), text, sizeof text);
+  return text;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
+  m.impl("lstm_fwd_cpu", TORCH_BOX(&lstm_fwd_cpu));
+  m.impl("lstm_bwd_cpu", TORCH_BOX(&lstm_bwd_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {
+  m.impl("cpu_cache_bytes", TORCH_BOX(&cpu_cache_bytes));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_plan", TORCH_BOX(&cpu_plan));
+}
+
+}  // namespace fastlstm

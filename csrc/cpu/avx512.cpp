@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+FASTLSTM_KERNELS(avx512)

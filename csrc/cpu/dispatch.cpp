@@ -1,0 +1,58 @@
+// Chooses the instruction set once, when the first kernel is asked for.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "lstm.h"
+
+namespace fastlstm {
+
+#ifdef FASTLSTM_X86
+extern const Kernels avx512_kernels, avx2_kernels;
+#endif
+extern const Kernels portable_kernels;
+
+namespace {
+
+bool supported(const Kernels& kernels) {
+#ifdef FASTLSTM_X86
+  __builtin_cpu_init();
+  if (&kernels == &avx512_kernels)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
+  if (&kernels == &avx2_kernels)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return &kernels == &portable_kernels;
+}
+
+const Kernels& choose() {
+  const Kernels* const fastest_first[] = {
+#ifdef FASTLSTM_X86
+      &avx512_kernels, &avx2_kernels,
+#endif
+      &portable_kernels};
+  const char* wanted = std::getenv("FASTLSTM_ISA");
+  if (!wanted || !*wanted) {
+    for (const Kernels* kernels : fastest_first)
+      if (supported(*kernels)) return *kernels;
+  }
+  std::string available;
+  for (const Kernels* kernels : fastest_first) {
+    if (!supported(*kernels)) continue;
+    if (std::strcmp(wanted, kernels->name) == 0) return *kernels;
+    available += (available.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw std::runtime_error("FASTLSTM_ISA=" + std::string(wanted) + " is not available on this machine; choose one of: " +
+                           available + ", or unset it");
+}
+
+}  // namespace
+
+const Kernels& cpu_kernels() {
+  static const Kernels& kernels = choose();
+  return kernels;
+}
+
+}  // namespace fastlstm

@@ -1,0 +1,155 @@
+// The one inner loop of the library, and the row-times-panel product built on it.
+//
+// A panel holds 4 vectors (kPanel lanes) of output columns for every k, k-major, so that the loop over k streams
+// it. Every output is one chain of fused multiply-adds over k in order: the result does not depend on how rows
+// and panels are grouped into register tiles, nor on who computes them.
+#pragma once
+
+#include "simd.h"
+
+namespace fastlstm {
+namespace {
+
+constexpr int kPanelVectors = 4;
+template <class S>
+constexpr int kPanel = kPanelVectors * kLanes<S>;
+
+// acc[r][p*V + v] += sum over k < K of a[r][k * a_stride] * panel p, row k, vector v.
+template <class S, int R, int P, int V>
+FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
+                                i64 panel_stride, i64 row_stride, i64 K) {
+  i64 ak = 0;
+  for (i64 k = 0; k < K; ++k, ak += a_stride, panel += row_stride) {
+    if constexpr (R == 1) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v)
+          acc[0][p * V + v] =
+              fma(splat(a[0][ak]), load(panel + p * panel_stride + v * kLanes<S>), acc[0][p * V + v]);
+    } else {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        Vec<S> w[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) w[v] = load(panel + p * panel_stride + v * kLanes<S>);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Vec<S> s = splat(a[r][ak]);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; ++v) acc[r][p * V + v] = fma(s, w[v], acc[r][p * V + v]);
+        }
+      }
+    }
+  }
+}
+
+// Calls f(integral_constant) for a register tile of 1..kTileRows rows.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+template <class F>
+FASTLSTM_INLINE void with_rows(i64 rows, const F& f) {
+  if constexpr (kTileRows >= 6) {
+    if (rows == 6) return f(Constant<6>{});
+    if (rows == 5) return f(Constant<5>{});
+    if (rows == 4) return f(Constant<4>{});
+  }
+  if (rows == 3) return f(Constant<3>{});
+  if (rows == 2) return f(Constant<2>{});
+  return f(Constant<1>{});
+}
+
+// Splits n rows into register tiles of nearly equal height and calls f(first, Constant<rows>).
+template <class F>
+FASTLSTM_INLINE void for_row_tiles(i64 n, const F& f) {
+  const i64 tiles = ceil_div(n, kTileRows);
+  for (i64 tile = 0; tile < tiles; ++tile) {
+    const i64 first = tile * n / tiles, last = (tile + 1) * n / tiles;
+    with_rows(last - first, [&](auto rows) { f(first, rows); });
+  }
+}
+
+// Rows at a fixed pitch.
+template <class E>
+struct Matrix {
+  E* data;
+  i64 pitch;
+  FASTLSTM_INLINE E* row(i64 r) const { return data + r * pitch; }
+};
+
+// What becomes of the values in the output of a product.
+enum class Output {
+  replace,  // out = sum
+  resume,   // out = the chain that starts at out: as if the product had not been interrupted
+  add,      // out = out + sum: sums of sums, whose rounding errors grow with the root of both lengths
+};
+
+// One register tile: the sum over k < K of a[r][k * a_stride] * panel row k for n columns (V vectors) of R rows.
+// Out of line: one copy serves every product in the library.
+template <class S, int R, int V>
+__attribute__((noinline)) void multiply_tile(const S* a, i64 a_pitch, i64 a_stride, i64 K, const S* panel,
+                                             i64 panel_pitch, S* out, i64 out_pitch, i64 n, Output output) {
+  const S* ar[R];
+  Vec<S> acc[R][V];
+  const i64 last = n - (V - 1) * kLanes<S>;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    ar[r] = a + r * a_pitch;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec<S>{};
+  }
+  if (output == Output::resume) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        acc[r][v] = load_n(out + r * out_pitch + v * kLanes<S>, v < V - 1 ? kLanes<S> : last);
+  }
+  accumulate<S, R, 1, V>(acc, ar, a_stride, panel, 0, panel_pitch, K);
+  if (output == Output::add) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        acc[r][v] += load_n(out + r * out_pitch + v * kLanes<S>, v < V - 1 ? kLanes<S> : last);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      store_n(out + r * out_pitch + v * kLanes<S>, acc[r][v], v < V - 1 ? kLanes<S> : last);
+}
+
+// multiply_tile over any number of rows and up to kPanel columns.
+template <class S>
+inline void multiply_rows(i64 rows, const S* a, i64 a_pitch, i64 a_stride, i64 K, const S* panel, i64 panel_pitch,
+                          S* out, i64 out_pitch, i64 n, Output output) {
+  const auto with_width = [&](auto width) {
+    for_row_tiles(rows, [&](i64 first, auto height) {
+      multiply_tile<S, decltype(height)::value, decltype(width)::value>(
+          a + first * a_pitch, a_pitch, a_stride, K, panel, panel_pitch, out + first * out_pitch, out_pitch, n, output);
+    });
+  };
+  switch (ceil_div(n, kLanes<S>)) {
+    case 1: return with_width(Constant<1>{});
+    case 2: return with_width(Constant<2>{});
+    case 3: return with_width(Constant<3>{});
+    default: return with_width(Constant<4>{});
+  }
+}
+
+// out[r][0..n) = sum over k < K of a[r][k] * panel[k], kBlock of k at a time, so that the part of the panel in
+// use stays in the nearest caches while the rows pass over it.
+constexpr i64 kBlock = 512;
+
+template <class S>
+inline void multiply_panel(i64 rows, Matrix<const S> a, i64 K, const S* panel, Matrix<S> out, i64 n) {
+  for (i64 k = 0; k < K; k += kBlock)
+    multiply_rows<S>(rows, a.data + k, a.pitch, 1, smaller(kBlock, K - k), panel + k * kPanel<S>, kPanel<S>, out.data,
+                     out.pitch, n, k > 0 ? Output::resume : Output::replace);
+}
+
+}  // namespace
+}  // namespace fastlstm

@@ -1,0 +1,68 @@
+// Everything above for one instruction set. Included once by each of avx512.cpp, avx2.cpp and portable.cpp,
+// which are compiled with different flags.
+#pragma once
+
+#include <cstdio>
+
+#include "backward.h"
+#include "forward.h"
+
+namespace fastlstm {
+namespace {
+
+size_t packed_bytes(const Sizes& s, bool is_double) {
+  const auto larger_pack = [&](auto zero) {
+    using S = decltype(zero);
+    return size_t(s.D * larger(ForwardPack<S>(s).size, BackwardPack<S>(s).size)) * sizeof(S);
+  };
+  return is_double ? larger_pack(double()) : larger_pack(float());
+}
+
+void pack_forward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed) {
+  for (i64 d = 0; d < s.D; ++d)
+    if (dtype == Dtype::f64)
+      pack_forward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * ForwardPack<double>(s).size);
+    else
+      pack_forward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * ForwardPack<float>(s).size);
+}
+
+void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed) {
+  for (i64 d = 0; d < s.D; ++d)
+    if (dtype == Dtype::f64)
+      pack_backward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * BackwardPack<double>(s).size);
+    else
+      pack_backward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * BackwardPack<float>(s).size);
+}
+
+void forward(const ForwardParams& p) {
+  p.dtype == Dtype::f64 ? forward_layer<double>(p) : forward_layer<float>(p);
+}
+
+void backward(const BackwardParams& p) {
+  p.dtype == Dtype::f64 ? backward_layer<double>(p) : backward_layer<float>(p);
+}
+
+void describe(const Sizes& s, int threads, char* text, size_t size) {
+  const Plan plan = make_plan<float>(s, threads);
+  const i64 rows = ceil_div(larger(s.B, 1), plan.lanes);
+  const int n = plan.split_units
+                    ? std::snprintf(text, size, "each step shared by %d threads, all %lld sequences at once", threads,
+                                    static_cast<long long>(rows))
+                    : std::snprintf(text, size, "%lld lane(s) of up to %lld sequences, no barrier between steps",
+                                    static_cast<long long>(s.D * plan.lanes), static_cast<long long>(rows));
+  if (plan.input_steps)
+    std::snprintf(text + n, size - size_t(n), "; input projected %lld steps ahead",
+                  static_cast<long long>(plan.input_steps));
+  else
+    std::snprintf(text + n, size - size_t(n), "; input projection fused into the step");
+}
+
+}  // namespace
+}  // namespace fastlstm
+
+#define FASTLSTM_KERNELS(isa)                                                                                   \
+  namespace fastlstm {                                                                                          \
+  extern const Kernels isa##_kernels;                                                                           \
+  const Kernels isa##_kernels = {#isa,          packed_bytes, hash_bytes, pack_forward,                         \
+                                 pack_backward, forward,      backward,   describe};                            \
+  }

@@ -1,0 +1,193 @@
+// Weights in the order in which the kernels read them.
+//
+// Gate units are kept in tile order: for every tile of kLanes hidden units, gate i of these units, then f, g, o.
+// Forward panels hold one tile each; tails are padded with zeros, so padded units stay exactly zero.
+// In backward a row of 4H gate gradients is in tile order without padding.
+#pragma once
+
+#include "simd.h"
+#include "gemm.h"
+
+namespace fastlstm {
+namespace {
+
+// Where each matrix of one direction starts, in elements.
+template <class S>
+struct ForwardPack {
+  i64 tiles, out_panels, bias = 0, w_ih, w_hh, w_hr, size;
+  explicit ForwardPack(const Sizes& s) {
+    tiles = ceil_div(s.H, kLanes<S>);
+    out_panels = s.projected ? ceil_div(s.P, kPanel<S>) : 0;
+    w_ih = bias + tiles * kPanel<S>;               // bias [tiles][kPanel]
+    w_hh = w_ih + tiles * s.I * kPanel<S>;         // w_ih [tiles][I][kPanel]
+    w_hr = w_hh + tiles * s.P * kPanel<S>;         // w_hh [tiles][P][kPanel]
+    size = w_hr + out_panels * s.H * kPanel<S>;    // w_hr [panels of P][H][kPanel]
+  }
+};
+template <class S>
+struct BackwardPack {
+  i64 in_panels, state_panels, hidden_panels, w_ih = 0, w_hh, w_hr, size;
+  explicit BackwardPack(const Sizes& s) {
+    in_panels = ceil_div(s.I, kPanel<S>);
+    state_panels = ceil_div(s.P, kPanel<S>);
+    hidden_panels = s.projected ? ceil_div(s.H, kPanel<S>) : 0;
+    w_hh = w_ih + in_panels * 4 * s.H * kPanel<S>;     // w_ih [panels of I][4H][kPanel]
+    w_hr = w_hh + state_panels * 4 * s.H * kPanel<S>;  // w_hh [panels of P][4H][kPanel]
+    size = w_hr + hidden_panels * s.P * kPanel<S>;     // w_hr [panels of H][P][kPanel]
+  }
+};
+
+// Calls f(q, row) for every gate unit: q its place in tile order, row its row in PyTorch's [4H, ...] weights.
+template <class S, class F>
+inline void for_gate_units(i64 H, const F& f) {
+  i64 q = 0;
+  for (i64 first = 0; first < H; first += kLanes<S>) {
+    const i64 width = smaller(kLanes<S>, H - first);
+    for (i64 gate = 0; gate < 4; ++gate)
+      for (i64 lane = 0; lane < width; ++lane) f(q++, gate * H + first + lane);
+  }
+}
+
+// dst[k * pitch + lane] = src[lane * K + k] for `lanes` rows of K, zero up to kLanes: a transpose of vectors.
+template <class S>
+inline void transpose_lanes(S* dst, i64 dst_pitch, const S* src, i64 K, i64 lanes) {
+  i64 k = 0;
+  if (lanes == kLanes<S>) {
+    // 4 x 4 blocks: enough to turn strided scalar reads into vector reads on every instruction set
+    typedef S Quad __attribute__((vector_size(4 * sizeof(S))));
+    typedef S LooseQuad __attribute__((vector_size(4 * sizeof(S)), aligned(sizeof(S)), may_alias));
+    if constexpr (kLanes<S> % 4 == 0) {
+      for (; k + 4 <= K; k += 4)
+        for (int lane = 0; lane < kLanes<S>; lane += 4) {
+          Quad in[4], out[4];
+          for (int j = 0; j < 4; ++j) in[j] = *reinterpret_cast<const LooseQuad*>(src + (lane + j) * K + k);
+          const Quad ab_low = {in[0][0], in[1][0], in[0][1], in[1][1]};
+          const Quad ab_high = {in[0][2], in[1][2], in[0][3], in[1][3]};
+          const Quad cd_low = {in[2][0], in[3][0], in[2][1], in[3][1]};
+          const Quad cd_high = {in[2][2], in[3][2], in[2][3], in[3][3]};
+          out[0] = Quad{ab_low[0], ab_low[1], cd_low[0], cd_low[1]};
+          out[1] = Quad{ab_low[2], ab_low[3], cd_low[2], cd_low[3]};
+          out[2] = Quad{ab_high[0], ab_high[1], cd_high[0], cd_high[1]};
+          out[3] = Quad{ab_high[2], ab_high[3], cd_high[2], cd_high[3]};
+          for (int j = 0; j < 4; ++j) *reinterpret_cast<LooseQuad*>(dst + (k + j) * dst_pitch + lane) = out[j];
+        }
+    }
+  }
+  for (; k < K; ++k)
+    for (i64 lane = 0; lane < kLanes<S>; ++lane) dst[k * dst_pitch + lane] = lane < lanes ? src[lane * K + k] : S(0);
+}
+
+// A weight matrix as S: the matrix itself, or a converted copy for 16-bit weights.
+template <class S>
+class AsCompute {
+ public:
+  AsCompute(const void* data, Dtype dtype, i64 n) : data_(static_cast<const S*>(data)) {
+    if (data && element_bytes(dtype) != sizeof(S)) {
+      copy_ = Buffer<S>(n);
+      convert_in(copy_.get(), data, dtype, 0, n);
+      data_ = copy_.get();
+    }
+  }
+  const S* get() const { return data_; }
+
+ private:
+  Buffer<S> copy_;
+  const S* data_;
+};
+
+template <class S>
+inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
+  const ForwardPack<S> at(s);
+  const AsCompute<S> w_ih(w.w_ih, dtype, 4 * s.H * s.I), w_hh(w.w_hh, dtype, 4 * s.H * s.P);
+  const AsCompute<S> b_ih(w.b_ih, dtype, 4 * s.H), b_hh(w.b_hh, dtype, 4 * s.H);
+  const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
+  for (i64 tile = 0; tile < at.tiles; ++tile) {
+    const i64 first = tile * kLanes<S>, lanes = smaller(kLanes<S>, s.H - first);
+    for (i64 gate = 0; gate < 4; ++gate) {
+      const i64 row = gate * s.H + first, column = gate * kLanes<S>;
+      transpose_lanes(packed + at.w_ih + tile * s.I * kPanel<S> + column, kPanel<S>, w_ih.get() + row * s.I, s.I, lanes);
+      transpose_lanes(packed + at.w_hh + tile * s.P * kPanel<S> + column, kPanel<S>, w_hh.get() + row * s.P, s.P, lanes);
+      S* bias = packed + at.bias + tile * kPanel<S> + column;
+      for (i64 lane = 0; lane < kLanes<S>; ++lane)
+        bias[lane] = s.bias && lane < lanes ? b_ih.get()[row + lane] + b_hh.get()[row + lane] : S(0);
+    }
+  }
+  for (i64 panel = 0; panel < at.out_panels; ++panel)
+    for (i64 first = panel * kPanel<S>, v = 0; v < kPanelVectors; ++v, first += kLanes<S>) {
+      const i64 lanes = larger(0, smaller(kLanes<S>, s.P - first));
+      transpose_lanes(packed + at.w_hr + panel * s.H * kPanel<S> + v * kLanes<S>, kPanel<S>,
+                      w_hr.get() + (lanes ? first : 0) * s.H, s.H, lanes);
+    }
+}
+
+// panels[p][k][..] = row source(k) of a [.., n] matrix, columns p * kPanel onwards, zero past n.
+template <class S>
+inline void pack_row(S* panels, i64 K, i64 k, const S* row, i64 n) {
+  for (i64 first = 0; first < n; first += kPanel<S>, panels += K * kPanel<S>) {
+    const i64 width = smaller(kPanel<S>, n - first);
+    std::memcpy(panels + k * kPanel<S>, row + first, size_t(width) * sizeof(S));
+    std::memset(static_cast<void*>(panels + k * kPanel<S> + width), 0, size_t(kPanel<S> - width) * sizeof(S));
+  }
+}
+
+template <class S>
+inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
+  const BackwardPack<S> at(s);
+  const AsCompute<S> w_ih(w.w_ih, dtype, 4 * s.H * s.I), w_hh(w.w_hh, dtype, 4 * s.H * s.P);
+  const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
+  for_gate_units<S>(s.H, [&](i64 q, i64 row) {
+    pack_row(packed + at.w_ih, 4 * s.H, q, w_ih.get() + row * s.I, s.I);
+    pack_row(packed + at.w_hh, 4 * s.H, q, w_hh.get() + row * s.P, s.P);
+  });
+  if (s.projected)
+    for (i64 p = 0; p < s.P; ++p) pack_row(packed + at.w_hr, s.P, p, w_hr.get() + p * s.H, s.H);
+}
+
+// Tells whether weights changed since they were packed (a version counter would miss edits through .data).
+// Each 64-bit word, keyed by its position, contributes the product of its halves, as in NH/XXH3; it also adds
+// itself, so that a zero half cannot hide a change of the other.
+typedef uint64_t Words __attribute__((vector_size(64)));
+typedef uint64_t LooseWords __attribute__((vector_size(64), aligned(1), may_alias));
+
+// Products of the low halves of 64-bit lanes.
+FASTLSTM_INLINE Words multiply_low(const Words& a, const Words& b) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+FASTLSTM_INLINE void absorb(const Words& words, const Words& key, Words& sum) {
+  const Words mixed = words ^ key;
+  sum += multiply_low(mixed, mixed >> 32) + words;
+}
+
+inline uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
+  Words key = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu, 0xd6e8feb86659fd93u,
+               0xa0761d6478bd642fu, 0xe7037ed1a0b428dbu, 0x8ebc6af09c88c6e3u, 0x589965cc75374cc3u};
+  key ^= seed;
+  const Words step = Words{} + 0x632be59bd9b4e019u;
+  Words sum[2] = {};
+  const char* p = static_cast<const char*>(data);
+  const char* end = p + bytes;
+  for (; p + 128 <= end; p += 128, key += step) {
+    absorb((Words)*reinterpret_cast<const LooseWords*>(p), key, sum[0]);
+    absorb((Words)*reinterpret_cast<const LooseWords*>(p + 64), key, sum[1]);
+  }
+  for (; p < end; p += 64, key += step) {
+    Words tail = {};
+    std::memcpy(&tail, p, end - p < 64 ? size_t(end - p) : 64);
+    absorb(tail, key, sum[0]);
+  }
+  uint64_t result = seed ^ bytes;
+  for (int s = 0; s < 2; ++s)
+    for (int k = 0; k < 8; ++k) {
+      result = (result ^ sum[s][k]) * 0x9fb21c651e98df25u;
+      result ^= result >> 29;
+    }
+  return result;
+}
+
+}  // namespace
+}  // namespace fastlstm

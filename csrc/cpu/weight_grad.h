@@ -1,0 +1,62 @@
+// Weight gradients: sums over rows of a^T d, kept in panel order and extended chunk by chunk.
+// Each sum runs over rows in one fixed order whatever the chunks or threads are, so results are reproducible.
+#pragma once
+
+#include "gemm.h"
+
+namespace fastlstm {
+namespace {
+
+template <class S>
+class WeightGrad {
+ public:
+  WeightGrad() = default;
+  // sums [panels of N][K][kPanel]
+  WeightGrad(i64 K, i64 N) : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {
+    sums_.zero();
+  }
+
+  bool allocated() const { return bool(sums_); }
+
+  // Into how many independent blocks `add` should be divided for this many threads.
+  i64 parts(i64 threads) const { return depth_groups() * smaller(panels_, ceil_div(2 * threads, depth_groups())); }
+
+  // sums += a^T d over `rows` rows, for block `part` of `parts`. d: rows of N (padded to whole vectors) at
+  // d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin..k_end) to out.
+  template <class Fill>
+  void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill) const {
+    const i64 panel_groups = parts / depth_groups(), group = part / panel_groups, which = part % panel_groups;
+    const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups();
+    const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
+    const i64 a_pitch = pitch<S>(k_end - k_begin);
+    const Buffer<S> a(smaller(rows, kRows) * a_pitch);
+    for (i64 first = 0; first < rows; first += kRows) {
+      const i64 count = smaller(kRows, rows - first);
+      for (i64 row = 0; row < count; ++row) fill(first + row, k_begin, k_end, &a[row * a_pitch]);
+      for (i64 panel = panel_begin; panel < panel_end; ++panel) {
+        const S* dp = d + first * d_pitch + panel * kPanel<S>;
+        S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
+        // Rows of the product are the k of the sums; it runs over the rows of a and d.
+        multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
+                         smaller(kPanel<S>, N_ - panel * kPanel<S>), Output::add);
+      }
+    }
+  }
+
+  // Column n of the sums: dst[k] = sum of a[.][k_begin + k] * d[.][n].
+  void copy_column(i64 n, i64 k_begin, i64 count, S* dst) const {
+    const S* column = &sums_[(n / kPanel<S> * K_ + k_begin) * kPanel<S> + n % kPanel<S>];
+    for (i64 k = 0; k < count; ++k) dst[k] = column[k * kPanel<S>];
+  }
+
+ private:
+  static constexpr i64 kRows = 128;   // rows summed on their own: short chains are accurate, and fit L1/L2
+  static constexpr i64 kDepth = 240;  // columns of a in one block
+  i64 depth_groups() const { return ceil_div(K_, kDepth); }
+
+  i64 K_ = 0, N_ = 0, panels_ = 0;
+  Buffer<S> sums_;
+};
+
+}  // namespace
+}  // namespace fastlstm
