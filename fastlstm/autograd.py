@@ -1,0 +1,215 @@
+"""One layer on the compiled kernels, differentiable to any order.
+
+First derivatives come from the backward kernel. When a graph of the gradients is asked for
+(``create_graph=True``), backward goes through the reference: slower, and right to any order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+LayerOutput = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Rows = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
+Cache = dict[Any, Tensor]
+
+
+def lstm_layer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    *,
+    directions: int = 1,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    cell_states: bool = False,
+    cache: Cache | None = None,
+) -> LayerOutput:
+    """Same contract as :func:`fastlstm.reference.lstm_layer`, on the CPU kernels.
+
+    ``cache`` keeps the weights in kernel order between calls. It is checked against the weights'
+    bytes at every call, so any edit of a weight is seen.
+    """
+    rows = (batch_sizes, lengths, reset)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(w.requires_grad for w in weights)
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+    ):
+        outputs = _Layer.apply(directions, rows, cell_states, cache, x, h0, c0, *weights)
+        return outputs if cell_states else (*outputs, None)
+    y, h_n, c_n, c_all, _ = _forward(
+        directions, rows, x, weights, h0, c0, cell_states, False, cache
+    )
+    if c_all is not None and c_all.dtype is not x.dtype:
+        c_all = c_all.to(x.dtype)
+    return y, h_n, c_n, c_all
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """The tensor itself when its last dimension is dense, all that kernels need; else a copy."""
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _contiguous(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    if all(map(Tensor.is_contiguous, weights)):
+        return weights
+    return [w.contiguous() for w in weights]
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _packed(cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int) -> Tensor | None:
+    """The buffer in which the kernels keep these weights in their own order."""
+    if cache is None or torch.compiler.is_compiling():
+        return None
+    key = (kind, weights[0].dtype)
+    buffer = cache.get(key)
+    if buffer is None:
+        w_ih, w_hh = weights[:2]
+        projected = w_hh.shape[1] if len(weights) // D % 2 else 0
+        double = w_ih.dtype is torch.float64
+        size = ops.cpu_cache_bytes(w_ih.shape[1], w_ih.shape[0] // 4, projected, D, double)
+        buffer = cache[key] = torch.zeros(size, dtype=torch.uint8)
+    return buffer
+
+
+def _forward(
+    D: int,
+    rows: Rows,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    cell_states: bool,
+    save: bool,
+    cache: Cache | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    batch_sizes, lengths, reset = rows
+    gate_units, P = weights[1].shape
+    H = gate_units // 4
+    dtype = x.dtype
+    shape = x.shape[:-1]
+    B = shape[1] if batch_sizes is None else int(batch_sizes[0])
+    # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
+    y = torch.empty(*shape, D * P, dtype=dtype)
+    h_n = torch.empty(D, B, P, dtype=dtype)
+    c_n = torch.empty(D, B, H, dtype=dtype)
+    c_all = gates = None
+    if save or cell_states:
+        c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype))
+    if save:
+        gates = torch.empty(D, *shape, gate_units, dtype=_compute_dtype(dtype))
+    ops.lstm_fwd_cpu(
+        _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), batch_sizes, lengths, reset,
+        y, h_n, c_n, c_all, gates, _packed(cache, "forward", weights, D),
+    )  # fmt: skip
+    return y, h_n, c_n, c_all, gates
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        D: int,
+        rows: Rows,
+        cell_states: bool,
+        cache: Cache | None,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        y, h_n, c_n, c_all, gates = _forward(D, rows, x, weights, h0, c0, cell_states, True, cache)
+        ctx.save_for_backward(*rows, y, c_all, gates, x, h0, c0, *weights)
+        if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
+            ctx.set_materialize_grads(False)
+        ctx.directions, ctx.cell_states, ctx.cache = D, cell_states, cache
+        if not cell_states or c_all is None:
+            return y, h_n, c_n  # no None among the outputs: Dynamo would ask for its gradient
+        return y, h_n, c_n, c_all.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outgoing: Tensor | None) -> tuple[Tensor | None, ...]:
+        batch_sizes, lengths, reset, y, c_all, gates, x, h0, c0, *weights = ctx.saved_tensors
+        rows, D = (batch_sizes, lengths, reset), ctx.directions
+        needed = ctx.needs_input_grad[4:]
+        if torch.is_grad_enabled():
+            inputs = (x, h0, c0, *weights)
+            return (None,) * 4 + _differentiable_grads(ctx, rows, inputs, needed, outgoing)
+
+        dtype = _compute_dtype(x.dtype)
+
+        def incoming(grad: Tensor | None) -> Tensor | None:
+            return None if grad is None else _dense(grad.to(dtype))
+
+        def empty(like: Tensor | None, wanted: bool) -> Tensor | None:
+            return torch.empty(like.shape, dtype=dtype) if wanted and like is not None else None
+
+        dx, dh0, dc0 = empty(x, needed[0]), empty(h0, needed[1]), empty(c0, needed[2])
+        each = len(weights) // D
+        bias = each >= 4
+        dweights = []
+        if any(needed[3:]):
+            for d in range(0, len(weights), each):
+                group = weights[d : d + each]
+                del group[2 : 3 if bias else 2]  # one gradient serves both biases
+                dweights += [torch.empty(w.shape, dtype=dtype) for w in group]
+        ops.lstm_bwd_cpu(
+            _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows, y, c_all, gates,
+            *map(incoming, outgoing), *(() if ctx.cell_states else (None,)),
+            dx, dh0, dc0, dweights, _packed(ctx.cache, "backward", weights, D),
+        )  # fmt: skip
+
+        grads: list[Tensor | None] = [dx, dh0, dc0]
+        for d in range(0, len(dweights), each - bias):
+            group = dweights[d : d + each - bias]
+            if bias:
+                group.insert(3, group[2].clone())
+            grads += group
+        grads += [None] * (len(needed) - len(grads))
+        return (None,) * 4 + tuple(
+            grad.to(x.dtype) if grad is not None and wanted else None
+            for grad, wanted in zip(grads, needed, strict=True)
+        )
+
+
+def _differentiable_grads(
+    ctx: Any,
+    rows: Rows,
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients as a function of the inputs and the incoming gradients, through the reference."""
+    # Views cut the graph at this layer: x may itself depend on the weights.
+    own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    x, h0, c0, *weights = own
+    batch_sizes, lengths, reset = rows
+    outputs = reference.lstm_layer(
+        x, weights, h0, c0, directions=ctx.directions,
+        batch_sizes=batch_sizes, lengths=lengths, reset=reset, cell_states=ctx.cell_states,
+    )  # fmt: skip
+    used = [
+        (out, grad)
+        for out, grad in zip(outputs, grads, strict=False)  # no gradient of c_all without one
+        if out is not None and grad is not None
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in used],
+            [t for t, need in zip(own, needed, strict=True) if need],
+            [grad for _, grad in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if need else None for need in needed)

@@ -1,0 +1,240 @@
+"""Which implementation computes a layer: how to choose it, what there is, and why.
+
+``auto`` takes the compiled CPU kernels wherever they can compute the call and the reference
+everywhere else. A backend that is named explicitly computes every call or raises: it is never
+replaced silently.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlstm import autograd, extension, reference
+
+__all__ = ["backend", "backends", "explain", "select"]
+
+Layer = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+_CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_transform_level = torch._C._functorch.maybe_current_level
+
+
+class Status(NamedTuple):
+    """Whether a backend can be used here, and what it is or why it cannot."""
+
+    available: bool
+    detail: str
+
+
+class Report(dict[str, Status]):
+    """Backend name to :class:`Status`; prints as a table."""
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{name:<10}{'yes' if status.available else 'no':<5}{status.detail}"
+            for name, status in self.items()
+        ]
+        return "\n".join([*lines, f"in use here: {_choice.name}"])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one call would run: the backend, its kernel, its plan for each layer, and why."""
+
+    backend: str
+    kernel: str
+    plan: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        lines = [f"backend  {self.backend}", f"kernel   {self.kernel}"]
+        lines += [f"layer {k}  {plan}" for k, plan in enumerate(self.plan)]
+        return "\n".join([*lines, f"reason   {self.reason}"])
+
+
+def backends() -> Report:
+    """What this machine has, and why something is missing.
+
+    Returns:
+        A dict of backend name to ``(available, detail)`` that prints as a table.
+    """
+    error = extension.error()
+    if error is None:
+        cpu = Status(True, f"compiled kernels, {extension.isa()}: float32/64, bfloat16, float16")
+    else:
+        cpu = Status(False, error)
+    return Report(
+        reference=Status(True, "plain PyTorch: any device, any floating dtype, torch.func"),
+        cpu=cpu,
+        triton=Status(False, "not part of this version"),
+        cuda=Status(False, "not part of this version"),
+    )
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: {name!r} is not a backend, choose one of {', '.join(NAMES)}")
+    return name
+
+
+class _Choice(threading.local):
+    name = _checked(os.environ.get("FASTLSTM_BACKEND", "auto"), "FASTLSTM_BACKEND")
+
+
+_choice = _Choice()
+
+
+class backend:
+    """Choose the backend: ``backend("cpu")`` from here on, ``with backend("cpu"):`` for a block.
+
+    Like ``torch.set_grad_enabled``, it holds for the thread that calls it; every thread starts
+    with ``FASTLSTM_BACKEND``, or "auto" without it.
+
+    Args:
+        name: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: this machine does not have it; the message says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        _checked(name, "backend()")
+        if name != "auto" and not backends()[name].available:
+            raise _missing(name)
+        self.name = name
+        self._before = _choice.name
+        _choice.name = name
+
+    def __enter__(self) -> backend:
+        _choice.name = self.name
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _choice.name = self._before
+
+    def __repr__(self) -> str:
+        return f"fastlstm.backend({self.name!r})"
+
+
+def _missing(name: str) -> RuntimeError:
+    return RuntimeError(
+        f'the "{name}" backend is not available here: {backends()[name].detail}. '
+        'Use fastlstm.backend("auto"), or see fastlstm.backends()'
+    )
+
+
+def _obstacle(x: Tensor) -> str | None:
+    """Why the CPU kernels cannot compute a layer of x; None if they can."""
+    if not x.is_cpu:
+        return f"the input is on {x.device}, the cpu kernels need it on the CPU"
+    if x.dtype not in _CPU_DTYPES:
+        return f"the cpu kernels have no {x.dtype}"
+    if _transform_level() is not None:
+        return "a torch.func transform is active, which the cpu kernels do not support"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active, which the cpu kernels do not support"
+    return _extension_error()
+
+
+@torch.compiler.assume_constant_result  # Dynamo would trace the loading, it ignores the cache
+def _extension_error() -> str | None:
+    return extension.error()
+
+
+def select(x: Tensor) -> Layer:
+    """The function that computes one layer of input x under the backend in use.
+
+    Raises:
+        RuntimeError: a backend was named explicitly and cannot compute this call.
+    """
+    name = _choice.name
+    if name == "reference":
+        return reference.lstm_layer
+    if name == "auto" or name == "cpu":
+        obstacle = _obstacle(x)
+        if obstacle is None:
+            return autograd.lstm_layer
+        if name == "auto":
+            return reference.lstm_layer
+        raise RuntimeError(
+            f'the "cpu" backend cannot compute this call: {obstacle}. '
+            'Use fastlstm.backend("auto") or "reference"'
+        )
+    raise _missing(name)  # it comes from FASTLSTM_BACKEND: backend() would have refused it
+
+
+def explain(
+    module: nn.Module, x: Tensor | PackedSequence, hx: Any = None, **options: Any
+) -> Explanation:
+    """Say what ``module(x, hx, **options)`` would run, without running it.
+
+    Args:
+        module: a ``fastlstm.LSTM`` or ``fastlstm.LSTMCell``.
+        x: the input of the call; hx and options are accepted so that a call can be pasted in,
+            they do not change the choice.
+
+    Returns:
+        An object with ``backend``, ``kernel``, ``plan`` (a line for each layer) and ``reason``;
+        it prints as a few lines.
+
+    Raises:
+        TypeError: module is not one of this library's.
+        RuntimeError: the backend in use cannot compute this call.
+    """
+    from fastlstm.modules import LSTM, LSTMCell  # they import this file
+
+    if not isinstance(module, LSTM | LSTMCell):
+        raise TypeError(
+            f"explain() takes a fastlstm.LSTM or LSTMCell, got {type(module).__qualname__}; "
+            "convert it with from_torch() or fastlstm.accelerate()"
+        )
+    data = x.data if isinstance(x, PackedSequence) else x
+    compute = select(data)
+    chosen = f'backend("{_choice.name}") asks for it'
+    if compute is reference.lstm_layer:
+        if _choice.name == "auto":
+            chosen = f"auto: {_obstacle(data)}"
+        plan = "one product for the input of all steps, then a step at a time"
+        layers = getattr(module, "num_layers", 1)
+        return Explanation("reference", "PyTorch operations", (plan,) * layers, chosen)
+    if _choice.name == "auto":
+        chosen = f"auto: {data.dtype} on the CPU"
+    return Explanation("cpu", extension.isa(), _cpu_plans(module, x), chosen)
+
+
+def _cpu_plans(module: Any, x: Tensor | PackedSequence) -> tuple[str, ...]:
+    """One line for each layer of an LSTM or LSTMCell."""
+    hidden, layers = module.hidden_size, getattr(module, "num_layers", 1)
+    projected = getattr(module, "proj_size", 0) or hidden
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    if isinstance(x, PackedSequence):
+        steps, batch = len(x.batch_sizes), int(x.batch_sizes[0])
+    elif isinstance(module, nn.RNNCellBase):
+        steps, batch = 1, x.shape[0] if x.dim() == 2 else 1
+    elif x.dim() == 2:
+        steps, batch = x.shape[0], 1
+    else:
+        steps, batch = (x.shape[1], x.shape[0]) if module.batch_first else x.shape[:2]
+    threads = torch.get_num_threads()
+    features = [module.input_size] + [directions * projected] * (layers - 1)
+    return tuple(
+        extension.plan(steps, batch, width, hidden, projected, directions, threads)
+        for width in features
+    )

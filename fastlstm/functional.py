@@ -1,0 +1,304 @@
+"""The LSTM as a function, and the loss that goes with it.
+
+Letters: T time steps, B batch, I input size, H hidden size, P projected size (H without
+projection), L layers, D directions, N rows of a packed sequence, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fastlstm.backends import Layer, select
+from fastlstm.checks import (
+    check_cell_state,
+    check_lengths,
+    check_like,
+    check_packed,
+    check_pair,
+    check_reset,
+    check_state,
+    check_unbatched,
+    check_weights,
+    size,
+)
+from fastlstm.reference import lstm_layer
+
+__all__ = ["lstm", "sequence_loss"]
+
+_AUTOCAST_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+State = tuple[Tensor, Tensor]
+
+
+def lstm(
+    input: Tensor,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_cell_states: bool = False,
+    caches: Sequence[dict[Any, Any]] | None = None,
+) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
+    """Run L layers of D directions over a sequence, as ``torch.nn.LSTM`` does.
+
+    Args:
+        input: ``[T, B, I]``; ``[B, T, I]`` with ``batch_first``; ``[T, I]`` without a batch; or
+            the ``[N, I]`` rows of a ``PackedSequence`` when ``batch_sizes`` is given.
+        hx: ``(h_0 [L*D, B, P], c_0 [L*D, B, H])``, without B for input without a batch; None
+            for zeros. For packed rows it is in their order, longest sequence first.
+        weights: in the order of ``nn.LSTM``: for every layer, for every direction,
+            ``w_ih [4H, I or D*P]``, ``w_hh [4H, P]``, then ``b_ih [4H]`` and ``b_hh [4H]`` if
+            there are biases, then ``w_hr [P, H]`` if there is a projection. Gates are i, f, g, o.
+        num_layers: L.
+        bidirectional: D is 2 if True, else 1.
+        batch_first: the layout of input, output and reset; never of hx.
+        dropout: probability of zeroing an output of any layer but the last, in training.
+        training: whether to apply dropout.
+        batch_sizes: ``PackedSequence.batch_sizes``, int64 ``[T]`` on the CPU.
+        lengths: integers ``[B]`` (a scalar without a batch) in 0..T, in any order. Output is 0
+            from there on and the final states are those at each row's length. The range is
+            checked when lengths is on the CPU; elsewhere that would make the device wait, and
+            values are clamped to 0..T instead.
+        reset: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, ``[T]`` without a batch; True
+            zeroes that row's h and c before the step.
+        return_cell_states: also return the last layer's c at every step.
+        caches: a dict for each layer in which a backend may keep prepared weights.
+
+    Returns:
+        ``(y, (h_n, c_n))``, or ``(y, (h_n, c_n), c_all)`` with ``return_cell_states``. y is
+        ``[T, B, D*P]``, h_n and c_n are shaped as hx, c_all is ``[T, B, D*H]``; y and c_all are
+        laid out as input.
+
+    Raises:
+        ValueError: a wrong number of dimensions of input, lengths or reset, a wrong range of
+            lengths, a dtype of input that is not that of the weights, or lengths and reset where
+            they have no meaning.
+        RuntimeError: a wrong size, device or other dtype, T = 0, or a backend that was asked for
+            and cannot compute the call.
+        TypeError: lengths are not integers or reset is not bool.
+    """
+    packed = batch_sizes is not None
+    dims = input.dim()
+    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+        hx = check_pair(hx, 3 if packed else dims)
+    autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
+    if autocast:
+        input, hx, weights = _cast(autocast, input, hx, weights)
+    x = input
+    if batch_sizes is not None:
+        steps, batch, features = check_packed(x, batch_sizes)
+    elif dims == 3:
+        steps, batch, features = x.shape
+        if batch_first:
+            steps, batch = batch, steps
+            if steps != 1 or batch != 1:
+                x = x.transpose(0, 1)
+    elif dims == 2:
+        (steps, features), batch = x.shape, 1
+        x = x.unsqueeze(1)
+    else:
+        raise ValueError(f"LSTM: expected input to be 2-D or 3-D, got {size(input)}")
+    if x.dtype is not weights[0].dtype:
+        raise (RuntimeError if packed or autocast else ValueError)(
+            f"LSTM: input is {x.dtype} but the weights are {weights[0].dtype}: convert the input "
+            f"with .to({weights[0].dtype}) or the module with .to({x.dtype})"
+        )
+    if features != weights[0].shape[-1]:
+        raise RuntimeError(
+            f"LSTM: expected input with a last dimension of {weights[0].shape[-1]}, got "
+            f"{size(input)}"
+        )
+    directions = 2 if bidirectional else 1
+    rows = num_layers * directions
+    layer = select(x)
+    if layer is lstm_layer or len(weights) < 2 * rows or not all([w.is_cpu for w in weights]):
+        check_weights(weights, x, num_layers, directions)  # the kernels do the rest, in C++
+    if steps == 0:
+        raise RuntimeError(f"LSTM: expected at least one time step, got input {size(input)}")
+
+    h0s: Sequence[Tensor | None] = (None,) * num_layers
+    c0s = h0s
+    if hx is not None:
+        h0, c0 = hx
+        if dims == 2 and not packed:
+            h0, c0 = check_unbatched(h0, c0)
+        gates, projected = weights[1].shape
+        check_state(h0, c0, (rows, batch, projected), (rows, batch, gates // 4), packed)
+        check_like(h0, c0, x)
+        h0s = (h0,) if num_layers == 1 else h0.split(directions)
+        c0s = (c0,) if num_layers == 1 else c0.split(directions)
+    if lengths is not None or reset is not None:
+        if packed:
+            raise ValueError("LSTM: lengths and reset have no meaning for packed input")
+        if lengths is not None:
+            lengths = check_lengths(lengths, x, dims == 3)
+        if reset is not None:
+            if bidirectional:
+                raise ValueError("LSTM: reset has no meaning for a bidirectional LSTM")
+            reset = check_reset(reset, x, dims == 3, batch_first)
+
+    if autocast:
+        layer = _without_autocast(layer, x.device.type)
+    per_layer = len(weights) // num_layers
+    states = []
+    for k in range(num_layers):
+        if k and training and dropout:
+            x = torch.dropout(x, dropout, True)
+        x, h, c, c_all = layer(
+            x,
+            weights if num_layers == 1 else weights[k * per_layer : (k + 1) * per_layer],
+            h0s[k],
+            c0s[k],
+            directions=directions,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            reset=reset,
+            cell_states=return_cell_states and k == num_layers - 1,
+            cache=caches[k] if caches else None,
+        )
+        states.append((h, c))
+
+    h_n, c_n = states[0] if num_layers == 1 else map(torch.cat, zip(*states, strict=True))
+    if dims == 2 and not packed:
+        x, h_n, c_n = x.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
+        c_all = None if c_all is None else c_all.squeeze(1)
+    elif batch_first and not packed and (steps != 1 or batch != 1):
+        x = x.transpose(0, 1)
+        c_all = None if c_all is None else c_all.transpose(0, 1)
+    return (x, (h_n, c_n)) if c_all is None else (x, (h_n, c_n), c_all)
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    *,
+    cache: dict[Any, Any] | None = None,
+) -> State:
+    """One step, as ``torch.nn.LSTMCell`` takes it.
+
+    Args:
+        input: ``[B, I]``, or ``[I]`` without a batch.
+        hx: ``(h [B, H], c [B, H])``, without B for input without a batch; None for zeros.
+        weights: ``w_ih [4H, I]``, ``w_hh [4H, H]``, then ``b_ih [4H]`` and ``b_hh [4H]`` if there
+            are biases. Gates are i, f, g, o.
+        cache: a dict in which a backend may keep prepared weights.
+
+    Returns:
+        The next ``(h, c)``, shaped as hx. Under autocast the state keeps its dtype (input's, if
+        hx is None), in which the step is then computed: h and c are not rounded at every step.
+
+    Raises:
+        ValueError: a wrong number of dimensions of input or hx.
+        RuntimeError: a wrong size, dtype or device, or a backend that was asked for and cannot
+            compute the call.
+    """
+    dims = input.dim()
+    if dims not in (1, 2):
+        raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {size(input)}")
+    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+        hx = check_pair(hx, None)
+    autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
+    if autocast:
+        dtype = input.dtype if hx is None else torch.promote_types(hx[0].dtype, hx[1].dtype)
+        input, hx, weights = _cast(dtype, input, hx, weights)
+    if input.shape[-1] != weights[0].shape[-1]:
+        raise RuntimeError(
+            f"LSTMCell: expected input with a last dimension of {weights[0].shape[-1]}, got "
+            f"{size(input)}"
+        )
+    layer = select(input)
+    if layer is lstm_layer or len(weights) < 2 or not all([w.is_cpu for w in weights]):
+        check_weights(weights, input)
+    hidden = weights[1].shape[1]
+    shape = (*input.shape[:-1], hidden)
+    batch = shape[0] if dims == 2 else 1
+    h0 = c0 = None
+    if hx is not None:
+        h0, c0 = hx
+        check_cell_state(h0, c0, shape)
+        check_like(h0, c0, input)
+        h0, c0 = h0.view(1, batch, hidden), c0.view(1, batch, hidden)
+
+    if autocast:
+        layer = _without_autocast(layer, input.device.type)
+    x = input.view(1, batch, input.shape[-1])
+    _, h, c, _ = layer(x, weights, h0, c0, cache=cache)
+    return h.reshape(shape), c.reshape(shape)
+
+
+def sequence_loss(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    average_across_timesteps: bool = True,
+    average_across_batch: bool = True,
+) -> Tensor:
+    """Weighted cross-entropy of a sequence of classes: TensorFlow's ``seq2seq.sequence_loss``.
+
+    Args:
+        logits: ``[B, T, C]``, floating.
+        targets: ``[B, T]``, the true class of each step, integers in 0..C-1.
+        weights: ``[B, T]``, what each step counts; 0 for padding.
+        average_across_timesteps: divide the sum over T by the sum of its weights.
+        average_across_batch: divide the sum over B by the sum of its weights.
+
+    Returns:
+        A scalar; ``[B]`` if averaged across time steps only, ``[T]`` if across the batch only,
+        ``[B, T]`` if neither.
+
+    Raises:
+        ValueError: a shape is not as above.
+    """
+    if logits.dim() != 3 or targets.shape != logits.shape[:2] or weights.shape != logits.shape[:2]:
+        raise ValueError(
+            "sequence_loss: expected logits [B, T, C], targets [B, T] and weights [B, T], got "
+            f"{size(logits)}, {size(targets)} and {size(weights)}"
+        )
+    losses = weights * cross_entropy(logits.transpose(1, 2), targets.long(), reduction="none")
+    dims = [0] * average_across_batch + [1] * average_across_timesteps
+    if not dims:
+        return losses
+    # TensorFlow adds 1e-12 to the total weight, so that no weight at all gives 0 and not NaN.
+    return losses.sum(dims) / (weights.sum(dims) + 1e-12)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on the device of x, None where it is off."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def _cast(
+    dtype: torch.dtype, x: Tensor, hx: State | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, State | None, Sequence[Tensor]]:
+    """Everything in dtype; as in autocast, float64 and integers neither change nor spread."""
+
+    def cast(t: Tensor) -> Tensor:
+        eligible = t.is_floating_point() and t.dtype is not torch.float64
+        return t.to(dtype) if eligible and dtype in _AUTOCAST_DTYPES else t
+
+    return cast(x), None if hx is None else (cast(hx[0]), cast(hx[1])), [cast(w) for w in weights]
+
+
+def _without_autocast(layer: Layer, kind: str) -> Layer:
+    """The layer with autocast off: its arguments have been cast already."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        with torch.autocast(kind, enabled=False):
+            return layer(*args, **options)
+
+    return run
