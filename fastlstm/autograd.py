@@ -52,9 +52,39 @@ def lstm_layer(
     return y, h_n, c_n, c_all
 
 
+def infer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    c0: Tensor | None,
+    sizes: tuple[int, int, int],
+    cache: Cache,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The shortest way to the kernel, for streaming: ``[T, B, I]`` without gradients.
+
+    What the operator checks itself is not checked before; None stands for a call that it refused,
+    which the caller then takes the long way, to an answer or a better message.
+    """
+    D, H, P = sizes
+    try:
+        T, B, _ = x.shape
+        y = torch.empty(T, B, D * P, dtype=x.dtype)
+        h_n = torch.empty(D, B, P, dtype=x.dtype)
+        c_n = torch.empty(D, B, H, dtype=x.dtype)
+        buffer = _packed(cache, "forward", weights, D)
+        ops.lstm_fwd_cpu(
+            x, weights, D, h0, c0, None, None, None, y, h_n, c_n, None, None, buffer
+        )  # fmt: skip
+    except (RuntimeError, ValueError):
+        return None
+    return y, h_n, c_n
+
+
 def _dense(t: Tensor | None) -> Tensor | None:
     """The tensor itself when its last dimension is dense, all that kernels need; else a copy."""
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+    if t is None or t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1:
+        return t
+    return t.contiguous()
 
 
 def _contiguous(weights: Sequence[Tensor]) -> Sequence[Tensor]:

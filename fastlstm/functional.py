@@ -127,17 +127,15 @@ def lstm(
     if steps == 0:
         raise RuntimeError(f"LSTM: expected at least one time step, got input {size(input)}")
 
-    h0s: Sequence[Tensor | None] = (None,) * num_layers
-    c0s = h0s
+    h0 = c0 = None
     if hx is not None:
         h0, c0 = hx
         if dims == 2 and not packed:
             h0, c0 = check_unbatched(h0, c0)
+        rows = num_layers * directions
         gates, projected = weights[1].shape
         check_state(h0, c0, (rows, batch, projected), (rows, batch, gates // 4), packed)
         check_like(h0, c0, x)
-        h0s = (h0,) if num_layers == 1 else h0.split(directions)
-        c0s = (c0,) if num_layers == 1 else c0.split(directions)
     if lengths is not None or reset is not None:
         if packed:
             raise ValueError("LSTM: lengths and reset have no meaning for packed input")
@@ -150,26 +148,41 @@ def lstm(
 
     if autocast:
         layer = _without_autocast(layer, x.device.type)
-    per_layer = len(weights) // num_layers
-    states = []
-    for k in range(num_layers):
-        if k and training and dropout:
-            x = torch.dropout(x, dropout, True)
-        x, h, c, c_all = layer(
+    if num_layers == 1:
+        x, h_n, c_n, c_all = layer(
             x,
-            weights if num_layers == 1 else weights[k * per_layer : (k + 1) * per_layer],
-            h0s[k],
-            c0s[k],
+            weights,
+            h0,
+            c0,
             directions=directions,
             batch_sizes=batch_sizes,
             lengths=lengths,
             reset=reset,
-            cell_states=return_cell_states and k == num_layers - 1,
-            cache=caches[k] if caches else None,
+            cell_states=return_cell_states,
+            cache=caches[0] if caches else None,
         )
-        states.append((h, c))
-
-    h_n, c_n = states[0] if num_layers == 1 else map(torch.cat, zip(*states, strict=True))
+    else:
+        per_layer = len(weights) // num_layers
+        h0s = (None,) * num_layers if h0 is None else h0.split(directions)
+        c0s = (None,) * num_layers if c0 is None else c0.split(directions)
+        states = []
+        for k in range(num_layers):
+            if k and training and dropout:
+                x = torch.dropout(x, dropout, True)
+            x, h, c, c_all = layer(
+                x,
+                weights[k * per_layer : (k + 1) * per_layer],
+                h0s[k],
+                c0s[k],
+                directions=directions,
+                batch_sizes=batch_sizes,
+                lengths=lengths,
+                reset=reset,
+                cell_states=return_cell_states and k == num_layers - 1,
+                cache=caches[k] if caches else None,
+            )
+            states.append((h, c))
+        h_n, c_n = map(torch.cat, zip(*states, strict=True))
     if dims == 2 and not packed:
         x, h_n, c_n = x.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
         c_all = None if c_all is None else c_all.squeeze(1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
+from fastlstm.autograd import infer, lstm_layer
+from fastlstm.backends import select
 from fastlstm.checks import check_pair, check_state
 from fastlstm.functional import State, lstm, lstm_cell
 
@@ -106,10 +108,22 @@ class LSTM(nn.RNNBase):
                     "LSTM: lengths and reset have no meaning for a PackedSequence: pad the input"
                 )
             return self._forward_packed(input, hx, return_cell_states)
+        weights = _tensors(self, self._flat_weights_names)
+        if (
+            self.num_layers == 1
+            and not torch.is_grad_enabled()
+            and lengths is None
+            and reset is None
+            and not return_cell_states
+            and select(input) is lstm_layer
+        ):
+            result = self._infer(input, hx, weights)
+            if result is not None:
+                return result
         return lstm(
             input,
             hx,
-            _tensors(self, self._flat_weights_names),
+            weights,
             num_layers=self.num_layers,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
@@ -120,6 +134,31 @@ class LSTM(nn.RNNBase):
             return_cell_states=return_cell_states,
             caches=self._caches,
         )
+
+    def _infer(
+        self, x: Tensor, hx: State | None, weights: list[Tensor]
+    ) -> tuple[Tensor, State] | None:
+        """One layer without gradients, for latency; None for what `lstm` should look at first."""
+        h0: Any = None
+        c0: Any = None
+        if hx is not None:
+            if type(hx) is not tuple or len(hx) != 2:
+                return None
+            h0, c0 = hx
+            if type(h0) is not Tensor or type(c0) is not Tensor:
+                return None
+        if x.dim() != 3 or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+            return None
+        batch_first = self.batch_first
+        H = self.hidden_size
+        sizes = 2 if self.bidirectional else 1, H, self.proj_size or H
+        result = infer(
+            x.transpose(0, 1) if batch_first else x, weights, h0, c0, sizes, self._caches[0]
+        )
+        if result is None:
+            return None
+        y, h_n, c_n = result
+        return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
 
     def _forward_packed(
         self, input: PackedSequence, hx: State | None, return_cell_states: bool

@@ -37,7 +37,11 @@ class BackwardLane {
       dm_ = Buffer<S>(rows_.rows * hidden_pitch_);
       dm_.zero();  // as for dgates
     }
-    c0_ = Buffer<S>(round_up(s_.H, kLanes<S>));
+    if (p.c0.data && element_bytes(p.dtype) != sizeof(S)) {
+      c0_ = Buffer<S>(rows_.rows * s_.H);
+      for (i64 i = 0; i < rows_.rows; ++i)
+        convert_in(&c0_[i * s_.H], p.c0.data, p.dtype, rows_.offset(p.c0, rows_.batch(i)), s_.H);
+    }
   }
 
   i64 rows() const { return rows_.rows; }
@@ -50,15 +54,15 @@ class BackwardLane {
     n_ = rows_.active(t);
     first_ = first;
     for (; entered_ < n_; ++entered_) load_state(entered_);
-    if (p_.dy.data || s_.projected)
-      for (i64 i = 0; i < n_; ++i) {
-        S* dh = &dh_[i * state_pitch_];
-        if (p_.dy.data) {
-          const S* dy = element<S>(p_.dy.data, rows_.offset(p_.dy, t_, rows_.batch(i)));
-          for (i64 k = 0; k < s_.P; ++k) dh[k] += dy[k];
-        }
-        if (s_.projected) std::memcpy(chunk_.dhidden_row(row(i)), dh, size_t(s_.P) * sizeof(S));
+    if (!s_.projected) return;  // else pointwise() adds dy
+    for (i64 i = 0; i < n_; ++i) {
+      S* dh = &dh_[i * state_pitch_];
+      if (p_.dy.data) {
+        const S* dy = element<S>(p_.dy.data, rows_.offset(p_.dy, t_, rows_.batch(i)));
+        for (i64 k = 0; k < s_.P; ++k) dh[k] += dy[k];
       }
+      std::memcpy(chunk_.dhidden_row(row(i)), dh, size_t(s_.P) * sizeof(S));
+    }
   }
 
   // dm = dh w_hr for a range of panels of H.
@@ -78,6 +82,7 @@ class BackwardLane {
       const S* cell = cell_at(t_, b);
       const S* dc_out = p_.dc_all.data ? element<S>(p_.dc_all.data, rows_.offset(p_.dc_all, t_, b))
                                        : nullptr;
+      const S* dy = p_.dy.data && !s_.projected ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, b)) : nullptr;
       const S* previous = previous_cell(i, b);
       S* dgates = chunk_.dgates_row(row(i));
       S* dc = &dc_[i * hidden_pitch_];
@@ -86,7 +91,8 @@ class BackwardLane {
         const Vec<S> in = load_n(saved, n), forget = load_n(saved + n, n), candidate = load_n(saved + 2 * n, n),
                      out = load_n(saved + 3 * n, n);
         const Vec<S> tanh_c = tanh(load_n(cell + unit, n));
-        const Vec<S> dh = load(dm + i * dm_pitch + unit);
+        Vec<S> dh = load(dm + i * dm_pitch + unit);
+        if (dy) dh += load_n(dy + unit, n);
         const Vec<S> dh_out = dh * out;
         Vec<S> dcell = fma(dh_out, 1 - tanh_c * tanh_c, load(dc + unit));
         if (dc_out) dcell += load_n(dc_out + unit, n);
@@ -148,13 +154,11 @@ class BackwardLane {
     return element<S>(p_.c_all.data, rows_.offset(p_.c_all, t, b));
   }
   // c before this step; null stands for zero.
-  const S* previous_cell(i64 i, i64 b) {
+  const S* previous_cell(i64 i, i64 b) const {
     if (resets(t_, b)) return nullptr;
     if (!rows_.starts(i, t_)) return cell_at(rows_.previous(t_), b);
     if (!p_.c0.data) return nullptr;
-    if (element_bytes(p_.dtype) == sizeof(S)) return element<S>(p_.c0.data, rows_.offset(p_.c0, b));
-    convert_in(c0_.get(), p_.c0.data, p_.dtype, rows_.offset(p_.c0, b), s_.H);
-    return c0_.get();
+    return c0_ ? &c0_[i * s_.H] : element<S>(p_.c0.data, rows_.offset(p_.c0, b));
   }
   void load_state(i64 i) {
     const i64 b = rows_.batch(i);
@@ -181,7 +185,7 @@ class BackwardLane {
   const Chunk<S>& chunk_;
   const i64 hidden_pitch_, state_pitch_;
   Buffer<S> dh_, dc_, dm_;  // gradients flowing back in time; dm_: of the hidden state before projection
-  Buffer<S> c0_;            // one row of c0 converted to S
+  Buffer<S> c0_;            // c0 as S, for 16-bit states
   i64 entered_ = 0;
   i64 t_ = 0, n_ = 0, first_ = 0;
 };
@@ -386,12 +390,12 @@ void backward_layer(const BackwardParams& p) {
         });
       }
     if (directions[0]->gate_weights().allocated()) {
-      const i64 parts = directions[0]->gate_weights().parts(p.threads.count);
+      const i64 parts = directions[0]->gate_weights().parts(ceil_div(p.threads.count, s.D));
       parallel(p.threads, s.D * parts,
                [&](i64 item) { directions[item / parts]->gate_weight_grad(item % parts, parts); });
     }
     if (directions[0]->projection_weights().allocated()) {
-      const i64 parts = directions[0]->projection_weights().parts(p.threads.count);
+      const i64 parts = directions[0]->projection_weights().parts(ceil_div(p.threads.count, s.D));
       parallel(p.threads, s.D * parts,
                [&](i64 item) { directions[item / parts]->projection_weight_grad(item % parts, parts); });
     }

@@ -10,10 +10,6 @@
 namespace fastlstm {
 namespace {
 
-// Unit tiles at once for a single row: enough chains of multiply-adds to hide their latency, and still likely to
-// divide the number of tiles.
-constexpr int kPanelsOfOneRow = kTileRows >= 6 ? 4 : 2;
-
 template <class S>
 class ForwardLane {
  public:
@@ -92,11 +88,16 @@ class ForwardLane {
   void gates(i64 tile_begin, i64 tile_end) {
     if (n_ <= kTileRows) {  // few rows: several unit tiles at once keep the multipliers busy
       with_rows(n_, [&](auto height) {
-        constexpr int R = decltype(height)::value, P = R == 1 ? kPanelsOfOneRow : kTileRows / R;
-        i64 tile = tile_begin;
-        if (n_ == R) {
-          for (; tile + P <= tile_end; tile += P) gates_block<R, P>(0, tile);
-          for (; tile < tile_end; ++tile) gates_block<R, 1>(0, tile);
+        constexpr int R = decltype(height)::value, P = R == 1 ? 2 : kTileRows / R;
+        if (n_ != R) return;  // no rows at all
+        // Back and forth over the weights: what was read last is still in L1 when the next step begins.
+        const i64 blocks = ceil_div(tile_end - tile_begin, P);
+        for (i64 k = 0; k < blocks; ++k) {
+          const i64 tile = tile_begin + P * (t_ % 2 ? blocks - 1 - k : k);
+          if (tile + P <= tile_end)
+            gates_block<R, P>(0, tile);
+          else
+            for (i64 single = tile; single < tile_end; ++single) gates_block<R, 1>(0, single);
         }
       });
     } else {

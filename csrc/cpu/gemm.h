@@ -1,8 +1,8 @@
 // The one inner loop of the library, and the row-times-panel product built on it.
 //
 // A panel holds 4 vectors (kPanel lanes) of output columns for every k, k-major, so that the loop over k streams
-// it. Every output is one chain of fused multiply-adds over k in order: the result does not depend on how rows
-// and panels are grouped into register tiles, nor on who computes them.
+// it. Every output is the same sequence of fused multiply-adds and additions over k, whatever register tile it
+// sits in: the result does not depend on how rows and panels are grouped, nor on who computes them.
 #pragma once
 
 #include "simd.h"
@@ -14,10 +14,10 @@ constexpr int kPanelVectors = 4;
 template <class S>
 constexpr int kPanel = kPanelVectors * kLanes<S>;
 
-// acc[r][p*V + v] += sum over k < K of a[r][k * a_stride] * panel p, row k, vector v.
+// acc[r][p*V + v] += sum over k < K of a[r][k * a_stride] * panel p, row k, vector v: one chain for each output.
 template <class S, int R, int P, int V>
-FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
-                                i64 panel_stride, i64 row_stride, i64 K) {
+FASTLSTM_INLINE void accumulate_chain(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
+                                      i64 panel_stride, i64 row_stride, i64 K) {
   i64 ak = 0;
   for (i64 k = 0; k < K; ++k, ak += a_stride, panel += row_stride) {
     if constexpr (R == 1) {
@@ -39,6 +39,42 @@ FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R],
 #pragma GCC unroll 8
           for (int v = 0; v < V; ++v) acc[r][p * V + v] = fma(s, w[v], acc[r][p * V + v]);
         }
+      }
+    }
+  }
+}
+
+// The longest chain. Rounding errors of a chain grow with its length; sums of shorter chains are as accurate as
+// PyTorch's blocked products.
+constexpr i64 kChain = 128;
+
+// As accumulate_chain for any K: the first kChain terms continue acc, every further kChain are summed on their own.
+template <class S, int R, int P, int V>
+FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
+                                i64 panel_stride, i64 row_stride, i64 K) {
+  alignas(64) S total[R * P * V][kLanes<S>];
+  const S* at[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) at[r] = a[r];
+  for (i64 done = 0;;) {
+    const i64 length = smaller(kChain, K - done);
+    accumulate_chain<S, R, P, V>(acc, at, a_stride, panel, panel_stride, row_stride, length);
+    if (done) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+        for (int v = 0; v < P * V; ++v) acc[r][v] += load(total[r * P * V + v]);
+    }
+    done += length;
+    if (done >= K) return;
+    panel += length * row_stride;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      at[r] += length * a_stride;
+#pragma GCC unroll 24
+      for (int v = 0; v < P * V; ++v) {
+        store(total[r * P * V + v], acc[r][v]);
+        acc[r][v] = Vec<S>{};
       }
     }
   }
@@ -79,18 +115,12 @@ struct Matrix {
   FASTLSTM_INLINE E* row(i64 r) const { return data + r * pitch; }
 };
 
-// What becomes of the values in the output of a product.
-enum class Output {
-  replace,  // out = sum
-  resume,   // out = the chain that starts at out: as if the product had not been interrupted
-  add,      // out = out + sum: sums of sums, whose rounding errors grow with the root of both lengths
-};
-
-// One register tile: the sum over k < K of a[r][k * a_stride] * panel row k for n columns (V vectors) of R rows.
+// One register tile: out[r][0..n) = (add ? out[r] : 0) + sum over k < K of a[r][k * a_stride] * panel row k, for n
+// columns (V vectors) of R rows.
 // Out of line: one copy serves every product in the library.
 template <class S, int R, int V>
 __attribute__((noinline)) void multiply_tile(const S* a, i64 a_pitch, i64 a_stride, i64 K, const S* panel,
-                                             i64 panel_pitch, S* out, i64 out_pitch, i64 n, Output output) {
+                                             i64 panel_pitch, S* out, i64 out_pitch, i64 n, bool add) {
   const S* ar[R];
   Vec<S> acc[R][V];
   const i64 last = n - (V - 1) * kLanes<S>;
@@ -100,15 +130,8 @@ __attribute__((noinline)) void multiply_tile(const S* a, i64 a_pitch, i64 a_stri
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = Vec<S>{};
   }
-  if (output == Output::resume) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        acc[r][v] = load_n(out + r * out_pitch + v * kLanes<S>, v < V - 1 ? kLanes<S> : last);
-  }
   accumulate<S, R, 1, V>(acc, ar, a_stride, panel, 0, panel_pitch, K);
-  if (output == Output::add) {
+  if (add) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -125,11 +148,11 @@ __attribute__((noinline)) void multiply_tile(const S* a, i64 a_pitch, i64 a_stri
 // multiply_tile over any number of rows and up to kPanel columns.
 template <class S>
 inline void multiply_rows(i64 rows, const S* a, i64 a_pitch, i64 a_stride, i64 K, const S* panel, i64 panel_pitch,
-                          S* out, i64 out_pitch, i64 n, Output output) {
+                          S* out, i64 out_pitch, i64 n, bool add) {
   const auto with_width = [&](auto width) {
     for_row_tiles(rows, [&](i64 first, auto height) {
       multiply_tile<S, decltype(height)::value, decltype(width)::value>(
-          a + first * a_pitch, a_pitch, a_stride, K, panel, panel_pitch, out + first * out_pitch, out_pitch, n, output);
+          a + first * a_pitch, a_pitch, a_stride, K, panel, panel_pitch, out + first * out_pitch, out_pitch, n, add);
     });
   };
   switch (ceil_div(n, kLanes<S>)) {
@@ -148,7 +171,7 @@ template <class S>
 inline void multiply_panel(i64 rows, Matrix<const S> a, i64 K, const S* panel, Matrix<S> out, i64 n) {
   for (i64 k = 0; k < K; k += kBlock)
     multiply_rows<S>(rows, a.data + k, a.pitch, 1, smaller(kBlock, K - k), panel + k * kPanel<S>, kPanel<S>, out.data,
-                     out.pitch, n, k > 0 ? Output::resume : Output::replace);
+                     out.pitch, n, k > 0);
 }
 
 }  // namespace

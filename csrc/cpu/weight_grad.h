@@ -18,8 +18,9 @@ class WeightGrad {
 
   bool allocated() const { return bool(sums_); }
 
-  // Into how many independent blocks `add` should be divided for this many threads.
-  i64 parts(i64 threads) const { return depth_groups() * smaller(panels_, ceil_div(2 * threads, depth_groups())); }
+  // Into how many independent blocks `add` should be divided for this many threads. No more than they need: each
+  // block copies its columns of a.
+  i64 parts(i64 threads) const { return depth_groups() * smaller(panels_, ceil_div(threads, depth_groups())); }
 
   // sums += a^T d over `rows` rows, for block `part` of `parts`. d: rows of N (padded to whole vectors) at
   // d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin..k_end) to out.
@@ -38,7 +39,7 @@ class WeightGrad {
         S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
         // Rows of the product are the k of the sums; it runs over the rows of a and d.
         multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
-                         smaller(kPanel<S>, N_ - panel * kPanel<S>), Output::add);
+                         smaller(kPanel<S>, N_ - panel * kPanel<S>), true);
       }
     }
   }
