@@ -1,0 +1,54 @@
+"""Fixtures of every test: which backend runs, poisoned memory, fixed seeds, thread count.
+
+`backend` runs a test once on each backend of this machine. A machine without the compiled
+extension skips the "cpu" half, unless FASTLSTM_REQUIRE_EXTENSION=1 says that it has to be there
+(CI does): then those tests fail with the reason.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastlstm
+from fastlstm import extension
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the backend that serves every LSTM call of the test."""
+    missing = extension.error() if request.param == "cpu" else None
+    if missing is not None:
+        if os.environ.get("FASTLSTM_REQUIRE_EXTENSION") == "1":
+            pytest.fail(f"FASTLSTM_REQUIRE_EXTENSION=1, but the extension is missing: {missing}")
+        pytest.skip(f"the extension is missing: {missing}")
+    with fastlstm.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` and its relatives return with NaN, so unwritten memory shows.
+
+    PyTorch does it itself in its deterministic mode, in Python and in C++ alike, so it does not
+    matter by which name a kernel's caller reached the allocator.
+    """
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory
+    mode_before = torch.get_deterministic_debug_mode()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.set_deterministic_debug_mode(mode_before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill_before
+
+
+@pytest.fixture(autouse=True)
+def fixed_state() -> Iterator[None]:
+    """Every test starts from seed 0 and gives back the thread count it found."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

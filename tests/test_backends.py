@@ -1,0 +1,170 @@
+"""Choosing a backend, asking what there is, and asking what a call would run."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_sequence
+
+import fastlstm
+from fastlstm import autograd, extension, reference
+from fastlstm.backends import _choice, select
+
+T, B, I, H = 6, 4, 3, 5
+X = torch.zeros(T, B, I)
+needs_extension = pytest.mark.skipif(
+    extension.error() is not None, reason=f"the extension is missing: {extension.error()}"
+)
+
+
+def test_context_and_setter() -> None:
+    with fastlstm.backend("auto"):
+        with fastlstm.backend("reference"):
+            assert select(X) is reference.lstm_layer
+            with fastlstm.backend("auto"):
+                fastlstm.backend("reference")  # from here on, until the block ends
+                assert select(X) is reference.lstm_layer
+            assert select(X) is reference.lstm_layer
+        best = autograd.lstm_layer if extension.error() is None else reference.lstm_layer
+        assert select(X) is best
+
+
+def test_context_ends_with_an_exception() -> None:
+    with fastlstm.backend("auto"):
+        with pytest.raises(KeyError), fastlstm.backend("reference"):
+            raise KeyError
+        assert fastlstm.explain(fastlstm.LSTM(I, H), X).reason.startswith("auto")
+
+
+def test_each_thread_has_its_own_choice() -> None:
+    seen = []
+
+    def work() -> None:
+        seen.append(repr(fastlstm.backends()).splitlines()[-1])
+
+    with fastlstm.backend("reference"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        work()
+    default = os.environ.get("FASTLSTM_BACKEND", "auto")
+    assert seen == [f"in use here: {default}", "in use here: reference"]
+
+
+def test_unknown_and_missing_backends() -> None:
+    with pytest.raises(ValueError, match="'gpu' is not a backend, choose one of auto, reference"):
+        fastlstm.backend("gpu")
+    for name in ("triton", "cuda"):
+        with pytest.raises(RuntimeError, match="not part of this version"):
+            fastlstm.backend(name)
+    assert select(X) in (autograd.lstm_layer, reference.lstm_layer)
+
+
+def test_environment_may_name_a_missing_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing works, calling does not: nothing takes its place."""
+    monkeypatch.setattr(_choice, "name", "cuda")
+    with pytest.raises(RuntimeError, match='"cuda" backend is not available'):
+        fastlstm.LSTM(I, H)(X)
+
+
+def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "error", lambda: "no compiler was found")
+    assert fastlstm.backends()["cpu"] == (False, "no compiler was found")
+    assert "cpu       no   no compiler was found" in str(fastlstm.backends())
+    with fastlstm.backend("auto"):
+        assert select(X) is reference.lstm_layer
+        assert "no compiler" in fastlstm.explain(fastlstm.LSTM(I, H), X).reason
+    with pytest.raises(RuntimeError, match=r'"cpu" backend is not available.*no compiler'):
+        fastlstm.backend("cpu")
+
+
+def test_backends_reports_all() -> None:
+    report = fastlstm.backends()
+    assert list(report) == ["reference", "cpu", "triton", "cuda"]
+    assert report["reference"].available
+    assert report["cpu"].available == (extension.error() is None)
+    assert len(str(report).splitlines()) == len(report) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "output"),
+    [("reference", 0, "in use here: reference"), ("gpu", 1, "FASTLSTM_BACKEND: 'gpu' is not")],
+)
+def test_environment(name: str, code: int, output: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastlstm; print(fastlstm.backends())"],
+        env={**os.environ, "FASTLSTM_BACKEND": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert output in done.stdout + done.stderr
+
+
+@needs_extension
+def test_auto_takes_the_reference_where_kernels_cannot() -> None:
+    with fastlstm.backend("auto"):
+        assert select(X) is autograd.lstm_layer
+        assert select(X.to("meta")) is reference.lstm_layer
+        assert select(X.to(torch.complex64)) is reference.lstm_layer
+        with forward_ad.dual_level():
+            assert select(X) is reference.lstm_layer
+        seen = []
+        torch.func.vmap(lambda row: seen.append(select(row)) or row)(X)
+        torch.func.grad(lambda x: seen.append(select(x)) or x.sum())(X)
+        assert seen == [reference.lstm_layer] * 2
+
+
+@needs_extension
+def test_explicit_cpu_never_falls_back() -> None:
+    lstm = fastlstm.LSTM(I, H)
+    with fastlstm.backend("cpu"):
+        with pytest.raises(RuntimeError, match="on meta"):
+            lstm.to("meta")(X.to("meta"))
+        with pytest.raises(RuntimeError, match="complex64"):
+            fastlstm.LSTM(I, H, dtype=torch.complex64)(X.to(torch.complex64))
+        with pytest.raises(RuntimeError, match=r"torch\.func transform"):
+            torch.func.vmap(fastlstm.LSTM(I, H), in_dims=1)(X)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+            fastlstm.LSTM(I, H)(X)
+
+
+def test_explain(backend: str) -> None:
+    lstm = fastlstm.LSTM(I, H, 2, bidirectional=True, batch_first=True)
+    cell = fastlstm.LSTMCell(I, H)
+    packed = pack_sequence([torch.zeros(3, I), torch.zeros(2, I)])
+    for module, x in (lstm, X), (lstm, X[0]), (lstm, packed), (cell, X[0]), (cell, X[0, 0]):
+        told = fastlstm.explain(module, x)
+        assert told.backend == backend
+        assert len(told.plan) == getattr(module, "num_layers", 1)
+        assert all(told.plan)
+        assert told.reason == f'backend("{backend}") asks for it'
+        assert str(told).startswith(f"backend  {backend}\n")
+    if backend == "cpu":
+        assert told.kernel == extension.isa()
+
+
+def test_explain_says_why() -> None:
+    lstm = fastlstm.LSTM(I, H, device="meta")
+    with fastlstm.backend("auto"):
+        told = fastlstm.explain(lstm, X.to("meta"))
+    assert told.backend == "reference"
+    assert told.reason == "auto: the input is on meta, the cpu kernels need it on the CPU"
+    with pytest.raises(TypeError, match=r"got LSTM; convert it with from_torch"):
+        fastlstm.explain(nn.LSTM(I, H), X)
+
+
+def test_inference_compiles_in_one_graph(backend: str) -> None:
+    torch.compiler.reset()
+    lstm = fastlstm.LSTM(I, H, 2, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(T, B, I, dtype=torch.float64), torch.tensor([6, 0, 3, 1])
+    compiled = torch.compile(lstm, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), lstm(x))
+        torch.testing.assert_close(compiled(x, lengths=lengths), lstm(x, lengths=lengths))

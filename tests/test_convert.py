@@ -1,0 +1,210 @@
+"""from_torch, to_torch and accelerate: the same parameters in another module."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
+
+import fastlstm
+
+I, H = 3, 5
+KINDS = [(nn.LSTM, fastlstm.LSTM), (nn.LSTMCell, fastlstm.LSTMCell)]
+
+
+class Own(nn.LSTM):
+    """Someone's subclass."""
+
+
+def double(module: nn.Module, args: Any, output: Any) -> Any:
+    return output[0] * 2, output[1]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), KINDS)
+def test_there_and_back_shares_everything(
+    theirs: type[nn.Module], ours: Any, backend: str
+) -> None:
+    source = theirs(I, H).eval()
+    source.note = "mine"
+    source.register_forward_hook(double)
+    converted = ours.from_torch(source)
+    back = converted.to_torch()
+    x = torch.randn(4, I)
+    for module, kind in (converted, ours), (back, theirs):
+        assert type(module) is kind
+        assert not module.training
+        assert module.note == "mine"
+        assert repr(module) == repr(source)
+        assert all(map(lambda a, b: a is b, module.parameters(), source.parameters()))
+        torch.testing.assert_close(module(x)[0], source(x)[0])
+    assert len(list(converted.parameters())) == len(list(source.parameters()))
+
+    converted.register_forward_hook(double)
+    assert len(source._forward_hooks) == 1
+    optimizer = torch.optim.SGD(source.parameters(), 0.1)
+    converted(x)[0].sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(back(x)[0], source(x)[0])
+    assert torch.equal(copy.deepcopy(converted)(x)[0], converted(x)[0])
+
+
+NORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "parametrized weight_norm": lambda m: parametrizations.weight_norm(m, "weight_hh_l0"),
+    "parametrized spectral_norm": lambda m: parametrizations.spectral_norm(m, "weight_hh_l0"),
+    "spectral_norm": lambda m: spectral_norm(m, "weight_hh_l0"),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_normalised_weights_come_along(backend: str, name: str) -> None:
+    source = nn.LSTM(I, H, dtype=torch.float64)
+    NORMS[name](source)
+    source.eval()
+    converted = fastlstm.LSTM.from_torch(source)
+    assert isinstance(converted, fastlstm.LSTM)
+    assert not isinstance(converted, nn.LSTM)
+    assert dict(converted.named_parameters()).keys() == dict(source.named_parameters()).keys()
+    assert all(map(lambda a, b: a is b, converted.parameters(), source.parameters()))
+    x = torch.randn(4, I, dtype=torch.float64)
+    with torch.no_grad():
+        for module in (converted, converted.to_torch()):
+            torch.testing.assert_close(module(x)[0], source(x)[0])
+            for p in source.parameters():
+                p.mul_(1.5)
+            torch.testing.assert_close(module(x)[0], source(x)[0])
+    if parametrize.is_parametrized(source):
+        parametrize.remove_parametrizations(converted, "weight_hh_l0")
+        assert type(converted) is fastlstm.LSTM
+        assert parametrize.is_parametrized(source)
+        torch.testing.assert_close(converted(x)[0], source(x)[0])
+
+
+def compiled(lstm: nn.Module) -> None:
+    lstm.compile(backend="eager")
+
+
+def bound_forward(lstm: nn.Module) -> None:
+    lstm.forward = lambda x: x
+
+
+def bound_hook(lstm: nn.Module) -> None:
+    lstm.register_load_state_dict_pre_hook(lambda *args: None)
+
+
+OBSTACLES = {"compiled": compiled, "its forward": bound_forward, "pre-hook": bound_hook}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_what_cannot_come_along_is_refused(reason: str) -> None:
+    source = nn.LSTM(I, H)
+    OBSTACLES[reason](source)
+    with pytest.raises(ValueError, match=reason):
+        fastlstm.LSTM.from_torch(source)
+    model = nn.Sequential(source)
+    assert fastlstm.accelerate(model)[0] is source
+
+
+@pytest.mark.parametrize(
+    ("ours", "source"),
+    [
+        (fastlstm.LSTM, nn.GRU(I, H)),
+        (fastlstm.LSTM, Own(I, H)),
+        (fastlstm.LSTM, nn.LSTMCell(I, H)),
+        (fastlstm.LSTMCell, nn.LSTM(I, H)),
+        (fastlstm.LSTM, fastlstm.LSTM(I, H)),
+    ],
+)
+def test_other_modules_are_refused(ours: Any, source: nn.Module) -> None:
+    with pytest.raises(TypeError, match=f"got a .*{type(source).__name__}"):
+        ours.from_torch(source)
+
+
+class Model(nn.Module):
+    """One of everything; the encoder is registered twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.LSTM(I, H, batch_first=True, bidirectional=True)
+        self.layers = nn.ModuleList([self.encoder, nn.Linear(H, H)])
+        self.cells = nn.ModuleDict({"read": nn.LSTMCell(I, H)})
+        self.own = Own(I, H)
+        self.gru = nn.GRU(I, H)
+        self.optional = None
+        self.register_module("nothing", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.encoder(x)
+        return y.sum() + self.cells["read"](x[0])[0].sum()
+
+
+def test_accelerate(
+    backend: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model()
+    handle = model.encoder.register_forward_hook(double)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    parameters = dict(model.named_parameters())
+    own, gru = model.own, model.gru
+    x = torch.randn(4, 7, I)
+    before = model(x)
+
+    with caplog.at_level(logging.INFO, "fastlstm"):
+        assert fastlstm.accelerate(model, verbose=True) is model
+    printed = capsys.readouterr().out.splitlines()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"accelerate: {line}" for line in printed
+    ]
+    assert printed == [
+        "encoder: nn.LSTM -> fastlstm.LSTM(3, 5, batch_first=True, bidirectional=True)",
+        "cells.read: nn.LSTMCell -> fastlstm.LSTMCell(3, 5)",
+        "own: left, it is a test_convert.Own, a subclass, whose own behaviour would be lost",
+        "gru: left, fastlstm has no GRU",
+    ]
+
+    assert type(model.encoder) is fastlstm.LSTM
+    assert model.layers[0] is model.encoder
+    assert type(model.cells["read"]) is fastlstm.LSTMCell
+    assert model.own is own
+    assert model.gru is gru
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameters[name] for name in parameters)
+    torch.testing.assert_close(model(x), before)
+
+    model(x).backward()
+    optimizer.step()
+    assert not torch.equal(model(x), before)
+    handle.remove()
+    assert not model.encoder._forward_hooks
+
+
+def test_accelerate_twice_and_with_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    model = fastlstm.accelerate(nn.Sequential(nn.LSTM(I, H)))
+    lstm = model[0]
+    assert fastlstm.accelerate(model, verbose=True)[0] is lstm
+    assert "no nn.LSTM" in capsys.readouterr().out
+    assert type(lstm) is fastlstm.LSTM
+
+
+@pytest.mark.parametrize(("theirs", "ours"), KINDS)
+def test_accelerate_a_bare_module(theirs: type[nn.Module], ours: type[nn.Module]) -> None:
+    source = theirs(I, H)
+    result = fastlstm.accelerate(source)
+    assert type(result) is ours
+    assert result.weight_ih_l0 is source.weight_ih_l0 if theirs is nn.LSTM else True
+
+
+def test_accelerate_parametrized(backend: str) -> None:
+    model = nn.Sequential(nn.LSTM(I, H))
+    parametrizations.weight_norm(model[0], "weight_hh_l0")
+    x = torch.randn(4, I)
+    before = model(x)[0]
+    names = list(model.state_dict())
+    fastlstm.accelerate(model)
+    assert isinstance(model[0], fastlstm.LSTM)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(x)[0], before)
