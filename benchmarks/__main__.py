@@ -1,0 +1,102 @@
+"""``python -m benchmarks``: trains short versions of the tasks with both LSTMs, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+from . import BenchmarkError
+
+COMMANDS = {
+    "mnist": "MNIST by rows: lstm, lstm128 or blstm",
+    "binary": "binary increment: x and x + 1 as 20 bits",
+    "hello": 'small recipes, and "hihell" -> "ihello"',
+    "speed": "paired timings of single calls",
+}
+# Enough to learn the tasks, in two minutes on two cores. In samples, so that the small digits do.
+BINARY_EPOCHS = 8
+LSTM_SAMPLES = 180_000
+BLSTM_SAMPLES = 100_000
+LOG_EVERY = 10
+SHORTENED = f"""\
+Shortened protocols, and the full ones:
+  binary       {BINARY_EPOCHS} epochs (up to 100: python -m benchmarks binary)
+  mnist lstm   {LSTM_SAMPLES:,} images (300,000: python -m benchmarks mnist --model lstm)
+  mnist blstm  {BLSTM_SAMPLES:,} images (5,000,000: python -m benchmarks mnist --model blstm)
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; `args.main` runs what they ask for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Without a command: trains binary increment and MNIST by rows with "
+        "fastlstm.LSTM beside torch.nn.LSTM, from the same weights and on the same batches, and "
+        "leaves a table, a picture of the curves and a JSON file.",
+        epilog=SHORTENED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in argv:  # a command that is not asked for is not imported
+            module = import_module(f".{name}", __package__)
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+    if not set(COMMANDS) & set(argv):
+        from . import data, train
+
+        train.add_arguments(parser)
+        data.add_arguments(parser)
+        parser.add_argument(
+            "--out",
+            type=Path,
+            default=Path("runs"),
+            metavar="DIR",
+            help="folder of the results (default: %(default)s)",
+        )
+        parser.set_defaults(main=main_job)
+    return parser.parse_args(argv)
+
+
+def main_job(args: argparse.Namespace) -> int:
+    """Short versions of the tasks, with both providers."""
+    from . import binary, data, mnist, report, train
+
+    providers = train.prepare(args)
+    print(SHORTENED)
+    digits = data.load(args.data).to(args.device)
+    lstm = replace(mnist.PROTOCOLS["lstm"], epochs=None, samples=LSTM_SAMPLES)
+    blstm = replace(mnist.PROTOCOLS["blstm"], samples=BLSTM_SAMPLES)
+    tasks = [
+        binary.Binary(epochs=BINARY_EPOCHS, seed=args.seed, device=args.device),
+        mnist.Mnist(digits, "lstm", lstm, seed=args.seed),
+        mnist.Mnist(digits, "blstm", blstm, seed=args.seed),
+    ]
+    records = []
+    for task in tasks:
+        task.log_every, task.test_every = LOG_EVERY, task.steps
+        trainees = train.train(task, providers, quiet=True)
+        records += [trainee.record() for trainee in trainees]
+    report.finish(records, json_file=args.out / "results.json", plot_file=args.out / "curves.png")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        status: int = args.main(args)
+    except BenchmarkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""Trains one task with several LSTM providers side by side.
+
+All providers start from the same weights, see the same batches and draw the same dropout masks.
+They take turns every few steps, so that a machine that slows down for a while slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastlstm
+
+from . import BenchmarkError, extra
+from .environment import environment
+from .task import Score, Task, cross_entropy, right
+
+PROVIDERS: dict[str, type[nn.Module]] = {"fastlstm": fastlstm.LSTM, "torch": nn.LSTM}
+LABELS = {"fastlstm": "fastlstm.LSTM", "torch": "torch.nn.LSTM"}
+TURN = 10  # training steps of one provider before the next one takes its turn
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a curve: means over the training steps since the last point, and maybe a test."""
+
+    step: int
+    seconds: float
+    loss: float
+    accuracy: float
+    test: Score | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one provider in one task.
+
+    `seconds` is the time inside training steps: batch, forward, loss, backward, optimizer.
+    `step_ms` has the 20th, 50th and 80th percentile of the time of a step, in milliseconds, where
+    a step's time is the mean of its turn. `loss`, `accuracy`, `exact` and `rows` are those of the
+    test set after the last step.
+    """
+
+    task: str
+    provider: str
+    settings: dict[str, Any]
+    loss: float
+    accuracy: float
+    exact: int
+    rows: int
+    seconds: float
+    step_ms: dict[str, float]
+    steps: int
+    environment: dict[str, Any]
+    curve: tuple[Point, ...]
+
+
+class Trainee:
+    """One provider at work: its model, optimizer, clock and curve."""
+
+    def __init__(self, task: Task, provider: str, model: nn.Module) -> None:
+        self.task = task
+        self.provider = provider
+        self.model = model
+        self.optimizer = task.optimizer(model)
+        self.seconds = 0.0
+        self.steps = 0
+        self.curve: list[Point] = []
+        self._step_ms: list[float] = []
+        self._losses: list[float] = []
+        self._accuracies: list[float] = []
+
+    def run(self, batches: Sequence[Tensor]) -> None:
+        """Trains on these batches. The clock runs here only."""
+        # The same seed for every provider, so that they share their dropout masks.
+        torch.manual_seed(self.task.seed + self.steps)
+        self.model.train()
+        outcomes = []
+        start = _now(self.task.device)
+        for rows in batches:
+            inputs, targets = self.task.batch(rows)
+            logits = self.model(inputs)
+            loss = cross_entropy(logits, targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            outcomes.append((loss.detach(), logits.detach(), targets))
+        seconds = _now(self.task.device) - start
+        self.seconds += seconds
+        self._step_ms.append(1000 * seconds / len(batches))
+        self.steps += len(batches)
+        for loss, logits, targets in outcomes:
+            self._losses.append(loss.item())
+            self._accuracies.append(right(logits, targets).double().mean().item())
+        if not math.isfinite(self._losses[-1]):
+            raise FloatingPointError(
+                f"{self.task.name}, {self.provider}: the loss is {self._losses[-1]} after "
+                f"{self.steps} steps"
+            )
+
+    def log(self, test: Score | None) -> Point:
+        """Adds to the curve the means since its last point."""
+        n = len(self._losses)
+        loss, accuracy = sum(self._losses) / n, sum(self._accuracies) / n
+        self._losses.clear()
+        self._accuracies.clear()
+        self.curve.append(Point(self.steps, self.seconds, loss, accuracy, test))
+        return self.curve[-1]
+
+    def record(self) -> Record:
+        """The result so far; the last point of the curve must have a test."""
+        test = self.curve[-1].test
+        assert test is not None
+        percentiles = torch.tensor(self._step_ms).quantile(torch.tensor((0.2, 0.5, 0.8))).tolist()
+        return Record(
+            task=self.task.name,
+            provider=self.provider,
+            settings=self.task.settings,
+            loss=test.loss,
+            accuracy=test.accuracy,
+            exact=test.exact,
+            rows=test.rows,
+            seconds=self.seconds,
+            step_ms=dict(zip(("p20", "p50", "p80"), percentiles, strict=True)),
+            steps=self.steps,
+            environment=environment(str(self.task.device)),
+            curve=tuple(self.curve),
+        )
+
+
+def start(task: Task, providers: Sequence[str]) -> list[Trainee]:
+    """A trainee for each provider, all with the weights that the seed gives to the first."""
+    torch.manual_seed(task.seed)
+    models = [task.build(PROVIDERS[provider]).to(task.device) for provider in providers]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    for provider, model in zip(providers, models, strict=True):
+        # The first steps load code and build caches: a copy of the model takes them off the clock.
+        Trainee(task, provider, deepcopy(model)).run(list(islice(task.batches(), 2)))
+    return [Trainee(task, *pair) for pair in zip(providers, models, strict=True)]
+
+
+def train(
+    task: Task,
+    providers: Sequence[str],
+    *,
+    tensorboard: Path | None = None,
+    quiet: bool = False,
+) -> list[Trainee]:
+    """Trains the task with all providers in turns, under one progress bar.
+
+    Prints every point of the curves unless `quiet`, and writes summaries below the folder
+    `tensorboard` if one is given. Raises `FloatingPointError` when a loss is not finite.
+    """
+    tqdm = extra("tqdm").tqdm
+    trainees = start(task, providers)
+    writers = {t: _writer(tensorboard / task.name / t.provider) for t in trainees if tensorboard}
+    batches = task.batches()
+    running, step = list(trainees), 0
+    with tqdm(total=task.steps, desc=task.name, unit="step", dynamic_ncols=True) as bar:
+        while running and step < task.steps:
+            next_log = step - step % task.log_every + task.log_every
+            stop = min(step + TURN, next_log, task.steps)
+            turn = list(islice(batches, stop - step))
+            step = stop
+            for trainee in running:
+                trainee.run(turn)
+            bar.update(len(turn))
+            if step == next_log or step == task.steps:
+                last = step == task.steps
+                tested = last or step % task.test_every == 0
+                for trainee in [trainee for trainee in trainees if trainee in running]:
+                    test = task.test(trainee.model, last=last) if tested else None
+                    point = trainee.log(test)
+                    if trainee in writers:
+                        _summarize(writers[trainee], trainee.model, point)
+                    if not quiet:
+                        bar.write(f"{task.name}  {trainee.provider:8}  {describe(point)}")
+                    if test and task.stop_when_exact and test.exact == test.rows:
+                        running.remove(trainee)
+                bar.set_postfix_str(" | ".join(_brief(trainee) for trainee in trainees))
+            running.reverse()  # who goes first alternates
+    for writer in writers.values():
+        writer.close()
+    return trainees
+
+
+def speed_up(record: Record, records: Iterable[Record]) -> float | None:
+    """How many times as long a step of ``nn.LSTM`` takes in the same task; None if it was not run.
+
+    A ratio of median steps, which a machine that stalls for a while does not move.
+    """
+    for peer in records:
+        if peer.task == record.task and peer.provider == "torch":
+            return peer.step_ms["p50"] / record.step_ms["p50"]
+    return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every training command has."""
+    parser.add_argument(
+        "--provider",
+        choices=(*PROVIDERS, "both"),
+        default="both",
+        help="whose LSTM to train (default: %(default)s, side by side)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, batches, dropout (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+
+
+def prepare(args: argparse.Namespace) -> list[str]:
+    """Checks and applies the options of `add_arguments`; returns the names of the providers."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise BenchmarkError(f"--threads must be 1 or more, not {args.threads}")
+        torch.set_num_threads(args.threads)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise BenchmarkError(f"--device {args.device} cannot be used: {error}") from error
+    return list(PROVIDERS) if args.provider == "both" else [args.provider]
+
+
+def describe(point: Point) -> str:
+    """One line for a point of a curve."""
+    line = (
+        f"step {point.step:6,}  {point.seconds:7.2f} s  loss {point.loss:.5f}  "
+        f"accuracy {point.accuracy:8.4%}"
+    )
+    if (test := point.test) is None:
+        return line
+    return (
+        f"{line}  test loss {test.loss:.5f}  accuracy {test.accuracy:8.4%}  "
+        f"exact {test.exact:,} of {test.rows:,}"
+    )
+
+
+def _brief(trainee: Trainee) -> str:
+    point = trainee.curve[-1]
+    return f"{trainee.provider} {point.loss:.3f} {point.accuracy:.1%} {point.seconds:.1f} s"
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _writer(folder: Path) -> Any:
+    return extra("torch.utils.tensorboard").SummaryWriter(str(folder))
+
+
+def _summarize(writer: Any, model: nn.Module, point: Point) -> None:
+    writer.add_scalar("train/loss", point.loss, point.step)
+    writer.add_scalar("train/accuracy", point.accuracy, point.step)
+    if point.test is not None:
+        writer.add_scalar("test/loss", point.test.loss, point.step)
+        writer.add_scalar("test/accuracy", point.test.accuracy, point.step)
+        for name, parameter in model.named_parameters():
+            writer.add_histogram(name, parameter, point.step)
