@@ -112,6 +112,7 @@ class BackwardLane {
 
   // dh of the step before = dgates w_hh, for a range of panels of P.
   void recur(i64 panel_begin, i64 panel_end) {
+    if (n_ == 0 || (!p_.dh0.data && rows_.starts(0, t_))) return;  // nobody asks: all rows start at this step
     for (i64 panel = panel_begin; panel < panel_end; ++panel)
       multiply_panel<S>(n_, {chunk_.dgates_row(row(0)), rows_.stride * chunk_.gate_pitch}, 4 * s_.H,
                         packed_ + at_.w_hh + panel * 4 * s_.H * kPanel<S>, {&dh_[panel * kPanel<S>], state_pitch_},
@@ -219,6 +220,7 @@ class BackwardDirection {
     for (i64 k = 0; k < steps; ++k) chunk.start[k + 1] = chunk.start[k] + all_.active(time(first_step + k));
   }
   i64 chunk_rows() const { return chunk.start[steps_]; }
+  void end_chunk() { first_rows_ = first_rows_ && chunk_rows() == 0; }
   i64 in_panels() const { return at_.in_panels; }
   const WeightGrad<S>& gate_weights() const { return gates_; }
   const WeightGrad<S>& projection_weights() const { return projection_; }
@@ -247,7 +249,7 @@ class BackwardDirection {
   // Adds this chunk's [x | h_previous | 1]^T dgates for a block of it.
   void gate_weight_grad(i64 part, i64 parts) {
     gates_.add(
-        part, parts, chunk_rows(), chunk.dgates.get(), chunk.gate_pitch,
+        part, parts, chunk_rows(), first_rows_, chunk.dgates.get(), chunk.gate_pitch,
         [&](i64 row, i64 k_begin, i64 k_end, S* out) {
           i64 t, slot;
           locate(row, t, slot);
@@ -263,7 +265,7 @@ class BackwardDirection {
   // Adds this chunk's m^T dh for a block of it, m = o * tanh(c) being the hidden state before projection.
   void projection_weight_grad(i64 part, i64 parts) {
     projection_.add(
-        part, parts, chunk_rows(), chunk.dhidden.get(), chunk.state_pitch,
+        part, parts, chunk_rows(), first_rows_, chunk.dhidden.get(), chunk.state_pitch,
         [&](i64 row, i64 k_begin, i64 k_end, S* out) {
           i64 t, slot;
           locate(row, t, slot);
@@ -279,16 +281,30 @@ class BackwardDirection {
         });
   }
 
-  void write_weight_grads() const {
-    S *w_ih = static_cast<S*>(dw_.w_ih), *w_hh = static_cast<S*>(dw_.w_hh), *b = static_cast<S*>(dw_.b);
-    if (gates_.allocated())
-      for_gate_units<S>(s_.H, [&](i64 q, i64 row) {
-        if (w_ih) gates_.copy_column(q, 0, s_.I, w_ih + row * s_.I);
-        if (w_hh) gates_.copy_column(q, s_.I, s_.P, w_hh + row * s_.P);
-        if (b) gates_.copy_column(q, s_.I + s_.P, 1, b + row);
-      });
-    if (projection_.allocated())
-      for (i64 q = 0; q < s_.P; ++q) projection_.copy_column(q, 0, s_.H, static_cast<S*>(dw_.w_hr) + q * s_.H);
+  // Copies the gradients of a panel of gate units, or of projected units, to where they are wanted.
+  void write_gate_grads(i64 panel) const {
+    const auto write = [&](void* out, i64 k_begin, i64 count) {
+      if (out)
+        gates_.copy_panel(panel, k_begin, count,
+                          [&](i64 q) { return static_cast<S*>(out) + gate_row<S>(s_.H, q) * count; });
+    };
+    write(dw_.w_ih, 0, s_.I);
+    write(dw_.w_hh, s_.I, s_.P);
+    write(dw_.b, s_.I + s_.P, 1);
+  }
+  void write_projection_grads(i64 panel) const {
+    projection_.copy_panel(panel, 0, s_.H, [&](i64 q) { return static_cast<S*>(dw_.w_hr) + q * s_.H; });
+  }
+  // Without a single row there are no sums to copy.
+  bool has_rows() const { return !first_rows_; }
+  void zero_weight_grads() const {
+    const auto zero = [](void* out, i64 n) {
+      if (out) std::memset(out, 0, size_t(n) * sizeof(S));
+    };
+    zero(dw_.w_ih, 4 * s_.H * s_.I);
+    zero(dw_.w_hh, 4 * s_.H * s_.P);
+    zero(dw_.b, 4 * s_.H);
+    zero(dw_.w_hr, s_.P * s_.H);
   }
 
   Chunk<S> chunk;
@@ -333,6 +349,7 @@ class BackwardDirection {
   WeightGrad<S> gates_, projection_;
   const i64 capacity_;  // steps of a full chunk
   i64 first_step_ = 0, steps_ = 0;
+  bool first_rows_ = true;  // nothing has been added to the weight gradients yet
 };
 
 constexpr i64 kChunkBytes = 1 << 20;  // gate gradients of a chunk: stay in L2/L3 until they are used
@@ -399,16 +416,26 @@ void backward_layer(const BackwardParams& p) {
       parallel(p.threads, s.D * parts,
                [&](i64 item) { directions[item / parts]->projection_weight_grad(item % parts, parts); });
     }
+    for (i64 d = 0; d < s.D; ++d) directions[d]->end_chunk();
   }
 
   for (i64 k = 0; k < lane_count; ++k) {
     lanes[k]->end_sequence();
     delete lanes[k];
   }
-  parallel(p.threads, s.D, [&](i64 d) {
-    directions[d]->write_weight_grads();
+  const auto write = [&](const WeightGrad<S>& grad, void (BackwardDirection<S>::*panel)(i64) const) {
+    if (grad.allocated())
+      parallel(p.threads, s.D * grad.panels(),
+               [&](i64 item) { (directions[item / grad.panels()]->*panel)(item % grad.panels()); });
+  };
+  if (directions[0]->has_rows()) {
+    write(directions[0]->gate_weights(), &BackwardDirection<S>::write_gate_grads);
+    write(directions[0]->projection_weights(), &BackwardDirection<S>::write_projection_grads);
+  }
+  for (i64 d = 0; d < s.D; ++d) {
+    if (!directions[d]->has_rows()) directions[d]->zero_weight_grads();
     delete directions[d];
-  });
+  }
 }
 
 }  // namespace

@@ -37,15 +37,11 @@ struct BackwardPack {
   }
 };
 
-// Calls f(q, row) for every gate unit: q its place in tile order, row its row in PyTorch's [4H, ...] weights.
-template <class S, class F>
-inline void for_gate_units(i64 H, const F& f) {
-  i64 q = 0;
-  for (i64 first = 0; first < H; first += kLanes<S>) {
-    const i64 width = smaller(kLanes<S>, H - first);
-    for (i64 gate = 0; gate < 4; ++gate)
-      for (i64 lane = 0; lane < width; ++lane) f(q++, gate * H + first + lane);
-  }
+// The row of gate unit q (its place in tile order) in PyTorch's [4H, ...] weights.
+template <class S>
+inline i64 gate_row(i64 H, i64 q) {
+  const i64 first = q / kPanel<S> * kLanes<S>, width = smaller(kLanes<S>, H - first), k = q % kPanel<S>;
+  return k / width * H + first + k % width;
 }
 
 // dst[k * pitch + lane] = src[lane * K + k] for `lanes` rows of K, zero up to kLanes: a transpose of vectors.
@@ -135,10 +131,11 @@ inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeight
   const BackwardPack<S> at(s);
   const AsCompute<S> w_ih(w.w_ih, dtype, 4 * s.H * s.I), w_hh(w.w_hh, dtype, 4 * s.H * s.P);
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
-  for_gate_units<S>(s.H, [&](i64 q, i64 row) {
+  for (i64 q = 0; q < 4 * s.H; ++q) {
+    const i64 row = gate_row<S>(s.H, q);
     pack_row(packed + at.w_ih, 4 * s.H, q, w_ih.get() + row * s.I, s.I);
     pack_row(packed + at.w_hh, 4 * s.H, q, w_hh.get() + row * s.P, s.P);
-  });
+  }
   if (s.projected)
     for (i64 p = 0; p < s.P; ++p) pack_row(packed + at.w_hr, s.P, p, w_hr.get() + p * s.H, s.H);
 }

@@ -11,10 +11,8 @@ template <class S>
 class WeightGrad {
  public:
   WeightGrad() = default;
-  // sums [panels of N][K][kPanel]
-  WeightGrad(i64 K, i64 N) : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {
-    sums_.zero();
-  }
+  // sums [panels of N][K][kPanel], unset until rows are added
+  WeightGrad(i64 K, i64 N) : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {}
 
   bool allocated() const { return bool(sums_); }
 
@@ -22,10 +20,10 @@ class WeightGrad {
   // block copies its columns of a.
   i64 parts(i64 threads) const { return depth_groups() * smaller(panels_, ceil_div(threads, depth_groups())); }
 
-  // sums += a^T d over `rows` rows, for block `part` of `parts`. d: rows of N (padded to whole vectors) at
-  // d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin..k_end) to out.
+  // sums += a^T d over `rows` rows (sums = a^T d if these are the first), for block `part` of `parts`. d: rows of
+  // N (padded to whole vectors) at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin..k_end) to out.
   template <class Fill>
-  void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill) const {
+  void add(i64 part, i64 parts, i64 rows, bool first_rows, const S* d, i64 d_pitch, const Fill& fill) const {
     const i64 panel_groups = parts / depth_groups(), group = part / panel_groups, which = part % panel_groups;
     const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups();
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
@@ -39,15 +37,24 @@ class WeightGrad {
         S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
         // Rows of the product are the k of the sums; it runs over the rows of a and d.
         multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
-                         smaller(kPanel<S>, N_ - panel * kPanel<S>), true);
+                         smaller(kPanel<S>, N_ - panel * kPanel<S>), !first_rows || first > 0);
       }
     }
   }
 
-  // Column n of the sums: dst[k] = sum of a[.][k_begin + k] * d[.][n].
-  void copy_column(i64 n, i64 k_begin, i64 count, S* dst) const {
-    const S* column = &sums_[(n / kPanel<S> * K_ + k_begin) * kPanel<S> + n % kPanel<S>];
-    for (i64 k = 0; k < count; ++k) dst[k] = column[k * kPanel<S>];
+  i64 panels() const { return panels_; }
+
+  // Hands out the columns of one panel: row(n)[k] = sums of a[.][k_begin + k] * d[.][n] for k < count.
+  template <class Row>
+  void copy_panel(i64 panel, i64 k_begin, i64 count, const Row& row) const {
+    const i64 width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
+    S* rows[kPanel<S>];
+    for (i64 lane = 0; lane < width; ++lane) rows[lane] = row(panel * kPanel<S> + lane);
+    const S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
+    constexpr i64 kLine = 64 / sizeof(S);  // a block of whole cache lines on both sides
+    for (i64 k = 0; k < count; k += kLine)
+      for (i64 lane = 0; lane < width; ++lane)
+        for (i64 j = k; j < smaller(k + kLine, count); ++j) rows[lane][j] = sums[j * kPanel<S> + lane];
   }
 
  private:
