@@ -164,8 +164,7 @@ struct Call {
     if (!t) return {};
     const i64 n = 4 * sizes.H;
     t.check_dtype("gates", compute_type);
-    packed_rows ? t.check_shape("gates", {sizes.D, rows, n})
-                : t.check_shape("gates", {sizes.D, sizes.T, sizes.B, n});
+    packed_rows ? t.check_shape("gates", {sizes.D, rows, n}) : t.check_shape("gates", {sizes.D, sizes.T, sizes.B, n});
     STD_TORCH_CHECK(t.contiguous(), "fastlstm: gates must be contiguous");
     return {t.data, (packed_rows ? rows : sizes.T * sizes.B) * n, sizes.B * n, n};
   }
@@ -301,9 +300,9 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
 
 void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
                   OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle c_all_,
-                  Handle gates_, OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_,
-                  OptionalHandle dc_all_, OptionalHandle dx_, OptionalHandle dh0_, OptionalHandle dc0_,
-                  const HandleList& dweights_, OptionalHandle cache_) {
+                  Handle gates_, OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_, OptionalHandle dc_all_,
+                  OptionalHandle dx_, OptionalHandle dh0_, OptionalHandle dc0_, const HandleList& dweights_,
+                  OptionalHandle cache_) {
   const std::vector<Array> weights = to_arrays(weights_), dweights = to_arrays(dweights_);
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_),
       c_all(c_all_), gates(gates_), dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_), dc0(dc0_),

@@ -43,8 +43,8 @@ struct States {
 };
 
 struct DirectionWeights {
-  const void *w_ih;         // [4H, I]
-  const void *w_hh;         // [4H, P]
+  const void* w_ih;         // [4H, I]
+  const void* w_hh;         // [4H, P]
   const void *b_ih, *b_hh;  // [4H] or null
   const void* w_hr;         // [P, H] or null
 };
@@ -57,34 +57,34 @@ struct Threads {
 
 struct ForwardParams {
   Sizes sizes;
-  Dtype dtype;          // of x, y, h0, c0, h_n, c_n
+  Dtype dtype;  // of x, y, h0, c0, h_n, c_n
   Ragged ragged;
-  Rows x;               // [T, B, I]
-  Rows y;               // [T, B, D*P]
-  Rows c_all;           // [T, B, D*H], compute type, or absent
-  Rows gates;           // [D, T, B, 4H] after activation, compute type, units in the kernel's order, or absent
-  States h0, c0;        // [D, B, P], [D, B, H] or absent (zeros)
-  States h_n, c_n;      // [D, B, P], [D, B, H]
-  const bool* reset;    // [T, B] or null
+  Rows x;             // [T, B, I]
+  Rows y;             // [T, B, D*P]
+  Rows c_all;         // [T, B, D*H], compute type, or absent
+  Rows gates;         // [D, T, B, 4H] after activation, compute type, units in the kernel's order, or absent
+  States h0, c0;      // [D, B, P], [D, B, H] or absent (zeros)
+  States h_n, c_n;    // [D, B, P], [D, B, H]
+  const bool* reset;  // [T, B] or null
   i64 reset_step, reset_batch;
-  const void* packed;   // from pack_forward
+  const void* packed;  // from pack_forward
   Threads threads;
 };
 
 struct BackwardParams {
   Sizes sizes;
-  Dtype dtype;          // of x, y, h0, c0; everything else is compute type
+  Dtype dtype;  // of x, y, h0, c0; everything else is compute type
   Ragged ragged;
   Rows x, y, c_all, gates;  // as saved by the forward pass
   States h0, c0;
   const bool* reset;
   i64 reset_step, reset_batch;
-  Rows dy;              // [T, B, D*P] or absent
-  Rows dc_all;          // [T, B, D*H] or absent
-  States dh_n, dc_n;    // or absent
-  const void* packed;   // from pack_backward
-  Rows dx;              // or absent when not wanted
-  States dh0, dc0;      // or absent when not wanted
+  Rows dy;             // [T, B, D*P] or absent
+  Rows dc_all;         // [T, B, D*H] or absent
+  States dh_n, dc_n;   // or absent
+  const void* packed;  // from pack_backward
+  Rows dx;             // or absent when not wanted
+  States dh0, dc0;     // or absent when not wanted
   struct Gradients {
     void *w_ih, *w_hh, *b, *w_hr;  // shapes of the weights, b [4H]; null when not wanted
   } dw[2];

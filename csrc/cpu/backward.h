@@ -16,9 +16,9 @@ namespace {
 // Gradients of one direction in a chunk: row start[k] + slot for step k of the chunk, active rows only.
 template <class S>
 struct Chunk {
-  Buffer<S> dgates;  // [rows][gate_pitch], units in tile order
-  Buffer<S> dhidden; // [rows][state_pitch] gradient of the projected h; only with projection
-  Buffer<i64> start; // [steps + 1]
+  Buffer<S> dgates;   // [rows][gate_pitch], units in tile order
+  Buffer<S> dhidden;  // [rows][state_pitch] gradient of the projected h; only with projection
+  Buffer<i64> start;  // [steps + 1]
   i64 gate_pitch, state_pitch;
   S* dgates_row(i64 row) const { return &dgates[row * gate_pitch]; }
   S* dhidden_row(i64 row) const { return &dhidden[row * state_pitch]; }
@@ -29,8 +29,8 @@ class BackwardLane {
  public:
   BackwardLane(const BackwardParams& p, const Plan& plan, i64 direction, i64 lane, const Chunk<S>& chunk)
       : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes),
-        packed_(static_cast<const S*>(p.packed) + direction * at_.size), chunk_(chunk),
-        hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)) {
+        packed_(static_cast<const S*>(p.packed) + direction * at_.size), chunk_(chunk), hidden_pitch_(pitch<S>(s_.H)),
+        state_pitch_(pitch<S>(s_.P)) {
     dh_ = Buffer<S>(rows_.rows * state_pitch_);
     dc_ = Buffer<S>(rows_.rows * hidden_pitch_);
     if (s_.projected) {
@@ -80,8 +80,7 @@ class BackwardLane {
       const i64 b = rows_.batch(i);
       const S* gates = element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
       const S* cell = cell_at(t_, b);
-      const S* dc_out = p_.dc_all.data ? element<S>(p_.dc_all.data, rows_.offset(p_.dc_all, t_, b))
-                                       : nullptr;
+      const S* dc_out = p_.dc_all.data ? element<S>(p_.dc_all.data, rows_.offset(p_.dc_all, t_, b)) : nullptr;
       const S* dy = p_.dy.data && !s_.projected ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, b)) : nullptr;
       const S* previous = previous_cell(i, b);
       S* dgates = chunk_.dgates_row(row(i));
@@ -151,9 +150,7 @@ class BackwardLane {
  private:
   i64 row(i64 i) const { return first_ + rows_.slot(i); }
   bool resets(i64 t, i64 b) const { return p_.reset && p_.reset[t * p_.reset_step + b * p_.reset_batch]; }
-  const S* cell_at(i64 t, i64 b) const {
-    return element<S>(p_.c_all.data, rows_.offset(p_.c_all, t, b));
-  }
+  const S* cell_at(i64 t, i64 b) const { return element<S>(p_.c_all.data, rows_.offset(p_.c_all, t, b)); }
   // c before this step; null stands for zero.
   const S* previous_cell(i64 i, i64 b) const {
     if (resets(t_, b)) return nullptr;
@@ -174,8 +171,7 @@ class BackwardLane {
     if (p_.dh0.data)
       std::memcpy(element<S>(p_.dh0.data, rows_.offset(p_.dh0, b)), &dh_[i * state_pitch_], size_t(s_.P) * sizeof(S));
     if (p_.dc0.data)
-      std::memcpy(element<S>(p_.dc0.data, rows_.offset(p_.dc0, b)), &dc_[i * hidden_pitch_],
-                  size_t(s_.H) * sizeof(S));
+      std::memcpy(element<S>(p_.dc0.data, rows_.offset(p_.dc0, b)), &dc_[i * hidden_pitch_], size_t(s_.H) * sizeof(S));
   }
 
   const BackwardParams& p_;
@@ -197,8 +193,7 @@ class BackwardDirection {
  public:
   BackwardDirection(const BackwardParams& p, i64 direction, i64 capacity)
       : p_(p), s_(p.sizes), all_(p.sizes, p.ragged, direction, 0, 1), at_(p.sizes),
-        packed_(static_cast<const S*>(p.packed) + direction * at_.size), dw_(p.dw[direction]),
-        capacity_(capacity) {
+        packed_(static_cast<const S*>(p.packed) + direction * at_.size), dw_(p.dw[direction]), capacity_(capacity) {
     chunk.gate_pitch = pitch<S>(4 * s_.H);
     chunk.state_pitch = pitch<S>(s_.P);
     chunk.dgates = Buffer<S>(capacity * s_.B * chunk.gate_pitch);
@@ -248,37 +243,37 @@ class BackwardDirection {
 
   // Adds this chunk's [x | h_previous | 1]^T dgates for a block of it.
   void gate_weight_grad(i64 part, i64 parts) {
-    gates_.add(
-        part, parts, chunk_rows(), first_rows_, chunk.dgates.get(), chunk.gate_pitch,
-        [&](i64 row, i64 k_begin, i64 k_end, S* out) {
-          i64 t, slot;
-          locate(row, t, slot);
-          const i64 b = all_.batch(slot);
-          if (k_begin < s_.I)
-            convert_in(out, p_.x.data, p_.dtype, all_.offset(p_.x, t, b) + k_begin, smaller(k_end, s_.I) - k_begin);
-          const i64 h_begin = larger(k_begin, s_.I) - s_.I, h_end = smaller(k_end, s_.I + s_.P) - s_.I;
-          if (h_begin < h_end) previous_hidden(out + s_.I + h_begin - k_begin, t, slot, b, h_begin, h_end - h_begin);
-          if (k_end == s_.I + s_.P + 1) out[k_end - 1 - k_begin] = 1;  // the bias
-        });
+    gates_.add(part, parts, chunk_rows(), first_rows_, chunk.dgates.get(), chunk.gate_pitch,
+               [&](i64 row, i64 k_begin, i64 k_end, S* out) {
+                 i64 t, slot;
+                 locate(row, t, slot);
+                 const i64 b = all_.batch(slot);
+                 if (k_begin < s_.I)
+                   convert_in(out, p_.x.data, p_.dtype, all_.offset(p_.x, t, b) + k_begin,
+                              smaller(k_end, s_.I) - k_begin);
+                 const i64 h_begin = larger(k_begin, s_.I) - s_.I, h_end = smaller(k_end, s_.I + s_.P) - s_.I;
+                 if (h_begin < h_end)
+                   previous_hidden(out + s_.I + h_begin - k_begin, t, slot, b, h_begin, h_end - h_begin);
+                 if (k_end == s_.I + s_.P + 1) out[k_end - 1 - k_begin] = 1;  // the bias
+               });
   }
 
   // Adds this chunk's m^T dh for a block of it, m = o * tanh(c) being the hidden state before projection.
   void projection_weight_grad(i64 part, i64 parts) {
-    projection_.add(
-        part, parts, chunk_rows(), first_rows_, chunk.dhidden.get(), chunk.state_pitch,
-        [&](i64 row, i64 k_begin, i64 k_end, S* out) {
-          i64 t, slot;
-          locate(row, t, slot);
-          const i64 b = all_.batch(slot);
-          const S* gates = element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
-          const S* cell = element<S>(p_.c_all.data, all_.offset(p_.c_all, t, b));
-          for (i64 unit = k_begin / kLanes<S> * kLanes<S>; unit < k_end; unit += kLanes<S>) {
-            const i64 n = smaller(kLanes<S>, s_.H - unit);
-            const Vec<S> m = load_n(gates + 4 * unit + 3 * n, n) * tanh(load_n(cell + unit, n));
-            for (i64 lane = larger(0, k_begin - unit); lane < n && unit + lane < k_end; ++lane)
-              out[unit + lane - k_begin] = m[lane];
-          }
-        });
+    projection_.add(part, parts, chunk_rows(), first_rows_, chunk.dhidden.get(), chunk.state_pitch,
+                    [&](i64 row, i64 k_begin, i64 k_end, S* out) {
+                      i64 t, slot;
+                      locate(row, t, slot);
+                      const i64 b = all_.batch(slot);
+                      const S* gates = element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
+                      const S* cell = element<S>(p_.c_all.data, all_.offset(p_.c_all, t, b));
+                      for (i64 unit = k_begin / kLanes<S> * kLanes<S>; unit < k_end; unit += kLanes<S>) {
+                        const i64 n = smaller(kLanes<S>, s_.H - unit);
+                        const Vec<S> m = load_n(gates + 4 * unit + 3 * n, n) * tanh(load_n(cell + unit, n));
+                        for (i64 lane = larger(0, k_begin - unit); lane < n && unit + lane < k_end; ++lane)
+                          out[unit + lane - k_begin] = m[lane];
+                      }
+                    });
   }
 
   // Copies the gradients of a panel of gate units, or of projected units, to where they are wanted.
@@ -336,8 +331,7 @@ class BackwardDirection {
     else if (start)
       convert_in(out, p_.h0.data, p_.dtype, all_.offset(p_.h0, b) + begin, count);
     else
-      convert_in(out, p_.y.data, p_.dtype,
-                 all_.offset(p_.y, all_.previous(t), b) + begin, count);
+      convert_in(out, p_.y.data, p_.dtype, all_.offset(p_.y, all_.previous(t), b) + begin, count);
   }
 
   const BackwardParams& p_;
@@ -384,14 +378,14 @@ void backward_layer(const BackwardParams& p) {
     if (!plan.split_units) {
       parallel(p.threads, lane_count, [&](i64 k) {
         const BackwardDirection<S>& direction = *directions[k / plan.lanes];
-        for (i64 step = 0; step < steps; ++step) lanes[k]->run(direction.time(first + step), direction.chunk.start[step]);
+        for (i64 step = 0; step < steps; ++step)
+          lanes[k]->run(direction.time(first + step), direction.chunk.start[step]);
       });
     } else {
       for (i64 step = 0; step < steps; ++step) {
         for (i64 d = 0; d < s.D; ++d)
           lanes[d]->begin_step(directions[d]->time(first + step), directions[d]->chunk.start[step]);
-        if (s.projected)
-          share(any.hidden_panels(), [](BackwardLane<S>& lane, i64 a, i64 b) { lane.unproject(a, b); });
+        if (s.projected) share(any.hidden_panels(), [](BackwardLane<S>& lane, i64 a, i64 b) { lane.unproject(a, b); });
         share(any.rows(), [](BackwardLane<S>& lane, i64 a, i64 b) { lane.pointwise(a, b); });
         share(any.state_panels(), [](BackwardLane<S>& lane, i64 a, i64 b) { lane.recur(a, b); });
         for (i64 d = 0; d < s.D; ++d) lanes[d]->end_step();

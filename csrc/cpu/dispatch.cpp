@@ -44,8 +44,8 @@ const Kernels& choose() {
     if (std::strcmp(wanted, kernels->name) == 0) return *kernels;
     available += (available.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::runtime_error("FASTLSTM_ISA=" + std::string(wanted) + " is not available on this machine; choose one of: " +
-                           available + ", or unset it");
+  throw std::runtime_error("FASTLSTM_ISA=" + std::string(wanted) +
+                           " is not available on this machine; choose one of: " + available + ", or unset it");
 }
 
 }  // namespace

@@ -136,8 +136,7 @@ class ForwardLane {
         const i64 b = rows_.batch(i), y = rows_.offset(p_.y, t, b);
         std::memset(static_cast<char*>(p_.y.data) + size_t(y) * bytes, 0, size_t(s_.P) * bytes);
         if (p_.c_all.data)
-          std::memset(element<S>(p_.c_all.data, rows_.offset(p_.c_all, t, b)), 0,
-                      size_t(s_.H) * sizeof(S));
+          std::memset(element<S>(p_.c_all.data, rows_.offset(p_.c_all, t, b)), 0, size_t(s_.H) * sizeof(S));
       }
   }
 
@@ -171,7 +170,8 @@ class ForwardLane {
     for (int r = 0; r < R; ++r) {
       x[r] = x_row_[row + r];
 #pragma GCC unroll 24
-      for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] = load(packed_ + at_.bias + tile * kPanel<S> + v * kLanes<S>);
+      for (int v = 0; v < P * kPanelVectors; ++v)
+        acc[r][v] = load(packed_ + at_.bias + tile * kPanel<S> + v * kLanes<S>);
     }
     accumulate<S, R, P, kPanelVectors>(acc, x, 1, packed_ + at_.w_ih + tile * s_.I * kPanel<S>, s_.I * kPanel<S>,
                                        kPanel<S>, s_.I);
@@ -269,19 +269,19 @@ class ForwardLane {
   const S* packed_;
   const i64 hidden_pitch_, state_pitch_;
   const bool project_ahead_;
-  const bool stores_y_;                    // h goes to y as it is: neither projected nor rounded
-  const i64 steps_;                        // of a chunk
+  const bool stores_y_;  // h goes to y as it is: neither projected nor rounded
+  const i64 steps_;      // of a chunk
   const i64 out_pitch_;
-  Buffer<S> h_, h_next_, c_, m_;           // states, padded to whole vectors; m_: hidden before projection
-  S* out_ = nullptr;                       // where the gates put the hidden state: m_ or h_next_
-  Buffer<const S*> x_row_;                 // input rows of the chunk, active ones only, step by step
-  Buffer<S*> rows_out_;                    // where each active row of this step goes:
+  Buffer<S> h_, h_next_, c_, m_;  // states, padded to whole vectors; m_: hidden before projection
+  S* out_ = nullptr;              // where the gates put the hidden state: m_ or h_next_
+  Buffer<const S*> x_row_;        // input rows of the chunk, active ones only, step by step
+  Buffer<S*> rows_out_;           // where each active row of this step goes:
   S **y_row_, **cell_row_, **gates_row_;
-  Buffer<S> x_copy_;                       // these rows converted to S, for 16-bit input
-  Buffer<S> projected_;                    // see project_inputs
+  Buffer<S> x_copy_;     // these rows converted to S, for 16-bit input
+  Buffer<S> projected_;  // see project_inputs
   i64 chunk_rows_ = 0, next_row_ = 0, first_row_ = 0;
-  i64 entered_ = 0;                        // rows whose initial state is loaded
-  i64 t_ = 0, n_ = 0;                      // this step: time and number of active rows
+  i64 entered_ = 0;    // rows whose initial state is loaded
+  i64 t_ = 0, n_ = 0;  // this step: time and number of active rows
 };
 
 template <class S>

@@ -25,8 +25,7 @@ FASTLSTM_INLINE void accumulate_chain(Vec<S> (&acc)[R][P * V], const S* const (&
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v)
-          acc[0][p * V + v] =
-              fma(splat(a[0][ak]), load(panel + p * panel_stride + v * kLanes<S>), acc[0][p * V + v]);
+          acc[0][p * V + v] = fma(splat(a[0][ak]), load(panel + p * panel_stride + v * kLanes<S>), acc[0][p * V + v]);
     } else {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
@@ -141,8 +140,7 @@ __attribute__((noinline)) void multiply_tile(const S* a, i64 a_pitch, i64 a_stri
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      store_n(out + r * out_pitch + v * kLanes<S>, acc[r][v], v < V - 1 ? kLanes<S> : last);
+    for (int v = 0; v < V; ++v) store_n(out + r * out_pitch + v * kLanes<S>, acc[r][v], v < V - 1 ? kLanes<S> : last);
 }
 
 // multiply_tile over any number of rows and up to kPanel columns.

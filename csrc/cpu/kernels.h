@@ -34,13 +34,9 @@ void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights,
       pack_backward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * BackwardPack<float>(s).size);
 }
 
-void forward(const ForwardParams& p) {
-  p.dtype == Dtype::f64 ? forward_layer<double>(p) : forward_layer<float>(p);
-}
+void forward(const ForwardParams& p) { p.dtype == Dtype::f64 ? forward_layer<double>(p) : forward_layer<float>(p); }
 
-void backward(const BackwardParams& p) {
-  p.dtype == Dtype::f64 ? backward_layer<double>(p) : backward_layer<float>(p);
-}
+void backward(const BackwardParams& p) { p.dtype == Dtype::f64 ? backward_layer<double>(p) : backward_layer<float>(p); }
 
 void describe(const Sizes& s, int threads, char* text, size_t size) {
   const Plan plan = make_plan<float>(s, threads);
@@ -60,9 +56,9 @@ void describe(const Sizes& s, int threads, char* text, size_t size) {
 }  // namespace
 }  // namespace fastlstm
 
-#define FASTLSTM_KERNELS(isa)                                                                                   \
-  namespace fastlstm {                                                                                          \
-  extern const Kernels isa##_kernels;                                                                           \
-  const Kernels isa##_kernels = {#isa,          packed_bytes, hash_bytes, pack_forward,                         \
-                                 pack_backward, forward,      backward,   describe};                            \
+#define FASTLSTM_KERNELS(isa)                                                           \
+  namespace fastlstm {                                                                  \
+  extern const Kernels isa##_kernels;                                                   \
+  const Kernels isa##_kernels = {#isa,          packed_bytes, hash_bytes, pack_forward, \
+                                 pack_backward, forward,      backward,   describe};    \
   }

@@ -5,8 +5,8 @@
 // In backward a row of 4H gate gradients is in tile order without padding.
 #pragma once
 
-#include "simd.h"
 #include "gemm.h"
+#include "simd.h"
 
 namespace fastlstm {
 namespace {
@@ -18,10 +18,10 @@ struct ForwardPack {
   explicit ForwardPack(const Sizes& s) {
     tiles = ceil_div(s.H, kLanes<S>);
     out_panels = s.projected ? ceil_div(s.P, kPanel<S>) : 0;
-    w_ih = bias + tiles * kPanel<S>;               // bias [tiles][kPanel]
-    w_hh = w_ih + tiles * s.I * kPanel<S>;         // w_ih [tiles][I][kPanel]
-    w_hr = w_hh + tiles * s.P * kPanel<S>;         // w_hh [tiles][P][kPanel]
-    size = w_hr + out_panels * s.H * kPanel<S>;    // w_hr [panels of P][H][kPanel]
+    w_ih = bias + tiles * kPanel<S>;             // bias [tiles][kPanel]
+    w_hh = w_ih + tiles * s.I * kPanel<S>;       // w_ih [tiles][I][kPanel]
+    w_hr = w_hh + tiles * s.P * kPanel<S>;       // w_hh [tiles][P][kPanel]
+    size = w_hr + out_panels * s.H * kPanel<S>;  // w_hr [panels of P][H][kPanel]
   }
 };
 template <class S>
@@ -101,8 +101,10 @@ inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights
     const i64 first = tile * kLanes<S>, lanes = smaller(kLanes<S>, s.H - first);
     for (i64 gate = 0; gate < 4; ++gate) {
       const i64 row = gate * s.H + first, column = gate * kLanes<S>;
-      transpose_lanes(packed + at.w_ih + tile * s.I * kPanel<S> + column, kPanel<S>, w_ih.get() + row * s.I, s.I, lanes);
-      transpose_lanes(packed + at.w_hh + tile * s.P * kPanel<S> + column, kPanel<S>, w_hh.get() + row * s.P, s.P, lanes);
+      transpose_lanes(packed + at.w_ih + tile * s.I * kPanel<S> + column, kPanel<S>, w_ih.get() + row * s.I, s.I,
+                      lanes);
+      transpose_lanes(packed + at.w_hh + tile * s.P * kPanel<S> + column, kPanel<S>, w_hh.get() + row * s.P, s.P,
+                      lanes);
       S* bias = packed + at.bias + tile * kPanel<S> + column;
       for (i64 lane = 0; lane < kLanes<S>; ++lane)
         bias[lane] = s.bias && lane < lanes ? b_ih.get()[row + lane] + b_hh.get()[row + lane] : S(0);
@@ -169,8 +171,8 @@ inline uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
   const char* p = static_cast<const char*>(data);
   const char* end = p + bytes;
   for (; p + 128 <= end; p += 128, key += step) {
-    absorb((Words)*reinterpret_cast<const LooseWords*>(p), key, sum[0]);
-    absorb((Words)*reinterpret_cast<const LooseWords*>(p + 64), key, sum[1]);
+    absorb((Words) * reinterpret_cast<const LooseWords*>(p), key, sum[0]);
+    absorb((Words) * reinterpret_cast<const LooseWords*>(p + 64), key, sum[1]);
   }
   for (; p < end; p += 64, key += step) {
     Words tail = {};

@@ -173,7 +173,7 @@ inline uint16_t float_to_bf16(float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);  // NaN stays NaN
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                   // to nearest even
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                  // to nearest even
 }
 inline float half_to_float(uint16_t v) {
 #if defined(__F16C__)
@@ -201,7 +201,7 @@ inline uint16_t float_to_half(float f) {
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
   if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
-  if (bits < 0x38800000u) {                                   // denormal half: let an addition round it
+  if (bits < 0x38800000u) {                                  // denormal half: let an addition round it
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5f;
