@@ -57,8 +57,9 @@ struct Call {
     const i64 each = i64(w.size()) / directions;
     STD_TORCH_CHECK(each >= 2 && each <= 5 && each * directions == i64(w.size()),
                     "fastlstm: expected 2 to 5 weights for each of ", directions, " directions, got ", w.size());
-    STD_TORCH_CHECK(x.dim == (packed_rows ? 2 : 3), "fastlstm: expected ",
-                    packed_rows ? "packed rows [N, I]" : "input [T, B, I]", ", got ", x.shape_text());
+    STD_TORCH_CHECK(x.dim == 2 || (x.dim == 3 && !packed_rows), "fastlstm: expected ",
+                    packed_rows ? "packed rows [N, I]" : "input [T, B, I], or [B, I] for one step", ", got ",
+                    x.shape_text());
     STD_TORCH_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
     Sizes& s = sizes;
     s.D = directions;
@@ -73,6 +74,10 @@ struct Call {
       batch_sizes.check_dtype("batch_sizes", aoti_torch_dtype_int64());
       s.T = batch_sizes.sizes[0];
       s.B = s.T ? static_cast<const i64*>(batch_sizes.data)[0] : 0;
+    } else if (x.dim == 2) {  // one step: rows without an offset
+      packed_rows = true;
+      rows = s.B = x.sizes[0];
+      s.T = 1;
     } else {
       s.T = x.sizes[0];
       s.B = x.sizes[1];
@@ -97,7 +102,7 @@ struct Call {
         weights[d].w_hr = t[each - 1].data;
       }
     }
-    if (packed_rows) from_batch_sizes(batch_sizes);
+    if (batch_sizes) from_batch_sizes(batch_sizes);
     if (lengths) from_lengths(lengths);
   }
 
@@ -168,13 +173,14 @@ struct Call {
     STD_TORCH_CHECK(t.contiguous(), "fastlstm: gates must be contiguous");
     return {t.data, (packed_rows ? rows : sizes.T * sizes.B) * n, sizes.B * n, n};
   }
-  // [D, B, n]
+  // [D, B, n], or [B, n] with one direction
   States states_of(const Array& t, const char* name, i64 n, int32_t expected) const {
     if (!t) return {};
     t.check_dtype(name, expected);
-    t.check_shape(name, {sizes.D, sizes.B, n});
+    const bool flat = t.dim == 2 && sizes.D == 1;
+    flat ? t.check_shape(name, {sizes.B, n}) : t.check_shape(name, {sizes.D, sizes.B, n});
     STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
-    return {t.data, t.strides[0], t.strides[1]};
+    return {t.data, flat ? 0 : t.strides[0], t.strides[flat ? 0 : 1]};
   }
   // Sets the reset mask [T, B] of forward or backward parameters.
   template <class Params>

@@ -60,17 +60,25 @@ def infer(
     sizes: tuple[int, int, int],
     cache: Cache,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The shortest way to the kernel, for streaming: ``[T, B, I]`` without gradients.
+    """The shortest way to the kernel, for streaming without gradients.
+
+    x is ``[T, B, I]``, or ``[B, I]`` for one step of one direction with states ``[B, n]``.
 
     What the operator checks itself is not checked before; None stands for a call that it refused,
     which the caller then takes the long way, to an answer or a better message.
     """
     D, H, P = sizes
     try:
-        T, B, _ = x.shape
-        y = torch.empty(T, B, D * P, dtype=x.dtype)
-        h_n = torch.empty(D, B, P, dtype=x.dtype)
-        c_n = torch.empty(D, B, H, dtype=x.dtype)
+        if x.dim() == 3:
+            T, B, _ = x.shape
+            y = torch.empty(T, B, D * P, dtype=x.dtype)
+            h_n = torch.empty(D, B, P, dtype=x.dtype)
+            c_n = torch.empty(D, B, H, dtype=x.dtype)
+        else:
+            B, _ = x.shape
+            y = torch.empty(B, P, dtype=x.dtype)
+            h_n = torch.empty(B, P, dtype=x.dtype)
+            c_n = torch.empty(B, H, dtype=x.dtype)
         buffer = _packed(cache, "forward", weights, D)
         ops.lstm_fwd_cpu(
             x, weights, D, h0, c0, None, None, None, y, h_n, c_n, None, None, buffer

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fastlstm.autograd import infer
+from fastlstm.autograd import lstm_layer as kernel_layer
 from fastlstm.backends import Layer, select
 from fastlstm.checks import (
     check_cell_state,
@@ -217,6 +219,9 @@ def lstm_cell(
         RuntimeError: a wrong size, dtype or device, or a backend that was asked for and cannot
             compute the call.
     """
+    quick = infer_cell(input, hx, weights, cache)
+    if quick is not None:
+        return quick
     dims = input.dim()
     if dims not in (1, 2):
         raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {size(input)}")
@@ -249,6 +254,33 @@ def lstm_cell(
     x = input.view(1, batch, input.shape[-1])
     _, h, c, _ = layer(x, weights, h0, c0, cache=cache)
     return h.reshape(shape), c.reshape(shape)
+
+
+def infer_cell(
+    x: Tensor, hx: State | None, weights: Sequence[Tensor], cache: dict[Any, Any] | None
+) -> State | None:
+    """One step of a cell without gradients, for latency; None for what needs a closer look."""
+    if (
+        torch.is_grad_enabled()
+        or cache is None
+        or x.dim() != 2
+        or select(x) is not kernel_layer
+        or not is_plain(hx)
+    ):
+        return None
+    H = weights[1].shape[1]
+    h0, c0 = hx or (None, None)
+    result = infer(x, weights, h0, c0, (1, H, H), cache)
+    return result and result[1:]
+
+
+def is_plain(hx: Any) -> bool:
+    """Whether hx can go to a kernel as it is, with neither autocast nor a compiler at work."""
+    if torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        return False
+    if hx is None:
+        return True
+    return type(hx) is tuple and len(hx) == 2 and type(hx[0]) is Tensor and type(hx[1]) is Tensor
 
 
 def sequence_loss(

@@ -13,7 +13,7 @@ from fastlstm import convert
 from fastlstm.autograd import infer, lstm_layer
 from fastlstm.backends import select
 from fastlstm.checks import check_pair, check_state
-from fastlstm.functional import State, lstm, lstm_cell
+from fastlstm.functional import State, is_plain, lstm, lstm_cell
 
 __all__ = ["LSTM", "LSTMCell"]
 
@@ -139,16 +139,9 @@ class LSTM(nn.RNNBase):
         self, x: Tensor, hx: State | None, weights: list[Tensor]
     ) -> tuple[Tensor, State] | None:
         """One layer without gradients, for latency; None for what `lstm` should look at first."""
-        h0: Any = None
-        c0: Any = None
-        if hx is not None:
-            if type(hx) is not tuple or len(hx) != 2:
-                return None
-            h0, c0 = hx
-            if type(h0) is not Tensor or type(c0) is not Tensor:
-                return None
-        if x.dim() != 3 or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        if x.dim() != 3 or not is_plain(hx):
             return None
+        h0, c0 = hx or (None, None)
         batch_first = self.batch_first
         H = self.hidden_size
         sizes = 2 if self.bidirectional else 1, H, self.proj_size or H
