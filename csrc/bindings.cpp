@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -195,49 +194,71 @@ struct Call {
   }
 };
 
-// Weights in kernel order: from the caller's buffer while it holds these very weights, else packed anew.
-// The buffer starts with a header: a tag for what was packed and how, and a hash of the weights' bytes, because
-// an edit through `.data` leaves no other trace.
+// Weights in kernel order for one call: from the caller's buffer while it holds these very weights, else packed
+// anew. An edit through `.data` leaves no trace but the bytes, so a hash of them tells.
+//
+// Threads may share a buffer. Its header counts the calls that read it; it is repacked by one call that finds
+// nobody reading. A call that finds it busy with other weights packs for itself.
 class PackedWeights {
  public:
   static constexpr i64 kHeaderBytes = 64;
 
   PackedWeights(const Call& call, bool backward, const Array& cache) {
-    const Kernels& kernels = cpu_kernels();
-    const Sizes& s = call.sizes;
-    const size_t bytes = kernels.packed_bytes(s, call.dtype == Dtype::f64);
-    char* base;
-    if (cache) {
-      STD_TORCH_CHECK(cache.dtype == aoti_torch_dtype_uint8() && cache.has_shape({i64(bytes) + kHeaderBytes}),
-                      "fastlstm: the cache of packed weights belongs to a layer of another size");
-      base = static_cast<char*>(cache.data);
-    } else {
-      own_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + kHeaderBytes + 63) / 64 * 64)));
-      STD_TORCH_CHECK(own_, "fastlstm: out of memory for packed weights");
-      base = own_.get();
-    }
-    data_ = base + kHeaderBytes;
-    const auto pack = [&] {
-      (backward ? kernels.pack_backward : kernels.pack_forward)(s, call.dtype, call.weights, data_);
-    };
-    if (!cache) {
-      pack();
-      return;
-    }
-
-    auto* header = reinterpret_cast<std::atomic<uint64_t>*>(base);
-    const uint64_t wanted = hash_weights(call, backward);
-    if (header->load(std::memory_order_acquire) == wanted) return;
-    static std::mutex mutex;  // threads sharing a module must not pack into one buffer at once
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (header->load(std::memory_order_relaxed) == wanted) return;
-    pack();
-    header->store(wanted, std::memory_order_release);
+    const size_t bytes = cpu_kernels().packed_bytes(call.sizes, call.dtype == Dtype::f64);
+    const bool fits = cache && cache.dtype == aoti_torch_dtype_uint8() && cache.has_shape({i64(bytes) + kHeaderBytes});
+    if (fits && share(call, backward, static_cast<char*>(cache.data))) return;
+    own_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+    STD_TORCH_CHECK(own_, "fastlstm: out of memory for packed weights");
+    data_ = own_.get();
+    pack(call, backward);
   }
+  ~PackedWeights() {
+    if (header_) header_->readers.fetch_sub(1, std::memory_order_release);
+  }
+  PackedWeights(const PackedWeights&) = delete;
 
   const void* data() const { return data_; }
 
  private:
+  struct Header {
+    std::atomic<uint64_t> hash;    // of what was packed and how; 0: nothing yet
+    std::atomic<int32_t> readers;  // calls in flight; -1 while one of them packs
+  };
+  static_assert(sizeof(Header) <= kHeaderBytes);
+
+  // Whether the shared buffer now holds these weights and will keep them until this object goes.
+  bool share(const Call& call, bool backward, char* base) {
+    auto* header = reinterpret_cast<Header*>(base);
+    const uint64_t wanted = hash_weights(call, backward);
+    int32_t readers = header->readers.load(std::memory_order_acquire);
+    while (readers >= 0 && header->hash.load(std::memory_order_acquire) == wanted)
+      if (header->readers.compare_exchange_weak(readers, readers + 1, std::memory_order_acq_rel)) {
+        // From here on nobody repacks; it may have happened just before.
+        if (header->hash.load(std::memory_order_acquire) == wanted) {
+          header_ = header;
+          data_ = base + kHeaderBytes;
+          return true;
+        }
+        header->readers.fetch_sub(1, std::memory_order_release);
+        return false;
+      }
+    readers = 0;
+    if (!header->readers.compare_exchange_strong(readers, -1, std::memory_order_acq_rel)) return false;
+    header_ = header;
+    data_ = base + kHeaderBytes;
+    header->hash.store(0, std::memory_order_release);
+    pack(call, backward);
+    // Weights that changed while they were packed may be a mixture: good for this call at most.
+    if (hash_weights(call, backward) == wanted) header->hash.store(wanted, std::memory_order_release);
+    header->readers.store(1, std::memory_order_release);
+    return true;
+  }
+
+  void pack(const Call& call, bool backward) const {
+    const Kernels& kernels = cpu_kernels();
+    (backward ? kernels.pack_backward : kernels.pack_forward)(call.sizes, call.dtype, call.weights, data_);
+  }
+
   static uint64_t hash_weights(const Call& call, bool backward) {
     const Kernels& kernels = cpu_kernels();
     const Sizes& s = call.sizes;
@@ -274,7 +295,8 @@ class PackedWeights {
     void operator()(char* p) const { std::free(p); }
   };
   std::unique_ptr<char, Free> own_;
-  char* data_;
+  Header* header_ = nullptr;  // of the shared buffer in use
+  char* data_ = nullptr;
 };
 
 void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,

@@ -1,10 +1,12 @@
 """One layer on the compiled kernels, differentiable to any order.
 
 First derivatives come from the backward kernel. When a graph of the gradients is asked for
-(``create_graph=True``), backward goes through the reference: slower, and right to any order.
+(``create_graph=True``), or a batch of them (``is_grads_batched=True``), backward goes through the
+reference: slower, and right to any order.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from . import ops, reference
 LayerOutput = tuple[Tensor, Tensor, Tensor, Tensor | None]
 Rows = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
 Cache = dict[Any, Tensor]
+
+_CPU = torch.device("cpu")  # named at every allocation: a default device may be another one
+_is_cpu = attrgetter("is_cpu")
 
 
 def lstm_layer(
@@ -68,17 +73,23 @@ def infer(
     which the caller then takes the long way, to an answer or a better message.
     """
     D, H, P = sizes
+    if not all(map(_is_cpu, weights)):  # a meta tensor would bypass the kernel
+        return None
+    if h0 is not None and c0 is not None and not (h0.is_cpu and c0.is_cpu):
+        return None
     try:
         if x.dim() == 3:
             T, B, _ = x.shape
-            y = torch.empty(T, B, D * P, dtype=x.dtype)
-            h_n = torch.empty(D, B, P, dtype=x.dtype)
-            c_n = torch.empty(D, B, H, dtype=x.dtype)
+            if T == 0:
+                return None
+            y = torch.empty(T, B, D * P, dtype=x.dtype, device=_CPU)
+            h_n = torch.empty(D, B, P, dtype=x.dtype, device=_CPU)
+            c_n = torch.empty(D, B, H, dtype=x.dtype, device=_CPU)
         else:
             B, _ = x.shape
-            y = torch.empty(B, P, dtype=x.dtype)
-            h_n = torch.empty(B, P, dtype=x.dtype)
-            c_n = torch.empty(B, H, dtype=x.dtype)
+            y = torch.empty(B, P, dtype=x.dtype, device=_CPU)
+            h_n = torch.empty(B, P, dtype=x.dtype, device=_CPU)
+            c_n = torch.empty(B, H, dtype=x.dtype, device=_CPU)
         buffer = _packed(cache, "forward", weights, D)
         ops.lstm_fwd_cpu(
             x, weights, D, h0, c0, None, None, None, y, h_n, c_n, None, None, buffer
@@ -86,6 +97,14 @@ def infer(
     except (RuntimeError, ValueError):
         return None
     return y, h_n, c_n
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether a vmap stands for many gradients; `is_grads_batched=True` uses the legacy one."""
+    functorch = torch._C._functorch
+    return grad is not None and (
+        functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+    )
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -116,7 +135,10 @@ def _packed(cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int) -
         projected = w_hh.shape[1] if len(weights) // D % 2 else 0
         double = w_ih.dtype is torch.float64
         size = ops.cpu_cache_bytes(w_ih.shape[1], w_ih.shape[0] // 4, projected, D, double)
-        buffer = cache[key] = torch.zeros(size, dtype=torch.uint8)
+        buffer = torch.zeros(size, dtype=torch.uint8, device=_CPU)
+        if type(buffer) is not Tensor:  # a fake tensor must not outlive the mode that made it
+            return None
+        cache[key] = buffer
     return buffer
 
 
@@ -138,14 +160,14 @@ def _forward(
     shape = x.shape[:-1]
     B = shape[1] if batch_sizes is None else int(batch_sizes[0])
     # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
-    y = torch.empty(*shape, D * P, dtype=dtype)
-    h_n = torch.empty(D, B, P, dtype=dtype)
-    c_n = torch.empty(D, B, H, dtype=dtype)
+    y = torch.empty(*shape, D * P, dtype=dtype, device=_CPU)
+    h_n = torch.empty(D, B, P, dtype=dtype, device=_CPU)
+    c_n = torch.empty(D, B, H, dtype=dtype, device=_CPU)
     c_all = gates = None
     if save or cell_states:
-        c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype))
+        c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype), device=_CPU)
     if save:
-        gates = torch.empty(D, *shape, gate_units, dtype=_compute_dtype(dtype))
+        gates = torch.empty(D, *shape, gate_units, dtype=_compute_dtype(dtype), device=_CPU)
     ops.lstm_fwd_cpu(
         _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), batch_sizes, lengths, reset,
         y, h_n, c_n, c_all, gates, _packed(cache, "forward", weights, D),
@@ -180,9 +202,12 @@ class _Layer(torch.autograd.Function):
         batch_sizes, lengths, reset, y, c_all, gates, x, h0, c0, *weights = ctx.saved_tensors
         rows, D = (batch_sizes, lengths, reset), ctx.directions
         needed = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():
+        create_graph = torch.is_grad_enabled()
+        if create_graph or any(map(_is_batched, outgoing)):
             inputs = (x, h0, c0, *weights)
-            return (None,) * 4 + _differentiable_grads(ctx, rows, inputs, needed, outgoing)
+            return (None,) * 4 + _reference_grads(
+                ctx, rows, inputs, needed, outgoing, create_graph
+            )
 
         dtype = _compute_dtype(x.dtype)
 
@@ -190,7 +215,11 @@ class _Layer(torch.autograd.Function):
             return None if grad is None else _dense(grad.to(dtype))
 
         def empty(like: Tensor | None, wanted: bool) -> Tensor | None:
-            return torch.empty(like.shape, dtype=dtype) if wanted and like is not None else None
+            return (
+                torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+                if wanted and like is not None
+                else None
+            )
 
         dx, dh0, dc0 = empty(x, needed[0]), empty(h0, needed[1]), empty(c0, needed[2])
         each = len(weights) // D
@@ -200,7 +229,10 @@ class _Layer(torch.autograd.Function):
             for d in range(0, len(weights), each):
                 group = weights[d : d + each]
                 del group[2 : 3 if bias else 2]  # one gradient serves both biases
-                dweights += [torch.empty(w.shape, dtype=dtype) for w in group]
+                dweights += [
+                    torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
+                    for w in group
+                ]
         ops.lstm_bwd_cpu(
             _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows, y, c_all, gates,
             *map(incoming, outgoing), *(() if ctx.cell_states else (None,)),
@@ -220,12 +252,14 @@ class _Layer(torch.autograd.Function):
         )
 
 
-def _differentiable_grads(
+@torch.enable_grad()
+def _reference_grads(
     ctx: Any,
     rows: Rows,
     inputs: Sequence[Tensor | None],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
+    create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients as a function of the inputs and the incoming gradients, through the reference."""
     # Views cut the graph at this layer: x may itself depend on the weights.
@@ -246,7 +280,7 @@ def _differentiable_grads(
             [out for out, _ in used],
             [t for t, need in zip(own, needed, strict=True) if need],
             [grad for _, grad in used],
-            create_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
         )
     )

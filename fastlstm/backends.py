@@ -89,7 +89,7 @@ def _checked(name: str, source: str) -> str:
 
 
 class _Choice(threading.local):
-    name = _checked(os.environ.get("FASTLSTM_BACKEND", "auto"), "FASTLSTM_BACKEND")
+    name = _checked(os.environ.get("FASTLSTM_BACKEND") or "auto", "FASTLSTM_BACKEND")
 
 
 _choice = _Choice()

@@ -35,18 +35,27 @@ def check_weights(
         shapes += [(projected, hidden)]
     elif projected != hidden:
         shapes[1] = (4 * hidden, hidden)
+    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if count > 3 else [])]
+    if count % 2:
+        names.append("weight_hr")
     dtype, device, on_cpu = x.dtype, x.device, x.is_cpu
     for k, w in enumerate(weights):
         if k == count * directions:
             shapes[0] = (4 * hidden, directions * projected)
         if w.dtype is not dtype or (not w.is_cpu if on_cpu else w.device != device):
             raise RuntimeError(
-                f"weight {k} is {w.dtype} on {w.device} but the input is {dtype} on {device}: "
-                "move both to one dtype and device"
+                f"the input is {dtype} on {device} but {names[k % count]} is {w.dtype} on "
+                f"{w.device}: move the input or the module with .to(...)"
             )
         if w.shape != shapes[k % count]:
+            if k == 0 and w.dim() == 2 and w.shape[0] == 4 * hidden:
+                raise RuntimeError(
+                    f"expected input with {w.shape[1]} features (the last dimension), got "
+                    f"{size(x)}"
+                )
             raise RuntimeError(
-                f"expected weight {k} to be {list(shapes[k % count])}, got {size(w)}"
+                f"expected {names[k % count]} of layer {k // (count * directions)} to be "
+                f"{list(shapes[k % count])}, got {size(w)}"
             )
 
 
@@ -124,7 +133,10 @@ def check_like(h: Tensor, c: Tensor, x: Tensor) -> None:
 def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> Tensor:
     """lengths as int64 ``[B]`` on the device of x ``[T, B, I]``."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
-        raise TypeError(f"LSTM: lengths must be a tensor of integers, got {_describe(lengths)}")
+        raise TypeError(
+            f"LSTM: lengths must be a tensor of integers, got {_describe(lengths)}: convert them "
+            "with torch.as_tensor(lengths)"
+        )
     steps, batch, _ = x.shape
     if lengths.shape != ((batch,) if batched else ()):
         expected = f"[{batch}], one for each row" if batched else "[] for unbatched input"
@@ -134,7 +146,7 @@ def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> Tensor:
         lengths = lengths.clamp(0, steps)
     elif batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"LSTM: lengths must be in 0..{steps}, got {lengths.tolist()}")
-    return lengths.to(x.device).view(batch)
+    return lengths.to(x.device).contiguous().view(batch)
 
 
 def check_reset(reset: Tensor, x: Tensor, batched: bool, batch_first: bool) -> Tensor:

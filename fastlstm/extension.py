@@ -27,9 +27,9 @@ def error() -> str | None:
         return f"{why}; to build it, run: {_INSTALL}"
     try:
         torch.ops.load_library(libraries[0])
-        ops.cpu_isa()
     except (OSError, RuntimeError) as failure:
-        return f"{libraries[0].name} cannot be used: {failure}"
+        return f"{libraries[0].name} cannot be loaded: {failure}"
+    ops.cpu_isa()  # raises for a FASTLSTM_ISA that this machine does not have
     return None
 
 

@@ -28,7 +28,6 @@ from fastlstm.checks import (
     check_weights,
     size,
 )
-from fastlstm.reference import lstm_layer
 
 __all__ = ["lstm", "sequence_loss"]
 
@@ -124,8 +123,7 @@ def lstm(
     directions = 2 if bidirectional else 1
     rows = num_layers * directions
     layer = select(x)
-    if layer is lstm_layer or len(weights) < 2 * rows or not all([w.is_cpu for w in weights]):
-        check_weights(weights, x, num_layers, directions)  # the kernels do the rest, in C++
+    check_weights(weights, x, num_layers, directions)
     if steps == 0:
         raise RuntimeError(f"LSTM: expected at least one time step, got input {size(input)}")
 
@@ -237,8 +235,7 @@ def lstm_cell(
             f"{size(input)}"
         )
     layer = select(input)
-    if layer is lstm_layer or len(weights) < 2 or not all([w.is_cpu for w in weights]):
-        check_weights(weights, input)
+    check_weights(weights, input)
     hidden = weights[1].shape[1]
     shape = (*input.shape[:-1], hidden)
     batch = shape[0] if dims == 2 else 1

@@ -212,7 +212,8 @@ class ForwardLane {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
-      for (int v = 0; v < P * kPanelVectors; ++v) store(&gates[r * P][v * kLanes<S>], acc[r][v]);
+      for (int v = 0; v < P * kPanelVectors; ++v)
+        store(&gates[r * P + v / kPanelVectors][v % kPanelVectors * kLanes<S>], acc[r][v]);
 #pragma GCC unroll 1
     for (int k = 0; k < R * P; ++k) activate(gates[k]);
 #pragma GCC unroll 1

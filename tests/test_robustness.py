@@ -1,0 +1,119 @@
+"""What must not go wrong silently: foreign devices, fake tensors, shared caches, batched gradients."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fastlstm
+
+GRAD_MODES = [torch.no_grad, torch.enable_grad]
+
+
+@pytest.fixture
+def lstm() -> fastlstm.LSTM:
+    return fastlstm.LSTM(3, 4)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 2, 3)
+
+
+@pytest.mark.parametrize("mode", GRAD_MODES)
+def test_meta_tensors_are_refused(mode, lstm, x):
+    with mode(), pytest.raises(RuntimeError, match="meta"):
+        fastlstm.LSTM(3, 4, device="meta")(x)
+    with mode(), pytest.raises(RuntimeError, match="meta"):
+        lstm(x, (torch.zeros(1, 2, 4, device="meta"),) * 2)
+
+
+@pytest.mark.parametrize("mode", GRAD_MODES)
+def test_no_steps_are_refused(mode, lstm):
+    with mode(), pytest.raises(RuntimeError, match="time step"):
+        lstm(torch.randn(0, 2, 3))
+
+
+def test_default_device_does_not_move_the_output(backend, lstm, x):
+    expected = lstm(x)[0]
+    for mode in GRAD_MODES:
+        with torch.device("meta"), mode():
+            y = lstm(x)[0]
+        assert y.device.type == "cpu"
+        assert torch.equal(y, expected)
+    with torch.no_grad():
+        assert torch.equal(lstm(x)[0], expected)
+
+
+def test_fake_tensors_leave_nothing_behind(backend, lstm, x):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        lstm(torch.randn(5, 2, 3))
+    with torch.no_grad():
+        graph = make_fx(lambda t: lstm(t)[0], tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        expected = lstm.to_torch()(x)[0]
+        torch.testing.assert_close(lstm(x)[0], expected)
+        torch.testing.assert_close(graph(x), expected)
+
+
+def test_batched_gradients(backend, lstm, x):
+    x.requires_grad_()
+    y = lstm(x)[0]
+    grads = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    one_by_one = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+    assert not batched.requires_grad
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+def test_weights_of_another_size(backend, lstm, x):
+    with torch.no_grad():
+        lstm(x)
+        lstm.weight_ih_l0 = torch.nn.Parameter(torch.randn(16, 30))
+        lstm.input_size = 30
+        wide = torch.randn(5, 2, 30)
+        torch.testing.assert_close(lstm(wide)[0], lstm.to_torch()(wide)[0])
+
+
+def test_lengths_of_any_layout(backend, lstm, x):
+    lengths = torch.tensor([[3, 0], [5, 0]])[:, 0]
+    assert torch.equal(lstm(x, lengths=lengths)[0], lstm(x, lengths=lengths.clone())[0])
+
+
+def test_threads_with_their_own_weights(backend):
+    """Backward passes of one module with different weights, at once: each uses its own."""
+    lstm = fastlstm.LSTM(32, 64)
+    x = torch.randn(4, 2, 32)
+
+    def gradient(scale: float) -> torch.Tensor:
+        own = x.clone().requires_grad_()
+        weights = {"weight_hh_l0": lstm.weight_hh_l0 * scale}
+        return torch.autograd.grad(functional_call(lstm, weights, own)[0].sum(), own)[0]
+
+    scales = [0.5, 2.0] * 40
+    expected = {scale: gradient(scale) for scale in set(scales)}
+    graphs = []
+    for scale in scales:
+        own = x.clone().requires_grad_()
+        weights = {"weight_hh_l0": lstm.weight_hh_l0 * scale}
+        graphs.append((scale, own, functional_call(lstm, weights, own)[0].sum()))
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda g: (g[0], torch.autograd.grad(g[2], g[1])[0]), graphs)
+        for scale, grad in found:
+            assert torch.equal(grad, expected[scale])
+
+
+def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+    if fastlstm.backends()["cpu"].available:
+        import subprocess
+        import sys
+
+        code = "import fastlstm, torch; fastlstm.LSTM(2, 2)(torch.zeros(1, 1, 2))"
+        monkeypatch.setenv("FASTLSTM_ISA", "bogus")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode != 0
+        assert "FASTLSTM_ISA=bogus" in done.stderr
