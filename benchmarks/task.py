@@ -44,6 +44,10 @@ class Task(ABC):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """A new optimizer for the model."""
 
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate from step to step; constant unless a task says otherwise."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
     @abstractmethod
     def batches(self) -> Iterator[Tensor]:
         """The rows of the training set in each batch, without end, every time the same."""

@@ -73,6 +73,7 @@ class Trainee:
         self.provider = provider
         self.model = model
         self.optimizer = task.optimizer(model)
+        self.schedule = task.schedule(self.optimizer)
         self.seconds = 0.0
         self.steps = 0
         self.curve: list[Point] = []
@@ -94,6 +95,7 @@ class Trainee:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            self.schedule.step()
             outcomes.append((loss.detach(), logits.detach(), targets))
         seconds = _now(self.task.device) - start
         self.seconds += seconds
