@@ -142,9 +142,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PROTOCOLS,
         default="lstm",
         help="lstm: H=64, batch 128, Adam 1e-2 falling to 0, 5 epochs. lstm128: H=128, "
-        "forget_bias=1, batch 128, Adam 1e-3, 100,000 samples. blstm: H=64 each way, batch 256, Adam 1e-3, output "
-        "dropout keep 0.9, 5,000,000 samples; logs every 10 steps and tests every 50 "
-        "(default: %(default)s)",
+        "forget_bias=1, batch 128, Adam 1e-3, 100,000 samples. blstm: H=64 each way, batch 256, "
+        "Adam 1e-3, output dropout keep 0.9, 5,000,000 samples; logs every 10 steps and tests "
+        "every 50 (default: %(default)s)",
     )
     parser.add_argument(
         "--head",
