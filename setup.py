@@ -35,7 +35,7 @@ SOURCES = {
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS.append("-DFASTLSTM_X86=1")
-    # The last two: GCC 12 suspects its own intrinsics (GCC bug 105593).
+    # The last two: GCC 12 suspects its own intrinsics of using unset values.
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     avx512 += " -Wno-uninitialized -Wno-maybe-uninitialized"
     SOURCES["csrc/cpu/avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -48,11 +48,6 @@ def check_weights(
                 f"{w.device}: move the input or the module with .to(...)"
             )
         if w.shape != shapes[k % count]:
-            if k == 0 and w.dim() == 2 and w.shape[0] == 4 * hidden:
-                raise RuntimeError(
-                    f"expected input with {w.shape[1]} features (the last dimension), got "
-                    f"{size(x)}"
-                )
             raise RuntimeError(
                 f"expected {names[k % count]} of layer {k // (count * directions)} to be "
                 f"{list(shapes[k % count])}, got {size(w)}"
