@@ -1,4 +1,4 @@
-"""One layer on the compiled kernels, differentiable to any order.
+"""One layer on the kernels of a backend, differentiable to any order.
 
 First derivatives come from the backward kernel. When a graph of the gradients is asked for
 (``create_graph=True``), or a batch of them (``is_grads_batched=True``), backward goes through the
@@ -7,7 +7,7 @@ reference: slower, and right to any order.
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,21 @@ _CPU = torch.device("cpu")  # named at every allocation: a default device may be
 _is_cpu = attrgetter("is_cpu")
 
 
+class _Kernels(NamedTuple):
+    """What autograd has to know of a backend; the contract of the operators is in ops.py."""
+
+    forward: Any
+    backward: Any
+    packs: bool  # whether it keeps weights in an order of its own
+    wide: bool  # whether gates and gradients of 16-bit layers are float32
+
+
+_KERNELS = {
+    "cpu": _Kernels(ops.lstm_fwd_cpu, ops.lstm_bwd_cpu, packs=True, wide=True),
+    "triton": _Kernels(ops.lstm_fwd_triton, ops.lstm_bwd_triton, packs=False, wide=False),
+}
+
+
 def lstm_layer(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -34,8 +49,9 @@ def lstm_layer(
     reset: Tensor | None = None,
     cell_states: bool = False,
     cache: Cache | None = None,
+    kernels: str = "cpu",
 ) -> LayerOutput:
-    """Same contract as :func:`fastlstm.reference.lstm_layer`, on the CPU kernels.
+    """Same contract as :func:`fastlstm.reference.lstm_layer`, on the kernels of that name.
 
     ``cache`` keeps the weights in kernel order between calls. It is checked against the weights'
     bytes at every call, so any edit of a weight is seen.
@@ -47,14 +63,19 @@ def lstm_layer(
         or (h0 is not None and h0.requires_grad)
         or (c0 is not None and c0.requires_grad)
     ):
-        outputs = _Layer.apply(directions, rows, cell_states, cache, x, h0, c0, *weights)
+        outputs = _Layer.apply(kernels, directions, rows, cell_states, cache, x, h0, c0, *weights)
         return outputs if cell_states else (*outputs, None)
     y, h_n, c_n, c_all, _ = _forward(
-        directions, rows, x, weights, h0, c0, cell_states, False, cache
+        kernels, directions, rows, x, weights, h0, c0, cell_states, False, cache
     )
     if c_all is not None and c_all.dtype is not x.dtype:
         c_all = c_all.to(x.dtype)
     return y, h_n, c_n, c_all
+
+
+def triton_layer(*args: Any, **options: Any) -> LayerOutput:
+    """Same contract as :func:`fastlstm.reference.lstm_layer`, on the Triton kernels."""
+    return lstm_layer(*args, **options, kernels="triton")
 
 
 def infer(
@@ -101,6 +122,8 @@ def infer(
 
 def _is_batched(grad: Tensor | None) -> bool:
     """Whether a vmap stands for many gradients; `is_grads_batched=True` uses the legacy one."""
+    if torch.compiler.is_compiling():  # Dynamo cannot ask, and does not trace those
+        return False
     functorch = torch._C._functorch
     return grad is not None and (
         functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
@@ -143,6 +166,7 @@ def _packed(cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int) -
 
 
 def _forward(
+    name: str,
     D: int,
     rows: Rows,
     x: Tensor,
@@ -153,24 +177,27 @@ def _forward(
     save: bool,
     cache: Cache | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    kernels = _KERNELS[name]
     batch_sizes, lengths, reset = rows
     gate_units, P = weights[1].shape
     H = gate_units // 4
-    dtype = x.dtype
+    dtype, device = x.dtype, x.device
     shape = x.shape[:-1]
     B = shape[1] if batch_sizes is None else int(batch_sizes[0])
     # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
-    y = torch.empty(*shape, D * P, dtype=dtype, device=_CPU)
-    h_n = torch.empty(D, B, P, dtype=dtype, device=_CPU)
-    c_n = torch.empty(D, B, H, dtype=dtype, device=_CPU)
+    y = torch.empty(*shape, D * P, dtype=dtype, device=device)
+    h_n = torch.empty(D, B, P, dtype=dtype, device=device)
+    c_n = torch.empty(D, B, H, dtype=dtype, device=device)
     c_all = gates = None
     if save or cell_states:
-        c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype), device=_CPU)
-    if save:
-        gates = torch.empty(D, *shape, gate_units, dtype=_compute_dtype(dtype), device=_CPU)
-    ops.lstm_fwd_cpu(
+        c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype), device=device)
+    if save and (name == "cpu" or ops.triton_keeps_gates(H)):
+        kept = _compute_dtype(dtype) if kernels.wide else dtype
+        gates = torch.empty(D, *shape, gate_units, dtype=kept, device=device)
+    packed = _packed(cache, "forward", weights, D) if kernels.packs else None
+    kernels.forward(
         _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), batch_sizes, lengths, reset,
-        y, h_n, c_n, c_all, gates, _packed(cache, "forward", weights, D),
+        y, h_n, c_n, c_all, gates, packed,
     )  # fmt: skip
     return y, h_n, c_n, c_all, gates
 
@@ -179,6 +206,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: str,
         D: int,
         rows: Rows,
         cell_states: bool,
@@ -188,11 +216,13 @@ class _Layer(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, c_all, gates = _forward(D, rows, x, weights, h0, c0, cell_states, True, cache)
+        y, h_n, c_n, c_all, gates = _forward(
+            kernels, D, rows, x, weights, h0, c0, cell_states, True, cache
+        )
         ctx.save_for_backward(*rows, y, c_all, gates, x, h0, c0, *weights)
         if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
             ctx.set_materialize_grads(False)
-        ctx.directions, ctx.cell_states, ctx.cache = D, cell_states, cache
+        ctx.kernels, ctx.directions, ctx.cell_states, ctx.cache = kernels, D, cell_states, cache
         if not cell_states or c_all is None:
             return y, h_n, c_n  # no None among the outputs: Dynamo would ask for its gradient
         return y, h_n, c_n, c_all.to(x.dtype)
@@ -201,15 +231,16 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *outgoing: Tensor | None) -> tuple[Tensor | None, ...]:
         batch_sizes, lengths, reset, y, c_all, gates, x, h0, c0, *weights = ctx.saved_tensors
         rows, D = (batch_sizes, lengths, reset), ctx.directions
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         create_graph = torch.is_grad_enabled()
         if create_graph or any(map(_is_batched, outgoing)):
             inputs = (x, h0, c0, *weights)
-            return (None,) * 4 + _reference_grads(
+            return (None,) * 5 + _reference_grads(
                 ctx, rows, inputs, needed, outgoing, create_graph
             )
 
-        dtype = _compute_dtype(x.dtype)
+        kernels = _KERNELS[ctx.kernels]
+        dtype = _compute_dtype(x.dtype) if kernels.wide else x.dtype
 
         def incoming(grad: Tensor | None) -> Tensor | None:
             return None if grad is None else _dense(grad.to(dtype))
@@ -233,10 +264,11 @@ class _Layer(torch.autograd.Function):
                     torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
                     for w in group
                 ]
-        ops.lstm_bwd_cpu(
+        packed = _packed(ctx.cache, "backward", weights, D) if kernels.packs else None
+        kernels.backward(
             _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows, y, c_all, gates,
             *map(incoming, outgoing), *(() if ctx.cell_states else (None,)),
-            dx, dh0, dc0, dweights, _packed(ctx.cache, "backward", weights, D),
+            dx, dh0, dc0, dweights, packed,
         )  # fmt: skip
 
         grads: list[Tensor | None] = [dx, dh0, dc0]
@@ -246,7 +278,7 @@ class _Layer(torch.autograd.Function):
                 group.insert(3, group[2].clone())
             grads += group
         grads += [None] * (len(needed) - len(grads))
-        return (None,) * 4 + tuple(
+        return (None,) * 5 + tuple(
             grad.to(x.dtype) if grad is not None and wanted else None
             for grad, wanted in zip(grads, needed, strict=True)
         )

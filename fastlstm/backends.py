@@ -1,16 +1,19 @@
 """Which implementation computes a layer: how to choose it, what there is, and why.
 
-``auto`` takes the compiled CPU kernels wherever they can compute the call and the reference
-everywhere else. A backend that is named explicitly computes every call or raises: it is never
-replaced silently.
+``auto`` takes the compiled CPU kernels on the CPU and the Triton kernels on CUDA devices wherever
+they can compute the call, and the reference everywhere else. A backend that is named explicitly
+computes every call or raises: it is never replaced silently.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -27,6 +30,7 @@ Layer = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _transform_level = torch._C._functorch.maybe_current_level
 
 
@@ -74,10 +78,12 @@ def backends() -> Report:
         cpu = Status(True, f"compiled kernels, {extension.isa()}: float32/64, bfloat16, float16")
     else:
         cpu = Status(False, error)
+    error = _triton_error()
+    triton = Status(False, error) if error else Status(True, _triton_detail())
     return Report(
         reference=Status(True, "plain PyTorch: any device, any floating dtype, torch.func"),
         cpu=cpu,
-        triton=Status(False, "not part of this version"),
+        triton=triton,
         cuda=Status(False, "not part of this version"),
     )
 
@@ -140,22 +146,76 @@ def _missing(name: str) -> RuntimeError:
     )
 
 
-def _obstacle(x: Tensor) -> str | None:
-    """Why the CPU kernels cannot compute a layer of x; None if they can."""
-    if not x.is_cpu:
-        return f"the input is on {x.device}, the cpu kernels need it on the CPU"
-    if x.dtype not in _CPU_DTYPES:
-        return f"the cpu kernels have no {x.dtype}"
+def _obstacle(name: str, x: Tensor) -> str | None:
+    """Why the kernels of that name cannot compute a layer of x; None if they can."""
+    if name == "cpu":
+        if not x.is_cpu:
+            return f"the input is on {x.device}, the cpu kernels need it on the CPU"
+        if x.dtype not in _CPU_DTYPES:
+            return f"the cpu kernels have no {x.dtype}"
     if _transform_level() is not None:
-        return "a torch.func transform is active, which the cpu kernels do not support"
+        return f"a torch.func transform is active, which the {name} kernels do not support"
     if forward_ad._current_level >= 0:
-        return "forward-mode AD is active, which the cpu kernels do not support"
-    return _extension_error()
+        return f"forward-mode AD is active, which the {name} kernels do not support"
+    return _extension_error() if name == "cpu" else _triton_error() or _triton_obstacle(x)
 
 
 @torch.compiler.assume_constant_result  # Dynamo would trace the loading, it ignores the cache
 def _extension_error() -> str | None:
     return extension.error()
+
+
+@torch.compiler.assume_constant_result
+def _triton_error() -> str | None:
+    """Why there are no Triton kernels here; None once they are loaded."""
+    return _load_triton()
+
+
+@cache
+def _load_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from triton import knobs
+
+    if not knobs.runtime.interpret and not torch.cuda.is_available():
+        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    import_module("fastlstm.kernels")
+    return None
+
+
+def _triton_detail() -> str:
+    from triton import __version__, knobs
+
+    if knobs.runtime.interpret:
+        return f"Triton {__version__}, interpreted (TRITON_INTERPRET=1), to check the kernels"
+    return f"Triton {__version__}: float32, bfloat16, float16 on CUDA devices from sm_80"
+
+
+def _triton_obstacle(x: Tensor) -> str | None:
+    if x.dtype not in _TRITON_DTYPES:
+        return f"the triton kernels have no {x.dtype}"
+    if _interpreted():
+        if not x.is_cpu:
+            return f"the input is on {x.device}, the interpreter needs it on the CPU"
+        if x.dtype is torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+    elif not x.is_cuda:
+        return f"the input is on {x.device}, the triton kernels need it on a CUDA device"
+    elif _capability(x.device) < (8, 0):
+        return f"{x.device} is older than sm_80"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def select(x: Tensor) -> Layer:
@@ -167,17 +227,21 @@ def select(x: Tensor) -> Layer:
     name = _choice.name
     if name == "reference":
         return reference.lstm_layer
-    if name == "auto" or name == "cpu":
-        obstacle = _obstacle(x)
-        if obstacle is None:
-            return autograd.lstm_layer
-        if name == "auto":
-            return reference.lstm_layer
-        raise RuntimeError(
-            f'the "cpu" backend cannot compute this call: {obstacle}. '
-            'Use fastlstm.backend("auto") or "reference"'
-        )
-    raise _missing(name)  # it comes from FASTLSTM_BACKEND: backend() would have refused it
+    kernels = ("triton" if x.is_cuda else "cpu") if name == "auto" else name
+    if kernels not in _LAYERS:
+        raise _missing(name)  # it comes from FASTLSTM_BACKEND: backend() would have refused it
+    obstacle = _obstacle(kernels, x)
+    if obstacle is None:
+        return _LAYERS[kernels]
+    if name == "auto":
+        return reference.lstm_layer
+    raise RuntimeError(
+        f'the "{name}" backend cannot compute this call: {obstacle}. '
+        'Use fastlstm.backend("auto") or "reference"'
+    )
+
+
+_LAYERS: dict[str, Layer] = {"cpu": autograd.lstm_layer, "triton": autograd.triton_layer}
 
 
 def explain(
@@ -207,20 +271,30 @@ def explain(
         )
     data = x.data if isinstance(x, PackedSequence) else x
     compute = select(data)
+    auto = _choice.name == "auto"
     chosen = f'backend("{_choice.name}") asks for it'
+    layers = list(_layers(module, x))
     if compute is reference.lstm_layer:
-        if _choice.name == "auto":
-            chosen = f"auto: {_obstacle(data)}"
+        if auto:
+            chosen = f"auto: {_obstacle('triton' if data.is_cuda else 'cpu', data)}"
         plan = "one product for the input of all steps, then a step at a time"
-        layers = getattr(module, "num_layers", 1)
-        return Explanation("reference", "PyTorch operations", (plan,) * layers, chosen)
-    if _choice.name == "auto":
-        chosen = f"auto: {data.dtype} on the CPU"
-    return Explanation("cpu", extension.isa(), _cpu_plans(module, x), chosen)
+        return Explanation("reference", "PyTorch operations", (plan,) * len(layers), chosen)
+    if auto:
+        chosen = f"auto: {data.dtype} on {'a CUDA device' if data.is_cuda else 'the CPU'}"
+    if compute is autograd.lstm_layer:
+        threads = torch.get_num_threads()
+        plans = tuple(extension.plan(*layer, threads) for layer in layers)
+        return Explanation("cpu", extension.isa(), plans, chosen)
+    from fastlstm import kernels
+
+    plans = tuple(kernels.describe(data, *layer) for layer in layers)
+    return Explanation("triton", _triton_detail(), plans, chosen)
 
 
-def _cpu_plans(module: Any, x: Tensor | PackedSequence) -> tuple[str, ...]:
-    """One line for each layer of an LSTM or LSTMCell."""
+def _layers(
+    module: Any, x: Tensor | PackedSequence
+) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """T, B, I, H, P and D of each layer of an LSTM or LSTMCell."""
     hidden, layers = module.hidden_size, getattr(module, "num_layers", 1)
     projected = getattr(module, "proj_size", 0) or hidden
     directions = 2 if getattr(module, "bidirectional", False) else 1
@@ -232,9 +306,5 @@ def _cpu_plans(module: Any, x: Tensor | PackedSequence) -> tuple[str, ...]:
         steps, batch = x.shape[0], 1
     else:
         steps, batch = (x.shape[1], x.shape[0]) if module.batch_first else x.shape[:2]
-    threads = torch.get_num_threads()
-    features = [module.input_size] + [directions * projected] * (layers - 1)
-    return tuple(
-        extension.plan(steps, batch, width, hidden, projected, directions, threads)
-        for width in features
-    )
+    for features in [module.input_size] + [directions * projected] * (layers - 1):
+        yield steps, batch, features, hidden, projected, directions

@@ -8,6 +8,7 @@ states, which nn.LSTM lacks).
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -15,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fastlstm
 
 Results = dict[str, Tensor]
+
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"], indirect=True)
 
 # The same values at other strides; the "alike" ones repeat the first row, step or element.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -129,8 +132,9 @@ def draw_reset(case: Case) -> Tensor:
 
 def fast(case: Case, lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> Results:
     """The case through the module under test."""
-    reset = draw_reset(case) if case.reset else None
-    lengths = torch.tensor(case.lengths) if case.lengths and not case.packed else None
+    reset = draw_reset(case).to(x.device) if case.reset else None
+    padded = case.lengths and not case.packed
+    lengths = torch.tensor(case.lengths, device=x.device) if padded else None
     y, (h_n, c_n), *c_all = lstm(
         to_module(case, x),
         hx,
@@ -150,9 +154,9 @@ def plain(case: Case, lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] | N
 
 def stepwise(case: Case, lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> Results:
     """The case through torch.nn.LSTM, one layer, direction and step at a time, under masks."""
-    lengths = torch.tensor(case.lengths or [case.T] * case.B)
-    active = torch.arange(case.T)[:, None] < lengths  # [T, B]
-    reset = draw_reset(case) if case.reset else torch.zeros_like(active)
+    lengths = torch.tensor(case.lengths or [case.T] * case.B, device=x.device)
+    active = torch.arange(case.T, device=x.device)[:, None] < lengths  # [T, B]
+    reset = draw_reset(case).to(x.device) if case.reset else torch.zeros_like(active)
     P, stack = case.proj or case.H, case.layers * case.directions
     h0, c0 = hx or (x.new_zeros(stack, case.B, P), x.new_zeros(stack, case.B, case.H))
     h_n, c_n, c_rows = [], [], []
@@ -160,6 +164,7 @@ def stepwise(case: Case, lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] 
     rows = torch.where(active[..., None], x, zero)
     for layer in range(case.layers):
         step = nn.LSTM(rows.shape[-1], case.H, bias=case.bias, proj_size=case.proj, dtype=x.dtype)
+        step.to(x.device)
         h_rows, c_rows = [], []
         for direction in range(case.directions):
             suffix = f"_l{layer}" + "_reverse" * direction
@@ -216,8 +221,9 @@ def from_module(case: Case, y: Tensor | PackedSequence) -> Tensor:
 def evaluate(
     case: Case, dtype: torch.dtype, numbers: Results, solver: Callable[..., Results]
 ) -> Results:
-    """Outputs and "d <leaf>" gradients of a case in `dtype`, as float64."""
+    """Outputs and "d <leaf>" gradients of a case in `dtype`, as float64, where `numbers` are."""
     lstm = case.module(fastlstm.LSTM if solver is fast else nn.LSTM, dtype)
+    lstm.to(numbers["x"].device)
     lstm.load_state_dict({k[2:]: v for k, v in numbers.items() if k.startswith("w.")})
     leaves: dict[str, Tensor] = dict(lstm.named_parameters())
     leaves["x"] = LAYOUTS[case.x_layout](numbers["x"].to(dtype))

@@ -5,7 +5,7 @@ CI runs this file once for every instruction set the kernels are built for (FAST
 
 import pytest
 import torch
-from cases import Case, draw, evaluate, fast
+from cases import EVERY_BACKEND, Case, draw, evaluate, fast
 from oracle import check
 
 import fastlstm
@@ -91,6 +91,7 @@ LARGE = [
 ]
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SIZES + FEATURES + MEMORY + EXTREMES + GRADIENTS, ids=str)
 def test_error_is_that_of_pytorch(backend: str, case: Case, dtype: torch.dtype) -> None:
@@ -107,6 +108,7 @@ def test_large_shapes(backend: str, case: Case, dtype: torch.dtype, threads: int
     check(case, dtype)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [3, 13])
@@ -135,6 +137,7 @@ def test_non_finite_input_stays_in_its_row(
     assert torch.equal(backward[3:], clean_backward[3:])
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("where", ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "h0", "c0"])
 def test_nan_is_never_clamped_away(backend: str, where: str) -> None:
     """A NaN in a parameter or a state reaches the outputs: a gate that clamps would hide it."""
@@ -145,6 +148,7 @@ def test_nan_is_never_clamped_away(backend: str, where: str) -> None:
         assert evaluate(case, torch.float32, numbers, fast)["y"][-1, 0].isnan().any()
 
 
+@EVERY_BACKEND
 def test_poison_reaches_what_kernels_write_to(backend: str) -> None:
     """The other tests rely on NaN in fresh memory; this one sees that it is there."""
     x = torch.zeros(2, 3)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, draw, draw_reset, evaluate, fast, stepwise
+from cases import EVERY_BACKEND, Case, draw, draw_reset, evaluate, fast, stepwise
 from oracle import check, compare, expectation
 
 import fastlstm
@@ -48,6 +48,7 @@ RESET = [
 ]
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PACKED + PADDED + RESET, ids=str)
 def test_error_is_that_of_pytorch(backend: str, case: Case, dtype: torch.dtype) -> None:
@@ -63,6 +64,7 @@ def test_stepwise_yardstick_is_nn_lstm(packed: bool) -> None:
     compare(str(case), evaluate(case, torch.float64, numbers, stepwise), truth, allowed)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
@@ -84,6 +86,7 @@ def test_padding_never_leaks(
         assert (spoiled[name][padding] == 0).all(), name
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_sequence_hands_its_state_through(backend: str, dtype: torch.dtype) -> None:
     """A row of length 0 returns hx as it came, and its gradient is the incoming one."""
@@ -96,6 +99,7 @@ def test_empty_sequence_hands_its_state_through(backend: str, dtype: torch.dtype
     assert (got["d x"][:, ::2] == 0).all()
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("unused", [float("nan"), 3.0])
 def test_reset_at_the_start_forgets_hx(backend: str, dtype: torch.dtype, unused: float) -> None:
@@ -116,6 +120,7 @@ def test_reset_at_the_start_forgets_hx(backend: str, dtype: torch.dtype, unused:
         assert (got[name][:, ~at_start] != 0).any()
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", [0, 4])
 def test_reset_row_is_a_fresh_sequence(backend: str, dtype: torch.dtype, where: int) -> None:
@@ -131,6 +136,7 @@ def test_reset_row_is_a_fresh_sequence(backend: str, dtype: torch.dtype, where: 
         assert torch.equal(got, want)
 
 
+@EVERY_BACKEND
 def test_no_reset_changes_nothing(backend: str) -> None:
     """A mask of False, and lengths of T, are the dense call to the bit."""
     x = torch.randn(9, 3, 10)

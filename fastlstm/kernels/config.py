@@ -1,0 +1,288 @@
+"""Which kernel computes a layer, in which tiles: a pure function of the shape and the GPU.
+
+Three regimes:
+
+- ``sequence``: one program per direction and tile of sequences takes all steps; W_hh stays on
+  chip. Wherever it fits.
+- ``persistent``: the units are spread over programs that are on the GPU together and exchange
+  every step through L2; one launch for all steps.
+- ``steps``: the same kernel, one launch for every step.
+
+The choices follow from what compiling ahead of time shows (``python -m benchmarks kernels``:
+registers, spills, shared memory, barriers); none of them has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+__all__ = [
+    "Device",
+    "Plan",
+    "Shape",
+    "backward_plan",
+    "forward_plan",
+    "override",
+    "padded",
+]
+
+# The exchange of a persistent launch cannot be tested without a GPU: until it has been, it is
+# chosen only by `override(regime="persistent")`, which the GPU tests and benchmarks use.
+PERSISTENT_BY_DEFAULT = False
+
+# Bytes of shared memory one program may use, by compute capability.
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227}
+_SHARED_ELSEWHERE = 99
+_SMALLEST_DOT = 16
+_WIDEST_UNITS = 128  # of the sequence regime
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a GPU."""
+
+    arch: int  # compute capability, 10 * major + minor
+    processors: int  # streaming multiprocessors
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one program may use."""
+        return _SHARED.get(self.arch, _SHARED_ELSEWHERE) * 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer: sizes, and the bytes of an element of x and the weights (2 or 4)."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    P: int
+    D: int
+    element: int
+    precision: str  # of products of float32: "tf32" or "ieee"; "tf32" stands for 16 bit too
+
+    @property
+    def projected(self) -> bool:
+        """Whether there is a w_hr: nn.LSTM projects to fewer than H."""
+        return self.P != self.H
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A regime and its tiles."""
+
+    regime: str  # "sequence", "persistent" or "steps"
+    units: int  # units of a program: the tile is four times as high; 16 or more
+    batch: int  # sequences of a program
+    chunk: int  # terms of the product loaded at a time; covers P where the weights stay on chip
+    resident: bool  # whether they do
+    fused: bool  # x is projected in the loop, not in a product of its own before it
+    warps: int
+    stages: int  # of the pipeline that loads
+    reason: str
+
+    def __str__(self) -> str:
+        tile = f"{self.regime}: {4 * self.units} x {self.batch} tiles, {self.warps} warps"
+        where = "weights on chip" if self.resident else f"weights in chunks of {self.chunk}"
+        before = "input projected in the loop" if self.fused else "input projected before"
+        return f"{tile}, {where}, {before}"
+
+
+# For the whole process: autograd runs backward in a thread of its own.
+_changes: dict[str, Any] = {}
+
+
+@contextmanager
+def override(**changes: Any) -> Iterator[None]:
+    """Change fields of every plan that the process makes in this block, for tests and tuning.
+
+    ``regime`` restricts the choice; the other fields of :class:`Plan` replace what was chosen.
+
+    Raises:
+        ValueError: there is no such field or regime.
+    """
+    unknown = changes.keys() - Plan.__dataclass_fields__.keys()
+    if unknown:
+        raise ValueError(f"override(): a plan has no {', '.join(sorted(unknown))}")
+    if changes.get("regime", "steps") not in ("sequence", "persistent", "steps"):
+        raise ValueError(f"override(): {changes['regime']!r} is not a regime")
+    global _changes
+    before = _changes
+    _changes = {**before, **changes}
+    try:
+        yield
+    finally:
+        _changes = before
+
+
+def padded(size: int) -> int:
+    """The tile that holds `size`: a power of two that a matrix instruction can take."""
+    return max(_SMALLEST_DOT, 1 << (size - 1).bit_length())
+
+
+def forward_plan(shape: Shape, device: Device) -> Plan:
+    """The plan of the forward pass; there is one for every shape.
+
+    Raises:
+        ValueError: the overridden regime cannot compute this shape.
+    """
+    return _choose(shape, device, (_forward_sequence, _forward_spread))
+
+
+def backward_plan(shape: Shape, device: Device) -> Plan:
+    """The plan of the backward pass; it need not have the regime of the forward pass.
+
+    Raises:
+        ValueError: the overridden regime cannot compute this shape.
+    """
+    return _choose(shape, device, (_backward_sequence, _backward_spread))
+
+
+def _choose(shape: Shape, device: Device, makers: Any) -> Plan:
+    regime = _changes.get("regime")
+    sequence, spread = makers
+    plan = sequence(shape, device) if regime in (None, "sequence") else None
+    if plan is None:
+        if regime == "sequence":
+            raise ValueError(
+                f"the sequence regime has no room for {shape} in {device.shared_bytes:,} bytes"
+            )
+        plan = spread(shape, device, regime)
+    return replace(plan, **{k: v for k, v in _changes.items() if k != "regime"})
+
+
+def _sequence_batches(shape: Shape, device: Device) -> tuple[int, ...]:
+    """Sequences of a program, the best first.
+
+    16 is the narrowest tile that Hopper's own matrix instructions take in every version of the
+    compiler; in a wider one the same activations would only wait for each other.
+    """
+    return (8,) if shape.B <= 8 and device.arch >= 90 else (16, 8)
+
+
+def _forward_sequence(shape: Shape, device: Device) -> Plan | None:
+    units, states, features = padded(shape.H), padded(shape.P), padded(shape.I)
+    if max(units, states) > _WIDEST_UNITS or shape.precision == "ieee":
+        return None
+    weights = shape.element * units * states * (5 if shape.projected else 4)
+    # Fused costs barriers where x needs rounding on its way to the matrix instruction (TF32 on
+    # Hopper), and with eight warps. Less than a pair of 16-bit features cannot be copied ahead.
+    # Wide ones spill.
+    fusible = units < _WIDEST_UNITS and not (shape.element == 4 and device.arch >= 90)
+    fusible = fusible and shape.element * shape.I % 4 == 0 and features <= 64
+    # As many warps as leave rows of all four gates of a unit to each of them (primitives.py).
+    warps = 8 if shape.element == 4 and units == 64 else {16: 2, 32: 4, 64: 4, 128: 8}[units]
+    for fused, batch, stages in product(
+        (True, False) if fusible else (False,), _sequence_batches(shape, device), (3, 2)
+    ):
+        # h as an operand, y and c on their way out
+        room = batch * (shape.element * states + 4 * units)
+        if fused:
+            room += shape.element * features * (4 * units + stages * batch)
+        else:
+            room += 4 * 4 * units * batch * (stages - 1)
+        if weights + room <= device.shared_bytes:
+            where = "so do its input weights" if fused else "its input is projected before"
+            return Plan(
+                "sequence", units, batch, states, True, fused, warps, stages,
+                f"W_hh fits one multiprocessor, {where}",
+            )  # fmt: skip
+    return None
+
+
+def _backward_sequence(shape: Shape, device: Device) -> Plan | None:
+    units, states = padded(shape.H), padded(shape.P)
+    if max(units, states) > _WIDEST_UNITS or shape.precision == "ieee":
+        return None
+    warps = {16: 2, 32: 4 if shape.element == 2 else 8, 64: 8, 128: 8}[units]
+    weights = shape.element * units * states * (5 if shape.projected else 4)
+    narrow = shape.element == 4 and units == 64  # 16 spills
+    for stages, batch in product((3, 2, 1), (8,) if narrow else _sequence_batches(shape, device)):
+        # the gradients of the gates as an operand; of each stage gates, two cells and dy
+        each = batch * (4 * 6 * units + shape.element * states)
+        room = batch * 4 * units * shape.element + each * (stages - 1)
+        if weights + room <= device.shared_bytes:
+            return Plan(
+                "sequence", units, batch, states, True, False, warps, stages,
+                "W_hh fits one multiprocessor",
+            )  # fmt: skip
+    return None
+
+
+def _persistent_fits(shape: Shape, device: Device, units: int, batch: int) -> bool:
+    programs = -(-shape.H // units) * -(-shape.B // batch) * shape.D
+    return programs <= device.processors
+
+
+def _spread(
+    shape: Shape, device: Device, regime: str | None, tiles: list[tuple[int, int, int, int]]
+) -> tuple[str, tuple[int, int, int, int]]:
+    """The regime, and the first of the tiles (units, batch, chunk, warps) to fit it."""
+    wanted = regime or ("persistent" if PERSISTENT_BY_DEFAULT else "steps")
+    # The cells of a projected layer need a second exchange in every step.
+    if wanted == "persistent" and not shape.projected:
+        for tile in tiles:
+            if _persistent_fits(shape, device, tile[0], tile[1]):
+                return "persistent", tile
+    if regime == "persistent":
+        raise ValueError(
+            f"the persistent regime has no room for {shape} on {device.processors} multiprocessors"
+        )
+    for tile in tiles:
+        if _persistent_fits(shape, device, tile[0], tile[1]):
+            return "steps", tile
+    return "steps", tiles[-1]
+
+
+def _forward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
+    if shape.precision == "ieee":
+        tiles = [(16, 16, 32, 4), (32, 16, 32, 4), (32, 32, 16, 8)]
+    elif shape.element == 4:
+        tiles = [(16, 16, 16, 4), (32, 16, 32, 4), (32, 32, 32, 8)]
+    elif device.arch >= 90:
+        tiles = [(32, 16, 64, 4), (32, 32, 64, 4), (32, 64, 64, 4), (32, 128, 64, 8)]
+    else:  # the tiles of both factors take registers too
+        tiles = [(32, 16, 64, 4), (32, 32, 64, 8), (32, 64, 32, 8)]
+    chosen, tile = _spread(shape, device, regime, tiles)
+    units, batch, chunk, warps = tile
+    states = padded(shape.P)
+    reason = "W_hh is spread over programs"
+    if chosen == "persistent" and shape.element == 2:
+        # On chip: the weights of U units, h of N sequences, and the conversion between gates.
+        for on_chip in ((32, 16, states, 8), (32, 32, states, 8), (16, 16, states, 4)):
+            u, n = on_chip[:2]
+            room = 2 * states * (4 * u + n) + 4 * 4 * u * n
+            if states <= 1024 // (u // 16) and room <= device.shared_bytes:
+                if _persistent_fits(shape, device, u, n):
+                    units, batch, chunk, warps = on_chip
+                    return Plan(
+                        chosen,
+                        units,
+                        batch,
+                        chunk,
+                        True,
+                        False,
+                        warps,
+                        3,
+                        f"{reason} and stays there",
+                    )
+    return Plan(chosen, units, batch, chunk, False, False, warps, 3, reason)
+
+
+def _backward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
+    if shape.precision == "ieee":
+        tiles = [(16, 16, 32, 4), (32, 16, 32, 4), (32, 32, 32, 4)]
+    elif shape.element == 4:
+        tiles = [(32, 16, 32, 4), (32, 32, 32, 8)]
+    else:
+        tiles = [(32, 16, 128, 4), (32, 32, 64, 8), (64, 64, 64, 8)]
+    chosen, (units, batch, chunk, warps) = _spread(shape, device, regime, tiles)
+    return Plan(
+        chosen, units, batch, chunk, False, False, warps, 3, "W_hh is spread over programs"
+    )

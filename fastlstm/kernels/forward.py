@@ -1,0 +1,248 @@
+"""Forward: a whole sequence in one program, and the choice between it and spread steps.
+
+Letters as in the rest of the library (T steps, B batch, I input, H hidden, P projected size or H,
+D directions); further U units and N sequences of a tile. Rows of ``[T, B, ...]`` and of packed
+tensors are addressed alike: step t of sequence b is row ``first_row(t) + b``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Plan, forward_plan, padded
+from .forward_steps import launch_lstm_fwd_steps
+from .launch import device_of, dot_precision, is_fast, launch, shape_of
+from .operands import Group, project
+from .primitives import (
+    activate,
+    first_row,
+    load_bias,
+    operand,
+    split_gates,
+    stacked_rows,
+    tanh,
+)
+from .rows import Rows
+
+
+@triton.jit(do_not_specialize=["rows", "T", "B", "x_t", "x_b"])
+def lstm_fwd_sequence_kernel(
+    x,  # [rows, I] of strides x_t, x_b, or with FUSED=False its projection [D, rows, 4H], float32
+    w_ih,  # [4H, I], direction 0; None unless FUSED
+    w_hh,  # [4H, P]
+    b_ih,  # [4H] or None
+    b_hh,
+    w_hr,  # [P, H] or None
+    w_ih_reverse,  # the same of direction 1; None if there is none
+    w_hh_reverse,
+    b_ih_reverse,
+    b_hh_reverse,
+    w_hr_reverse,
+    h0,  # [D, B, P] or None
+    c0,  # [D, B, H] or None
+    offsets,  # int64 [T], the first row of each step of packed rows; None for [T, B]
+    lengths,  # int64 [B] or None
+    reset,  # uint8 [T, B] or None
+    y,  # [rows, D*P]
+    h_n,  # [D, B, P]
+    c_n,  # [D, B, H]
+    c_all,  # float32 [rows, D*H] or None
+    rows,
+    T,
+    B,
+    x_t,  # X_UNIT elements of x from a step to the next; with offsets from a row to the next
+    x_b,  # and from a sequence to the next
+    I: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    I_TILE: tl.constexpr,  # I, H and P, rounded up to powers of two
+    UNITS: tl.constexpr,
+    P_TILE: tl.constexpr,
+    N: tl.constexpr,
+    FUSED: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """N sequences in one direction, from the first step to the last; the weights stay on chip."""
+    direction = tl.program_id(1)
+    if D == 2:
+        if direction == 1:
+            w_ih, w_hh, w_hr = w_ih_reverse, w_hh_reverse, w_hr_reverse
+            b_ih, b_hh = b_ih_reverse, b_hh_reverse
+    dtype: tl.constexpr = w_hh.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    real = n < B
+    unit = tl.arange(0, UNITS)
+    out = tl.arange(0, P_TILE)
+    w_row, inside, is_cell = stacked_rows(0, UNITS, H)
+    w = tl.load(w_hh + w_row[:, None] * P + out, inside[:, None] & (out < P), 0)
+    w = operand(w, dtype, PRECISION)
+    bias = load_bias(b_ih, b_hh, w_row, inside)[:, None]
+    if FUSED:
+        feature = tl.arange(0, I_TILE)
+        w_x = tl.load(w_ih + w_row[:, None] * I + feature, inside[:, None] & (feature < I), 0)
+        w_x = operand(w_x, dtype, PRECISION)
+        start = tl.broadcast_to(bias, [4 * UNITS, N])
+        x_t, x_b = x_t.to(tl.int64) * X_UNIT, x_b.to(tl.int64) * X_UNIT
+        x_tile = x + feature[:, None] + n * x_b
+        x_real = (feature < I)[:, None] & real
+    else:
+        x_tile = x + direction * rows * (4 * H) + w_row[:, None] + n * (4 * H)
+        x_real = inside[:, None] & real
+    if w_hr is not None:
+        project = tl.load(w_hr + out[:, None] * H + unit, (out < P)[:, None] & (unit < H), 0)
+        project = operand(project, dtype, PRECISION)
+
+    h_at = (direction * B + n) * P + out[:, None]
+    c_at = (direction * B + n) * H + unit[:, None]
+    h_real = (out < P)[:, None] & real
+    c_real = (unit < H)[:, None] & real
+    h = tl.zeros([P_TILE, N], dtype)
+    c = tl.zeros([UNITS, N], tl.float32)
+    if h0 is not None:
+        h = tl.load(h0 + h_at, h_real, 0)
+    if c0 is not None:
+        c = tl.load(c0 + c_at, c_real, 0).to(tl.float32)
+
+    steps = T
+    length = tl.full([N], T, tl.int32)
+    if lengths is not None:
+        length = tl.load(lengths + n, real, 0)
+        steps = tl.max(length, 0).to(tl.int32)
+
+    t = (steps - 1) * direction
+    for _ in tl.range(steps, num_stages=STAGES):
+        row = first_row(t, offsets, B)
+        active = real & (t < length)
+        if reset is not None:
+            keep = tl.load(reset + t.to(tl.int64) * B + n, active, 0) == 0
+            h = tl.where(keep, h, tl.zeros_like(h))
+            c = tl.where(keep, c, 0.0)
+        # Read here, copied to shared memory STAGES - 1 steps ahead by the compiler's pipeline.
+        if FUSED:
+            x_at = row if offsets is not None else t.to(tl.int64)
+            x_now = tl.load(x_tile + x_at * x_t, x_real & (t < length), 0)
+            stacked = tl.dot(w_x, operand(x_now, dtype, PRECISION), start, PRECISION)
+        else:
+            x_now = tl.load(x_tile + row * (4 * H), x_real & (t < length), 0)
+            stacked = x_now + bias
+        stacked = tl.dot(w, operand(h, dtype, PRECISION), stacked, PRECISION)
+        stacked = activate(stacked, is_cell, FAST)
+        i, f, g, o = split_gates(stacked, UNITS, N)
+        c_new = f * c + i * g
+        h_new = (o * tanh(c_new, FAST)).to(dtype)
+        if H != UNITS:  # an infinite x makes NaN of units that only fill the tile: 0 * inf
+            h_new = tl.where((unit < H)[:, None], h_new, tl.zeros_like(h_new))
+        if w_hr is not None:
+            zero = tl.zeros([P_TILE, N], tl.float32)
+            h_new = tl.dot(project, operand(h_new, dtype, PRECISION), zero, PRECISION).to(dtype)
+        y_at = row * (D * P) + direction * P + n * (D * P) + out[:, None]
+        tl.store(y + y_at, h_new, (out < P)[:, None] & active)
+        if c_all is not None:
+            c_all_at = row * (D * H) + direction * H + n * (D * H) + unit[:, None]
+            tl.store(c_all + c_all_at, c_new, (unit < H)[:, None] & active)
+        if lengths is None:
+            h, c = h_new, c_new
+        else:
+            h, c = tl.where(active, h_new, h), tl.where(active, c_new, c)
+        t += 1 - 2 * direction
+    tl.store(h_n + h_at, h.to(h_n.dtype.element_ty), h_real)
+    tl.store(c_n + c_at, c.to(c_n.dtype.element_ty), c_real)
+
+
+def launch_lstm_fwd(
+    x: Tensor,
+    groups: Sequence[Group],
+    rows: Rows,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    c_all: Tensor | None,
+    gates: Tensor | None,
+) -> None:
+    """Write the outputs of one layer; shapes as in :mod:`fastlstm.ops`.
+
+    The sequence regime writes no gates: see :func:`fastlstm.ops.triton_keeps_gates`.
+    """
+    plan = forward_plan(shape_of(x, groups, rows.T, rows.B), device_of(x))
+    if rows.padded:
+        y.zero_()
+        if c_all is not None:
+            c_all.zero_()
+    if plan.regime == "sequence":
+        _launch_sequence(plan, x, groups, rows, h0, c0, y, h_n, c_n, c_all)
+    else:
+        launch_lstm_fwd_steps(plan, x, groups, rows, h0, c0, y, h_n, c_n, c_all, gates)
+
+
+def _launch_sequence(
+    plan: Plan,
+    x: Tensor,
+    groups: Sequence[Group],
+    rows: Rows,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    c_all: Tensor | None,
+) -> None:
+    D, _, H = c_n.shape
+    P, I = h_n.shape[2], x.shape[-1]
+    x_t, x_b = x.stride(0), x.stride(-2)
+    # In units of what divides both strides, as the compiler cannot know.
+    x_unit = math.gcd(x_t, x_b, 16)
+    forward, reverse = groups[0], groups[-1] if D == 2 else None
+    launch(
+        lstm_fwd_sequence_kernel,
+        (triton.cdiv(rows.B, plan.batch), D),
+        plan,
+        x=x if plan.fused else project(x.reshape(-1, I), groups),
+        w_ih=forward.w_ih if plan.fused else None,
+        w_hh=forward.w_hh,
+        b_ih=forward.b_ih,
+        b_hh=forward.b_hh,
+        w_hr=forward.w_hr,
+        w_ih_reverse=reverse.w_ih if reverse and plan.fused else None,
+        w_hh_reverse=reverse.w_hh if reverse else None,
+        b_ih_reverse=reverse.b_ih if reverse else None,
+        b_hh_reverse=reverse.b_hh if reverse else None,
+        w_hr_reverse=reverse.w_hr if reverse else None,
+        h0=h0,
+        c0=c0,
+        offsets=rows.offsets,
+        lengths=rows.lengths,
+        reset=rows.reset,
+        y=y,
+        h_n=h_n,
+        c_n=c_n,
+        c_all=c_all,
+        rows=rows.count,
+        T=rows.T,
+        B=rows.B,
+        x_t=x_t // x_unit,
+        x_b=x_b // x_unit,
+        I=I,
+        H=H,
+        P=P,
+        D=D,
+        I_TILE=padded(I),
+        UNITS=plan.units,
+        P_TILE=padded(P),
+        N=plan.batch,
+        FUSED=plan.fused,
+        X_UNIT=x_unit,
+        STAGES=plan.stages,
+        PRECISION=dot_precision(x),
+        FAST=is_fast(x),
+    )

@@ -1,0 +1,242 @@
+"""Forward, with the units of a layer spread over many programs.
+
+Letters and rows as in :mod:`fastlstm.kernels.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Plan
+from .launch import dot_precision, is_fast, launch
+from .operands import Group, product, product_into, project
+from .primitives import (
+    activate,
+    arrive,
+    first_row,
+    load_bias,
+    multiply_add,
+    operand,
+    split_gates,
+    stacked_rows,
+    tanh,
+    wait_for,
+)
+from .rows import Rows
+
+
+@triton.jit(do_not_specialize=["begin", "end", "rows", "T", "B"])
+def lstm_fwd_step_kernel(
+    projected,  # float32 [D, rows, 4H]: x through w_ih, and h0 through w_hh in the first rows
+    w_hh,  # [4H, P], direction 0
+    b_ih,  # [4H] or None
+    b_hh,
+    w_hh_reverse,  # the same of direction 1; None if there is none
+    b_ih_reverse,
+    b_hh_reverse,
+    offsets,  # int64 [T] or None, as above
+    lengths,  # int64 [B] or None
+    reset,  # uint8 [T, B] or None
+    h_all,  # [rows, D*P], read: the states of all steps
+    out,  # [rows, D*H], written: h_all itself, or without w_hr what w_hr is applied to
+    c,  # float32 [D, B, H], read and written: the cells between launches
+    c_all,  # float32 [rows, D*H] or None
+    gates,  # [D, rows, 4H] after activation, or None
+    arrived,  # int32 [D, tiles of N], zero: programs that have written their part of a step
+    begin,  # the steps [begin, end) in the order of each direction
+    end,
+    rows,
+    T,
+    B,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    UNITS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """U units of N sequences in one direction, for some steps.
+
+    RESIDENT keeps the weights of these units on chip (K covers P); else they stream through in
+    chunks of K. With PERSISTENT all programs are on the GPU together and take many steps,
+    exchanging h through global memory; else a launch takes one step, and the next launch sees
+    what it wrote.
+    """
+    direction = tl.program_id(2)
+    if D == 2:
+        if direction == 1:
+            w_hh, b_ih, b_hh = w_hh_reverse, b_ih_reverse, b_hh_reverse
+    dtype: tl.constexpr = w_hh.dtype.element_ty
+    n = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    real = n < B
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    w_row, inside, is_cell = stacked_rows(tl.program_id(0) * UNITS, UNITS, H)
+    k = tl.arange(0, K)
+    w_tile = w_hh + w_row[:, None].to(tl.int64) * P + k
+    w = w_tile
+    if RESIDENT:
+        w = operand(tl.load(w_tile, inside[:, None] & (k < P), 0), dtype, PRECISION)
+    bias = load_bias(b_ih, b_hh, w_row, inside)[:, None]
+
+    u_real = (unit < H)[:, None] & real
+    state_at = (direction * B + n) * H + unit[:, None]
+    cell = tl.load(c + state_at, u_real, 0)
+    length = tl.full([N], T, tl.int32)
+    steps = T
+    if lengths is not None:
+        length = tl.load(lengths + n, real, 0)
+        steps = tl.max(length, 0).to(tl.int32)
+    if PERSISTENT:
+        end = tl.minimum(end, steps)
+        counter = arrived + direction * tl.num_programs(1) + tl.program_id(1)
+    backwards = direction == 1
+
+    for s in range(begin, end):
+        # A launch of one step serves rows of all lengths: those of T count from the end of T.
+        last = (steps if PERSISTENT else T) - 1
+        t = tl.where(backwards, last - s, s)
+        row = first_row(t, offsets, B)
+        active = real & (t < length)
+        stacked = tl.load(
+            projected + (direction * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H),
+            inside[:, None] & active,
+            0,
+        )
+        stacked += bias
+
+        # h of the step before: 0 where the sequence begins or is reset
+        before = tl.where(backwards, t + 1, t - 1)
+        begins = tl.where(backwards, length - 1 - before, before) < 0
+        source = tl.maximum(tl.minimum(before, T - 1), 0)
+        h_tile = h_all + (first_row(source, offsets, B) + n) * (D * P) + direction * P + k[:, None]
+        known = active & (begins == 0)
+        if reset is not None:
+            keep = tl.load(reset + t.to(tl.int64) * B + n, active, 0) == 0
+            known = known & keep
+            cell = tl.where(keep, cell, 0.0)
+        if PERSISTENT:
+            wait_for(counter, s * tl.num_programs(0))
+        stacked = multiply_add(
+            stacked, w, w_tile, inside, h_tile, known, 1, P, K, RESIDENT, STAGES, PRECISION
+        )  # fmt: skip
+        stacked = activate(stacked, is_cell, FAST)
+        if gates is not None:
+            g_at = (direction * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
+            tl.store(gates + g_at, stacked.to(gates.dtype.element_ty), inside[:, None] & active)
+        i, f, g, o = split_gates(stacked, UNITS, N)
+        c_new = f * cell + i * g
+        h_new = (o * tanh(c_new, FAST)).to(dtype)
+        at = (row + n) * (D * H) + direction * H + unit[:, None]
+        u_active = (unit < H)[:, None] & active
+        tl.store(out + at, h_new, u_active)
+        if PERSISTENT:
+            arrive(counter)
+        if c_all is not None:
+            tl.store(c_all + at, c_new, u_active)
+        cell = tl.where(active, c_new, cell)
+    tl.store(c + state_at, cell, u_real)
+
+
+def launch_lstm_fwd_steps(
+    plan: Plan,
+    x: Tensor,
+    groups: Sequence[Group],
+    rows: Rows,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    c_all: Tensor | None,
+    gates: Tensor | None,
+) -> None:
+    """Write the outputs of one layer; padding of y and c_all is left as it is."""
+    D, B, H = c_n.shape
+    P = h_n.shape[2]
+    forward, reverse = groups[0], groups[-1] if D == 2 else None
+    projected = project(x.reshape(-1, x.shape[-1]), groups)
+    for direction, group in enumerate(groups):
+        _add_start(projected[direction], h0, group, rows, direction)
+    c = torch.zeros_like(c_n, dtype=torch.float32)
+    if c0 is not None:
+        c.copy_(c0)
+    # What a projection is applied to, or h itself.
+    out = y if forward.w_hr is None else x.new_zeros(rows.count, D * H)
+    tiles = triton.cdiv(B, plan.batch)
+    persistent = plan.regime == "persistent"
+    arrived = torch.zeros(D, tiles, dtype=torch.int32, device=x.device) if persistent else None
+    steps = rows.steps()
+    for begin in (0,) if persistent else range(rows.T):
+        launch(
+            lstm_fwd_step_kernel,
+            (triton.cdiv(H, plan.units), tiles, D),
+            plan,
+            projected=projected,
+            w_hh=forward.w_hh,
+            b_ih=forward.b_ih,
+            b_hh=forward.b_hh,
+            w_hh_reverse=reverse.w_hh if reverse else None,
+            b_ih_reverse=reverse.b_ih if reverse else None,
+            b_hh_reverse=reverse.b_hh if reverse else None,
+            offsets=rows.offsets,
+            lengths=rows.lengths,
+            reset=rows.reset,
+            h_all=y,
+            out=out,
+            c=c,
+            c_all=c_all,
+            gates=gates,
+            arrived=arrived,
+            begin=begin,
+            end=rows.T if persistent else begin + 1,
+            rows=rows.count,
+            T=rows.T,
+            B=B,
+            H=H,
+            P=P,
+            D=D,
+            UNITS=plan.units,
+            N=plan.batch,
+            K=plan.chunk,
+            RESIDENT=plan.resident,
+            PERSISTENT=persistent,
+            STAGES=plan.stages,
+            PRECISION=dot_precision(x),
+            FAST=is_fast(x),
+        )
+        for direction, group in enumerate(groups):
+            if group.w_hr is not None:
+                at = steps[begin if direction == 0 else rows.T - 1 - begin]
+                hidden = out[at, direction * H : (direction + 1) * H]
+                target = y.view(rows.count, D * P)[at, direction * P : (direction + 1) * P]
+                product_into(target, hidden, group.w_hr.T)
+    c_n.copy_(c)
+    for direction in range(D):
+        last = y.view(rows.count, D * P).index_select(0, rows.first(1 - direction))
+        h_n[direction] = last[:, direction * P : (direction + 1) * P]
+        if rows.padded:
+            start = 0 if h0 is None else h0[direction]
+            h_n[direction] = torch.where(rows.empty(), start, h_n[direction])
+
+
+def _add_start(
+    projected: Tensor, h0: Tensor | None, group: Group, rows: Rows, direction: int
+) -> None:
+    """Add h0 through w_hh to the row [rows, 4H] where each sequence begins, unless it is reset."""
+    if h0 is None:
+        return
+    first = rows.first(direction)
+    start = product(h0[direction], group.w_hh.T)
+    if rows.reset is not None:
+        start.masked_fill_(rows.reset.view(-1)[first].bool()[:, None], 0)
+    projected.index_copy_(0, first, projected.index_select(0, first) + start)

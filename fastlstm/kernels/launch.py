@@ -1,0 +1,113 @@
+"""Starting a kernel, or recording what would be started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .config import Device, Plan, Shape
+from .operands import Group
+
+# The interpreter runs the kernels on CPU tensors, program after program, to check them.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_ANY_DEVICE = Device(arch=90, processors=132)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its arguments by name, and how it is compiled."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    plan: Plan
+
+
+@dataclass
+class Recording:
+    """Launches that were asked for while recording, for a GPU that need not be there."""
+
+    device: Device
+    precision: str
+    launches: list[Launch]
+
+
+_recording: Recording | None = None
+
+
+@contextmanager
+def record(device: Device, precision: str) -> Iterator[list[Launch]]:
+    """Collect launches for `device` instead of starting them; float32 products in `precision`.
+
+    For tensors on the meta device; not for several threads at once.
+    """
+    global _recording
+    _recording = Recording(device, precision, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
+    """Start `kernel` on the current device with the warps and stages of the plan."""
+    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    if plan.regime == "persistent":
+        options["launch_cooperative_grid"] = True
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, arguments, options, plan))
+    elif INTERPRETED and plan.regime == "persistent":
+        raise RuntimeError(
+            "the persistent regime cannot be interpreted: its programs wait for each other, and "
+            "the interpreter runs one after the other"
+        )
+    else:
+        kernel[grid](**arguments, **options)
+
+
+def shape_of(x: Tensor, groups: Sequence[Group], T: int, B: int) -> Shape:
+    """The layer as a plan sees it."""
+    gate_units, P = groups[0].w_hh.shape
+    sizes = x.shape[-1], gate_units // 4, P, len(groups)
+    return Shape(T, B, *sizes, x.element_size(), precision_of(x))
+
+
+def device_of(x: Tensor) -> Device:
+    """The GPU that x is on; of the interpreter, some GPU."""
+    if _recording is not None:
+        return _recording.device
+    return _device(x.device) if x.is_cuda else _ANY_DEVICE
+
+
+@cache
+def _device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def is_fast(x: Tensor) -> bool:
+    """Whether activations may be approximate: 16-bit results round coarser than these err."""
+    return x.element_size() == 2 and not INTERPRETED
+
+
+def precision_of(x: Tensor) -> str:
+    """How float32 is multiplied: as cuDNN's RNNs are told to."""
+    if x.element_size() == 2:
+        return "tf32"  # no matter: the factors are narrower
+    if _recording is not None:
+        return _recording.precision
+    rnn: Any = torch.backends.cudnn.rnn
+    return "tf32" if rnn.fp32_precision == "tf32" else "ieee"
+
+
+def dot_precision(x: Tensor) -> str:
+    """The same for the kernels; the interpreter multiplies exactly in any case."""
+    return "ieee" if INTERPRETED else precision_of(x)

@@ -1,0 +1,100 @@
+"""The operators of this backend; their contract is in :mod:`fastlstm.ops`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import impl
+
+from .backward import launch_lstm_bwd
+from .config import Shape, backward_plan, forward_plan
+from .forward import launch_lstm_fwd
+from .launch import INTERPRETED, device_of, precision_of
+from .operands import gradient_groups, groups
+from .rows import layout
+
+_DISPATCH_KEYS = ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]
+
+
+def lstm_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    c_all: Tensor | None,
+    gates: Tensor | None,
+    cache: Tensor | None,
+) -> None:
+    """Write the outputs of one layer."""
+    rows = layout(x, batch_sizes, lengths, reset)
+    if rows.count == 0:
+        return
+    with torch.cuda.device_of(x):
+        launch_lstm_fwd(
+            x, groups(weights, directions), rows, _contiguous(h0), _contiguous(c0),
+            y, h_n, c_n, c_all, gates,
+        )  # fmt: skip
+
+
+def lstm_bwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    c_all: Tensor,
+    gates: Tensor | None,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc_all: Tensor | None,
+    dx: Tensor | None,
+    dh0: Tensor | None,
+    dc0: Tensor | None,
+    dweights: Sequence[Tensor],
+    cache: Tensor | None,
+) -> None:
+    """Write the gradients of one layer."""
+    rows = layout(x, batch_sizes, lengths, reset)
+    if rows.count == 0:
+        for gradient in (dx, dh0, dc0, *dweights):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    found = groups(weights, directions)
+    with torch.cuda.device_of(x):
+        launch_lstm_bwd(
+            x, found, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
+            dy, _contiguous(dh_n), _contiguous(dc_n), dc_all,
+            dx, dh0, dc0, gradient_groups(dweights, found),
+        )  # fmt: skip
+
+
+def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int) -> str:
+    """How a layer of these sizes would run, forward and backward, on the device of x."""
+    shape = Shape(T, B, I, H, P, D, x.element_size(), precision_of(x))
+    device = device_of(x)
+    forward, backward = forward_plan(shape, device), backward_plan(shape, device)
+    return f"forward {forward} ({forward.reason}); backward {backward}"
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+for _name, _function in (("lstm_fwd_triton", lstm_fwd), ("lstm_bwd_triton", lstm_bwd)):
+    for _key in _DISPATCH_KEYS:
+        impl(f"fastlstm::{_name}", _key, _function)

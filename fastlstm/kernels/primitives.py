@@ -1,0 +1,205 @@
+"""What the kernels compute for one unit: activations and their derivatives, and how gates lie.
+
+Tiles are transposed: ``[units, N]`` for N sequences, and the four gates of U units stacked in one
+tile ``[4U, N]``, the result of one matrix product. Its row order (:func:`stacked_rows`) puts the
+number of the gate into two bits of the row: bit 3 and the highest one. In the results of the
+matrix instructions one thread holds both values of these bits, so taking the tile apart
+(:func:`split_gates`) moves no data.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def stacked_rows(first, UNITS: tl.constexpr, H: tl.constexpr):
+    """What the rows of a stacked tile stand for, whose units start at `first`.
+
+    Returns the rows of the ``[4H, n]`` weights (the gates i, f, g, o one after the other), whether
+    there is such a unit, and ``[4U, 1]`` whether it is gate g.
+    """
+    r = tl.arange(0, 4 * UNITS)
+    gate = r // (2 * UNITS) * 2 + r % 16 // 8
+    unit = first + r % (2 * UNITS) // 16 * 8 + r % 8
+    row = gate * H + unit
+    inside = unit < H
+    if H % 8 == 0:  # what the compiler does not see through the divisions
+        row = tl.max_contiguous(tl.multiple_of(row, 8), 8)
+        inside = tl.max_constancy(inside, 8)
+    return row, inside, (gate == 2)[:, None]
+
+
+@triton.jit
+def split_gates(stacked, UNITS: tl.constexpr, N: tl.constexpr):
+    """``[4U, N]`` into i, f, g, o ``[U, N]``."""
+    apart = tl.reshape(stacked, [2, UNITS // 8, 2, 8, N])
+    apart = tl.reshape(tl.permute(apart, [1, 3, 4, 2, 0]), [UNITS, N, 2, 2])
+    i_f, g_o = tl.split(apart)
+    i, f = tl.split(i_f)
+    g, o = tl.split(g_o)
+    return i, f, g, o
+
+
+@triton.jit
+def stack_gates(i, f, g, o, UNITS: tl.constexpr, N: tl.constexpr):
+    """The inverse of :func:`split_gates`."""
+    apart = tl.join(tl.join(i, f), tl.join(g, o))
+    apart = tl.reshape(apart, [UNITS // 8, 8, N, 2, 2])
+    return tl.reshape(tl.permute(apart, [4, 0, 3, 1, 2]), [4 * UNITS, N])
+
+
+@triton.jit
+def tanh_approx(x):
+    """One instruction, relative error 2^-11: enough where results are rounded to 16 bits."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))  # exp overflows to inf, whose reciprocal is the limit
+
+
+@triton.jit
+def tanh_near_zero(x):
+    """x + x^3 P(x^2), least maximum error over |x| <= 0.625: 1e-8.
+
+    There 2 sigmoid(2x) - 1 cancels.
+    """
+    z = x * x
+    p = -0.006104946 * z + 0.02100364
+    p = p * z - 0.0538525
+    p = p * z + 0.13332783
+    p = p * z - 0.33333328
+    return x + x * z * p
+
+
+@triton.jit
+def tanh(x, FAST: tl.constexpr):
+    if FAST:
+        result = tanh_approx(x)
+    else:
+        result = tl.where(x * x < 0.390625, tanh_near_zero(x), 2.0 * sigmoid(2.0 * x) - 1.0)
+    return result
+
+
+@triton.jit
+def activate(stacked, is_cell, FAST: tl.constexpr):
+    """tanh in the rows of gate g (``is_cell [4U, 1]``), the logistic function in the others."""
+    if FAST:
+        half = tl.where(is_cell, 1.0, 0.5)
+        result = tanh_approx(stacked * half) * half + (1.0 - half)
+    else:
+        twice = tl.where(is_cell, 2.0, 1.0)
+        result = sigmoid(stacked * twice) * twice + (1.0 - twice)
+        small = is_cell & (stacked * stacked < 0.390625)
+        result = tl.where(small, tanh_near_zero(stacked), result)
+    return result
+
+
+@triton.jit
+def gate_gradients(i, f, g, o, c, c_before, dh, dc, FAST: tl.constexpr):
+    """Back through one step: the gradients of i, f, g, o before activation, and of c_before."""
+    tanh_c = tanh(c, FAST)
+    dc += dh * o * (1.0 - tanh_c * tanh_c)
+    d_i = dc * g * i * (1.0 - i)
+    d_f = dc * c_before * f * (1.0 - f)
+    d_g = dc * i * (1.0 - g * g)
+    d_o = dh * tanh_c * o * (1.0 - o)
+    return d_i, d_f, d_g, d_o, dc * f
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x as a matrix instruction takes it.
+
+    TF32 keeps 10 bits of the fraction and the hardware cuts the others off: they are rounded
+    here, which halves the error.
+    """
+    x = x.to(dtype)
+    if PRECISION == "tf32" and dtype == tl.float32:
+        x = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
+        ).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def first_row(t, offsets, B):
+    """The row of sequence 0 at step t: in ``[T, B, ...]``, or in packed rows (``offsets [T]``)."""
+    if offsets is None:
+        row = t.to(tl.int64) * B
+    else:
+        row = tl.load(offsets + t)
+    return row
+
+
+@triton.jit
+def load_bias(b_ih, b_hh, row, inside):
+    """b_ih + b_hh in float32; zeros without biases."""
+    bias = tl.zeros(row.shape, tl.float32)
+    if b_ih is not None:
+        bias = tl.load(b_ih + row, inside, 0).to(tl.float32)
+        bias += tl.load(b_hh + row, inside, 0).to(tl.float32)
+    return bias
+
+
+@triton.jit
+def multiply_add(
+    total,  # float32 [M, N]
+    w,  # [M, K], with RESIDENT
+    w_tile,  # pointers [M, K] to its first columns, without; W_STRIDE from one to the next
+    w_real,  # [M]: rows that there are
+    h_tile,  # pointers [K, N] to the first K rows of the other factor
+    h_real,  # [N]: columns that there are
+    W_STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + w h over SIZE terms, at once or in chunks of K."""
+    k = tl.arange(0, K)
+    dtype: tl.constexpr = h_tile.dtype.element_ty
+    if RESIDENT:
+        h = tl.load(h_tile, (k < SIZE)[:, None] & h_real, 0, cache_modifier=".cg")
+        total = tl.dot(w, operand(h, dtype, PRECISION), total, PRECISION)
+    else:
+        for start in tl.range(0, SIZE, K, num_stages=STAGES):
+            k_real = start + k < SIZE
+            chunk = tl.load(w_tile + start * W_STRIDE, w_real[:, None] & k_real, 0)
+            h_real_chunk = k_real[:, None] & h_real
+            h = tl.load(h_tile + start, h_real_chunk, 0, cache_modifier=".cg")
+            total = tl.dot(
+                operand(chunk, dtype, PRECISION), operand(h, dtype, PRECISION), total, PRECISION
+            )
+    return total
+
+
+# How the programs of a persistent launch exchange what they computed.
+#
+# Programs of one direction and one tile of sequences depend on each other and on no others, so
+# each such group has one counter. A program stores its part of a step, waits for all its threads
+# (barrier), then adds 1 to the counter with release semantics. Before step s it reads the counter
+# with acquire semantics until every program of the group has added its 1 for each of the s steps
+# before, then lets its threads go on (barrier). Release and acquire at GPU scope, extended to the
+# other threads of both programs by the barriers, order every store of the exchanged values before
+# every load of them; these loads go to L2 (.cg), since L1 is not coherent. Every step writes rows
+# of its own, so nothing is overwritten while it may still be read.
+
+
+@triton.jit
+def arrive(counter):
+    """Publish what this program has stored so far."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for(counter, count):
+    """Until `count` arrivals; what the arrived had stored can be loaded afterwards."""
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < count:
+        pass
+    tl.debug_barrier()

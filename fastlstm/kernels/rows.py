@@ -1,0 +1,108 @@
+"""Where the rows of a batch lie: ``[T, B, ...]``, with lengths or without, and packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Step t of sequence b is row ``offsets[t] + b``, or ``t * B + b`` without offsets.
+
+    It exists where ``t < lengths[b]``, everywhere without lengths.
+    """
+
+    T: int
+    B: int
+    count: int  # of rows, those of padding included
+    device: torch.device
+    sizes: list[int] | None  # of packed rows: the sequences of each step
+    offsets: Tensor | None  # int64 [T], of packed rows
+    lengths: Tensor | None  # int64 [B]
+    reset: Tensor | None  # uint8 [T, B]
+
+    @property
+    def padded(self) -> bool:
+        """Whether there are rows past the ends of sequences."""
+        return self.lengths is not None and self.offsets is None
+
+    def real(self) -> Tensor:
+        """bool [rows, 1] of padded rows: those before the end of their sequence."""
+        assert self.lengths is not None
+        steps = torch.arange(self.T, device=self.device)
+        return (steps[:, None] < self.lengths).view(-1, 1)
+
+    def empty(self) -> Tensor:
+        """bool [B, 1]: sequences without steps."""
+        assert self.lengths is not None
+        return self.lengths.eq(0)[:, None]
+
+    def steps(self) -> list[slice]:
+        """The rows of every step."""
+        sizes = self.sizes or [self.B] * self.T
+        return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+    def first(self, direction: int) -> Tensor:
+        """int64 [B]: the row where each sequence begins in this direction.
+
+        Of a sequence without steps, the row of its padding at step 0.
+        """
+        b = torch.arange(self.B, device=self.device)
+        if direction == 0:
+            return b
+        if self.lengths is None:
+            return b + (self.T - 1) * self.B
+        t = (self.lengths - 1).clamp(min=0)
+        return b + (t * self.B if self.offsets is None else self.offsets[t])
+
+    def before(self, values: Tensor, start: Tensor | None, direction: int) -> Tensor:
+        """values [rows, n] at the step before in this direction.
+
+        Where a sequence begins it is start [B, n], or 0; where it is reset, 0; in padding anything
+        finite.
+        """
+        zeros = values.new_zeros(self.B, values.shape[1])
+        if self.offsets is not None:
+            shifted = values.index_select(0, self._neighbours(direction))
+        elif direction == 0:
+            shifted = torch.cat([zeros, values[: -self.B]])
+        else:
+            shifted = torch.cat([values[self.B :], zeros])
+        if start is not None or self.offsets is not None:
+            shifted.index_copy_(0, self.first(direction), zeros if start is None else start)
+        if self.reset is not None:
+            shifted.masked_fill_(self.reset.bool().view(-1, 1), 0)
+        return shifted
+
+    def _neighbours(self, direction: int) -> Tensor:
+        """int64 [rows] of packed rows: the row of the step before; any row where there is none."""
+        sizes = torch.tensor(self.sizes)
+        # From a row to the same sequence one step earlier it is the size of that step, to one step
+        # later the size of its own.
+        moves = -sizes.roll(1) if direction == 0 else sizes
+        moves, repeats = torch.stack([moves, sizes]).to(self.device, non_blocking=True)
+        row = torch.arange(self.count, device=self.device)
+        row += torch.repeat_interleave(moves, repeats, output_size=self.count)
+        return row.clamp_(0, self.count - 1)
+
+
+def layout(
+    x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
+) -> Rows:
+    """The rows of x ``[T, B, I]`` or packed ``[N, I]``; arguments as of the layer."""
+    if batch_sizes is None:
+        T, B = x.shape[:2]
+        flags = None if reset is None else reset.contiguous().view(torch.uint8)
+        return Rows(T, B, T * B, x.device, None, None, lengths, flags)
+    sizes = batch_sizes.tolist()
+    T, B = len(sizes), sizes[0]
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    # Sizes never grow, so a sequence is as long as there are steps of more sequences than precede
+    # it; one transfer brings both to the device.
+    ends = T - torch.searchsorted(batch_sizes.flip(0), torch.arange(B), right=True)
+    both = torch.cat([starts, ends]).to(x.device, non_blocking=True)
+    return Rows(T, B, x.shape[0], x.device, sizes, both[:T], both[T:], None)

@@ -1,0 +1,210 @@
+"""The Triton backend, its kernels interpreted on the CPU: regimes, autograd, choice and messages.
+
+tests/test_numerics.py and tests/test_ragged.py run on it too, in the regime that each shape gets;
+tests/test_kernels.py compiles it for GPUs that are not here.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from oracle import check
+from test_numerics import FEATURES, GRADIENTS
+from test_ragged import PACKED, PADDED, RESET
+from torch import Tensor
+
+import fastlstm
+from fastlstm import ops
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="these tests interpret the kernels, `-m gpu` compiles them"
+)
+
+
+@pytest.fixture(autouse=True)
+def triton() -> Iterator[None]:
+    """The interpreted kernels compute every call of these tests."""
+    with fastlstm.backend("triton"):
+        yield
+
+
+def override(**changes: Any) -> Any:
+    """`config.override`, which cannot be imported before the backend is in use."""
+    from fastlstm.kernels import config
+
+    return config.override(**changes)
+
+
+SMALL = [
+    case
+    for case in FEATURES + GRADIENTS + PACKED + PADDED + RESET
+    if case.T * case.B * case.H < 3000
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_steps_regime(case: Case) -> None:
+    """Shapes that one program could hold, with their units spread over launches of one step."""
+    torch.set_num_threads(1)
+    with override(regime="steps"):
+        check(case, torch.float32)
+
+
+SPREAD = [
+    Case(T=3, B=18, I=5, H=150, directions=2),
+    Case(T=3, B=3, I=5, H=150, lengths=(3, 0, 2), directions=2, layers=2),
+    Case(T=3, B=3, I=5, H=150, lengths=(1, 3, 2), packed=True, directions=2),
+    Case(T=4, B=3, I=5, H=150, reset=True, proj=20),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SPREAD, ids=str)
+def test_hidden_sizes_beyond_one_program(case: Case, dtype: torch.dtype) -> None:
+    """Above H = 128 the gates are kept for backward, which smaller layers compute again."""
+    torch.set_num_threads(1)
+    check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch": 8}, {"batch": 32}, {"fused": False}, {"fused": True}],
+    ids=str,
+)
+def test_tiles_do_not_matter(changes: dict[str, Any]) -> None:
+    case = Case(T=5, B=20, I=11, H=33, directions=2)
+    with override(regime="sequence", **changes):
+        check(case, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"units": 16}, {"batch": 32}, {"chunk": 16}, {"chunk": 64, "resident": True}],
+    ids=str,
+)
+def test_tiles_of_steps_do_not_matter(changes: dict[str, Any]) -> None:
+    case = Case(T=3, B=20, I=11, H=50, directions=2)
+    with override(regime="steps", **changes):
+        check(case, torch.float32)
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("H", [20, 150])
+def test_saved_for_backward(H: int, needs_grad: bool) -> None:
+    """h, c and, above H = 128, gates; nothing at all without a gradient to compute."""
+    lstm = fastlstm.LSTM(10, H)
+    saved: dict[int, Tensor] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    x = torch.randn(6, 4, 10)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        nullcontext() if needs_grad else torch.no_grad(),
+    ):
+        lstm(x)
+    given = {t.untyped_storage().data_ptr() for t in (x, *lstm.parameters())}
+    kept = sum(t.numel() for where, t in saved.items() if where not in given)
+    per_step = kept / (6 * 4 * H)
+    assert per_step == ((6 if ops.triton_keeps_gates(H) else 2) if needs_grad else 0)
+
+
+def test_second_derivatives() -> None:
+    """Through the reference: a gradient penalty has the gradients that the reference gives it."""
+    lstm = fastlstm.LSTM(5, 7)
+    x = torch.randn(4, 3, 5, requires_grad=True)
+
+    def penalty() -> list[Tensor]:
+        y, _ = lstm(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(dx.square().sum(), [x, *lstm.parameters()]))
+
+    found = penalty()
+    with fastlstm.backend("reference"):
+        expected = penalty()
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_operators_pass_opcheck(direction: str) -> None:
+    T, B, I, H = 3, 2, 5, 7
+    x, w_ih, w_hh = torch.randn(T, B, I), torch.randn(4 * H, I), torch.randn(4 * H, H)
+    b = torch.randn(4 * H)
+    y, c_all = torch.zeros(T, B, H), torch.zeros(T, B, H)
+    h_n, c_n = torch.zeros(1, B, H), torch.zeros(1, B, H)
+    inputs = (x, [w_ih, w_hh, b, b.clone()], 1, None, None, None, None, None)
+    ops.lstm_fwd_triton(*inputs, y, h_n, c_n, c_all, None, None)
+    tests = ("test_schema", "test_faketensor")
+    if direction == "fwd":
+        arguments: tuple[Any, ...] = (*inputs, y, h_n, c_n, c_all, None, None)
+        torch.library.opcheck(ops.lstm_fwd_triton, arguments, test_utils=tests)
+    else:
+        gradients = [torch.zeros_like(t) for t in (w_ih, w_hh, b)]
+        arguments = (*inputs, y, c_all, None, torch.randn(T, B, H), None, None, None,
+                     torch.zeros_like(x), None, None, gradients, None)  # fmt: skip
+        torch.library.opcheck(ops.lstm_bwd_triton, arguments, test_utils=tests)
+
+
+def test_autocast() -> None:
+    lstm, x = fastlstm.LSTM(5, 7), torch.randn(4, 3, 5)
+    with torch.autocast("cpu", torch.float16):
+        y, (h, c) = lstm(x)
+    assert y.dtype is h.dtype is c.dtype is torch.float16
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in lstm.parameters())
+
+
+def test_cell() -> None:
+    cell, x = fastlstm.LSTMCell(5, 7), torch.randn(3, 5)
+    state = torch.randn(3, 7), torch.randn(3, 7)
+    found = cell(x, state)
+    with fastlstm.backend("reference"):
+        expected = cell(x, state)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_refuses_what_it_cannot_compute(dtype: torch.dtype) -> None:
+    lstm = fastlstm.LSTM(5, 7, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r'"triton" backend cannot .*float'):
+        lstm(torch.zeros(2, 3, 5, dtype=dtype))
+
+
+def test_refuses_torch_func() -> None:
+    lstm = fastlstm.LSTM(5, 7)
+    with pytest.raises(RuntimeError, match=r"torch\.func transform is active"):
+        torch.func.vmap(lambda x: lstm(x)[0])(torch.zeros(2, 4, 3, 5))
+
+
+def test_auto_does_not_interpret() -> None:
+    """The interpreter is there to check the kernels: nobody gets it without asking."""
+    with fastlstm.backend("auto"):
+        backend = fastlstm.explain(fastlstm.LSTM(5, 7), torch.zeros(2, 3, 5)).backend
+    assert backend in ("cpu", "reference")
+
+
+def test_explains_its_plan() -> None:
+    explanation = fastlstm.explain(fastlstm.LSTM(28, 64, 2), torch.zeros(28, 128, 28))
+    assert explanation.backend == "triton"
+    assert len(explanation.plan) == 2
+    assert "forward sequence: 256 x 16 tiles" in explanation.plan[0]
+    assert "W_hh fits one multiprocessor" in explanation.plan[0]
+    assert "interpreted" in explanation.kernel
+    wide = fastlstm.explain(fastlstm.LSTM(28, 512), torch.zeros(28, 128, 28))
+    assert "steps: " in wide.plan[0]
+
+
+def test_persistent_regime_is_not_for_the_interpreter() -> None:
+    """Its programs wait for each other, the interpreter runs one after the other."""
+    lstm = fastlstm.LSTM(5, 150)
+    with (
+        override(regime="persistent"),
+        pytest.raises(RuntimeError, match="persistent regime cannot be interpreted"),
+    ):
+        lstm(torch.zeros(2, 3, 5))
