@@ -59,7 +59,7 @@ def record(device: Device, precision: str) -> Iterator[list[Launch]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
     """Start `kernel` on the current device with the warps and stages of the plan."""
-    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
     if plan.regime == "persistent":
         options["launch_cooperative_grid"] = True
     if _recording is not None:

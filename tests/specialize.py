@@ -1,0 +1,82 @@
+"""Asks Triton, for a GPU that is not there, which kernels it would compile: a script for
+tests/test_specialization.py, which runs it in a process that does not interpret.
+
+Prints a line for each kernel: its name, and how many different ones T, B and rows lead to.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastlstm import ops
+from fastlstm.kernels import lstm_bwd, lstm_fwd
+from fastlstm.kernels.config import Device, override
+from fastlstm.kernels.launch import Launch, record
+
+SIZES = [(1, 1), (2, 3), (7, 8), (16, 16), (1024, 64), (1 << 20, 1024)]  # below 2^31 rows
+
+
+class NoDevice:
+    """As much of a driver as compiling needs."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def launches(H: int, D: int, dtype: torch.dtype) -> list[Launch]:
+    """Those of one forward and backward pass of a layer."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    T, B, I = 5, 20, 28
+    w = [empty(4 * H, I), empty(4 * H, H), empty(4 * H), empty(4 * H)] * D
+    x, y, c_all = empty(T, B, I), empty(T, B, D * H), empty(T, B, D * H, dtype=torch.float32)
+    state = empty(D, B, H)
+    gates = empty(D, T, B, 4 * H) if ops.triton_keeps_gates(H) else None
+    with record(Device(90, 132), "tf32") as recorded:
+        inputs = (x, w, D, None, None, None, None, None)
+        lstm_fwd(*inputs, y, state, state, c_all, gates, None)
+        gradients = [g for d in range(D) for g in w[4 * d : 4 * d + 3]]
+        lstm_bwd(*inputs, y, c_all, gates, y, *(None,) * 3, x, None, None, gradients, None)
+    return recorded
+
+
+def real(value: Any) -> Any:
+    """An argument as a launch would see it."""
+    return torch.empty(1, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+
+def compiled(launch: Launch) -> int:
+    """How many kernels all sizes of T and B lead to."""
+    found = set()
+    for T, B in SIZES:
+        sizes = {"T": T, "B": B, "rows": T * B}
+        arguments = {name: real(value) for name, value in launch.arguments.items()} | sizes
+        for name, value in (("x_t", B), ("dy_t", 2 * B), ("dc_t", B), ("begin", 0), ("end", T)):
+            if name in arguments:
+                arguments[name] = value
+        kernel = launch.kernel.warmup(grid=launch.grid, **arguments, **launch.options)
+        found.add(kernel.hash)
+    return len(found)
+
+
+driver.set_active(NoDevice())
+for regime, H, dtype in (
+    ("sequence", 32, torch.bfloat16),
+    ("steps", 256, torch.float32),
+    ("persistent", 256, torch.bfloat16),
+):
+    with override(regime=regime):
+        recorded = launches(H, 2, dtype)
+        for launch in (recorded[0], recorded[-1]):
+            print(launch.kernel.__name__, regime, compiled(launch))
