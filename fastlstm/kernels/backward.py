@@ -287,7 +287,7 @@ def _launch_sequence(
     dc_t, dc_b = (0, 0) if dc_all is None else (dc_all.stride(0), dc_all.stride(-2))
     launch(
         lstm_bwd_sequence_kernel,
-        (triton.cdiv(rows.B, plan.batch), D),
+        (-(-rows.B // plan.batch), D),
         plan,
         gates=gates,
         w_hh=forward.w_hh,

@@ -202,7 +202,7 @@ def launch_lstm_bwd_steps(
     d_hidden = dy if through is None else through.d_hidden
     dy_t, dy_b = (0, 0) if d_hidden is None else (d_hidden.stride(0), d_hidden.stride(-2))
     dc_t, dc_b = (0, 0) if dc_all is None else (dc_all.stride(0), dc_all.stride(-2))
-    tiles = triton.cdiv(B, plan.batch)
+    tiles = -(-B // plan.batch)
     persistent = plan.regime == "persistent"
     arrived = torch.zeros(D, tiles, dtype=torch.int32, device=x.device) if persistent else None
     for begin in (0,) if persistent else range(rows.T):
@@ -210,7 +210,7 @@ def launch_lstm_bwd_steps(
             through.step(begin)
         launch(
             lstm_bwd_step_kernel,
-            (triton.cdiv(H, plan.units), tiles, D),
+            (-(-H // plan.units), tiles, D),
             plan,
             gates=gates,
             w_hh=forward.w_hh,

@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = [
     "Device",
@@ -41,8 +42,7 @@ _SMALLEST_DOT = 16
 _WIDEST_UNITS = 128  # of the sequence regime
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What a plan needs to know of a GPU."""
 
     arch: int  # compute capability, 10 * major + minor
@@ -54,8 +54,7 @@ class Device:
         return _SHARED.get(self.arch, _SHARED_ELSEWHERE) * 1024
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """One layer: sizes, and the bytes of an element of x and the weights (2 or 4)."""
 
     T: int
@@ -132,7 +131,7 @@ def forward_plan(shape: Shape, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute this shape.
     """
-    return _choose(shape, device, (_forward_sequence, _forward_spread))
+    return _plan((_forward_sequence, _forward_spread), shape, device)
 
 
 def backward_plan(shape: Shape, device: Device) -> Plan:
@@ -141,20 +140,25 @@ def backward_plan(shape: Shape, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute this shape.
     """
-    return _choose(shape, device, (_backward_sequence, _backward_spread))
+    return _plan((_backward_sequence, _backward_spread), shape, device)
 
 
-def _choose(shape: Shape, device: Device, makers: Any) -> Plan:
-    regime = _changes.get("regime")
+def _plan(makers: Any, shape: Shape, device: Device) -> Plan:
+    if not _changes:
+        return _choose(makers, shape, device, None)
+    changes = dict(_changes)
+    return replace(_choose(makers, shape, device, changes.pop("regime", None)), **changes)
+
+
+@lru_cache(maxsize=1024)  # looked up at every launch, by the few shapes of a program
+def _choose(makers: Any, shape: Shape, device: Device, regime: str | None) -> Plan:
     sequence, spread = makers
     plan = sequence(shape, device) if regime in (None, "sequence") else None
-    if plan is None:
-        if regime == "sequence":
-            raise ValueError(
-                f"the sequence regime has no room for {shape} in {device.shared_bytes:,} bytes"
-            )
-        plan = spread(shape, device, regime)
-    return replace(plan, **{k: v for k, v in _changes.items() if k != "regime"})
+    if plan is None and regime == "sequence":
+        raise ValueError(
+            f"the sequence regime has no room for {shape} in {device.shared_bytes:,} bytes"
+        )
+    return plan or spread(shape, device, regime)
 
 
 def _sequence_batches(shape: Shape, device: Device) -> tuple[int, ...]:

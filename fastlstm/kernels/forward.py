@@ -205,7 +205,7 @@ def _launch_sequence(
     forward, reverse = groups[0], groups[-1] if D == 2 else None
     launch(
         lstm_fwd_sequence_kernel,
-        (triton.cdiv(rows.B, plan.batch), D),
+        (-(-rows.B // plan.batch), D),
         plan,
         x=x if plan.fused else project(x.reshape(-1, I), groups),
         w_ih=forward.w_ih if plan.fused else None,

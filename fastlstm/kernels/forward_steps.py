@@ -172,14 +172,14 @@ def launch_lstm_fwd_steps(
         c.copy_(c0)
     # What a projection is applied to, or h itself.
     out = y if forward.w_hr is None else x.new_zeros(rows.count, D * H)
-    tiles = triton.cdiv(B, plan.batch)
+    tiles = -(-B // plan.batch)
     persistent = plan.regime == "persistent"
     arrived = torch.zeros(D, tiles, dtype=torch.int32, device=x.device) if persistent else None
     steps = rows.steps()
     for begin in (0,) if persistent else range(rows.T):
         launch(
             lstm_fwd_step_kernel,
-            (triton.cdiv(H, plan.units), tiles, D),
+            (-(-H // plan.units), tiles, D),
             plan,
             projected=projected,
             w_hh=forward.w_hh,

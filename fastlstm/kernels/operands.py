@@ -14,9 +14,9 @@ class Group(NamedTuple):
 
     w_ih: Tensor  # [4H, I]
     w_hh: Tensor  # [4H, P]
-    b_ih: Tensor | None  # [4H]
-    b_hh: Tensor | None
-    w_hr: Tensor | None  # [P, H]
+    b_ih: Tensor | None = None  # [4H]
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None  # [P, H]
 
 
 def groups(weights: Sequence[Tensor], directions: int) -> list[Group]:
@@ -25,8 +25,8 @@ def groups(weights: Sequence[Tensor], directions: int) -> list[Group]:
     found = []
     for start in range(0, len(weights), each):
         group = [w.contiguous() for w in weights[start : start + each]]
-        b_ih, b_hh = group[2:4] if each >= 4 else (None, None)
-        found.append(Group(group[0], group[1], b_ih, b_hh, group[-1] if each % 2 else None))
+        w_hr = group.pop() if each % 2 else None
+        found.append(Group(*group)._replace(w_hr=w_hr))
     return found
 
 
