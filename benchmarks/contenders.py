@@ -70,15 +70,24 @@ def build(
     mode: str,
     dtype: torch.dtype,
     input_gradient: bool = False,
+    *,
+    device: str = "cpu",
+    eps: float | None = None,
+    finish: Callable[[Contender], Contender] | None = None,
 ) -> dict[str, Contender]:
-    """The contenders by name, checked against float64; raises Mismatch if one is off."""
-    work = Work(mode, case.input(dtype), None, input_gradient)
+    """The contenders by name, checked against float64; raises Mismatch if one is off.
+
+    `eps` is the spacing of the arithmetic at 1, where it is not that of `dtype`. `finish` makes
+    another contender of each, before the check.
+    """
+    work = Work(mode, case.input(dtype).to(device), None, input_gradient)
     if mode == "step":
-        half = torch.full((case.L, case.B, case.H), 0.5, dtype=dtype)
+        half = torch.full((case.L, case.B, case.H), 0.5, dtype=dtype, device=device)
         work = replace(work, x=rows(work.x)[:1], state=(half, half))
     torch.manual_seed(0)
     arguments = (case.I, case.H, case.L)
-    peer = nn.LSTM(*arguments, bidirectional=case.D == 2, dtype=dtype)
+    options = {"bidirectional": case.D == 2, "dtype": dtype, "device": device}
+    peer = nn.LSTM(*arguments, **options)
     contenders = {}
     for name in providers:
         if name == "onnxruntime":
@@ -86,11 +95,13 @@ def build(
         elif name == "torch":
             contenders[name] = _contender(peer, work)
         else:
-            ours = fastlstm.LSTM(*arguments, bidirectional=case.D == 2, dtype=dtype)
+            ours = fastlstm.LSTM(*arguments, **options)
             ours.load_state_dict(peer.state_dict())
             contenders[name] = _contender(ours, work)
     with torch.inference_mode(mode != "train"):
-        _check(contenders, peer, work, f"{case.name}, {mode}")
+        if finish is not None:
+            contenders = {name: finish(contender) for name, contender in contenders.items()}
+        _check(contenders, peer, work, eps or torch.finfo(dtype).eps, f"{case.name}, {mode}")
     return contenders
 
 
@@ -128,7 +139,7 @@ def _training(module: nn.RNNBase, work: Work) -> Contender:
     with torch.no_grad():
         shape = rows(module(x)[0]).shape
     targets = list(leaves.values())
-    incoming = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(rows(x).dtype)
+    incoming = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(rows(x))
 
     def call() -> Tensor:
         for leaf in targets:
@@ -173,20 +184,21 @@ def _onnx(lstm: nn.LSTM, work: Work) -> Contender:
     return Contender(step if work.state else lambda: session.run(None, start), results)
 
 
-def _check(contenders: dict[str, Contender], peer: nn.LSTM, work: Work, where: str) -> None:
+def _check(
+    contenders: dict[str, Contender], peer: nn.LSTM, work: Work, eps: float, where: str
+) -> None:
     """Every result may be off float64 by twice as much as nn.LSTM is, plus one rounding."""
 
     def evaluate(dtype: torch.dtype) -> dict[str, Tensor]:
         sizes = (peer.input_size, peer.hidden_size, peer.num_layers)
         module = nn.LSTM(*sizes, bidirectional=peer.bidirectional, dtype=dtype)
-        module.load_state_dict(peer.state_dict())
+        module.to(rows(work.x).device).load_state_dict(peer.state_dict())
         return _contender(module, work.to(dtype)).results()
 
     dtype = rows(work.x).dtype
     # float64 has no wider truth: there nn.LSTM's float32 error, scaled, is the yardstick.
     narrow = torch.float32 if dtype == torch.float64 else dtype
-    eps = torch.finfo(dtype).eps
-    scale = eps / torch.finfo(narrow).eps
+    scale = torch.finfo(dtype).eps / torch.finfo(narrow).eps
     truth, yardstick = evaluate(torch.float64), evaluate(narrow)
     for name, contender in contenders.items():
         for what, got in contender.results().items():

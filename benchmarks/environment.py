@@ -21,6 +21,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
     None stands for a package that is not installed, for ``commit`` outside a git checkout and for
     ``isa`` without the compiled extension. ``commit`` ends in ``-dirty`` if the tree has changes.
+    A CUDA device adds its name, multiprocessors, memory in GiB, and the driver, CUDA and cuDNN.
     """
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
@@ -32,8 +33,31 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if torch.device(device).type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts |= _gpu(device)
     return facts
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _driver() -> str | None:
+    """The version of the driver of the first GPU."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout else None
 
 
 def cpu_name() -> str:

@@ -106,7 +106,6 @@ def _measure(args: argparse.Namespace) -> list[Row]:
         if DENSE in timings:
             timings[DENSE] = timings[DENSE].scaled(real_steps / (case.B * case.T))
         for name, timing in timings.items():
-            p20, p50, p80 = timing.percentiles
             rows.append(
                 {
                     "case": case.name,
@@ -115,12 +114,8 @@ def _measure(args: argparse.Namespace) -> list[Row]:
                     "mode": mode,
                     "dtype": args.dtype,
                     "provider": name,
-                    "p20_us": p20,
-                    "p50_us": p50,
-                    "p80_us": p80,
+                    **timing.figures,
                     "ratio": timing.ratio(timings["fastlstm"]) if "fastlstm" in timings else None,
-                    "blocks": len(timing.blocks),
-                    "calls_per_block": timing.calls,
                 }
             )
     for (provider, reason), where in skipped.items():

@@ -1,0 +1,96 @@
+"""The bars that a GPU run is held against, each with a verdict computed from the rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from statistics import geometric_mean
+from typing import Any
+
+from .grid import Job
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`statistic` of the rows of a group, mode and way to call, and the `limit` it has to keep.
+
+    "lowest" and "mean" (geometric) are of the ratios to cuDNN, and at least `limit`; "step" is the
+    longest time a step in microseconds, and at most `limit`.
+    """
+
+    group: str
+    mode: str
+    graph: bool
+    statistic: str
+    limit: float
+
+    def __str__(self) -> str:
+        how = "graph" if self.graph else "eager"
+        direction = "forward + backward" if self.mode == "train" else "forward"
+        return f"{self.group}, {how}, {direction}"
+
+
+BARS = (
+    Bar("tasks", "infer", False, "lowest", 4),
+    Bar("tasks", "train", False, "lowest", 3),
+    Bar("tasks", "infer", True, "lowest", 5),
+    Bar("tasks", "train", True, "lowest", 4),
+    Bar("tasks", "infer", True, "step", 0.7),
+    *(
+        Bar("wide", mode, graph, statistic, limit)
+        for mode in ("infer", "train")
+        for graph in (False, True)
+        for statistic, limit in (("mean", 1.5), ("lowest", 0.95))
+    ),
+    Bar("packed", "infer", False, "lowest", 5),
+    Bar("packed", "train", False, "lowest", 5),
+    *(
+        Bar("float32", mode, graph, "mean", 1.3)
+        for mode in ("infer", "train")
+        for graph in (False, True)
+    ),
+)
+
+
+def verdicts(jobs: Iterable[Job], rows: list[Row], bars: Iterable[Bar] = BARS) -> Iterator[str]:
+    """A line for every bar and precision: met, missed, or not measured in full."""
+    jobs = list(jobs)
+    for bar in bars:
+        expected = Counter(
+            job.precision.name
+            for job in jobs
+            if (job.group, job.mode, job.graph) == (bar.group, bar.mode, bar.graph)
+        )
+        for precision, count in expected.items():
+            yield _verdict(bar, precision, count, list(_values(bar, precision, rows)))
+
+
+def _values(bar: Bar, precision: str, rows: list[Row]) -> Iterator[float]:
+    step = bar.statistic == "step"
+    figure, provider = ("us_per_step", "fastlstm") if step else ("ratio", "torch")
+    names = ("group", "mode", "graph", "precision", "provider")
+    key = (bar.group, bar.mode, bar.graph, precision, provider)
+    for row in rows:
+        if tuple(row[name] for name in names) == key and row.get(figure) is not None:
+            yield row[figure]
+
+
+def _verdict(bar: Bar, precision: str, expected: int, values: list[float]) -> str:
+    head = f"{bar}, {precision}"
+    count = f"{len(values)} of {expected} measurements"
+    if not values:
+        return f"not measured  {head}: {count}"
+    if bar.statistic == "step":
+        met, figure = max(values) <= bar.limit, f"{max(values):.3g} µs a step at most"
+        limit = f"{bar.limit:g} µs"
+    else:
+        low, mean = min(values), geometric_mean(values)
+        met = (low if bar.statistic == "lowest" else mean) >= bar.limit
+        figure = f"geometric mean {mean:.2f}x, lowest {low:.2f}x"
+        limit = f"{bar.statistic} {bar.limit:g}x"
+    if met and len(values) < expected:  # what is missing could have missed it
+        return f"not measured  {head}: {figure} (bar: {limit}), but only {count}"
+    return f"{'met' if met else 'missed':12}  {head}: {figure} (bar: {limit}; {count})"

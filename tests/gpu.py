@@ -1,0 +1,80 @@
+"""What the tests of the Triton backend on a GPU share: when they run, and how they judge."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from cases import Case, Results, draw, evaluate, fast, plain, stepwise
+from oracle import hold, judge
+
+import fastlstm
+from benchmarks.precision import PRECISIONS, Precision
+
+# The tests run deterministically, and there cuBLAS wants a workspace of a fixed size.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+DEVICE, BACKEND = "cuda", "triton"
+MARKS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is False"
+    ),
+]
+every_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def triton() -> Iterator[None]:
+    """The Triton kernels serve every call of a module that takes this fixture over."""
+    with fastlstm.backend(BACKEND):
+        yield
+    torch.cuda.empty_cache()  # the tests run in many processes, which share the memory
+
+
+def numbers_of(case: Case, dtype: torch.dtype) -> Results:
+    """The numbers of a case on the GPU, in float64."""
+    return {name: value.to(DEVICE) for name, value in draw(case, dtype).items()}
+
+
+def check(case: Case, precision: Precision, regime: str | None = None) -> None:
+    """Assert that fastlstm, training and inferring, is as close to float64 as cuDNN is.
+
+    `regime` is forced upon the kernels, not upon the yardsticks.
+    What cuDNN cannot do it does one step at a time. TF32 is a permission that cuDNN does not use
+    at every size: there the reference, whose products may round to TF32 as well, is a second
+    yardstick, and the numbers that go in are known to TF32's spacing only.
+    """
+    dtype = precision.dtype
+    numbers = numbers_of(case, dtype)
+    solver = stepwise if case.ragged else plain
+    with precision.applied():
+        truth, allowed = judge(
+            lambda d, n: evaluate(case, d, n, solver),
+            dtype,
+            numbers,
+            arithmetic=precision.eps if precision.tf32 else None,
+        )
+        if precision.tf32:
+            with fastlstm.backend("reference"):
+                _, second = judge(lambda d, n: evaluate(case, d, n, fast), dtype, numbers, truth)
+            allowed = {name: max(bound, second[name]) for name, bound in allowed.items()}
+        with forced(regime):
+            hold(case, dtype, numbers, truth, allowed)
+
+
+def forced(regime: str | None) -> AbstractContextManager[None]:
+    """The kernels' configuration restricted to a regime; None leaves the choice to it."""
+    if regime is None:
+        return nullcontext()
+    from fastlstm.kernels.config import override
+
+    return override(regime=regime)
+
+
+def assert_same_bits(got: Results, want: Results) -> None:
+    """Assert that both have the same tensors, to the bit."""
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name

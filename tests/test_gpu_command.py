@@ -1,0 +1,360 @@
+"""`python -m benchmarks gpu` as far as a machine without a GPU can tell: all but the figures."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import bars, floor, gpu, gpu_rows
+from benchmarks.cases import CASES, Case
+from benchmarks.contenders import Contender
+from benchmarks.grid import GROUPS, TASKS, Job, plan
+from benchmarks.precision import PRECISIONS
+from benchmarks.timing import take_turns
+from benchmarks.worker import Failed, Worker
+
+TINY = Case("tiny", 3, 5, 2, 2, 2, 4)
+PACKED = Case("packed", 3, 5, 1, 2, 4, 6, packed=True)
+MACHINE = floor.Machine({name: 1e12 for name in PRECISIONS}, bandwidth=1e12, launch=1e-6)
+
+
+def job(case: Case = TINY, precision: str = "exact", mode: str = "infer", **other: Any) -> Job:
+    return Job(other.get("group", "tasks"), case, PRECISIONS[precision], mode, False)
+
+
+def measure(of: Job) -> list[gpu_rows.Row]:
+    return gpu_rows.measure(of, MACHINE, "cpu", "reference", seconds=0.001, repeat=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_an_honest_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["gpu", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "needs a CUDA GPU" in error
+    assert "torch.cuda.is_available() is False" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
+    jobs = plan()
+    assert len(set(jobs)) == len(jobs)
+    assert {j.group for j in jobs} == set(GROUPS)
+    assert [j.group for j in jobs] == sorted((j.group for j in jobs), key="tasks".__ne__)
+    assert [j.regime for j in jobs] == sorted(
+        (j.regime for j in jobs), key=bool
+    )  # risk comes last
+    tasks = {(j.case, j.precision.name, j.mode, j.graph) for j in jobs if j.group == "tasks"}
+    both = (False, True)
+    assert tasks == {
+        (CASES[name], precision, mode, graph)
+        for name in TASKS
+        for precision in PRECISIONS
+        for mode in ("infer", "train")
+        for graph in both
+    }
+    wide = [j for j in jobs if j.group == "wide"]
+    assert {(j.case.H, j.case.B) for j in wide} == {
+        (H, B) for H in (256, 512, 1024) for B in (1, 16, 64, 256)
+    }
+    assert all(j.case.I == j.case.H and j.case.T == 256 for j in wide)
+    packed = [j.case for j in jobs if j.group == "packed"]
+    assert {int(case.lengths.max()) for case in packed} == {500, 4000}
+    assert {j.case.H for j in jobs if j.group == "float32"} == {64, 128, 256, 512}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("case", [TINY, PACKED], ids=["tiny", "packed"])
+def test_rows(case: Case, mode: str, precision: str) -> None:
+    ours, theirs = measure(job(case, precision, mode))
+    assert (ours["provider"], ours["backend"]) == ("fastlstm", "triton")
+    assert (theirs["provider"], theirs["backend"]) == ("torch", "cudnn")
+    for row in (ours, theirs):
+        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["us_per_step"] == row["p50_us"] / case.T
+        assert row["times_floor"] == row["p50_us"] / row["floor_us"]
+        assert row["precision"] == precision and row["graph"] is False
+        assert case.name in gpu_rows.line(row)
+    assert ours["ratio"] == 1
+    assert theirs["ratio"] > 0
+
+
+def test_what_one_provider_cannot_do_is_a_row_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: object, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("too wide\nfor this machine")
+
+    monkeypatch.setattr("fastlstm.LSTM.forward", refuse)
+    ours, theirs = measure(job())
+    assert ours["error"] == "RuntimeError: too wide\nfor this machine"
+    assert theirs["p50_us"] > 0 and theirs["ratio"] is None
+    assert gpu_rows.line(ours).endswith("RuntimeError: too wide")
+
+
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.nn.functional.linear
+
+    def wrong(*args: torch.Tensor) -> torch.Tensor:
+        return right(*args) * 1.01
+
+    monkeypatch.setattr("fastlstm.reference.linear", wrong)
+    ours, theirs = measure(job())
+    assert ours["error"].startswith("Mismatch: tiny, infer: y from fastlstm is off float64 by")
+    assert "error" not in theirs
+
+
+def test_precision_sets_and_restores_tf32() -> None:
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = flags()
+    for name, precision in PRECISIONS.items():
+        with precision.applied():
+            assert flags() == {"tf32": (True, True), "exact": (False, False)}.get(name, before)
+        assert flags() == before
+    assert PRECISIONS["tf32"].eps == 2**-10
+    assert PRECISIONS["exact"].eps == 2**-23
+
+
+def test_floor_is_the_largest_of_three() -> None:
+    case, exact = Case("", I=4, H=8, L=1, D=1, B=2, T=16), PRECISIONS["exact"]
+    weights = 4 * 8 * (4 + 8)
+    slow = {"flops": {"exact": 1e6}, "bandwidth": 1e6, "launch": 1.0}
+
+    def least(mode: str, **machine: Any) -> float:
+        instant = {"flops": {"exact": 1e30}, "bandwidth": 1e30, "launch": 0.0}
+        return floor.floor(case, exact, mode, floor.Machine(**instant | machine)) / 1e6
+
+    assert least("infer", flops=slow["flops"]) == pytest.approx(2 * 32 * weights / 1e6)
+    backward = weights + 4 * 8 * 8  # of W and of h, but not of x
+    assert least("train", flops=slow["flops"]) == pytest.approx(
+        2 * 32 * (weights + backward) / 1e6
+    )
+    values = 32 * 4 + 32 * 8 + 2 * 2 * 8 + weights + 2 * 4 * 8
+    assert least("infer", bandwidth=1e6) == pytest.approx(4 * values / 1e6)
+    assert least("infer", launch=1.0) == pytest.approx(1.0)
+
+
+def test_machine_is_measured() -> None:
+    machine = floor.measure("cpu", matrix=32, copy=2**16, seconds=0.01)
+    assert machine.flops.keys() == PRECISIONS.keys()
+    assert all(value > 0 for value in (*machine.flops.values(), machine.bandwidth, machine.launch))
+
+
+def test_stopwatch_of_the_caller() -> None:
+    """The timings are what the stopwatch says, and it makes the calls."""
+    made = []
+
+    def stopwatch(call: Callable[[], object], times: int) -> float:
+        for _ in range(times):
+            call()
+        return times * 0.5
+
+    timings = take_turns({"a": lambda: made.append(1)}, seconds=4, repeat=5, stopwatch=stopwatch)
+    assert timings["a"].figures == {
+        "p20_us": 5e5,
+        "p50_us": 5e5,
+        "p80_us": 5e5,
+        "blocks": 5,
+        "calls_per_block": 2,
+    }
+    assert len(made) == 1 + 1 + 5 * (1 + 2)  # lazy set-up, warm-up; before and in every block
+
+
+def test_budget_ends_the_run_and_names_what_is_left() -> None:
+    jobs, now, saved = plan()[:5], 0.0, []
+
+    def perform(one: Job, timeout: float) -> list[gpu_rows.Row]:
+        nonlocal now
+        assert timeout == gpu_rows.LONGEST
+        now += 10
+        if one is jobs[1]:
+            raise Failed("the process died with exit status -11")
+        return [gpu_rows.describe_job(one, "fastlstm")]
+
+    left = gpu_rows.work_through(jobs, perform, saved.append, deadline=30, clock=lambda: now)
+    assert left == jobs[3:]
+    assert [rows[0]["case"] for rows in saved] == [one.case.name for one in jobs[:3]]
+    assert saved[1][0]["error"] == "the process died with exit status -11"
+
+
+def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[gpu_rows.Row]:
+    own = {**gpu_rows.describe_job(of, "fastlstm"), "ratio": 1.0, "us_per_step": us_per_step}
+    return [own, {**gpu_rows.describe_job(of, "torch"), "ratio": ratio, "us_per_step": 9.0}]
+
+
+def test_bars_are_computed_from_the_rows() -> None:
+    jobs = [job(CASES[name], "bf16") for name in TASKS[:2]]
+    rows = result(jobs[0], 4.0, 0.5) + result(jobs[1], 9.0, 0.7)
+    lowest, mean, step = (
+        bars.Bar("tasks", "infer", False, statistic, limit)
+        for statistic, limit in (("lowest", 4), ("mean", 6.1), ("step", 0.7))
+    )
+    lines = list(bars.verdicts(jobs, rows, (lowest, mean, step)))
+    assert [line.split()[0] for line in lines] == ["met", "missed", "met"]
+    assert "tasks, eager, forward, bf16: geometric mean 6.00x, lowest 4.00x" in lines[0]
+    assert "2 of 2 measurements" in lines[0]
+    assert "0.7 µs a step at most" in lines[2]
+
+
+def test_a_bar_is_not_met_by_what_was_not_measured() -> None:
+    jobs = [job(CASES[name], "bf16") for name in TASKS[:2]]
+    (bar,) = bars.BARS[:1]
+    (nothing,) = bars.verdicts(jobs, [], [bar])
+    assert nothing.startswith("not measured") and "0 of 2" in nothing
+    (half,) = bars.verdicts(jobs, result(jobs[0], 9.0) + result(jobs[1], None), [bar])
+    assert half.startswith("not measured") and "only 1 of 2" in half
+    (low,) = bars.verdicts(jobs, result(jobs[0], 1.0), [bar])
+    assert low.startswith("missed")
+
+
+def test_every_bar_has_its_measurements() -> None:
+    lines = list(bars.verdicts(plan(), []))
+    kinds = {(j.group, j.mode, j.graph) for j in plan() if j.regime is None}
+    assert kinds == {(bar.group, bar.mode, bar.graph) for bar in bars.BARS}
+    assert len(lines) > len(bars.BARS)
+
+
+def test_a_fault_costs_one_job() -> None:
+    with Worker(partial(int, "0")) as worker:
+        first = worker.run(os.getpid, timeout=60)
+        with pytest.raises(Failed, match="ValueError: invalid literal"):
+            worker.run(int, "x", timeout=60)
+        assert worker.run(os.getpid, timeout=60) == first
+        with pytest.raises(Failed, match="exit status 7"):
+            worker.run(os._exit, 7, timeout=60)
+        with pytest.raises(Failed, match="no answer within 0 s"):
+            worker.run(time.sleep, 60, timeout=0.1)
+        assert worker.run(os.getpid, timeout=60) != first
+
+
+def test_a_process_past_use_is_replaced() -> None:
+    with Worker(partial(int, "the GPU is lost")) as worker:
+        first = worker.run(os.getpid, timeout=60)
+        with pytest.raises(Failed, match="ValueError"):
+            worker.run(int, "x", timeout=60)
+        assert worker.run(os.getpid, timeout=60) != first
+
+
+def test_measures_in_another_process() -> None:
+    with Worker(partial(gpu_rows.synchronize, "cpu")) as worker:
+        arguments = (job(), MACHINE, "cpu", "reference", 0.001, 2)
+        rows = worker.run(gpu_rows.measure, *arguments, timeout=60)
+    assert [row["provider"] for row in rows] == ["fastlstm", "torch"]
+    assert not any("error" in row for row in rows)
+
+
+def test_a_command_past_its_time_is_ended_with_its_children(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = "import subprocess, sys; print('started', flush=True); subprocess.run(['sleep', '60'])"
+    start = time.monotonic()
+    assert gpu.run([sys.executable, "-c", code], log, timeout=1.0) is None
+    assert time.monotonic() - start < 20
+    assert log.read_text() == "started\n\nended after 1 s\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "passed"),
+    [
+        ("print('3 passed, 1 skipped in 2s')", "passed"),
+        ("print('1 failed, 3 passed in 2s'); exit(1)", "failed"),
+        ("print('3 skipped in 2s')", "failed"),
+        ("print('10 deselected in 2s'); exit(5)", "failed"),
+        ("", "failed"),
+    ],
+)
+def test_tests_have_passed_only_if_some_did(
+    code: str, passed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = gpu.run
+    monkeypatch.setattr(
+        gpu, "run", lambda command, *rest, **more: run([sys.executable, "-c", code], *rest, **more)
+    )
+    assert gpu.run_tests(tmp_path / "log", 60) == passed
+
+
+def test_a_forced_regime_holds_in_calls_and_in_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    regimes: list[str] = []
+
+    @contextmanager
+    def override(*, regime: str) -> Iterator[None]:
+        regimes.append(regime)
+        yield
+        regimes.pop()
+
+    kernels = {name: ModuleType(name) for name in ("fastlstm.kernels", "fastlstm.kernels.config")}
+    kernels["fastlstm.kernels.config"].override = override
+    for name, module in kernels.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    contender = gpu_rows.forced(
+        Contender(regimes.copy, lambda: {"y": torch.ones(len(regimes))}), "x"
+    )
+    assert contender.call() == ["x"]
+    assert contender.results()["y"].numel() == 1
+    assert not regimes
+    rows = measure(replace(job(), regime="x"))
+    assert [row["regime"] for row in rows] == ["x", "x"] and not regimes
+
+
+class Inline:
+    """Stands in for Worker: in this process."""
+
+    def __init__(self, probe: object) -> None: ...
+
+    def __enter__(self) -> "Inline":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
+        return function(*args)
+
+
+@pytest.mark.parametrize("tests", ["passed", "failed", "skipped"])
+def test_the_command(
+    tests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From start to end, on the CPU, with two jobs."""
+    jobs = [job(mode=mode) for mode in ("infer", "train")]
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "BACKEND", "reference")
+    monkeypatch.setattr(gpu, "SECONDS", 0.01)
+    monkeypatch.setattr(gpu, "Worker", Inline)
+    monkeypatch.setattr(gpu, "plan", lambda: jobs)
+    monkeypatch.setattr(gpu, "run_tests", lambda log, timeout, selection: tests)
+    monkeypatch.setattr(gpu, "run_recorder", lambda folder, log: True)
+    monkeypatch.setattr(floor, "measure", lambda device: MACHINE)
+    options = ["--out", str(tmp_path), "--quick", "--commit", "abc"]
+    status = command.main(["gpu", *options, *["--skip-tests"] * (tests == "skipped")])
+    assert status == (tests == "failed")
+    rows = json.loads((tmp_path / "gpu-speed.json").read_text())
+    assert len(rows) == 4
+    for row in rows:
+        assert row["tests"] == tests
+        assert row["commit"] == "abc"
+        assert row["machine"]["bandwidth"] == MACHINE.bandwidth
+        assert {"torch", "triton", "date", "p50_us", "floor_us"} <= row.keys()
+    printed = capsys.readouterr().out
+    assert "tasks, eager, forward, exact" in printed
+    assert ("Not to be published" in printed) == (tests != "passed")
+
+
+def test_the_recorder_is_a_command_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    assert gpu.run_recorder(tmp_path / "data", tmp_path / "log")
+    assert len(list((tmp_path / "data").glob("cudnn-*.npz"))) == len(PRECISIONS)
+    assert "cudnn-bf16.npz: " in capsys.readouterr().out
