@@ -114,8 +114,8 @@ def lstm_bwd_sequence_kernel(
     if lengths is not None:
         length = tl.load(lengths + n, real, 0)
         steps = tl.max(length, 0).to(tl.int32)
-    g_tile = gates + direction * rows * (4 * H) + w_row[:, None] + n * (4 * H)
-    d_tile = dgates + direction * rows * (4 * H) + w_row[:, None] + n * (4 * H)
+    g_tile = gates + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
+    d_tile = dgates + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
     c_tile = c_all + direction * H + unit[:, None] + n * (D * H)
     if dy is not None:
         dy_t, dy_b = dy_t.to(tl.int64) * DY_UNIT, dy_b.to(tl.int64) * DY_UNIT

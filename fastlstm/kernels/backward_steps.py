@@ -115,7 +115,7 @@ def lstm_bwd_step_kernel(
         row = first_row(t, offsets, B)
         active = real & (t < length)
         u_active = u_inside[:, None] & active
-        g_at = (direction * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
+        g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
         stacked = tl.load(gates + g_at, inside[:, None] & active, 0).to(tl.float32)
         at = (row + n) * (D * H) + direction * H + unit[:, None]
         c = tl.load(c_all + at, u_active, 0)
@@ -147,7 +147,7 @@ def lstm_bwd_step_kernel(
             follows = active & (ends == 0)
             if reset is not None:
                 follows = follows & (tl.load(reset + after.to(tl.int64) * B + n, follows, 0) == 0)
-            after_row = direction * rows + first_row(after, offsets, B)
+            after_row = direction.to(tl.int64) * rows + first_row(after, offsets, B)
             d_tile = dgates + (after_row + n) * (4 * H) + k[:, None]
             if PERSISTENT:
                 wait_for(counter, s * tl.num_programs(0))

@@ -95,7 +95,7 @@ def lstm_fwd_sequence_kernel(
         x_tile = x + feature[:, None] + n * x_b
         x_real = (feature < I)[:, None] & real
     else:
-        x_tile = x + direction * rows * (4 * H) + w_row[:, None] + n * (4 * H)
+        x_tile = x + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
         x_real = inside[:, None] & real
     if w_hr is not None:
         project = tl.load(w_hr + out[:, None] * H + unit, (out < P)[:, None] & (unit < H), 0)

@@ -108,7 +108,10 @@ def lstm_fwd_step_kernel(
         row = first_row(t, offsets, B)
         active = real & (t < length)
         stacked = tl.load(
-            projected + (direction * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H),
+            projected
+            + (direction.to(tl.int64) * rows + row) * (4 * H)
+            + w_row[:, None]
+            + n * (4 * H),
             inside[:, None] & active,
             0,
         )
@@ -131,7 +134,7 @@ def lstm_fwd_step_kernel(
         )  # fmt: skip
         stacked = activate(stacked, is_cell, FAST)
         if gates is not None:
-            g_at = (direction * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
+            g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
             tl.store(gates + g_at, stacked.to(gates.dtype.element_ty), inside[:, None] & active)
         i, f, g, o = split_gates(stacked, UNITS, N)
         c_new = f * cell + i * g
