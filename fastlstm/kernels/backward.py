@@ -237,7 +237,7 @@ def launch_lstm_bwd(
         product_into(target.w_ih, dgates[d].T, x_rows)
         product_into(target.w_hh, dgates[d].T, h_before[d])
         if target.b_ih is not None:
-            target.b_ih.copy_(dgates[d].sum(0, dtype=torch.float32))
+            torch.sum(dgates[d], 0, out=target.b_ih)  # adds up in float32
         if target.w_hr is not None:
             assert dprojected is not None and hidden is not None
             d_out = dprojected[:, d * P : (d + 1) * P]

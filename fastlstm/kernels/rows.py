@@ -65,15 +65,16 @@ class Rows:
         Where a sequence begins it is start [B, n], or 0; where it is reset, 0; in padding anything
         finite.
         """
-        zeros = values.new_zeros(self.B, values.shape[1])
+        first = values.new_zeros(self.B, values.shape[1]) if start is None else start
         if self.offsets is not None:
             shifted = values.index_select(0, self._neighbours(direction))
+            shifted.index_copy_(0, self.first(direction), first)
         elif direction == 0:
-            shifted = torch.cat([zeros, values[: -self.B]])
+            shifted = torch.cat([first, values[: -self.B]])
         else:
-            shifted = torch.cat([values[self.B :], zeros])
-        if start is not None or self.offsets is not None:
-            shifted.index_copy_(0, self.first(direction), zeros if start is None else start)
+            shifted = torch.cat([values[self.B :], first])
+            if start is not None and self.lengths is not None:
+                shifted.index_copy_(0, self.first(direction), start)
         if self.reset is not None:
             shifted.masked_fill_(self.reset.bool().view(-1, 1), 0)
         return shifted
