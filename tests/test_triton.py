@@ -91,6 +91,21 @@ def test_tiles_of_steps_do_not_matter(changes: dict[str, Any]) -> None:
         check(case, torch.float32)
 
 
+@pytest.mark.parametrize("regime", ["sequence", "steps"])
+def test_gradient_of_padding_never_leaks_through_a_projection(regime: str) -> None:
+    lstm = fastlstm.LSTM(5, 7, proj_size=3, bidirectional=True)
+    lengths = torch.tensor([1, 4, 0])
+    padding = torch.arange(4)[:, None] >= lengths
+    found = []
+    for garbage in (0.0, float("nan")):
+        with override(regime=regime):
+            y, _ = lstm(torch.ones(4, 3, 5), lengths=lengths)
+            dy = torch.ones_like(y).masked_fill(padding[..., None], garbage)
+            found.append(torch.autograd.grad(y, list(lstm.parameters()), dy))
+    for clean, spoiled in zip(*found, strict=True):
+        assert torch.equal(clean, spoiled)
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("H", [20, 150])
 def test_saved_for_backward(H: int, needs_grad: bool) -> None:

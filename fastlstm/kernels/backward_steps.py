@@ -284,7 +284,9 @@ class _ThroughProjection:
         D, H, P = len(groups), groups[0].w_hh.shape[0] // 4, groups[0].w_hh.shape[1]
         total = torch.zeros(rows.count, D * P, dtype=torch.float32, device=dgates.device)
         if dy is not None:
-            total += dy.reshape(rows.count, D * P)
+            dy = dy.reshape(rows.count, D * P)
+            # Whatever comes in for padding must not meet the zeros of what w_hr is applied to.
+            total += torch.where(rows.real(), dy, 0) if rows.padded else dy
         self.total = [total[:, d * P : (d + 1) * P] for d in range(D)]
         if dh_n is not None:
             for d, part in enumerate(self.total):
