@@ -16,6 +16,7 @@ COMMANDS = {
     "binary": "binary increment: x and x + 1 as 20 bits",
     "hello": 'small recipes, and "hihell" -> "ihello"',
     "speed": "paired timings of single calls",
+    "kernels": "what the GPU kernels compile to, without a GPU",
     "gpu": "tests, cuDNN records and timings of the Triton backend on a GPU",
 }
 # Enough to learn the tasks, in two minutes on two cores. In samples, so that the small digits do.

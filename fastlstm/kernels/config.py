@@ -161,6 +161,13 @@ def _choose(makers: Any, shape: Shape, device: Device, regime: str | None) -> Pl
     return plan or spread(shape, device, regime)
 
 
+def _sequence_units(shape: Shape) -> int | None:
+    """The units of a program if they can be all of them."""
+    units = max(padded(shape.H), padded(shape.P))
+    widest = _WIDEST_UNITS if shape.element == 2 else 64  # float32 that fits with a w_hr spills
+    return None if units > widest or shape.precision == "ieee" else padded(shape.H)
+
+
 def _sequence_batches(shape: Shape, device: Device) -> tuple[int, ...]:
     """Sequences of a program, the best first.
 
@@ -171,8 +178,8 @@ def _sequence_batches(shape: Shape, device: Device) -> tuple[int, ...]:
 
 
 def _forward_sequence(shape: Shape, device: Device) -> Plan | None:
-    units, states, features = padded(shape.H), padded(shape.P), padded(shape.I)
-    if max(units, states) > _WIDEST_UNITS or shape.precision == "ieee":
+    units, states, features = _sequence_units(shape), padded(shape.P), padded(shape.I)
+    if units is None:
         return None
     weights = shape.element * units * states * (5 if shape.projected else 4)
     # Fused costs barriers where x needs rounding on its way to the matrix instruction (TF32 on
@@ -182,9 +189,8 @@ def _forward_sequence(shape: Shape, device: Device) -> Plan | None:
     fusible = fusible and shape.element * shape.I % 4 == 0 and features <= 64
     # As many warps as leave rows of all four gates of a unit to each of them (primitives.py).
     warps = 8 if shape.element == 4 and units == 64 else {16: 2, 32: 4, 64: 4, 128: 8}[units]
-    for fused, batch, stages in product(
-        (True, False) if fusible else (False,), _sequence_batches(shape, device), (3, 2)
-    ):
+    batches = (8,) if units == 16 else _sequence_batches(shape, device)  # no wgmma, 16 can spill
+    for fused, batch, stages in product((True, False) if fusible else (False,), batches, (3, 2)):
         # h as an operand, y and c on their way out
         room = batch * (shape.element * states + 4 * units)
         if fused:
@@ -201,13 +207,18 @@ def _forward_sequence(shape: Shape, device: Device) -> Plan | None:
 
 
 def _backward_sequence(shape: Shape, device: Device) -> Plan | None:
-    units, states = padded(shape.H), padded(shape.P)
-    if max(units, states) > _WIDEST_UNITS or shape.precision == "ieee":
+    units, states = _sequence_units(shape), padded(shape.P)
+    if units is None:
         return None
     warps = {16: 2, 32: 4 if shape.element == 2 else 8, 64: 8, 128: 8}[units]
     weights = shape.element * units * states * (5 if shape.projected else 4)
-    narrow = shape.element == 4 and units == 64  # 16 spills
-    for stages, batch in product((3, 2, 1), (8,) if narrow else _sequence_batches(shape, device)):
+    # What spills: 16 sequences of wide layers, and a pipeline that runs far ahead.
+    wide = units == (64 if shape.element == 4 else 128)
+    narrow = wide and (shape.element == 4 or shape.projected)
+    pipelines: tuple[int, ...] = (2, 1) if units == 16 and shape.element == 2 else (3, 2, 1)
+    if wide and shape.element == 4 and device.arch >= 90:
+        pipelines = (1,) if shape.D == 2 else (2, 1)
+    for stages, batch in product(pipelines, (8,) if narrow else _sequence_batches(shape, device)):
         # the gradients of the gates as an operand; of each stage gates, two cells and dy
         each = batch * (4 * 6 * units + shape.element * states)
         room = batch * 4 * units * shape.element + each * (stages - 1)
@@ -245,10 +256,17 @@ def _spread(
 
 
 def _forward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
-    if shape.precision == "ieee":
-        tiles = [(16, 16, 32, 4), (32, 16, 32, 4), (32, 32, 16, 8)]
+    if shape.precision == "ieee" and shape.P <= 16:
+        # Of a single chunk LLVM makes vectors of which it loses count, and aborts, but not here.
+        tiles = [(16, 16, 16, 8)]
+    elif shape.precision == "ieee" and device.arch >= 90:
+        tiles = [(32, 16, 16, 8), (32, 32, 16, 8)]
+    elif shape.precision == "ieee":
+        tiles = [(16, 16, 32, 8), (16, 32, 16, 8)]
+    elif shape.element == 4 and device.arch >= 90:
+        tiles = [(16, 16, 32, 4), (32, 16, 32, 4), (32, 32, 32, 8)]
     elif shape.element == 4:
-        tiles = [(16, 16, 16, 4), (32, 16, 32, 4), (32, 32, 32, 8)]
+        tiles = [(16, 16, 16, 4), (32, 16, 32, 4), (64, 16, 32, 8)]
     elif device.arch >= 90:
         tiles = [(32, 16, 64, 4), (32, 32, 64, 4), (32, 64, 64, 4), (32, 128, 64, 8)]
     else:  # the tiles of both factors take registers too
@@ -281,9 +299,9 @@ def _forward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
 
 def _backward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
     if shape.precision == "ieee":
-        tiles = [(16, 16, 32, 4), (32, 16, 32, 4), (32, 32, 32, 4)]
+        tiles = [(16, 16, 64, 8), (32, 32, 16, 8)]
     elif shape.element == 4:
-        tiles = [(32, 16, 32, 4), (32, 32, 32, 8)]
+        tiles = [(32, 16, 64, 4), (32, 32, 32, 8)]
     else:
         tiles = [(32, 16, 128, 4), (32, 32, 64, 8), (64, 64, 64, 8)]
     chosen, (units, batch, chunk, warps) = _spread(shape, device, regime, tiles)

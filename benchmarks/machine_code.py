@@ -1,0 +1,92 @@
+"""Compiling a Triton kernel for a GPU that need not be there, and reading what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+from .variants import Variant
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
+_JUMP = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+
+
+def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
+    """Figures of one kernel; its PTX and machine code go to `keep` with other endings."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(variant.module), variant.kernel)
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        dict(variant.signature),
+        {(names.index(name),): value for name, value in variant.constants},
+        {
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in variant.signature
+            if kind.startswith("*")
+        },
+    )
+    target = GPUTarget("cuda", variant.arch, 32)
+    start = perf_counter()
+    compiled = triton.compile(source, target, dict(variant.options))
+    seconds = perf_counter() - start
+    text = _disassembled(compiled.asm["cubin"])
+    if keep:
+        keep.with_suffix(".ptx").write_text(compiled.asm["ptx"])
+        keep.with_suffix(".sass").write_text(text)
+    loop = time_loop(text)
+    return {
+        "registers": _resource("REG", text),
+        "spill_bytes": _resource("STACK", text),
+        "shared_bytes": compiled.metadata.shared,
+        "barriers_per_step": _count(r"\bBAR\.(SYNC|RED)", loop),
+        "mma_per_step": _count(r"\bH(G)?MMA\b", loop),
+        "spills_per_step": _count(r"\b(LDL|STL)\b", loop),
+        "wgmma_per_step": _count(r"\bHGMMA\b", loop),
+        "instructions_per_step": len(loop),
+        "compile_seconds": round(seconds, 3),
+    }
+
+
+def time_loop(sass: str) -> list[str]:
+    """The instructions of the longest loop of a kernel, those of loops inside it included."""
+    code = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    loops = [
+        (int(jump[1], 16), address)
+        for address, text in code
+        if (jump := _JUMP.search(text)) and int(jump[1], 16) < address
+    ]
+    if not loops:
+        raise ValueError("the machine code has no loop")
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    return [text for address, text in code if first <= address <= last]
+
+
+def _count(pattern: str, instructions: list[str]) -> int:
+    return sum(re.search(pattern, text) is not None for text in instructions)
+
+
+def _resource(name: str, text: str) -> int:
+    """From the line of resource usage. A stack frame is where spilled registers are kept."""
+    found = re.search(rf"\b{name}:(\d+)", text)
+    if found is None:
+        raise ValueError(f"cuobjdump does not say {name}")
+    return int(found[1])
+
+
+def _disassembled(cubin: bytes) -> str:
+    from triton import knobs
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,222 @@
+"""The kernels that layers start, as they are compiled: recorded without a GPU, without doubles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import CASES
+from .grid import BATCHES, TASKS, WIDTHS
+
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}  # of A100, RTX 3090, RTX 4090 and H100
+DTYPES = ("bfloat16", "float16", "float32")
+STEPS = 2  # of every layer: the kernels are the same for any number, a launch for each is not
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer and how it is called."""
+
+    dtype: str
+    precision: str | None  # of float32: "tf32" or "ieee"
+    I: int
+    H: int
+    D: int
+    B: int
+    training: bool
+    P: int = 0  # 0: not projected
+    rows: str = "dense"  # or "lengths", "packed"
+    states: bool = False  # also initial states, a gradient of every output; resets where D is 1
+    regime: str | None = None  # forced upon the configuration
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one compiled kernel depends on, and in `facts` where it was met first."""
+
+    module: str
+    kernel: str
+    arch: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+    facts: dict[str, Any] = field(compare=False)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k} {v}" for k, v in self.facts.items() if v not in (None, False))
+
+
+def layers(dtypes: Iterable[str], quick: bool) -> list[Layer]:
+    """Those whose kernels are compiled.
+
+    All: what the sequence regime can take and the other two at the widths that are timed, with
+    every kind of rows. float16 only where the tasks use it: it compiles as bfloat16 does. Quick:
+    the cases that are timed, and one shape for each kind of call.
+    """
+    found: list[Layer] = []
+    for dtype, precision in product(dtypes, ("tf32", "ieee")):
+        if dtype == "float32":
+            few = precision == "ieee" and quick
+        elif precision == "ieee":
+            continue  # for float32 alone
+        else:
+            few = dtype == "float16"
+        layer = partial(Layer, dtype, precision if dtype == "float32" else None)
+        found += _cases(layer, TASKS if few else CASES)
+        if few:
+            continue
+        found += _examples(layer) if quick else _everything(layer)
+    return list(dict.fromkeys(found))
+
+
+def _cases(layer: Any, names: Iterable[str]) -> Iterator[Layer]:
+    for case in map(CASES.__getitem__, names):
+        rows = "packed" if case.packed else "dense"
+        for number, training in product(range(min(case.L, 2)), (False, True)):
+            size = case.D * case.H if number else case.I
+            yield layer(size, case.H, case.D, case.B, training, rows=rows)
+
+
+def _examples(layer: Any) -> Iterator[Layer]:
+    yield layer(28, 64, 2, 128, True, rows="lengths")
+    yield layer(28, 64, 1, 128, True, states=True)
+    yield layer(28, 64, 1, 128, True, P=32)
+    yield layer(256, 256, 1, 16, True, regime="persistent")
+
+
+def _everything(layer: Any) -> Iterator[Layer]:
+    both = (False, True)
+    for H, training in product((16, 32, 64, 100, 128), both):
+        yield layer(28, H, 1, 1, training)
+        for I in (10, 28, 64, 256):
+            yield layer(I, H, 1, 128, training)
+    for H, training in product((16, 32, 64, 100, 128, 256), both):
+        yield layer(28, H, 1, 128, training, states=True)
+        yield layer(28, H, 2, 128, training, rows="lengths")
+    for H, training in product((64, 100, 256), both):
+        yield layer(28, H, 2, 128, training, rows="packed")
+        yield layer(28, H, 1, 128, training, P=H // 2)
+    for H, B, regime, training in product(WIDTHS, BATCHES, (None, "persistent"), both):
+        yield layer(H, H, 1, B, training, regime=regime)
+    yield layer(256, 256, 1, 16, True, regime="persistent", states=True)
+    yield layer(256, 256, 2, 16, True, regime="persistent", rows="lengths")
+    yield layer(256, 256, 2, 16, True, regime="persistent", rows="packed")
+
+
+def variants(layers: Iterable[Layer], archs: Iterable[int]) -> list[Variant]:
+    """What the layers start on these GPUs; a regime that has no room for a layer is left out."""
+    return list(dict.fromkeys(v for arch in archs for l in layers for v in _of(l, arch)))
+
+
+def _of(layer: Layer, arch: int) -> Iterator[Variant]:
+    from fastlstm.kernels import config, launch
+
+    device = config.Device(arch, PROCESSORS[arch])
+    with launch.record(device, layer.precision or "tf32") as launches:
+        changes = {"regime": layer.regime} if layer.regime else {}
+        with config.override(**changes):
+            try:
+                _call(layer)
+            except ValueError:
+                if not layer.regime:
+                    raise
+    for started in launches:
+        yield _variant(started, layer, arch)
+
+
+def _variant(started: Any, layer: Layer, arch: int) -> Variant:
+    """Triton's own view of the arguments: integers of any value, pointers to 16 aligned bytes."""
+    signature, constants = [], []
+    for parameter in started.kernel.params:
+        value = started.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        else:
+            kind = _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            signature.append((parameter.name, kind))
+    plan = started.plan
+    facts = {
+        "kernel": started.kernel.__name__,
+        "arch": arch,
+        "regime": plan.regime,
+        "dtype": layer.dtype,
+        "precision": layer.precision,
+        "training": layer.training,
+        "I": layer.I,
+        "H": layer.H,
+        "P": layer.P or layer.H,
+        "D": layer.D,
+        "B": layer.B,
+        "rows": layer.rows,
+        "states": layer.states,
+        "units": plan.units,
+        "N": plan.batch,
+        "chunk": plan.chunk,
+        "resident": plan.resident,
+        "fused": plan.fused,
+        "warps": plan.warps,
+        "stages": plan.stages,
+    }
+    return Variant(
+        started.kernel.fn.__module__,
+        started.kernel.__name__,
+        arch,
+        tuple(signature),
+        tuple(constants),
+        tuple(started.options.items()),
+        facts,
+    )
+
+
+def _call(layer: Layer) -> None:
+    """Forward, and in training backward, as :mod:`fastlstm.autograd` calls them."""
+    from fastlstm.kernels import lstm_bwd, lstm_fwd
+    from fastlstm.ops import triton_keeps_gates
+
+    T, B, I, H, P, D = STEPS, layer.B, layer.I, layer.H, layer.P or layer.H, layer.D
+    dtype = getattr(torch, layer.dtype)
+    new = partial(torch.empty, dtype=dtype, device="meta")
+    rows: tuple[int, ...] = (T, B)
+    batch_sizes = lengths = reset = h0 = c0 = None
+    if layer.rows == "packed":
+        batch_sizes = torch.tensor([B] * T)
+        rows = (T * B,)
+    elif layer.rows == "lengths":
+        lengths = new(B, dtype=torch.int64)
+    if layer.states:
+        h0, c0 = new(D, B, P), new(D, B, H)
+        if D == 1:
+            reset = new(T, B, dtype=torch.bool)
+    x, y, h_n, c_n = new(*rows, I), new(*rows, D * P), new(D, B, P), new(D, B, H)
+    group = [new(4 * H, I), new(4 * H, P), new(4 * H), new(4 * H)]
+    gradients = [*group[:3]]
+    if P != H:
+        group.append(new(P, H))
+        gradients.append(group[-1])
+    c_all = gates = None
+    if layer.training:
+        c_all = new(*rows, D * H, dtype=torch.float32)
+        gates = new(D, *rows, 4 * H) if triton_keeps_gates(H) else None
+    inputs = (x, group * D, D, h0, c0, batch_sizes, lengths, reset, y)
+    lstm_fwd(*inputs, h_n, c_n, c_all, gates, None)
+    if c_all is None:
+        return
+    dh_n, dc_n, dc_all = (h_n, c_n, new(*rows, D * H)) if layer.states else (None, None, None)
+    lstm_bwd(
+        *inputs, c_all, gates, y, dh_n, dc_n, dc_all, x, h0, c0, gradients * D, None
+    )  # fmt: skip

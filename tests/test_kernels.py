@@ -1,0 +1,238 @@
+"""What the GPU kernels compile to, seen by `python -m benchmarks kernels`: no GPU is needed.
+
+Compiled for real, in processes of that command, though tests elsewhere interpret the kernels.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import kernels
+from benchmarks.machine_code import time_loop
+from benchmarks.variants import Layer, variants
+from benchmarks.worker import Failed
+from fastlstm.kernels.config import Device
+
+Row = dict[str, Any]
+KEYS = [
+    *("kernel", "arch", "dtype", "H", "N", "warps", "registers", "spill_bytes", "shared_bytes"),
+    *("barriers_per_step", "mma_per_step", "compile_seconds"),
+]
+
+
+class Compiled(NamedTuple):
+    rows: list[Row]
+    assembly: Path
+
+    def where(self, condition: Callable[[Row], bool]) -> list[Row]:
+        """What to look at; never nothing, of which anything is true."""
+        found = [row for row in self.rows if condition(row)]
+        assert found
+        return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Every row of the quick set, and the folder of PTX and machine code."""
+    folder = tmp_path_factory.mktemp("kernels")
+    run = [sys.executable, "-m", "benchmarks", "kernels", "--quick", "--json", "--asm", folder]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(run, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Compiled(json.loads(done.stdout), folder)
+
+
+def brief(rows: list[Row]) -> list[Row]:
+    """What a failed assertion should show of rows."""
+    names = [*KEYS, "regime", "precision", "training", "I", "P", "D", "rows", "states", "asm"]
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def is_forward(row: Row) -> bool:
+    return row["kernel"] == "lstm_fwd_sequence_kernel"
+
+
+def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
+    assert all(row.keys() >= set(KEYS) for row in compiled.rows)
+    wanted = {
+        (f"lstm_{way}_{kind}_kernel", regime, arch)
+        for way in ("fwd", "bwd")
+        for kind, regime in (("sequence", "sequence"), ("step", "persistent"), ("step", "steps"))
+        for arch in (80, 90)
+    }
+    assert {(r["kernel"], r["regime"], r["arch"]) for r in compiled.rows} == wanted
+    assert {(r["dtype"], r["precision"]) for r in compiled.rows} == {
+        ("bfloat16", None),
+        ("float16", None),
+        ("float32", "tf32"),
+        ("float32", "ieee"),
+    }
+
+
+def test_nothing_spills(compiled: Compiled) -> None:
+    assert brief([row for row in compiled.rows if row["spill_bytes"]]) == []
+    assert brief([row for row in compiled.rows if row["spills_per_step"]]) == []
+
+
+def test_shared_memory_is_there(compiled: Compiled) -> None:
+    limits = {arch: Device(arch, 1).shared_bytes for arch in (80, 90)}
+    assert limits == {80: 163 * 1024, 90: 227 * 1024}
+    assert brief([r for r in compiled.rows if r["shared_bytes"] > limits[r["arch"]]]) == []
+
+
+def test_products_are_matrix_instructions(compiled: Compiled) -> None:
+    """But for exact float32, which has none, and steps whose product another kernel computes."""
+
+    def has_product(row: Row) -> bool:
+        elsewhere = row["kernel"] == "lstm_bwd_step_kernel" and row["P"] != row["H"]
+        return row["precision"] != "ieee" and not elsewhere
+
+    assert brief([r for r in compiled.where(has_product) if r["mma_per_step"] == 0]) == []
+
+
+def test_hopper_uses_its_own_matrix_instructions(compiled: Compiled) -> None:
+    """In both passes of the sequence regime from H = 64 and 16 sequences on, and in the
+    persistent forward pass whose weights stay on chip.
+
+    Not where a projection comes between (its transposed factor is in registers), nor where the
+    weights of a backward pass come in chunks.
+    """
+
+    def hopper(row: Row) -> bool:
+        wide = row["arch"] == 90 and row["N"] >= 16 and row["dtype"] != "float32"
+        sequence = row["regime"] == "sequence" and row["H"] >= 64 and row["P"] == row["H"]
+        return wide and (sequence or (row["regime"] == "persistent" and row["resident"]))
+
+    rows = compiled.where(hopper)
+    assert {row["kernel"] for row in rows} >= {
+        "lstm_fwd_sequence_kernel",
+        "lstm_bwd_sequence_kernel",
+        "lstm_fwd_step_kernel",
+    }
+    assert brief([row for row in rows if row["wgmma_per_step"] != row["mma_per_step"]]) == []
+
+
+def test_barriers_of_the_forward_sequence(compiled: Compiled) -> None:
+    """Two round h for the next product and two lay out y; in training two more lay out c.
+
+    A projection is one more product. Offsets of packed rows, where x is not read by the kernel
+    itself, are copied ahead like what they point to, behind a barrier of their own.
+    """
+
+    def allowed(row: Row) -> int:
+        projected = 2 * (row["P"] != row["H"])
+        copied = row["rows"] == "packed" and not row["fused"]
+        return 4 + 2 * row["training"] + projected + copied
+
+    rows = compiled.where(is_forward)
+    assert brief([row for row in rows if row["barriers_per_step"] > allowed(row)]) == []
+    plain = [r for r in rows if r["P"] == r["H"] and (r["rows"] != "packed" or r["fused"])]
+    assert max(r["barriers_per_step"] for r in plain if not r["training"]) == 4
+    assert max(r["barriers_per_step"] for r in plain if r["training"]) == 6
+
+
+@pytest.mark.parametrize("kernel", ["lstm_fwd_step_kernel", "lstm_bwd_step_kernel"])
+def test_persistent_programs_exchange_in_order(compiled: Compiled, kernel: str) -> None:
+    """Wait, barrier, read what others wrote, write, barrier, publish: nothing can move across."""
+    acquire = r"(ld|atom)\.global(\.\w+)*\.acquire|(ld|atom)(\.\w+)*\.acquire(\.\w+)*\.global"
+    release = r"(red|atom)\.global(\.\w+)*\.release|(red|atom)(\.\w+)*\.release(\.\w+)*\.global"
+    rows = compiled.where(lambda r: r["regime"] == "persistent" and r["kernel"] == kernel)
+    for row in rows:
+        ptx = (compiled.assembly / f"{row['asm']}.ptx").read_text().splitlines()
+        at = {
+            name: [i for i, line in enumerate(ptx) if re.search(pattern, line)]
+            for name, pattern in {
+                "acquire": acquire,
+                "release": release,
+                "gpu": r"\.gpu\b",
+                "barrier": r"\bbar\.sync\b",
+                "read": r"\bld\.global\.cg|\bcp\.async\.c[ag]",
+                "write": r"\bst\.global",
+            }.items()
+        }
+        (wait,), (publish,) = at["acquire"], at["release"]
+        assert {wait, publish} <= set(at["gpu"])
+        read = [i for i in at["read"] if i > wait]
+        assert read and wait < read[0] < read[-1] < publish
+        assert any(wait < i < read[0] for i in at["barrier"])
+        # The last store of what is exchanged; stores for later kernels may follow.
+        written = [i for i in at["write"] if read[-1] < i < publish]
+        assert written and any(written[-1] < i < publish for i in at["barrier"])
+        # Copies of fewer than 16 bytes go through L1: acquiring has to empty it.
+        sass = (compiled.assembly / f"{row['asm']}.sass").read_text()
+        assert re.search(r"STRONG\.GPU[^\n]*\n(?:[^\n]*\n){0,4}?[^\n]*CCTL\.IVALL", sass)
+        assert re.search(r"MEMBAR\.\w+\.GPU[^\n]*\n(?:[^\n]*\n){0,12}?[^\n]*STRONG\.GPU", sass)
+
+
+def test_a_loop_is_found_with_the_loops_in_it() -> None:
+    code = ["MOV R1", "ADD R2", "BRA 0x20", "@P0 BRA 0x10", "EXIT", "BRA 0x50"]
+    sass = "\n".join(f"        /*{16 * i:04x}*/   {c} ;  /* 0x0 */" for i, c in enumerate(code))
+    assert time_loop(sass) == ["ADD R2", "BRA 0x20", "@P0 BRA 0x10"]
+    with pytest.raises(ValueError, match="no loop"):
+        time_loop("        /*0000*/   EXIT ;  /* 0x0 */")
+
+
+def test_variants_are_named_once_and_forced_regimes_need_room() -> None:
+    layer = Layer("float32", "tf32", 28, 64, 1, 128, training=True)
+    forward, backward = variants([layer, layer], [90])
+    assert (forward.kernel, backward.kernel) == (
+        "lstm_fwd_sequence_kernel",
+        "lstm_bwd_sequence_kernel",
+    )
+    assert ("PRECISION", "tf32") in forward.constants
+    crowded = Layer("bfloat16", None, 1024, 1024, 1, 4096, training=False, regime="persistent")
+    assert variants([crowded], [90]) == []
+
+
+class FakeWorker:
+    """Records where it should, and compiles nothing: the second variant takes it down."""
+
+    def __init__(self, probe: object) -> None:
+        self.compiled = 0
+
+    def __enter__(self) -> "FakeWorker":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
+        if function is variants:
+            layer = Layer("bfloat16", None, 28, 64, 1, 128, training=True)
+            return variants([layer], [80])
+        if "bwd" in args[0].kernel:
+            raise Failed("the process died with exit status -6")
+        return dict.fromkeys(kernels.COLUMNS, 1) | args[0].facts
+
+
+def test_a_kernel_that_takes_the_compiler_down_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "Worker", FakeWorker)
+    assert command.main(["kernels"]) == 1
+    out, error = capsys.readouterr()
+    assert "1 kernels" in out and "fwd_sequence" in out
+    assert error.startswith("error: 1 did not compile:\nkernel lstm_bwd_sequence_kernel, arch 80")
+    assert "exit status -6" in error
+
+
+def test_missing_tools_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "find_spec", lambda name: None)
+        assert command.main(["kernels"]) == 1
+    assert "the package triton is missing" in capsys.readouterr().err
+
+    def none(self: object) -> None:
+        raise RuntimeError("Cannot find cuobjdump")
+
+    monkeypatch.setattr("triton.knobs.env_nvidia_tool.get", none)
+    assert command.main(["kernels"]) == 1
+    assert "Cannot find cuobjdump" in capsys.readouterr().err
