@@ -175,11 +175,16 @@ def _triton_error() -> str | None:
 def _load_triton() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed"
-    from triton import knobs
+    if torch.version.hip is not None:
+        return "the kernels are for CUDA, and this torch is built for ROCm"
+    try:
+        from triton import knobs
 
-    if not knobs.runtime.interpret and not torch.cuda.is_available():
-        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-    import_module("fastlstm.kernels")
+        if not knobs.runtime.interpret and not torch.cuda.is_available():
+            return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+        import_module("fastlstm.kernels")
+    except (ImportError, AttributeError) as error:  # of a broken Triton, or one of long ago
+        return f"Triton cannot be loaded: {error}"
     return None
 
 

@@ -141,7 +141,7 @@ def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> Tensor:
         lengths = lengths.clamp(0, steps)
     elif batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"LSTM: lengths must be in 0..{steps}, got {lengths.tolist()}")
-    return lengths.to(x.device).contiguous().view(batch)
+    return lengths.to(x.device, non_blocking=x.is_cuda).contiguous().view(batch)
 
 
 def check_reset(reset: Tensor, x: Tensor, batched: bool, batch_first: bool) -> Tensor:
@@ -153,7 +153,7 @@ def check_reset(reset: Tensor, x: Tensor, batched: bool, batch_first: bool) -> T
     if reset.shape != (expected if batched else (steps,)):
         shape = list(expected) if batched else [steps]
         raise ValueError(f"LSTM: reset must be {shape}, got {size(reset)}")
-    reset = reset.to(x.device)
+    reset = reset.to(x.device, non_blocking=x.is_cuda)
     if not batched:
         return reset.unsqueeze(1)
     return reset.transpose(0, 1) if batch_first else reset

@@ -5,6 +5,7 @@ tests/test_kernels.py compiles it for GPUs that are not here.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -99,9 +100,10 @@ def test_gradient_of_padding_never_leaks_through_a_projection(regime: str) -> No
     found = []
     for garbage in (0.0, float("nan")):
         with override(regime=regime):
-            y, _ = lstm(torch.ones(4, 3, 5), lengths=lengths)
+            y, (h_n, _) = lstm(torch.ones(4, 3, 5), lengths=lengths)
             dy = torch.ones_like(y).masked_fill(padding[..., None], garbage)
-            found.append(torch.autograd.grad(y, list(lstm.parameters()), dy))
+            dh_n = torch.ones_like(h_n).masked_fill(lengths.eq(0)[:, None], garbage)
+            found.append(torch.autograd.grad([y, h_n], list(lstm.parameters()), [dy, dh_n]))
     for clean, spoiled in zip(*found, strict=True):
         assert torch.equal(clean, spoiled)
 
@@ -173,6 +175,39 @@ def test_autocast() -> None:
     assert y.dtype is h.dtype is c.dtype is torch.float16
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in lstm.parameters())
+
+
+def test_backward_within_autocast_is_not_cast() -> None:
+    lstm, x = fastlstm.LSTM(5, 7, bidirectional=True), torch.randn(4, 3, 5)
+
+    def gradients(enabled: bool) -> tuple[Tensor, ...]:
+        loss = lstm(x)[0].square().sum()
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            return torch.autograd.grad(loss, list(lstm.parameters()))
+
+    for plain, within in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, within)
+
+
+@pytest.mark.parametrize("H", [7, 150])
+def test_exported(H: int) -> None:
+    """An exported program calls the operators with gradients on."""
+    lstm, x = fastlstm.LSTM(5, H), torch.randn(4, 3, 5)
+    program = torch.export.export(lstm, (x,))
+    assert torch.equal(program.module()(x)[0], lstm(x)[0])
+
+
+def test_threads() -> None:
+    """The interpreter serves one at a time."""
+    lstm, x = fastlstm.LSTM(5, 7), torch.randn(4, 3, 5)
+    expected = lstm(x)[0]
+
+    def work() -> bool:
+        with fastlstm.backend("triton"):
+            return torch.equal(lstm(x)[0], expected)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(lambda _: work(), range(9)))
 
 
 def test_cell() -> None:

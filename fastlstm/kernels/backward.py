@@ -32,7 +32,10 @@ from .primitives import (
 from .rows import Rows
 
 
-@triton.jit(do_not_specialize=["rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"])
+@triton.jit(
+    do_not_specialize=["rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"],
+    do_not_specialize_on_alignment=["c0", "offsets", "lengths", "reset", "dc_all", "dh_n", "dc_n"],
+)
 def lstm_bwd_sequence_kernel(
     gates,  # [D, rows, 4H]: with ACTIVATED after activation, else before it and without biases
     w_hh,  # [4H, P], direction 0

@@ -31,7 +31,10 @@ from .primitives import (
 from .rows import Rows
 
 
-@triton.jit(do_not_specialize=["begin", "end", "rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"])
+@triton.jit(
+    do_not_specialize=["begin", "end", "rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"],
+    do_not_specialize_on_alignment=["c0", "offsets", "lengths", "reset", "dc_all", "dh_n"],
+)
 def lstm_bwd_step_kernel(
     gates,  # [D, rows, 4H]: with ACTIVATED after activation, else before it and without biases
     w_hh,  # [4H, H], direction 0
@@ -291,8 +294,8 @@ class _ThroughProjection:
         if dh_n is not None:
             for d, part in enumerate(self.total):
                 last = rows.first(1 - d)
-                end = part.index_select(0, last) + dh_n[d]
-                part.index_copy_(0, last, end)
+                end = torch.where(rows.empty(), 0, dh_n[d]) if rows.padded else dh_n[d]
+                part.index_copy_(0, last, part.index_select(0, last) + end)
         flat = torch.zeros(rows.count, D * H, dtype=torch.float32, device=dgates.device)
         self._parts = [flat[:, d * H : (d + 1) * H] for d in range(D)]
         packed = rows.sizes is not None

@@ -89,8 +89,7 @@ class Plan:
     def __str__(self) -> str:
         tile = f"{self.regime}: {4 * self.units} x {self.batch} tiles, {self.warps} warps"
         where = "weights on chip" if self.resident else f"weights in chunks of {self.chunk}"
-        before = "input projected in the loop" if self.fused else "input projected before"
-        return f"{tile}, {where}, {before}"
+        return f"{tile}, {where}"
 
 
 # For the whole process: autograd runs backward in a thread of its own.
@@ -147,7 +146,12 @@ def _plan(makers: Any, shape: Shape, device: Device) -> Plan:
     if not _changes:
         return _choose(makers, shape, device, None)
     changes = dict(_changes)
-    return replace(_choose(makers, shape, device, changes.pop("regime", None)), **changes)
+    plan = replace(_choose(makers, shape, device, changes.pop("regime", None)), **changes)
+    if plan.resident and plan.chunk < shape.P:
+        raise ValueError(
+            f"override(): weights on chip need a chunk of {shape.P}, got {plan.chunk}"
+        )
+    return plan
 
 
 @lru_cache(maxsize=1024)  # looked up at every launch, by the few shapes of a program
@@ -299,7 +303,7 @@ def _forward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
 
 def _backward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
     if shape.precision == "ieee":
-        tiles = [(16, 16, 64, 8), (32, 32, 16, 8)]
+        tiles = [(16, 16, 64, 8), (32, 32, 16, 8) if device.arch >= 90 else (16, 32, 32, 8)]
     elif shape.element == 4:
         tiles = [(32, 16, 64, 4), (32, 32, 32, 8)]
     else:

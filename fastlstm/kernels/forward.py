@@ -30,7 +30,10 @@ from .primitives import (
 from .rows import Rows
 
 
-@triton.jit(do_not_specialize=["rows", "T", "B", "x_t", "x_b"])
+@triton.jit(
+    do_not_specialize=["rows", "T", "B", "x_t", "x_b"],
+    do_not_specialize_on_alignment=["h0", "c0", "offsets", "lengths", "reset"],
+)
 def lstm_fwd_sequence_kernel(
     x,  # [rows, I] of strides x_t, x_b, or with FUSED=False its projection [D, rows, 4H], float32
     w_ih,  # [4H, I], direction 0; None unless FUSED

@@ -30,7 +30,10 @@ from .primitives import (
 from .rows import Rows
 
 
-@triton.jit(do_not_specialize=["begin", "end", "rows", "T", "B"])
+@triton.jit(
+    do_not_specialize=["begin", "end", "rows", "T", "B"],
+    do_not_specialize_on_alignment=["offsets", "lengths", "reset"],
+)
 def lstm_fwd_step_kernel(
     projected,  # float32 [D, rows, 4H]: x through w_ih, and h0 through w_hh in the first rows
     w_hh,  # [4H, P], direction 0

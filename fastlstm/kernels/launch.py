@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .operands import Group
 
 # The interpreter runs the kernels on CPU tensors, program after program, to check them.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+_interpreter = threading.Lock()  # it patches Triton's own functions while it runs
 _ANY_DEVICE = Device(arch=90, processors=132)
 
 
@@ -69,6 +71,9 @@ def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> 
             "the persistent regime cannot be interpreted: its programs wait for each other, and "
             "the interpreter runs one after the other"
         )
+    elif INTERPRETED:
+        with _interpreter:
+            kernel[grid](**arguments, **options)
     else:
         kernel[grid](**arguments, **options)
 
@@ -94,8 +99,11 @@ def _device(device: torch.device) -> Device:
 
 
 def is_fast(x: Tensor) -> bool:
-    """Whether activations may be approximate: 16-bit results round coarser than these err."""
-    return x.element_size() == 2 and not INTERPRETED
+    """Whether activations may be approximate: bfloat16 rounds four times as coarsely as they err.
+
+    float16 does not.
+    """
+    return x.dtype is torch.bfloat16 and not INTERPRETED
 
 
 def precision_of(x: Tensor) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +17,30 @@ from .launch import INTERPRETED, device_of, precision_of
 from .operands import gradient_groups, groups
 from .rows import layout
 
+Operator = Callable[..., None]
+
+
+def _plainly(operator: Operator) -> Operator:
+    """On the device of x, without autograd and autocast.
+
+    An exported program calls operators with gradients on, and backward may run within autocast.
+    """
+
+    @wraps(operator)
+    def run(x: Tensor, *arguments: Any) -> None:
+        with torch.no_grad(), torch.cuda.device_of(x):
+            if not torch._C._is_any_autocast_enabled():
+                return operator(x, *arguments)
+            with torch.autocast(x.device.type, enabled=False):
+                return operator(x, *arguments)
+
+    return run
+
+
 _DISPATCH_KEYS = ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]
 
 
+@_plainly
 def lstm_fwd(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -38,13 +61,13 @@ def lstm_fwd(
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
         return
-    with torch.cuda.device_of(x):
-        launch_lstm_fwd(
-            x, groups(weights, directions), rows, _contiguous(h0), _contiguous(c0),
-            y, h_n, c_n, c_all, gates,
-        )  # fmt: skip
+    launch_lstm_fwd(
+        x, groups(weights, directions), rows, _contiguous(h0), _contiguous(c0),
+        y, h_n, c_n, c_all, gates,
+    )  # fmt: skip
 
 
+@_plainly
 def lstm_bwd(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -75,12 +98,11 @@ def lstm_bwd(
                 gradient.zero_()
         return
     found = groups(weights, directions)
-    with torch.cuda.device_of(x):
-        launch_lstm_bwd(
-            x, found, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
-            dy, _contiguous(dh_n), _contiguous(dc_n), dc_all,
-            dx, dh0, dc0, gradient_groups(dweights, found),
-        )  # fmt: skip
+    launch_lstm_bwd(
+        x, found, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
+        dy, _contiguous(dh_n), _contiguous(dc_n), dc_all,
+        dx, dh0, dc0, gradient_groups(dweights, found),
+    )  # fmt: skip
 
 
 def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int) -> str:
