@@ -32,6 +32,7 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in variant.signature
             if kind.startswith("*")
+            and not kernel.params[names.index(name)].do_not_specialize_on_alignment
         },
     )
     target = GPUTarget("cuda", variant.arch, 32)
