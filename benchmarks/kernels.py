@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
         args.asm.mkdir(parents=True, exist_ok=True)
     facts = environment()
     wanted = layers(args.dtype, args.quick)
-    with _fresh_compiler(), ExitStack() as stack:
+    with fresh_compiler(), ExitStack() as stack:
         workers = [stack.enter_context(Worker(probe=int)) for _ in range(PROCESSES)]
         found = workers[0].run(variants, wanted, args.arch, timeout=TIMEOUT)
         rows: list[Row] = []
@@ -121,7 +121,7 @@ def _check() -> None:
 
 
 @contextmanager
-def _fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     """Processes started in this block compile, and from nothing, whatever this one has set."""
     before = dict(os.environ)
     with TemporaryDirectory() as cache:

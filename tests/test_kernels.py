@@ -179,13 +179,6 @@ def test_a_loop_is_found_with_the_loops_in_it() -> None:
         time_loop("        /*0000*/   EXIT ;  /* 0x0 */")
 
 
-def recorded(layers: list[Layer], archs: list[int]) -> list[Variant]:
-    """`variants` in a process that does not interpret, as this one does."""
-    with kernels._fresh_compiler(), Worker(probe=int) as worker:
-        found: list[Variant] = worker.run(variants, layers, archs, timeout=100)
-        return found
-
-
 def test_variants_are_named_once_and_forced_regimes_need_room() -> None:
     layer = Layer("float32", "tf32", 28, 64, 1, 128, training=True)
     crowded = Layer("bfloat16", None, 1024, 1024, 1, 4096, training=False, regime="persistent")
