@@ -299,12 +299,20 @@ class PackedWeights {
   char* data_ = nullptr;
 };
 
+void check_plain(bool peephole, bool layer_norm, const Array& h_mask, double zoneout_c, double zoneout_h,
+                 const Array& seed) {
+  STD_TORCH_CHECK(!peephole && !layer_norm && !h_mask && zoneout_c == 0 && zoneout_h == 0 && !seed,
+                  "fastlstm: the cpu kernels have no such cell");
+}
+
 void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
                   OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle h_n_,
-                  Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_, OptionalHandle cache_) {
+                  Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_, OptionalHandle cache_, bool peephole,
+                  bool layer_norm, OptionalHandle h_mask_, double zoneout_c, double zoneout_h, OptionalHandle seed_) {
   const std::vector<Array> weights = to_arrays(weights_);
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
-      c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_);
+      c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_), h_mask(h_mask_), seed(seed_);
+  check_plain(peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
   const Call call(x, weights, directions, batch_sizes, lengths);
   const Sizes& s = call.sizes;
   ForwardParams p{};
@@ -328,13 +336,16 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
 
 void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
                   OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle c_all_,
-                  Handle gates_, OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_, OptionalHandle dc_all_,
-                  OptionalHandle dx_, OptionalHandle dh0_, OptionalHandle dc0_, const HandleList& dweights_,
-                  OptionalHandle cache_) {
+                  OptionalHandle gates_, OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_,
+                  OptionalHandle dc_all_, OptionalHandle dx_, OptionalHandle dh0_, OptionalHandle dc0_,
+                  const HandleList& dweights_, OptionalHandle cache_, bool peephole, bool layer_norm,
+                  OptionalHandle h_mask_, double zoneout_c, double zoneout_h, OptionalHandle seed_) {
   const std::vector<Array> weights = to_arrays(weights_), dweights = to_arrays(dweights_);
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_),
       c_all(c_all_), gates(gates_), dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_), dc0(dc0_),
-      cache(cache_);
+      cache(cache_), h_mask(h_mask_), seed(seed_);
+  check_plain(peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
+  STD_TORCH_CHECK(bool(gates), "fastlstm: the cpu kernels need the gates");
   const Call call(x, weights, directions, batch_sizes, lengths);
   const Sizes& s = call.sizes;
   const int32_t grad = call.compute_type;

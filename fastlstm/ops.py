@@ -1,16 +1,25 @@
 """Operator schemas and their fake kernels. Imports neither Triton nor the compiled extension.
 
 Every backend implements one contract for one layer, both directions at once (shapes: T time steps,
-B batch, I input, H hidden, P projected or H, D directions; packed rows replace [T, B] by [N]):
+B batch, I input, H hidden, P projected or H, D directions; packed rows replace [T, B] by [N]).
+:mod:`fastlstm.reference` defines what a step computes.
 
 - ``weights``: for each direction ``w_ih [4H, I]``, ``w_hh [4H, P]``, then ``b_ih [4H]``,
-  ``b_hh [4H]`` if there are biases, then ``w_hr [P, H]`` if projected;
+  ``b_hh [4H]`` if there are biases, then ``w_hr [P, H]`` if projected, then ``w_ch [3H]`` with
+  ``peephole``, then ``ln_ih [4H]``, ``ln_hh [4H]``, ``ln_c [H]``, ``b_ln_c [H]`` with
+  ``layer_norm``; ``dweights`` alike, with one gradient for both biases;
 - ``batch_sizes``: int64 [T], for packed rows; ``lengths``: int64 [B]; ``reset``: bool [T, B];
+- ``h_mask``: [D, B, P], factors of the state that goes into w_hh, float32 when the layer is
+  16-bit; ``seed``: int64 [1], of zoneout in training, None for its expectation;
 - ``gates``: [D, T, B, 4H], the activated gates kept for backward, units in an order private to
-  the backend; the Triton kernels compute them again where they are not kept;
+  the backend; without them backward computes them again, all steps at once. Layer normalisation
+  never keeps them;
 - ``c_all``: [T, B, D*H], float32 when the layer is 16-bit; so are ``gates`` and every gradient of
   the CPU kernels, while those of the Triton kernels have the dtype of the layer;
 - outputs are passed in and written completely.
+
+The operators of ``nn.RNN`` have one gate, ``w_ih [H, I]`` and ``w_hh [H, H]``, and keep nothing
+but y for backward.
 """
 
 import torch
@@ -20,40 +29,58 @@ _INPUTS = (
     "Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0, "
     "Tensor? batch_sizes, Tensor? lengths, Tensor? reset"
 )
+_CELL = (
+    "*, bool peephole=False, bool layer_norm=False, Tensor? h_mask=None, "
+    "float zoneout_c=0.0, float zoneout_h=0.0, Tensor? seed=None"
+)
 _FORWARD = (
     f"({_INPUTS}, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!)? c_all, "
-    "Tensor(e!)? gates, Tensor(f!)? cache) -> ()"
+    f"Tensor(e!)? gates, Tensor(f!)? cache, {_CELL}) -> ()"
 )
 _BACKWARD = (
-    f"({_INPUTS}, Tensor y, Tensor c_all, Tensor gates, "
+    f"({_INPUTS}, Tensor y, Tensor c_all, Tensor? gates, "
     "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, "
     "Tensor(a!)? dx, Tensor(b!)? dh0, Tensor(c!)? dc0, Tensor(d!)[] dweights, "
-    "Tensor(e!)? cache) -> ()"
+    f"Tensor(e!)? cache, {_CELL}) -> ()"
+)
+_RNN_INPUTS = (
+    "Tensor x, Tensor[] weights, int directions, Tensor? h0, "
+    "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool relu"
+)
+_RNN_FORWARD = f"({_RNN_INPUTS}, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!)? cache) -> ()"
+_RNN_BACKWARD = (
+    f"({_RNN_INPUTS}, Tensor y, Tensor? dy, Tensor? dh_n, "
+    "Tensor(a!)? dx, Tensor(b!)? dh0, Tensor(c!)[] dweights, Tensor(d!)? cache) -> ()"
 )
 
 _library = Library("fastlstm", "DEF")
-_library.define(f"lstm_fwd_cpu{_FORWARD}")
-_library.define(f"lstm_bwd_cpu{_BACKWARD}")
-_library.define(f"lstm_fwd_triton{_FORWARD}")
-_library.define(f"lstm_bwd_triton{_BACKWARD.replace('Tensor gates', 'Tensor? gates')}")
+for _backend in ("cpu", "triton"):
+    _library.define(f"lstm_fwd_{_backend}{_FORWARD}")
+    _library.define(f"lstm_bwd_{_backend}{_BACKWARD}")
+    _library.define(f"rnn_fwd_{_backend}{_RNN_FORWARD}")
+    _library.define(f"rnn_bwd_{_backend}{_RNN_BACKWARD}")
 _SIZES = "int input, int hidden, int projected, int directions"
 _library.define(f"cpu_cache_bytes({_SIZES}, bool double) -> int")
 _library.define("cpu_isa() -> str")
 _library.define(f"cpu_plan(int steps, int batch, {_SIZES}, int threads) -> str")
 
 
-@register_fake("fastlstm::lstm_fwd_cpu")
-@register_fake("fastlstm::lstm_bwd_cpu")
-@register_fake("fastlstm::lstm_fwd_triton")
-@register_fake("fastlstm::lstm_bwd_triton")
-def _writes_only_its_arguments(*args: object) -> None:
+def _writes_only_its_arguments(*args: object, **options: object) -> None:
     return None
 
+
+for _operator in ("lstm_fwd", "lstm_bwd", "rnn_fwd", "rnn_bwd"):
+    register_fake(f"fastlstm::{_operator}_cpu")(_writes_only_its_arguments)
+    register_fake(f"fastlstm::{_operator}_triton")(_writes_only_its_arguments)
 
 lstm_fwd_cpu = torch.ops.fastlstm.lstm_fwd_cpu.default
 lstm_bwd_cpu = torch.ops.fastlstm.lstm_bwd_cpu.default
 lstm_fwd_triton = torch.ops.fastlstm.lstm_fwd_triton.default
 lstm_bwd_triton = torch.ops.fastlstm.lstm_bwd_triton.default
+rnn_fwd_cpu = torch.ops.fastlstm.rnn_fwd_cpu.default
+rnn_bwd_cpu = torch.ops.fastlstm.rnn_bwd_cpu.default
+rnn_fwd_triton = torch.ops.fastlstm.rnn_fwd_triton.default
+rnn_bwd_triton = torch.ops.fastlstm.rnn_bwd_triton.default
 cpu_cache_bytes = torch.ops.fastlstm.cpu_cache_bytes.default
 cpu_isa = torch.ops.fastlstm.cpu_isa.default
 cpu_plan = torch.ops.fastlstm.cpu_plan.default
