@@ -3,6 +3,6 @@
 from fastlstm import functional
 from fastlstm.backends import backend, backends, explain
 from fastlstm.convert import accelerate
-from fastlstm.modules import LSTM, LSTMCell
+from fastlstm.modules import LSTM, RNN, LSTMCell
 
-__all__ = ["LSTM", "LSTMCell", "accelerate", "backend", "backends", "explain", "functional"]
+__all__ = ["LSTM", "RNN", "LSTMCell", "accelerate", "backend", "backends", "explain", "functional"]

@@ -1,9 +1,11 @@
 """One layer on the kernels of a backend, differentiable to any order.
 
-First derivatives come from the backward kernel. When a graph of the gradients is asked for
-(``create_graph=True``), or a batch of them (``is_grads_batched=True``), backward goes through the
-reference: slower, and right to any order.
+First derivatives come from the backward kernel. Derivatives of those go through the reference:
+slower, and right to any order. What ``torch.func.vmap`` makes of a layer is in
+:mod:`fastlstm.batching`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -12,29 +14,98 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import batching, ops, reference
+from .reference import PLAIN, Cell
 
 LayerOutput = tuple[Tensor, Tensor, Tensor, Tensor | None]
-Rows = tuple[Tensor | None, Tensor | None, Tensor | None]  # batch_sizes, lengths, reset
-Cache = dict[Any, Tensor]
+Tensors = tuple[Tensor, ...]
+Maybe = Sequence[Any]  # of tensors, or None where there is none
 
 _CPU = torch.device("cpu")  # named at every allocation: a default device may be another one
 _is_cpu = attrgetter("is_cpu")
+_is_transformed = torch._C._are_functorch_transforms_active
+
+
+class Cache(dict[Any, Tensor]):
+    """Weights in the order of the kernels. Not a plain dict, which torch.func would copy."""
 
 
 class _Kernels(NamedTuple):
     """What autograd has to know of a backend; the contract of the operators is in ops.py."""
 
-    forward: Any
-    backward: Any
+    lstm_fwd: Any
+    lstm_bwd: Any
+    rnn_fwd: Any
+    rnn_bwd: Any
     packs: bool  # whether it keeps weights in an order of its own
     wide: bool  # whether gates and gradients of 16-bit layers are float32
 
 
 _KERNELS = {
-    "cpu": _Kernels(ops.lstm_fwd_cpu, ops.lstm_bwd_cpu, packs=True, wide=True),
-    "triton": _Kernels(ops.lstm_fwd_triton, ops.lstm_bwd_triton, packs=False, wide=False),
+    "cpu": _Kernels(
+        ops.lstm_fwd_cpu,
+        ops.lstm_bwd_cpu,
+        ops.rnn_fwd_cpu,
+        ops.rnn_bwd_cpu,
+        packs=True,
+        wide=True,
+    ),
+    "triton": _Kernels(
+        ops.lstm_fwd_triton,
+        ops.lstm_bwd_triton,
+        ops.rnn_fwd_triton,
+        ops.rnn_bwd_triton,
+        packs=False,
+        wide=False,
+    ),
 }
+
+
+class Call(NamedTuple):
+    """All of a layer's call that has no derivative."""
+
+    kernels: str  # which of _KERNELS
+    kind: str  # "LSTM", "RNN_TANH" or "RNN_RELU"
+    directions: int
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    reset: Tensor | None
+    cell: Cell = PLAIN  # of an LSTM
+    cell_states: bool = False  # of an LSTM: whether c of every step is a result
+    recompute: bool = False  # of an LSTM: whether gates are computed again for backward
+    cache: Cache | None = None
+
+
+def call_tensors(call: Call) -> list[Tensor | None]:
+    return [call.batch_sizes, call.lengths, call.reset, call.cell.h_mask, call.cell.seed]
+
+
+def with_tensors(call: Call, tensors: Maybe) -> Call:
+    batch_sizes, lengths, reset, h_mask, seed = tensors
+    cell = call.cell._replace(h_mask=h_mask, seed=seed)
+    return call._replace(batch_sizes=batch_sizes, lengths=lengths, reset=reset, cell=cell)
+
+
+def results(call: Call) -> int:
+    """How many outputs of the layer have a derivative; those that follow are for backward."""
+    return 3 + call.cell_states if call.kind == "LSTM" else 2
+
+
+def by_reference(call: Call, inputs: Maybe) -> Tensors:
+    """The results of the layer from ``(x, h0, c0, *weights)``, in plain PyTorch."""
+    x, h0, c0, *weights = inputs
+    layout: dict[str, Any] = {
+        "directions": call.directions,
+        "batch_sizes": call.batch_sizes,
+        "lengths": call.lengths,
+        "reset": call.reset,
+    }
+    if call.kind != "LSTM":
+        return reference.rnn_layer(x, weights, h0, relu=call.kind == "RNN_RELU", **layout)
+    y, h_n, c_n, c_all = reference.lstm_layer(
+        x, weights, h0, c0, cell=call.cell, cell_states=call.cell_states, **layout
+    )
+    return (y, h_n, c_n) if c_all is None else (y, h_n, c_n, c_all)
 
 
 def lstm_layer(
@@ -48,6 +119,8 @@ def lstm_layer(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     cell_states: bool = False,
+    cell: Cell = PLAIN,
+    recompute: bool = False,
     cache: Cache | None = None,
     kernels: str = "cpu",
 ) -> LayerOutput:
@@ -56,26 +129,35 @@ def lstm_layer(
     ``cache`` keeps the weights in kernel order between calls. It is checked against the weights'
     bytes at every call, so any edit of a weight is seen.
     """
-    rows = (batch_sizes, lengths, reset)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or any(w.requires_grad for w in weights)
-        or (h0 is not None and h0.requires_grad)
-        or (c0 is not None and c0.requires_grad)
-    ):
-        outputs = _Layer.apply(kernels, directions, rows, cell_states, cache, x, h0, c0, *weights)
-        return outputs if cell_states else (*outputs, None)
-    y, h_n, c_n, c_all, _ = _forward(
-        kernels, directions, rows, x, weights, h0, c0, cell_states, False, cache
-    )
-    if c_all is not None and c_all.dtype is not x.dtype:
-        c_all = c_all.to(x.dtype)
-    return y, h_n, c_n, c_all
+    call = Call(
+        kernels, "LSTM", directions, batch_sizes, lengths, reset,
+        cell, cell_states, recompute, cache,
+    )  # fmt: skip
+    y, h_n, c_n, *more = _run(call, (x, h0, c0, *weights))
+    if not cell_states:
+        return y, h_n, c_n, None
+    c_all = more[0]
+    return y, h_n, c_n, c_all if c_all.dtype is x.dtype else c_all.to(x.dtype)
 
 
-def triton_layer(*args: Any, **options: Any) -> LayerOutput:
-    """Same contract as :func:`fastlstm.reference.lstm_layer`, on the Triton kernels."""
-    return lstm_layer(*args, **options, kernels="triton")
+def rnn_layer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h0: Tensor | None,
+    *,
+    relu: bool = False,
+    directions: int = 1,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    cache: Cache | None = None,
+    kernels: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Same contract as :func:`fastlstm.reference.rnn_layer`, on the kernels of that name."""
+    kind = "RNN_RELU" if relu else "RNN_TANH"
+    call = Call(kernels, kind, directions, batch_sizes, lengths, reset, cache=cache)
+    y, h_n, *_ = _run(call, (x, h0, None, *weights))
+    return y, h_n
 
 
 def infer(
@@ -120,14 +202,77 @@ def infer(
     return y, h_n, c_n
 
 
-def _is_batched(grad: Tensor | None) -> bool:
-    """Whether a vmap stands for many gradients; `is_grads_batched=True` uses the legacy one."""
-    if torch.compiler.is_compiling():  # Dynamo cannot ask, and does not trace those
-        return False
-    functorch = torch._C._functorch
-    return grad is not None and (
-        functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
-    )
+def _run(call: Call, inputs: Maybe) -> Tensors:
+    """The outputs of the layer; what follows its results has no meaning to the caller."""
+    if _is_transformed():
+        return run_transformed(call, inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Layer.apply(call, *inputs)
+    return _forward(call, inputs, save=False)
+
+
+def run_transformed(call: Call, inputs: Maybe) -> Tensors:
+    """All outputs, under whatever transform of torch.func is left."""
+    return _TransformedLayer.apply(call, *inputs)
+
+
+def _forward(call: Call, inputs: Maybe, save: bool) -> Tensors:
+    """The results, then, with ``save``, what backward needs besides them."""
+    x, h0, c0, *weights = inputs
+    kernels, D, cell = _KERNELS[call.kernels], call.directions, call.cell
+    gate_units, P = weights[1].shape
+    dtype, device = x.dtype, x.device
+    shape = x.shape[:-1]
+    B = shape[1] if call.batch_sizes is None else _batch(call, h0)
+    rows = call.batch_sizes, call.lengths, call.reset
+    packed = _packed(call.cache, "forward", weights, D) if kernels.packs else None
+    # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
+    y = torch.empty(*shape, D * P, dtype=dtype, device=device)
+    h_n = torch.empty(D, B, P, dtype=dtype, device=device)
+    if call.kind != "LSTM":
+        kernels.rnn_fwd(
+            _dense(x), _contiguous(weights), D, _dense(h0), *rows, call.kind == "RNN_RELU",
+            y, h_n, packed,
+        )  # fmt: skip
+        return y, h_n
+    H = gate_units // 4
+    c_n = torch.empty(D, B, H, dtype=dtype, device=device)
+    outputs = [y, h_n, c_n]
+    c_all = gates = None
+    if save or call.cell_states:
+        c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype), device=device)
+        outputs.append(c_all)
+    keeps = call.kernels == "cpu" or ops.triton_keeps_gates(H)
+    if save and keeps and not call.recompute and not cell.layer_norm:
+        kept = _compute_dtype(dtype) if kernels.wide else dtype
+        gates = torch.empty(D, *shape, gate_units, dtype=kept, device=device)
+        outputs.append(gates)
+    kernels.lstm_fwd(
+        _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows,
+        y, h_n, c_n, c_all, gates, packed, **_options(cell),
+    )  # fmt: skip
+    return tuple(outputs)
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    """The keywords of an operator; none for the plain cell, they take time."""
+    if cell.is_plain:
+        return {}
+    h_mask = cell.h_mask
+    return {
+        "peephole": cell.peephole,
+        "layer_norm": cell.layer_norm,
+        "h_mask": None if h_mask is None else h_mask.contiguous(),
+        "zoneout_c": cell.zoneout[0],
+        "zoneout_h": cell.zoneout[1],
+        "seed": cell.seed,
+    }
+
+
+def _batch(call: Call, h0: Tensor | None) -> int:
+    """B of packed rows."""
+    assert call.batch_sizes is not None
+    return int(call.batch_sizes[0]) if h0 is None else h0.shape[1]
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -165,155 +310,205 @@ def _packed(cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int) -
     return buffer
 
 
-def _forward(
-    name: str,
-    D: int,
-    rows: Rows,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    cell_states: bool,
-    save: bool,
-    cache: Cache | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    kernels = _KERNELS[name]
-    batch_sizes, lengths, reset = rows
-    gate_units, P = weights[1].shape
-    H = gate_units // 4
-    dtype, device = x.dtype, x.device
-    shape = x.shape[:-1]
-    B = shape[1] if batch_sizes is None else int(batch_sizes[0])
-    # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
-    y = torch.empty(*shape, D * P, dtype=dtype, device=device)
-    h_n = torch.empty(D, B, P, dtype=dtype, device=device)
-    c_n = torch.empty(D, B, H, dtype=dtype, device=device)
-    c_all = gates = None
-    if save or cell_states:
-        c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype), device=device)
-    if save and (name == "cpu" or ops.triton_keeps_gates(H)):
-        kept = _compute_dtype(dtype) if kernels.wide else dtype
-        gates = torch.empty(D, *shape, gate_units, dtype=kept, device=device)
-    packed = _packed(cache, "forward", weights, D) if kernels.packs else None
-    kernels.forward(
-        _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), batch_sizes, lengths, reset,
-        y, h_n, c_n, c_all, gates, packed,
-    )  # fmt: skip
-    return y, h_n, c_n, c_all, gates
+def _keep(ctx: Any, call: Call, inputs: Maybe, outputs: Tensors) -> None:
+    ctx.save_for_backward(*call_tensors(call), *inputs, *outputs)
+    ctx.call, ctx.inputs = with_tensors(call, [None] * 5), len(inputs)
+    if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
+        ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    call = with_tensors(ctx.call, saved[:5])
+    inputs, outputs = saved[5 : 5 + ctx.inputs], saved[5 + ctx.inputs :]
+    needed = ctx.needs_input_grad[1:]
+    incoming = incoming[: results(call)]
+    arguments = (call, needed, inputs, outputs, incoming)
+    if any(map(_is_legacy_batch, incoming)):
+        found = pull_back(*arguments)
+    elif _is_transformed() or torch.is_grad_enabled():
+        found = gradient(*arguments)
+    else:
+        found = _gradient(*arguments)
+    rest = iter(found)
+    return None, *(next(rest) if need else None for need in needed)
+
+
+def _is_legacy_batch(grad: Tensor | None) -> bool:
+    """Whether it stands for many gradients, of `is_grads_batched=True`; that is no torch.func."""
+    if torch.compiler.is_compiling():  # Dynamo cannot ask, and does not trace those
+        return False
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        kernels: str,
-        D: int,
-        rows: Rows,
-        cell_states: bool,
-        cache: Cache | None,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, c_all, gates = _forward(
-            kernels, D, rows, x, weights, h0, c0, cell_states, True, cache
-        )
-        ctx.save_for_backward(*rows, y, c_all, gates, x, h0, c0, *weights)
-        if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
-            ctx.set_materialize_grads(False)
-        ctx.kernels, ctx.directions, ctx.cell_states, ctx.cache = kernels, D, cell_states, cache
-        if not cell_states or c_all is None:
-            return y, h_n, c_n  # no None among the outputs: Dynamo would ask for its gradient
-        return y, h_n, c_n, c_all.to(x.dtype)
+    def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensors:
+        outputs = _forward(call, inputs, save=True)
+        _keep(ctx, call, inputs, outputs)
+        return outputs[: results(call)]
+
+    backward = staticmethod(_backward)
+
+
+class _TransformedLayer(torch.autograd.Function):
+    """The same for torch.func, which needs another form that costs 20 µs more."""
 
     @staticmethod
-    def backward(ctx: Any, *outgoing: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch_sizes, lengths, reset, y, c_all, gates, x, h0, c0, *weights = ctx.saved_tensors
-        rows, D = (batch_sizes, lengths, reset), ctx.directions
-        needed = ctx.needs_input_grad[5:]
-        create_graph = torch.is_grad_enabled()
-        if create_graph or any(map(_is_batched, outgoing)):
-            inputs = (x, h0, c0, *weights)
-            return (None,) * 5 + _reference_grads(
-                ctx, rows, inputs, needed, outgoing, create_graph
-            )
+    def forward(call: Call, *inputs: Tensor | None) -> Tensors:
+        return _forward(call, inputs, save=True)
 
-        kernels = _KERNELS[ctx.kernels]
-        dtype = _compute_dtype(x.dtype) if kernels.wide else x.dtype
+    @staticmethod
+    def setup_context(ctx: Any, arguments: Any, outputs: Tensors) -> None:
+        call, *inputs = arguments
+        ctx.mark_non_differentiable(*outputs[results(call) :])
+        _keep(ctx, call, inputs, outputs)
 
-        def incoming(grad: Tensor | None) -> Tensor | None:
-            return None if grad is None else _dense(grad.to(dtype))
+    backward = staticmethod(_backward)
 
-        def empty(like: Tensor | None, wanted: bool) -> Tensor | None:
-            return (
-                torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-                if wanted and like is not None
-                else None
-            )
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Call, *inputs: Tensor | None) -> Any:
+        return batching.layer(info, in_dims, call, inputs)
 
-        dx, dh0, dc0 = empty(x, needed[0]), empty(h0, needed[1]), empty(c0, needed[2])
-        each = len(weights) // D
-        bias = each >= 4
-        dweights = []
-        if any(needed[3:]):
-            for d in range(0, len(weights), each):
-                group = weights[d : d + each]
-                del group[2 : 3 if bias else 2]  # one gradient serves both biases
-                dweights += [
-                    torch.empty_like(w, dtype=dtype, memory_format=torch.contiguous_format)
-                    for w in group
-                ]
-        packed = _packed(ctx.cache, "backward", weights, D) if kernels.packs else None
-        kernels.backward(
-            _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows, y, c_all, gates,
-            *map(incoming, outgoing), *(() if ctx.cell_states else (None,)),
-            dx, dh0, dc0, dweights, packed,
+
+def _gradient(
+    call: Call,
+    needed: Sequence[bool],
+    inputs: Maybe,
+    outputs: Maybe,
+    incoming: Maybe,
+) -> Tensors:
+    """The gradients of those inputs that need one, from those of the results."""
+    x, h0, c0, *weights = inputs
+    kernels, D, cell = _KERNELS[call.kernels], call.directions, call.cell
+    dtype = _compute_dtype(x.dtype) if kernels.wide else x.dtype
+
+    def arriving(grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else _dense(grad.to(dtype))
+
+    def empty(like: Tensor) -> Tensor:
+        return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+    dx, dh0, dc0 = (
+        empty(t) if wanted and t is not None else None
+        for t, wanted in zip((x, h0, c0), needed[:3], strict=True)
+    )
+    each = len(weights) // D
+    bias = each - cell.peephole - 4 * cell.layer_norm > 3
+    dweights: list[Tensor] = []
+    if any(needed[3:]):
+        for start in range(0, len(weights), each):
+            group = weights[start : start + each]
+            del group[2 : 3 if bias else 2]  # one gradient serves both biases
+            dweights += map(empty, group)
+    packed = _packed(call.cache, "backward", weights, D) if kernels.packs else None
+    rows = call.batch_sizes, call.lengths, call.reset
+    if call.kind == "LSTM":
+        y, _, _, c_all, *gates = outputs
+        kernels.lstm_bwd(
+            _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows,
+            y, c_all, gates[0] if gates else None,
+            *map(arriving, incoming), *(() if call.cell_states else (None,)),
+            dx, dh0, dc0, dweights, packed, **_options(cell),
+        )  # fmt: skip
+    else:
+        kernels.rnn_bwd(
+            _dense(x), _contiguous(weights), D, _dense(h0), *rows, call.kind == "RNN_RELU",
+            outputs[0], *map(arriving, incoming), dx, dh0, dweights, packed,
         )  # fmt: skip
 
-        grads: list[Tensor | None] = [dx, dh0, dc0]
-        for d in range(0, len(dweights), each - bias):
-            group = dweights[d : d + each - bias]
-            if bias:
-                group.insert(3, group[2].clone())
-            grads += group
-        grads += [None] * (len(needed) - len(grads))
-        return (None,) * 5 + tuple(
-            grad.to(x.dtype) if grad is not None and wanted else None
-            for grad, wanted in zip(grads, needed, strict=True)
-        )
-
-
-@torch.enable_grad()
-def _reference_grads(
-    ctx: Any,
-    rows: Rows,
-    inputs: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grads: Sequence[Tensor | None],
-    create_graph: bool,
-) -> tuple[Tensor | None, ...]:
-    """Gradients as a function of the inputs and the incoming gradients, through the reference."""
-    # Views cut the graph at this layer: x may itself depend on the weights.
-    own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    x, h0, c0, *weights = own
-    batch_sizes, lengths, reset = rows
-    outputs = reference.lstm_layer(
-        x, weights, h0, c0, directions=ctx.directions,
-        batch_sizes=batch_sizes, lengths=lengths, reset=reset, cell_states=ctx.cell_states,
-    )  # fmt: skip
-    used = [
-        (out, grad)
-        for out, grad in zip(outputs, grads, strict=False)  # no gradient of c_all without one
-        if out is not None and grad is not None
-    ]
-    found = iter(
-        torch.autograd.grad(
-            [out for out, _ in used],
-            [t for t, need in zip(own, needed, strict=True) if need],
-            [grad for _, grad in used],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+    grads: list[Any] = [dx, dh0, dc0]
+    for start in range(0, len(dweights), each - bias):
+        group = dweights[start : start + each - bias]
+        if bias:
+            group.insert(3, group[2].clone())
+        grads += group
+    return tuple(
+        grad.to(x.dtype)
+        for grad, wanted in zip(grads, needed, strict=False)
+        if wanted and grad is not None
     )
-    return tuple(next(found) if need else None for need in needed)
+
+
+def gradient(
+    call: Call,
+    needed: Sequence[bool],
+    inputs: Maybe,
+    outputs: Maybe,
+    incoming: Maybe,
+) -> Tensors:
+    """As `_gradient`, with derivatives of its own and under transforms."""
+    sizes = len(inputs), len(outputs)
+    return _Gradient.apply(call, tuple(needed), sizes, *inputs, *outputs, *incoming)
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        call: Call, needed: Sequence[bool], sizes: tuple[int, int], *tensors: Tensor | None
+    ) -> Tensors:
+        return _gradient(call, needed, *_split(sizes, tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, arguments: Any, found: Tensors) -> None:
+        call, needed, sizes, *tensors = arguments
+        inputs, _, incoming = _split(sizes, tensors)
+        ctx.save_for_backward(*call_tensors(call), *inputs, *incoming)
+        ctx.call, ctx.needed, ctx.sizes = with_tensors(call, [None] * 5), needed, sizes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Second derivatives: of inputs and of the incoming gradients."""
+        create_graph = torch.is_grad_enabled()
+        call = with_tensors(ctx.call, ctx.saved_tensors[:5])
+        count, outputs = ctx.sizes
+        with torch.enable_grad():
+            # Views cut the graph at this layer: x may itself depend on the weights.
+            own: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[5:]]
+            found = pull_back(call, ctx.needed, own[:count], (), own[count:])
+            wanted = [
+                *ctx.needs_input_grad[3 : 3 + count],
+                *ctx.needs_input_grad[3 + count + outputs :],
+            ]
+            second = iter(
+                torch.autograd.grad(
+                    found,
+                    [t for t, need in zip(own, wanted, strict=True) if need],
+                    grads,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
+        result = [next(second) if need else None for need in wanted]
+        return None, None, None, *result[:count], *(None,) * outputs, *result[count:]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Call, needed: Any, sizes: Any, *tensors: Any) -> Any:
+        return batching.gradient(
+            info, (in_dims[0], *_split(sizes, in_dims[3:])), call, needed, *_split(sizes, tensors)
+        )
+
+
+def _split(sizes: tuple[int, int], tensors: Sequence[Any]) -> tuple[Any, Any, Any]:
+    first, second = sizes[0], sum(sizes)
+    return tensors[:first], tensors[first:second], tensors[second:]
+
+
+def pull_back(
+    call: Call,
+    needed: Sequence[bool],
+    inputs: Maybe,
+    outputs: Maybe,
+    incoming: Maybe,
+) -> Tensors:
+    """As `_gradient`, through the reference."""
+
+    def run(*wanted: Tensor) -> Tensors:
+        rest = iter(wanted)
+        own = [next(rest) if need else t for t, need in zip(inputs, needed, strict=True)]
+        found = by_reference(call, own)
+        return tuple(t for t, g in zip(found, incoming, strict=True) if g is not None)
+
+    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+    pull = torch.func.vjp(run, *wanted)[1]
+    return pull(tuple(g for g in incoming if g is not None))

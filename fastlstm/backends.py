@@ -2,14 +2,15 @@
 
 ``auto`` takes the compiled CPU kernels on the CPU and the Triton kernels on CUDA devices wherever
 they can compute the call, and the reference everywhere else. A backend that is named explicitly
-computes every call or raises: it is never replaced silently.
+computes every call or raises: it is never replaced silently. Derivatives that no kernel has (of
+second order, in forward mode) are the reference's on every backend.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -22,16 +23,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import autograd, extension, reference
+from fastlstm import extension
+from fastlstm.reference import PLAIN, Cell
 
 __all__ = ["backend", "backends", "explain", "select"]
-
-Layer = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _transform_level = torch._C._functorch.maybe_current_level
+_TransformType = torch._C._functorch.TransformType
 
 
 class Status(NamedTuple):
@@ -153,11 +154,26 @@ def _obstacle(name: str, x: Tensor) -> str | None:
             return f"the input is on {x.device}, the cpu kernels need it on the CPU"
         if x.dtype not in _CPU_DTYPES:
             return f"the cpu kernels have no {x.dtype}"
-    if _transform_level() is not None:
-        return f"a torch.func transform is active, which the {name} kernels do not support"
-    if forward_ad._current_level >= 0:
-        return f"forward-mode AD is active, which the {name} kernels do not support"
     return _extension_error() if name == "cpu" else _triton_error() or _triton_obstacle(x)
+
+
+def _higher_derivative() -> str | None:
+    """What asks for more than vmap and one derivative in reverse mode, if anything does.
+
+    That is for the reference, on every backend: kernels compute the first derivative only.
+    """
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    if _transform_level() is None:
+        return None
+    kinds = [layer.key() for layer in torch._C._functorch.get_interpreter_stack() or ()]
+    if kinds.count(_TransformType.Grad) > 1:
+        return "torch.func takes a derivative of a derivative"
+    if _TransformType.Jvp in kinds:
+        return "forward-mode AD is active"
+    if _TransformType.Functionalize in kinds:
+        return "torch.func.functionalize is active"
+    return None
 
 
 @torch.compiler.assume_constant_result  # Dynamo would trace the loading, it ignores the cache
@@ -223,30 +239,51 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def select(x: Tensor) -> Layer:
-    """The function that computes one layer of input x under the backend in use.
+def select(
+    x: Tensor,
+    kind: str = "LSTM",
+    cell: Cell = PLAIN,
+    weights: Sequence[Tensor] = (),
+    directions: int = 1,
+) -> str:
+    """The name of the backend that computes layers of input x.
+
+    Args:
+        x: the input of the first layer.
+        kind: "LSTM" or "RNN".
+        cell: of an LSTM.
+        weights: of all layers and directions; needed unless this is a plain LSTM.
+        directions: D.
 
     Raises:
         RuntimeError: a backend was named explicitly and cannot compute this call.
     """
     name = _choice.name
-    if name == "reference":
-        return reference.lstm_layer
+    if name == "reference" or _higher_derivative() is not None:
+        return "reference"
     kernels = ("triton" if x.is_cuda else "cpu") if name == "auto" else name
-    if kernels not in _LAYERS:
+    if kernels not in ("cpu", "triton"):
         raise _missing(name)  # it comes from FASTLSTM_BACKEND: backend() would have refused it
     obstacle = _obstacle(kernels, x)
+    if obstacle is None and (cell is not PLAIN or kind != "LSTM"):
+        obstacle = _layers_obstacle(kernels, x, kind, cell, weights, directions)
     if obstacle is None:
-        return _LAYERS[kernels]
+        return kernels
     if name == "auto":
-        return reference.lstm_layer
+        return "reference"
     raise RuntimeError(
         f'the "{name}" backend cannot compute this call: {obstacle}. '
         'Use fastlstm.backend("auto") or "reference"'
     )
 
 
-_LAYERS: dict[str, Layer] = {"cpu": autograd.lstm_layer, "triton": autograd.triton_layer}
+def _layers_obstacle(
+    name: str, x: Tensor, kind: str, cell: Cell, weights: Sequence[Tensor], directions: int
+) -> str | None:
+    """Why the kernels of that name cannot compute layers other than those of a plain LSTM."""
+    if cell.is_plain and kind == "LSTM":
+        return None
+    return f"the {name} kernels have no such cell"
 
 
 def explain(
@@ -255,7 +292,7 @@ def explain(
     """Say what ``module(x, hx, **options)`` would run, without running it.
 
     Args:
-        module: a ``fastlstm.LSTM`` or ``fastlstm.LSTMCell``.
+        module: a ``fastlstm.LSTM``, ``LSTMCell`` or ``RNN``.
         x: the input of the call; hx and options are accepted so that a call can be pasted in,
             they do not change the choice.
 
@@ -267,39 +304,47 @@ def explain(
         TypeError: module is not one of this library's.
         RuntimeError: the backend in use cannot compute this call.
     """
-    from fastlstm.modules import LSTM, LSTMCell  # they import this file
+    from fastlstm.modules import LSTM, RNN, LSTMCell  # they import this file
 
-    if not isinstance(module, LSTM | LSTMCell):
+    if not isinstance(module, LSTM | LSTMCell | RNN):
         raise TypeError(
-            f"explain() takes a fastlstm.LSTM or LSTMCell, got {type(module).__qualname__}; "
+            f"explain() takes a fastlstm.LSTM, LSTMCell or RNN, got {type(module).__qualname__}; "
             "convert it with from_torch() or fastlstm.accelerate()"
         )
     data = x.data if isinstance(x, PackedSequence) else x
-    compute = select(data)
+    kind, cell = ("RNN", PLAIN) if isinstance(module, RNN) else ("LSTM", module.cell())
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    demand = kind, cell, module.weights(), directions
+    backend = select(data, *demand)
     auto = _choice.name == "auto"
     chosen = f'backend("{_choice.name}") asks for it'
     layers = list(_layers(module, x))
-    if compute is reference.lstm_layer:
-        if auto:
-            chosen = f"auto: {_obstacle('triton' if data.is_cuda else 'cpu', data)}"
+    if backend == "reference":
+        derivative = _higher_derivative()
+        if derivative is not None:
+            chosen = f"{derivative}, which is the reference's on every backend"
+        elif auto:
+            kernels = "triton" if data.is_cuda else "cpu"
+            obstacle = _obstacle(kernels, data) or _layers_obstacle(kernels, data, *demand)
+            chosen = f"auto: {obstacle}"
         plan = "one product for the input of all steps, then a step at a time"
         return Explanation("reference", "PyTorch operations", (plan,) * len(layers), chosen)
     if auto:
         chosen = f"auto: {data.dtype} on {'a CUDA device' if data.is_cuda else 'the CPU'}"
-    if compute is autograd.lstm_layer:
+    if backend == "cpu":
         threads = torch.get_num_threads()
         plans = tuple(extension.plan(*layer, threads) for layer in layers)
         return Explanation("cpu", extension.isa(), plans, chosen)
-    from fastlstm import kernels
+    from fastlstm import kernels as triton_kernels
 
-    plans = tuple(kernels.describe(data, *layer) for layer in layers)
+    plans = tuple(triton_kernels.describe(data, *layer) for layer in layers)
     return Explanation("triton", _triton_detail(), plans, chosen)
 
 
 def _layers(
     module: Any, x: Tensor | PackedSequence
 ) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """T, B, I, H, P and D of each layer of an LSTM or LSTMCell."""
+    """T, B, I, H, P and D of each layer of a module."""
     hidden, layers = module.hidden_size, getattr(module, "num_layers", 1)
     projected = getattr(module, "proj_size", 0) or hidden
     directions = 2 if getattr(module, "bidirectional", False) else 1

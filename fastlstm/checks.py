@@ -12,36 +12,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlstm.reference import PLAIN, Cell
+
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
-_is_batched = torch._C._functorch.is_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def check_weights(
-    weights: Sequence[Tensor], x: Tensor, num_layers: int = 1, directions: int = 1
+    weights: Sequence[Tensor],
+    x: Tensor,
+    num_layers: int = 1,
+    directions: int = 1,
+    kind: str = "LSTM",
+    cell: Cell = PLAIN,
 ) -> None:
     """That every weight has the shape, dtype and device that go with ``x [..., I]``."""
     count, rest = divmod(len(weights), num_layers * directions)
-    if rest or not 2 <= count <= 5:
+    plain = count - cell.peephole - 4 * cell.layer_norm
+    if rest or plain not in ((2, 3, 4, 5) if kind == "LSTM" else (2, 4)):
         raise RuntimeError(
             f"expected 2 to 5 weights for each of {num_layers} layers x {directions} directions, "
             f"got {len(weights)} in all"
+            if cell.is_plain and kind == "LSTM"
+            else f"{kind}: {len(weights)} weights are not those of {num_layers} layers x "
+            f"{directions} directions of this cell"
         )
-    gates, projected = weights[1].shape
-    hidden = gates // 4
-    shapes: list[tuple[int, ...]] = [(4 * hidden, x.shape[-1]), (4 * hidden, projected)]
-    if count > 3:
-        shapes += [(4 * hidden,), (4 * hidden,)]
-    if count % 2:
+    units, projected = weights[1].shape
+    hidden = units // (4 if kind == "LSTM" else 1)
+    shapes: list[tuple[int, ...]] = [(units, x.shape[-1]), (units, projected)]
+    names = ["weight_ih", "weight_hh"]
+    if plain > 3:
+        shapes += [(units,), (units,)]
+        names += ["bias_ih", "bias_hh"]
+    if plain % 2:
         shapes += [(projected, hidden)]
+        names += ["weight_hr"]
     elif projected != hidden:
-        shapes[1] = (4 * hidden, hidden)
-    names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if count > 3 else [])]
-    if count % 2:
-        names.append("weight_hr")
+        shapes[1] = (units, hidden)
+    if cell.peephole:
+        shapes += [(3 * hidden,)]
+        names += ["weight_ch"]
+    if cell.layer_norm:
+        shapes += [(units,), (units,), (hidden,), (hidden,)]
+        names += ["weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"]
     dtype, device, on_cpu = x.dtype, x.device, x.is_cpu
     for k, w in enumerate(weights):
         if k == count * directions:
-            shapes[0] = (4 * hidden, directions * projected)
+            shapes[0] = (units, directions * projected)
         if w.dtype is not dtype or (not w.is_cpu if on_cpu else w.device != device):
             raise RuntimeError(
                 f"the input is {dtype} on {device} but {names[k % count]} is {w.dtype} on "
@@ -54,14 +71,19 @@ def check_weights(
             )
 
 
-def check_packed(x: Tensor, batch_sizes: Tensor) -> tuple[int, int, int]:
+def check_packed(
+    kind: str, x: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor] | None
+) -> tuple[int, int, int]:
     """T, B and I of packed rows ``x [N, I]``."""
     if x.dim() != 2:
-        raise RuntimeError(f"LSTM: packed rows must be 2-D [N, I], got {size(x)}")
+        raise RuntimeError(f"{kind}: packed rows must be 2-D [N, I], got {size(x)}")
+    if torch.compiler.is_compiling():  # values are not known yet: the operator checks them
+        batch = int(batch_sizes[0]) if hx is None else hx[0].shape[1]
+        return batch_sizes.shape[0], batch, x.shape[1]
     sizes = batch_sizes.tolist()
     if sum(sizes) != x.shape[0] or sizes != sorted(sizes, reverse=True) or sizes[-1:] < [1]:
         raise RuntimeError(
-            f"LSTM: batch_sizes must be positive, non-increasing and add up to the {x.shape[0]} "
+            f"{kind}: batch_sizes must be positive, non-increasing and add up to the {x.shape[0]} "
             f"packed rows, got {sizes}"
         )
     return len(sizes), sizes[0], x.shape[1]
@@ -81,27 +103,34 @@ def check_pair(hx: Any, dims: int | None) -> tuple[Tensor, Tensor]:
     return hx[0], hx[1]
 
 
-def check_unbatched(h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
+def check_unbatched(kind: str, hx: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """h_0 ``[L*D, P]`` and c_0 ``[L*D, H]`` as a batch of one."""
-    if h0.dim() != 2 or c0.dim() != 2:
+    if any(state.dim() != 2 for state in hx):
         raise RuntimeError(
-            f"LSTM: expected 2-D h_0 and c_0 for unbatched input, got {size(h0)} and {size(c0)}"
+            f"{kind}: expected 2-D {_names(hx)} for unbatched input, got {_sizes(hx)}"
         )
-    return h0.unsqueeze(1), c0.unsqueeze(1)
+    return tuple(state.unsqueeze(1) for state in hx)
 
 
-def check_state(
-    h0: Tensor,
-    c0: Tensor,
-    h_shape: tuple[int, int, int],
-    c_shape: tuple[int, int, int],
-    packed: bool,
+def check_states(
+    kind: str, hx: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], packed: bool
 ) -> None:
-    """That h_0 and c_0 of an LSTM have these shapes."""
-    if h0.shape != h_shape or c0.shape != c_shape:
-        found = f"got {size(h0)} and {size(c0)}"
-        kind = IndexError if packed and (h0.dim() != 3 or c0.dim() != 3) else RuntimeError
-        raise kind(f"LSTM: expected h_0 {list(h_shape)} and c_0 {list(c_shape)}, {found}")
+    """That h_0 and c_0 have these shapes; the hidden state of an RNN has the first."""
+    if any(state.shape != shape for state, shape in zip(hx, shapes, strict=False)):
+        expected = " and ".join(
+            f"{name} {list(shape)}"
+            for name, shape in zip(("h_0", "c_0")[: len(hx)], shapes, strict=False)
+        )
+        error = IndexError if packed and any(s.dim() != 3 for s in hx) else RuntimeError
+        raise error(f"{kind}: expected {expected}, got {_sizes(hx)}")
+
+
+def _names(hx: Sequence[Tensor]) -> str:
+    return " and ".join(("h_0", "c_0")[: len(hx)])
+
+
+def _sizes(hx: Sequence[Tensor]) -> str:
+    return " and ".join(str(size(state)) for state in hx)
 
 
 def check_cell_state(h: Tensor, c: Tensor, shape: tuple[int, ...]) -> None:
@@ -111,48 +140,45 @@ def check_cell_state(h: Tensor, c: Tensor, shape: tuple[int, ...]) -> None:
         raise kind(f"LSTMCell: expected h and c {list(shape)}, got {size(h)} and {size(c)}")
 
 
-def check_like(h: Tensor, c: Tensor, x: Tensor) -> None:
-    """That h and c have the dtype and device of x."""
-    dtype, device = x.dtype, x.device
-    if h.dtype is dtype and c.dtype is dtype:
-        if h.is_cpu and c.is_cpu and x.is_cpu:  # three times as fast as comparing devices
-            return
-        if h.device == device and c.device == device:
-            return
-    raise RuntimeError(
-        f"hx is {h.dtype} on {h.device} and {c.dtype} on {c.device} but the input is {dtype} on "
-        f"{device}: convert both with .to(input)"
-    )
+def check_like(hx: Sequence[Tensor], x: Tensor) -> None:
+    """That every state has the dtype and device of x."""
+    dtype, device, on_cpu = x.dtype, x.device, x.is_cpu
+    for state in hx:  # is_cpu takes a third of the time of comparing devices
+        if state.dtype is not dtype or not ((on_cpu and state.is_cpu) or state.device == device):
+            found = " and ".join(f"{state.dtype} on {state.device}" for state in hx)
+            raise RuntimeError(
+                f"hx is {found} but the input is {dtype} on {device}: convert it with .to(input)"
+            )
 
 
-def check_lengths(lengths: Tensor, x: Tensor, batched: bool) -> Tensor:
+def check_lengths(kind: str, lengths: Tensor, x: Tensor, batched: bool) -> Tensor:
     """lengths as int64 ``[B]`` on the device of x ``[T, B, I]``."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
         raise TypeError(
-            f"LSTM: lengths must be a tensor of integers, got {_describe(lengths)}: convert them "
-            "with torch.as_tensor(lengths)"
+            f"{kind}: lengths must be a tensor of integers, got {_describe(lengths)}: convert "
+            "them with torch.as_tensor(lengths)"
         )
     steps, batch, _ = x.shape
     if lengths.shape != ((batch,) if batched else ()):
         expected = f"[{batch}], one for each row" if batched else "[] for unbatched input"
-        raise ValueError(f"LSTM: lengths must be {expected}, got {size(lengths)}")
+        raise ValueError(f"{kind}: lengths must be {expected}, got {size(lengths)}")
     lengths = lengths.to(torch.int64)
-    if not lengths.is_cpu or torch.compiler.is_compiling() or _is_batched(lengths):
+    if not lengths.is_cpu or torch.compiler.is_compiling() or _is_wrapped(lengths):
         lengths = lengths.clamp(0, steps)
     elif batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
-        raise ValueError(f"LSTM: lengths must be in 0..{steps}, got {lengths.tolist()}")
+        raise ValueError(f"{kind}: lengths must be in 0..{steps}, got {lengths.tolist()}")
     return lengths.to(x.device, non_blocking=x.is_cuda).contiguous().view(batch)
 
 
-def check_reset(reset: Tensor, x: Tensor, batched: bool, batch_first: bool) -> Tensor:
+def check_reset(kind: str, reset: Tensor, x: Tensor, batched: bool, batch_first: bool) -> Tensor:
     """reset as bool ``[T, B]`` on the device of x ``[T, B, I]``."""
     if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
-        raise TypeError(f"LSTM: reset must be a bool tensor, got {_describe(reset)}")
+        raise TypeError(f"{kind}: reset must be a bool tensor, got {_describe(reset)}")
     steps, batch, _ = x.shape
     expected = (batch, steps) if batch_first else (steps, batch)
     if reset.shape != (expected if batched else (steps,)):
         shape = list(expected) if batched else [steps]
-        raise ValueError(f"LSTM: reset must be {shape}, got {size(reset)}")
+        raise ValueError(f"{kind}: reset must be {shape}, got {size(reset)}")
     reset = reset.to(x.device, non_blocking=x.is_cuda)
     if not batched:
         return reset.unsqueeze(1)

@@ -48,7 +48,7 @@ def convert(source: nn.Module, kind: type[nn.Module], target: type[M]) -> M:
 
 
 def accelerate(model: nn.Module, verbose: bool = False) -> Any:
-    """Replace every ``nn.LSTM`` and ``nn.LSTMCell`` in a model by this library's, in place.
+    """Replace every ``nn.LSTM``, ``nn.LSTMCell`` and ``nn.RNN`` in a model, in place.
 
     The replacements share the parameters, and hooks can still be removed through the handles
     that were returned for them. A module that is registered in several places is replaced by one
@@ -63,7 +63,7 @@ def accelerate(model: nn.Module, verbose: bool = False) -> Any:
         verbose: also print those lines.
 
     Returns:
-        model itself, or its replacement if model is an ``nn.LSTM`` or ``nn.LSTMCell``.
+        model itself, or its replacement if model is one of those itself.
     """
     lines: list[str] = []
     replaced: dict[nn.Module, nn.Module] = {}
@@ -77,7 +77,7 @@ def accelerate(model: nn.Module, verbose: bool = False) -> Any:
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]
-    for line in lines or ["no nn.LSTM or nn.LSTMCell in this model"]:
+    for line in lines or ["no nn.LSTM, nn.LSTMCell or nn.RNN in this model"]:
         _log.info("accelerate: %s", line)
         if verbose:
             print(line)
@@ -89,14 +89,18 @@ _SUBCLASS = "a subclass, whose own behaviour would be lost"
 
 def _replacement(module: nn.Module) -> tuple[nn.Module | None, str]:
     """What should take the place of module, if anything, and what to report."""
-    from fastlstm.modules import LSTM, LSTMCell  # it imports this file
+    from fastlstm.modules import LSTM, RNN, LSTMCell  # it imports this file
 
-    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+    kinds: dict[type[nn.Module], type[nn.Module]] = {
+        nn.LSTM: LSTM,
+        nn.LSTMCell: LSTMCell,
+        nn.RNN: RNN,
+    }
     actual = parametrize.type_before_parametrizations(module)
-    if actual in (nn.RNN, nn.GRU, nn.RNNCell, nn.GRUCell):
+    if actual in (nn.GRU, nn.RNNCell, nn.GRUCell):
         return None, f"left, fastlstm has no {actual.__name__}"
     if actual not in kinds:
-        inherits = isinstance(module, nn.LSTM | nn.LSTMCell)
+        inherits = isinstance(module, nn.LSTM | nn.LSTMCell | nn.RNN)
         return None, f"left, it is a {_name(actual)}, {_SUBCLASS}" if inherits else ""
     obstacle = _obstacle(module)
     if obstacle:

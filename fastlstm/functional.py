@@ -6,16 +6,17 @@ projection), L layers, D directions, N rows of a packed sequence, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fastlstm.autograd import infer
-from fastlstm.autograd import lstm_layer as kernel_layer
-from fastlstm.backends import Layer, select
+from fastlstm import autograd, reference
+from fastlstm.autograd import Cache
+from fastlstm.backends import select
 from fastlstm.checks import (
     check_cell_state,
     check_lengths,
@@ -23,13 +24,14 @@ from fastlstm.checks import (
     check_packed,
     check_pair,
     check_reset,
-    check_state,
+    check_states,
     check_unbatched,
     check_weights,
     size,
 )
+from fastlstm.reference import PLAIN, Cell
 
-__all__ = ["lstm", "sequence_loss"]
+__all__ = ["lstm", "rnn", "sequence_loss"]
 
 _AUTOCAST_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 State = tuple[Tensor, Tensor]
@@ -49,7 +51,13 @@ def lstm(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     return_cell_states: bool = False,
-    caches: Sequence[dict[Any, Any]] | None = None,
+    recurrent_dropout: float = 0.0,
+    weight_dropout: float = 0.0,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    layer_norm: bool = False,
+    peephole: bool = False,
+    recompute: bool = False,
+    caches: Sequence[Cache] | None = None,
 ) -> tuple[Tensor, State] | tuple[Tensor, State, Tensor]:
     """Run L layers of D directions over a sequence, as ``torch.nn.LSTM`` does.
 
@@ -60,12 +68,14 @@ def lstm(
             for zeros. For packed rows it is in their order, longest sequence first.
         weights: in the order of ``nn.LSTM``: for every layer, for every direction,
             ``w_ih [4H, I or D*P]``, ``w_hh [4H, P]``, then ``b_ih [4H]`` and ``b_hh [4H]`` if
-            there are biases, then ``w_hr [P, H]`` if there is a projection. Gates are i, f, g, o.
+            there are biases, then ``w_hr [P, H]`` if there is a projection, then ``w_ch [3H]``
+            (of i, f, o) with ``peephole``, then the gains ``ln_ih [4H]``, ``ln_hh [4H]``,
+            ``ln_c [H]`` and the bias ``b_ln_c [H]`` with ``layer_norm``. Gates are i, f, g, o.
         num_layers: L.
         bidirectional: D is 2 if True, else 1.
         batch_first: the layout of input, output and reset; never of hx.
         dropout: probability of zeroing an output of any layer but the last, in training.
-        training: whether to apply dropout.
+        training: whether to apply the dropouts, and zoneout at random.
         batch_sizes: ``PackedSequence.batch_sizes``, int64 ``[T]`` on the CPU.
         lengths: integers ``[B]`` (a scalar without a batch) in 0..T, in any order. Output is 0
             from there on and the final states are those at each row's length. The range is
@@ -74,7 +84,17 @@ def lstm(
         reset: bool ``[T, B]``, ``[B, T]`` with ``batch_first``, ``[T]`` without a batch; True
             zeroes that row's h and c before the step.
         return_cell_states: also return the last layer's c at every step.
-        caches: a dict for each layer in which a backend may keep prepared weights.
+        recurrent_dropout: probability of zeroing an element of h on its way into w_hh, in
+            training; of the same elements at every step of a sequence (Gal & Ghahramani, 2016).
+        weight_dropout: probability of zeroing an element of w_hh, in training; of the same ones
+            in the whole call (Merity et al., 2018).
+        zoneout: probabilities that an element of c, and of h, keeps its value in a step; without
+            training both values are mixed in this proportion (Krueger et al., 2017).
+        layer_norm: normalise ``w_ih x`` and ``w_hh h`` over their 4H elements, and c over its H
+            on its way into h (Ba et al., 2016).
+        peephole: i and f also see c of the step before, o that of its own (Gers et al., 2002).
+        recompute: keep only h and c for backward, which then computes the gates again.
+        caches: a ``Cache`` for each layer in which a backend may keep prepared weights.
 
     Returns:
         ``(y, (h_n, c_n))``, or ``(y, (h_n, c_n), c_all)`` with ``return_cell_states``. y is
@@ -89,16 +109,128 @@ def lstm(
             and cannot compute the call.
         TypeError: lengths are not integers or reset is not bool.
     """
+    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+        hx = check_pair(hx, input.dim() if batch_sizes is None else 3)
+    cell = Cell(peephole, layer_norm, zoneout=zoneout)
+    if cell.is_plain:
+        cell = PLAIN
+    noisy = training and (recurrent_dropout > 0 or weight_dropout > 0 or not cell.is_plain)
+
+    def compute(call: _Layer, weights: Sequence[Tensor], states: Sequence[Any], cache: Any) -> Any:
+        own = cell
+        if noisy:
+            own, weights = _draw(cell, call, weights, recurrent_dropout, weight_dropout)
+        run: Any = reference.lstm_layer
+        if call.backend != "reference":
+            run = partial(autograd.lstm_layer, kernels=call.backend)
+        y, h_n, c_n, c_all = run(
+            call.x,
+            weights,
+            *states,
+            **call.layout,
+            cell_states=return_cell_states and call.is_last,
+            cell=own,
+            recompute=recompute,
+            cache=cache,
+        )
+        return y, (h_n, c_n), c_all
+
+    y, (h_n, c_n), c_all = _recur(
+        "LSTM", compute, input, hx, weights, cell, num_layers, bidirectional, batch_first,
+        dropout if training else 0.0, batch_sizes, lengths, reset, caches,
+    )  # fmt: skip
+    return (y, (h_n, c_n)) if c_all is None else (y, (h_n, c_n), c_all)
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    caches: Sequence[Cache] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run L layers of D directions over a sequence, as ``torch.nn.RNN`` does.
+
+    Args:
+        input: as of :func:`lstm`.
+        hx: ``h_0 [L*D, B, H]``, without B for input without a batch; None for zeros.
+        weights: for every layer, for every direction, ``w_ih [H, I or D*H]``, ``w_hh [H, H]``,
+            then ``b_ih [H]`` and ``b_hh [H]`` if there are biases.
+        nonlinearity: "tanh" or "relu".
+
+    All others are those of :func:`lstm`.
+
+    Returns:
+        ``(y, h_n)``: y is ``[T, B, D*H]``, laid out as input, and h_n is shaped as hx.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as :func:`lstm`; also for another nonlinearity.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"RNN: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    relu = nonlinearity == "relu"
+
+    def compute(call: _Layer, weights: Sequence[Tensor], states: Sequence[Any], cache: Any) -> Any:
+        run: Any = reference.rnn_layer
+        if call.backend != "reference":
+            run = partial(autograd.rnn_layer, kernels=call.backend)
+        y, h_n = run(call.x, weights, *states, relu=relu, **call.layout, cache=cache)
+        return y, (h_n,), None
+
+    if hx is not None and not isinstance(hx, Tensor):
+        raise TypeError(f"RNN: hx must be a tensor, got {type(hx).__name__}")
+    y, (h_n,), _ = _recur(
+        "RNN", compute, input, None if hx is None else (hx,), weights, PLAIN, num_layers,
+        bidirectional, batch_first, dropout if training else 0.0, batch_sizes, lengths, reset,
+        caches,
+    )  # fmt: skip
+    return y, h_n
+
+
+class _Layer(NamedTuple):
+    """One layer of a call, without its weights and states."""
+
+    backend: str
+    x: Tensor  # [T, B, I] or [N, I]
+    batch: int
+    is_last: bool
+    layout: dict[str, Any]  # directions and which rows there are
+
+
+def _recur(
+    kind: str,
+    compute: Callable[..., Any],
+    input: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    cell: Cell,
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    caches: Sequence[Cache] | None,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """Check a call and walk through its layers, each computed by `compute`."""
     packed = batch_sizes is not None
     dims = input.dim()
-    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
-        hx = check_pair(hx, 3 if packed else dims)
     autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
     if autocast:
         input, hx, weights = _cast(autocast, input, hx, weights)
     x = input
     if batch_sizes is not None:
-        steps, batch, features = check_packed(x, batch_sizes)
+        steps, batch, features = check_packed(kind, x, batch_sizes, hx)
     elif dims == 3:
         steps, batch, features = x.shape
         if batch_first:
@@ -109,87 +241,94 @@ def lstm(
         (steps, features), batch = x.shape, 1
         x = x.unsqueeze(1)
     else:
-        raise ValueError(f"LSTM: expected input to be 2-D or 3-D, got {size(input)}")
+        raise ValueError(f"{kind}: expected input to be 2-D or 3-D, got {size(input)}")
     if x.dtype is not weights[0].dtype:
         raise (RuntimeError if packed or autocast else ValueError)(
-            f"LSTM: input is {x.dtype} but the weights are {weights[0].dtype}: convert the input "
-            f"with .to({weights[0].dtype}) or the module with .to({x.dtype})"
+            f"{kind}: input is {x.dtype} but the weights are {weights[0].dtype}: convert the "
+            f"input with .to({weights[0].dtype}) or the module with .to({x.dtype})"
         )
     if features != weights[0].shape[-1]:
         raise RuntimeError(
-            f"LSTM: expected input with a last dimension of {weights[0].shape[-1]}, got "
+            f"{kind}: expected input with a last dimension of {weights[0].shape[-1]}, got "
             f"{size(input)}"
         )
     directions = 2 if bidirectional else 1
-    rows = num_layers * directions
-    layer = select(x)
-    check_weights(weights, x, num_layers, directions)
+    backend = select(x, kind, cell, weights, directions)
+    check_weights(weights, x, num_layers, directions, kind, cell)
     if steps == 0:
-        raise RuntimeError(f"LSTM: expected at least one time step, got input {size(input)}")
+        raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
 
-    h0 = c0 = None
     if hx is not None:
-        h0, c0 = hx
         if dims == 2 and not packed:
-            h0, c0 = check_unbatched(h0, c0)
-        rows = num_layers * directions
-        gates, projected = weights[1].shape
-        check_state(h0, c0, (rows, batch, projected), (rows, batch, gates // 4), packed)
-        check_like(h0, c0, x)
+            hx = check_unbatched(kind, hx)
+        rows, (units, projected) = num_layers * directions, weights[1].shape
+        shapes = (rows, batch, projected), (rows, batch, units // 4)
+        check_states(kind, hx, shapes, packed)
+        check_like(hx, x)
     if lengths is not None or reset is not None:
         if packed:
-            raise ValueError("LSTM: lengths and reset have no meaning for packed input")
+            raise ValueError(f"{kind}: lengths and reset have no meaning for packed input")
         if lengths is not None:
-            lengths = check_lengths(lengths, x, dims == 3)
+            lengths = check_lengths(kind, lengths, x, dims == 3)
         if reset is not None:
             if bidirectional:
-                raise ValueError("LSTM: reset has no meaning for a bidirectional LSTM")
-            reset = check_reset(reset, x, dims == 3, batch_first)
+                raise ValueError(f"{kind}: reset has no meaning for a bidirectional {kind}")
+            reset = check_reset(kind, reset, x, dims == 3, batch_first)
 
     if autocast:
-        layer = _without_autocast(layer, x.device.type)
+        compute = _without_autocast(compute, x.device.type)
+    layout = {
+        "directions": directions, "batch_sizes": batch_sizes, "lengths": lengths, "reset": reset
+    }  # fmt: skip
     if num_layers == 1:
-        x, h_n, c_n, c_all = layer(
-            x,
-            weights,
-            h0,
-            c0,
-            directions=directions,
-            batch_sizes=batch_sizes,
-            lengths=lengths,
-            reset=reset,
-            cell_states=return_cell_states,
-            cache=caches[0] if caches else None,
-        )
+        states: Sequence[Any] = hx or ((None,) * (2 if kind == "LSTM" else 1))
+        cache = caches[0] if caches else None
+        x, final, c_all = compute(_Layer(backend, x, batch, True, layout), weights, states, cache)
     else:
-        per_layer = len(weights) // num_layers
-        h0s = (None,) * num_layers if h0 is None else h0.split(directions)
-        c0s = (None,) * num_layers if c0 is None else c0.split(directions)
-        states = []
+        each = len(weights) // num_layers
+        split = None if hx is None else [state.split(directions) for state in hx]
+        finals = []
         for k in range(num_layers):
-            if k and training and dropout:
+            if k and dropout:
                 x = torch.dropout(x, dropout, True)
-            x, h, c, c_all = layer(
-                x,
-                weights[k * per_layer : (k + 1) * per_layer],
-                h0s[k],
-                c0s[k],
-                directions=directions,
-                batch_sizes=batch_sizes,
-                lengths=lengths,
-                reset=reset,
-                cell_states=return_cell_states and k == num_layers - 1,
-                cache=caches[k] if caches else None,
+            states = [t[k] for t in split] if split else (None,) * (2 if kind == "LSTM" else 1)
+            x, final, c_all = compute(
+                _Layer(backend, x, batch, k == num_layers - 1, layout),
+                weights[k * each : (k + 1) * each],
+                states,
+                caches[k] if caches else None,
             )
-            states.append((h, c))
-        h_n, c_n = map(torch.cat, zip(*states, strict=True))
+            finals.append(final)
+        final = tuple(map(torch.cat, zip(*finals, strict=True)))
     if dims == 2 and not packed:
-        x, h_n, c_n = x.squeeze(1), h_n.squeeze(1), c_n.squeeze(1)
+        x, final = x.squeeze(1), tuple(state.squeeze(1) for state in final)
         c_all = None if c_all is None else c_all.squeeze(1)
     elif batch_first and not packed and (steps != 1 or batch != 1):
         x = x.transpose(0, 1)
         c_all = None if c_all is None else c_all.transpose(0, 1)
-    return (x, (h_n, c_n)) if c_all is None else (x, (h_n, c_n), c_all)
+    return x, final, c_all
+
+
+def _draw(
+    cell: Cell,
+    call: _Layer,
+    weights: Sequence[Tensor],
+    recurrent_dropout: float,
+    weight_dropout: float,
+) -> tuple[Cell, Sequence[Tensor]]:
+    """The cell and the weights of one layer in training, with what is random in them."""
+    x, D = call.x, call.layout["directions"]
+    each = len(weights) // D
+    if any(cell.zoneout):
+        cell = cell._replace(seed=torch.randint(2**63 - 1, (1,), device=x.device))
+    if recurrent_dropout:
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        ones = x.new_ones(D, call.batch, weights[1].shape[1], dtype=wide)
+        cell = cell._replace(h_mask=torch.dropout(ones, recurrent_dropout, True))
+    if weight_dropout:
+        weights = list(weights)
+        weights[1::each] = [torch.dropout(w, weight_dropout, True) for w in weights[1::each]]
+    return cell, weights
 
 
 def lstm_cell(
@@ -197,7 +336,7 @@ def lstm_cell(
     hx: State | None,
     weights: Sequence[Tensor],
     *,
-    cache: dict[Any, Any] | None = None,
+    cache: Cache | None = None,
 ) -> State:
     """One step, as ``torch.nn.LSTMCell`` takes it.
 
@@ -234,7 +373,7 @@ def lstm_cell(
             f"LSTMCell: expected input with a last dimension of {weights[0].shape[-1]}, got "
             f"{size(input)}"
         )
-    layer = select(input)
+    backend = select(input)
     check_weights(weights, input)
     hidden = weights[1].shape[1]
     shape = (*input.shape[:-1], hidden)
@@ -243,9 +382,12 @@ def lstm_cell(
     if hx is not None:
         h0, c0 = hx
         check_cell_state(h0, c0, shape)
-        check_like(h0, c0, input)
+        check_like((h0, c0), input)
         h0, c0 = h0.view(1, batch, hidden), c0.view(1, batch, hidden)
 
+    layer: Any = reference.lstm_layer
+    if backend != "reference":
+        layer = partial(autograd.lstm_layer, kernels=backend)
     if autocast:
         layer = _without_autocast(layer, input.device.type)
     x = input.view(1, batch, input.shape[-1])
@@ -254,20 +396,20 @@ def lstm_cell(
 
 
 def infer_cell(
-    x: Tensor, hx: State | None, weights: Sequence[Tensor], cache: dict[Any, Any] | None
+    x: Tensor, hx: State | None, weights: Sequence[Tensor], cache: Cache | None
 ) -> State | None:
     """One step of a cell without gradients, for latency; None for what needs a closer look."""
     if (
         torch.is_grad_enabled()
         or cache is None
         or x.dim() != 2
-        or select(x) is not kernel_layer
+        or select(x) != "cpu"
         or not is_plain(hx)
     ):
         return None
     H = weights[1].shape[1]
     h0, c0 = hx or (None, None)
-    result = infer(x, weights, h0, c0, (1, H, H), cache)
+    result = autograd.infer(x, weights, h0, c0, (1, H, H), cache)
     return result and result[1:]
 
 
@@ -325,18 +467,18 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _cast(
-    dtype: torch.dtype, x: Tensor, hx: State | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, State | None, Sequence[Tensor]]:
+    dtype: torch.dtype, x: Tensor, hx: Any, weights: Sequence[Tensor]
+) -> tuple[Tensor, Any, Sequence[Tensor]]:
     """Everything in dtype; as in autocast, float64 and integers neither change nor spread."""
 
     def cast(t: Tensor) -> Tensor:
         eligible = t.is_floating_point() and t.dtype is not torch.float64
         return t.to(dtype) if eligible and dtype in _AUTOCAST_DTYPES else t
 
-    return cast(x), None if hx is None else (cast(hx[0]), cast(hx[1])), [cast(w) for w in weights]
+    return cast(x), None if hx is None else tuple(map(cast, hx)), [cast(w) for w in weights]
 
 
-def _without_autocast(layer: Layer, kind: str) -> Layer:
+def _without_autocast(layer: Callable[..., Any], kind: str) -> Callable[..., Any]:
     """The layer with autocast off: its arguments have been cast already."""
 
     def run(*args: Any, **options: Any) -> Any:

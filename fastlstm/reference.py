@@ -28,6 +28,10 @@ class Cell(NamedTuple):
     zoneout: tuple[float, float] = (0.0, 0.0)  # probability that c, h stay (Krueger et al.)
     seed: Tensor | None = None  # int64 [1]: which of them stay; None for the expectation
 
+    @property
+    def is_plain(self) -> bool:
+        return self.h_mask is None and not (self.peephole or self.layer_norm or any(self.zoneout))
+
 
 PLAIN = Cell()
 

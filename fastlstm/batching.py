@@ -1,0 +1,180 @@
+"""``torch.func.vmap`` of a layer: one call of the kernels, on a V times larger batch.
+
+Sequences of a batch know nothing of each other, so a vmapped dimension of data is folded into it:
+sequence b of sample v becomes sequence ``b * V + v``, which keeps packed rows packed. Weights that
+are vmapped themselves (ensembles) go through the reference, whose products are batched ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import autograd
+
+Maybe = Sequence[Any]  # of tensors, or None where there is none
+
+
+def layer(info: Any, in_dims: Any, call: autograd.Call, inputs: Maybe) -> Any:
+    """The rule of a layer: its outputs, and their vmapped dimensions."""
+    call_dims, *dims = in_dims
+    if not _is_foldable(call, call_dims, dims):
+        run = torch.vmap(
+            autograd.by_reference, (call_dims, tuple(dims)), randomness=info.randomness
+        )
+        outputs = run(call, tuple(inputs))
+        return outputs, (0,) * len(outputs)
+    fold = _Fold(info.batch_size)
+    outputs = autograd.run_transformed(fold.call(call, call_dims), fold.inputs(inputs, dims))
+    return fold.undo(outputs)
+
+
+def gradient(
+    info: Any,
+    in_dims: Any,
+    call: autograd.Call,
+    needed: Sequence[bool],
+    inputs: Maybe,
+    outputs: Maybe,
+    incoming: Maybe,
+) -> Any:
+    """The rule of its gradient; of weights, one gradient for each sample."""
+    call_dims, dims, kept_dims, grad_dims = in_dims
+    for_weights = any(needed[3:])
+    plain = call.cell.is_plain and (len(inputs) - 3) // call.directions % 2 == 0
+    if not _is_foldable(call, call_dims, dims) or (for_weights and not plain):
+        run = torch.vmap(
+            autograd.pull_back, (call_dims, None, tuple(dims), None, tuple(grad_dims))
+        )
+        found = run(call, needed, tuple(inputs), (), tuple(incoming))
+        return found, (0,) * len(found)
+    fold = _Fold(info.batch_size)
+    arguments = (
+        fold.call(call, call_dims),
+        needed,
+        fold.inputs(inputs, dims),
+        [fold.rows(t, dim) for t, dim in zip(outputs, kept_dims, strict=True)],
+        [fold.rows(t, dim) for t, dim in zip(incoming, grad_dims, strict=True)],
+    )
+    if for_weights:
+        return _per_sample(fold, *arguments)
+    return fold.undo(autograd.gradient(*arguments))
+
+
+class _Fold:
+    """Moves a vmapped dimension of V samples into the batch, and back."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def _into(self, t: Tensor | None, dim: Any, place: int) -> Tensor | None:
+        if t is None:
+            return None
+        if dim is None:
+            shape = [*t.shape, self.samples] if place == -1 else [*t.shape[:-1], self.samples, -1]
+            t = t.unsqueeze(place).expand(shape)
+        else:
+            t = t.movedim(dim, place)
+        return t.flatten(place - 1, place)
+
+    def rows(self, t: Tensor | None, dim: Any) -> Tensor | None:
+        """``[..., B, n]`` of each sample to ``[..., B * V, n]``."""
+        return self._into(t, dim, -2)
+
+    def flags(self, t: Tensor | None, dim: Any) -> Tensor | None:
+        """``[..., B]`` of each sample to ``[..., B * V]``."""
+        return self._into(t, dim, -1)
+
+    def apart(self, t: Tensor) -> Tensor:
+        """``[..., B * V, n]`` to ``[..., B, V, n]``."""
+        return t.unflatten(-2, (-1, self.samples))
+
+    def undo(self, outputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        found = tuple(map(self.apart, outputs))
+        return found, tuple(t.dim() - 2 for t in found)
+
+    def call(self, call: autograd.Call, dims: autograd.Call) -> autograd.Call:
+        sizes = call.batch_sizes
+        h_mask = self.rows(call.cell.h_mask, dims.cell.h_mask)
+        return call._replace(
+            batch_sizes=None if sizes is None else sizes * self.samples,
+            lengths=self.flags(call.lengths, dims.lengths),
+            reset=self.flags(call.reset, dims.reset),
+            cell=call.cell._replace(h_mask=h_mask),
+        )
+
+    def inputs(self, inputs: Maybe, dims: Sequence[int | None]) -> list[Any]:
+        """``(x, h0, c0, *weights)``, of weights that are not vmapped."""
+        data = [self.rows(t, dim) for t, dim in zip(inputs[:3], dims[:3], strict=True)]
+        return [*data, *inputs[3:]]
+
+
+def _is_foldable(
+    call: autograd.Call, call_dims: autograd.Call, dims: Sequence[int | None]
+) -> bool:
+    """Whether samples differ by their data only; zoneout counts sequences to tell them apart."""
+    together = (*dims[3:], call_dims.batch_sizes)
+    return call.cell.seed is None and all(dim is None for dim in together)
+
+
+def _per_sample(
+    fold: _Fold,
+    call: autograd.Call,
+    needed: Sequence[bool],
+    inputs: Maybe,
+    outputs: Maybe,
+    incoming: Maybe,
+) -> Any:
+    """Gradients of folded inputs, those of weights apart for each sample.
+
+    The kernels add up the gradients of the weights, so they are asked for those of the gates: as
+    the gradient of the input of a layer whose w_ih selects one of its features for each gate.
+    """
+    x, h0, c0, *weights = inputs
+    D, each = call.directions, len(weights) // call.directions
+    w_ihs = weights[::each]
+    units = w_ihs[0].shape[0]
+    select = torch.eye(D * units, dtype=x.dtype, device=x.device).split(units)
+    own = list(weights)
+    own[::each] = select
+    gates = torch.cat([linear(x, w) for w in w_ihs], -1)
+    dgates, *dstates = autograd.gradient(
+        call,
+        (True, *needed[1:3], *(False,) * len(weights)),
+        (gates, h0, c0, *own),
+        outputs,
+        incoming,
+    )
+    found = [fold.apart(t) for t in dstates]
+    if needed[0]:
+        found.insert(0, fold.apart(dgates @ torch.cat(w_ihs)))
+
+    from .kernels.rows import layout
+
+    rows = layout(x, call.batch_sizes, call.lengths, call.reset)
+    if call.lengths is not None:  # whatever x holds there must not meet the zeros of dgates
+        x = torch.where(rows.real().view(*x.shape[:-1], 1), x, 0)
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+
+    def samples(t: Tensor) -> Tensor:
+        """``[..., B * V, n]`` to ``[V, rows, n]``."""
+        return fold.apart(t).flatten(0, -3).transpose(0, 1).to(wide)
+
+    y = outputs[0]
+    for d in range(D):
+        dg = samples(dgates[..., d * units : (d + 1) * units])
+        P = y.shape[-1] // D
+        start = None if h0 is None else h0[d]
+        h = rows.before(y[..., d * P : (d + 1) * P].reshape(-1, P), start, d)
+        parts = [dg.mT @ samples(x), dg.mT @ samples(h.view(*x.shape[:-1], P))]
+        if each > 2:
+            parts += [dg.sum(1)] * 2
+        wanted = needed[3 + d * each : 3 + (d + 1) * each]
+        found += [t.to(x.dtype) for t, need in zip(parts, wanted, strict=True) if need]
+    data = sum(needed[:3])
+    dims = [t.dim() - 2 for t in found[:data]] + [0] * (len(found) - data)
+    return tuple(found), tuple(dims)
