@@ -1,14 +1,18 @@
-"""A test case of the numerics: one LSTM call, its numbers, and three ways to compute it.
+"""A test case of the numerics: one call of a layer, its numbers, and three ways to compute it.
 
-`evaluate` computes outputs and gradients, in any dtype, by `fast` (fastlstm.LSTM), `plain`
-(torch.nn.LSTM) or `stepwise` (nn.LSTM one step at a time under masks, for lengths, resets and cell
-states, which nn.LSTM lacks).
+`evaluate` computes outputs and gradients, in any dtype, by `fast` (fastlstm), `plain` (torch.nn)
+or `stepwise` (one step at a time under masks, for all that nn.LSTM lacks: lengths, resets, cell
+states, and the cells of textbook.py).
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
+from unittest import mock
 
 import pytest
+import textbook
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -61,6 +65,12 @@ class Case:
     bias_scale: float = 1.0
     wrt: tuple[str, ...] = ()
     through: tuple[str, ...] = ()
+    kind: str = "LSTM"  # or "RNN_TANH", "RNN_RELU"
+    peephole: bool = False
+    layer_norm: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    noise: bool = False  # zoneout at random, and a recurrent dropout
+    recompute: bool = False
 
     def __str__(self) -> str:
         sizes = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
@@ -73,21 +83,36 @@ class Case:
 
     @property
     def ragged(self) -> bool:
-        """Whether nn.LSTM cannot take the call as it is."""
-        return self.reset or self.cell_states or (bool(self.lengths) and not self.packed)
+        """Whether torch.nn cannot take the call as it is."""
+        padded = bool(self.lengths) and not self.packed
+        return self.reset or self.cell_states or padded or self.regularised
 
-    def module(self, kind: type[nn.RNNBase], dtype: torch.dtype) -> nn.RNNBase:
-        """A module of this case's shape; `kind` is fastlstm.LSTM or nn.LSTM."""
-        return kind(
-            self.I,
-            self.H,
-            self.layers,
-            bias=self.bias,
-            batch_first=self.batch_first,
-            bidirectional=self.directions == 2,
-            proj_size=self.proj,
-            dtype=dtype,
-        )
+    @property
+    def regularised(self) -> bool:
+        """Whether its cell is one that torch.nn does not have."""
+        return self.peephole or self.layer_norm or any(self.zoneout) or self.noise
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the initial states."""
+        return ("h0", "c0") if self.kind == "LSTM" else ("h0",)
+
+    def module(self, library: Any, dtype: torch.dtype) -> nn.RNNBase:
+        """A module of this case's shape, from torch.nn or fastlstm."""
+        options: dict[str, Any] = {
+            "bias": self.bias,
+            "batch_first": self.batch_first,
+            "bidirectional": self.directions == 2,
+            "dtype": dtype,
+        }
+        if self.kind != "LSTM":
+            options["nonlinearity"] = self.kind.removeprefix("RNN_").lower()
+            return library.RNN(self.I, self.H, self.layers, **options)
+        if library is fastlstm:
+            for name in ("peephole", "layer_norm", "zoneout", "recompute"):
+                options[name] = getattr(self, name)
+            options["recurrent_dropout"] = 0.5 if self.noise else 0.0
+        return library.LSTM(self.I, self.H, self.layers, proj_size=self.proj, **options)
 
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the outputs, time-major; y and c_all of a packed case are rows [N, ...]."""
@@ -96,8 +121,9 @@ class Case:
         shapes = {
             "y": (*steps, self.directions * P),
             "h_n": (stack, self.B, P),
-            "c_n": (stack, self.B, self.H),
         }
+        if self.kind == "LSTM":
+            shapes["c_n"] = (stack, self.B, self.H)
         if self.cell_states:
             shapes["c_all"] = (*steps, self.directions * self.H)
         return shapes
@@ -111,10 +137,13 @@ def peer_dtype(dtype: torch.dtype) -> torch.dtype:
 def draw(case: Case, dtype: torch.dtype) -> Results:
     """Every number of a case, in float64 but exact in `dtype`: parameters, x, hx, gradients."""
     torch.manual_seed(0)
-    parameters = case.module(nn.LSTM, torch.float64).named_parameters()
+    library = fastlstm if case.regularised else nn
+    parameters = case.module(library, torch.float64).named_parameters()
     numbers = {f"w.{name}": p.detach() for name, p in parameters}
     for name, value in numbers.items():
         value *= case.bias_scale if ".bias" in name else case.weight_scale
+        if "_ln_" in name:  # they begin as ones and zeros
+            value += torch.randn_like(value) / 4
     stack, P = case.layers * case.directions, case.proj or case.H
     numbers["x"] = torch.randn(case.T, case.B, case.I, dtype=torch.float64) * case.x_scale
     numbers["h0"] = torch.randn(stack, case.B, P, dtype=torch.float64) * case.x_scale
@@ -130,73 +159,126 @@ def draw_reset(case: Case) -> Tensor:
     return (3 * t + 5 * b) % 11 < 3
 
 
-def fast(case: Case, lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> Results:
+def noise_of(case: Case, layer: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors of h on its way into w_hh, [D, B, P], and the seed of zoneout."""
+    shape = (case.directions, case.B, case.proj or case.H)
+    u = torch.arange(torch.Size(shape).numel()).view(shape)
+    return ((u * 7 + layer) % 5 > 1).to(wide) * 2, torch.tensor([2**40 * 77 + 12345 + layer])
+
+
+def without_chance(case: Case, seen: list[Any]) -> Any:
+    """Makes the module take the noise of the case instead of drawing its own."""
+
+    def draw_noise(cell: Any, call: Any, weights: Any, *probabilities: float) -> tuple[Any, Any]:
+        wide = torch.float64 if call.x.dtype is torch.float64 else torch.float32
+        h_mask, seed = noise_of(case, len(seen), wide)
+        seen.append(call)
+        return cell._replace(h_mask=h_mask.to(call.x.device), seed=seed.to(call.x.device)), weights
+
+    return mock.patch.object(fastlstm.functional, "_draw", draw_noise)
+
+
+def fast(case: Case, rnn: nn.RNNBase, x: Tensor, hx: Any) -> Results:
     """The case through the module under test."""
     reset = draw_reset(case).to(x.device) if case.reset else None
     padded = case.lengths and not case.packed
-    lengths = torch.tensor(case.lengths, device=x.device) if padded else None
-    y, (h_n, c_n), *c_all = lstm(
-        to_module(case, x),
-        hx,
-        lengths=lengths,
-        reset=reset.transpose(0, 1) if reset is not None and case.batch_first else reset,
-        return_cell_states=case.cell_states,
-    )
+    options: dict[str, Any] = {
+        "lengths": torch.tensor(case.lengths, device=x.device) if padded else None,
+        "reset": reset.transpose(0, 1) if reset is not None and case.batch_first else reset,
+    }
+    if case.cell_states:
+        options["return_cell_states"] = True
+    rnn.train(case.noise)
+    with without_chance(case, []) if case.noise else nullcontext():
+        y, final, *c_all = rnn(to_module(case, x), hx, **options)
     steps = zip(("y", "c_all"), (y, *c_all), strict=False)
-    return {name: from_module(case, t) for name, t in steps} | {"h_n": h_n, "c_n": c_n}
+    return {name: from_module(case, t) for name, t in steps} | final_states(final)
 
 
-def plain(case: Case, lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> Results:
-    """The case through torch.nn.LSTM in one call."""
-    y, (h_n, c_n) = lstm(to_module(case, x), hx)
-    return {"y": from_module(case, y), "h_n": h_n, "c_n": c_n}
+def plain(case: Case, rnn: nn.RNNBase, x: Tensor, hx: Any) -> Results:
+    """The case through torch.nn in one call."""
+    y, final = rnn(to_module(case, x), hx)
+    return {"y": from_module(case, y)} | final_states(final)
 
 
-def stepwise(case: Case, lstm: nn.RNNBase, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> Results:
-    """The case through torch.nn.LSTM, one layer, direction and step at a time, under masks."""
+def final_states(final: Any) -> Results:
+    """What a module returned as its final state, by name."""
+    return (
+        {"h_n": final}
+        if isinstance(final, Tensor)
+        else dict(zip(("h_n", "c_n"), final, strict=True))
+    )
+
+
+def stepwise(case: Case, rnn: nn.RNNBase, x: Tensor, hx: Any) -> Results:
+    """The case one layer, direction and step at a time, under masks."""
     lengths = torch.tensor(case.lengths or [case.T] * case.B, device=x.device)
     active = torch.arange(case.T, device=x.device)[:, None] < lengths  # [T, B]
     reset = draw_reset(case).to(x.device) if case.reset else torch.zeros_like(active)
     P, stack = case.proj or case.H, case.layers * case.directions
-    h0, c0 = hx or (x.new_zeros(stack, case.B, P), x.new_zeros(stack, case.B, case.H))
-    h_n, c_n, c_rows = [], [], []
+    starts = [x.new_zeros(stack, case.B, n) for n in (P, case.H)[: len(case.states)]]
+    if hx is not None:
+        starts = [hx] if isinstance(hx, Tensor) else list(hx)
+    finals: list[list[Tensor]] = [[] for _ in starts]
     zero = x.new_zeros(())
     rows = torch.where(active[..., None], x, zero)
+    seen: list[list[Tensor]] = []
     for layer in range(case.layers):
-        step = nn.LSTM(rows.shape[-1], case.H, bias=case.bias, proj_size=case.proj, dtype=x.dtype)
-        step.to(x.device)
-        h_rows, c_rows = [], []
+        walks = []
         for direction in range(case.directions):
             suffix = f"_l{layer}" + "_reverse" * direction
             weights = {
-                name.removesuffix(suffix) + "_l0": p
-                for name, p in lstm.named_parameters()
+                name.removesuffix(suffix): p
+                for name, p in rnn.named_parameters()
                 if name.endswith(suffix)
             }
-            h, c = h0[len(h_n)], c0[len(c_n)]
-            hs: list[Tensor] = [h] * case.T
-            cs: list[Tensor] = [c] * case.T
+            step = step_of(case, weights, rows.shape[-1], layer, direction, x)
+            states = [start[len(finals[0])] for start in starts]
+            outs = [[state] * case.T for state in states]
             for t in reversed(range(case.T)) if direction else range(case.T):
                 keep, now = ~reset[t, :, None], active[t, :, None]
                 # A reset at a padded step has no state to restart: past its end a row is frozen.
-                h_in, c_in = torch.where(keep, h, zero), torch.where(keep, c, zero)
-                _, (h_new, c_new) = torch.func.functional_call(
-                    step, weights, (rows[t : t + 1], (h_in[None], c_in[None]))
-                )
-                h, c = torch.where(now, h_new[0], h), torch.where(now, c_new[0], c)
-                hs[t], cs[t] = torch.where(now, h, zero), torch.where(now, c, zero)
-            h_n.append(h)
-            c_n.append(c)
-            h_rows.append(torch.stack(hs))
-            c_rows.append(torch.stack(cs))
-        rows = torch.cat(h_rows, -1)
-    outputs = {"y": rows, "h_n": torch.stack(h_n), "c_n": torch.stack(c_n)}
+                new = step(rows[t], [torch.where(keep, s, zero) for s in states], t)
+                states = [torch.where(now, n, s) for n, s in zip(new, states, strict=True)]
+                for out, s in zip(outs, states, strict=True):
+                    out[t] = torch.where(now, s, zero)
+            for final, state in zip(finals, states, strict=True):
+                final.append(state)
+            walks.append([torch.stack(out) for out in outs])
+        seen = [torch.cat(side, -1) for side in zip(*walks, strict=True)]
+        rows = seen[0]
+    outputs = {"y": rows}
+    outputs |= {n: torch.stack(f) for n, f in zip(("h_n", "c_n"), finals, strict=False)}
     if case.cell_states:
-        outputs["c_all"] = torch.cat(c_rows, -1)
+        outputs["c_all"] = seen[1]
     if case.packed:
         for name in outputs.keys() & {"y", "c_all"}:
             outputs[name] = pack(case, outputs[name]).data[:, None]
     return outputs
+
+
+def step_of(
+    case: Case, weights: Results, features: int, layer: int, direction: int, x: Tensor
+) -> Callable[[Tensor, list[Tensor], int], list[Tensor]]:
+    """(x_t [B, I], states, t) -> the next states, by torch.nn or by the book."""
+    if case.regularised:
+        noise = None
+        if case.noise:
+            wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+            h_mask, seed = noise_of(case, layer, wide)
+            noise = h_mask[direction].to(x), int(seed), direction
+        return lambda x_t, hc, t: textbook.step(weights, case.zoneout, noise, x_t, *hc, t)
+    shape = Case(1, case.B, features, case.H, bias=case.bias, proj=case.proj, kind=case.kind)
+    module = shape.module(nn, x.dtype).to(x.device)
+    own = {name + "_l0": w for name, w in weights.items()}
+
+    def step(x_t: Tensor, states: list[Tensor], t: int) -> list[Tensor]:
+        hx = [state[None] for state in states]
+        given = (x_t[None], tuple(hx) if case.kind == "LSTM" else hx[0])
+        final = torch.func.functional_call(module, own, given)[1]
+        return [state[0] for state in final_states(final).values()]
+
+    return step
 
 
 def pack(case: Case, x: Tensor) -> PackedSequence:
@@ -222,17 +304,20 @@ def evaluate(
     case: Case, dtype: torch.dtype, numbers: Results, solver: Callable[..., Results]
 ) -> Results:
     """Outputs and "d <leaf>" gradients of a case in `dtype`, as float64, where `numbers` are."""
-    lstm = case.module(fastlstm.LSTM if solver is fast else nn.LSTM, dtype)
+    lstm = case.module(fastlstm if solver is fast or case.regularised else nn, dtype)
     lstm.to(numbers["x"].device)
     lstm.load_state_dict({k[2:]: v for k, v in numbers.items() if k.startswith("w.")})
     leaves: dict[str, Tensor] = dict(lstm.named_parameters())
     leaves["x"] = LAYOUTS[case.x_layout](numbers["x"].to(dtype))
+    hx: Any = None
     if case.hx:
-        leaves |= {k: LAYOUTS[case.hx_layout](numbers[k].to(dtype)) for k in ("h0", "c0")}
+        states = {k: LAYOUTS[case.hx_layout](numbers[k].to(dtype)) for k in case.states}
+        leaves |= states
+        hx = tuple(states.values()) if case.kind == "LSTM" else states["h0"]
     wrt = case.wrt or tuple(leaves)
     for name, leaf in leaves.items():
         leaf.requires_grad_(name in wrt)
-    outputs = solver(case, lstm, leaves["x"], (leaves["h0"], leaves["c0"]) if case.hx else None)
+    outputs = solver(case, lstm, leaves["x"], hx)
     results = {name: value.detach().double() for name, value in outputs.items()}
     if torch.is_grad_enabled():
         through = case.through or tuple(outputs)
