@@ -76,11 +76,23 @@ class Call(NamedTuple):
     cache: Cache | None = None
 
 
-def call_tensors(call: Call) -> list[Tensor | None]:
-    return [call.batch_sizes, call.lengths, call.reset, call.cell.h_mask, call.cell.seed]
+def call_tensors(call: Call) -> tuple[Tensor | None, ...]:
+    """What autograd has to keep for it."""
+    cell = call.cell
+    rows = call.batch_sizes is not None or call.lengths is not None or call.reset is not None
+    if not (rows or cell.h_mask is not None or cell.seed is not None):
+        return ()
+    return call.batch_sizes, call.lengths, call.reset, cell.h_mask, cell.seed
+
+
+def without_tensors(call: Call) -> Call:
+    return with_tensors(call, (None,) * 5) if call_tensors(call) else call
 
 
 def with_tensors(call: Call, tensors: Maybe) -> Call:
+    """The call with what `call_tensors` found in it."""
+    if not tensors:
+        return call
     batch_sizes, lengths, reset, h_mask, seed = tensors
     cell = call.cell._replace(h_mask=h_mask, seed=seed)
     return call._replace(batch_sizes=batch_sizes, lengths=lengths, reset=reset, cell=cell)
@@ -256,7 +268,7 @@ def _forward(call: Call, inputs: Maybe, save: bool) -> Tensors:
 
 def _options(cell: Cell) -> dict[str, Any]:
     """The keywords of an operator; none for the plain cell, they take time."""
-    if cell.is_plain:
+    if cell is PLAIN or cell.is_plain:
         return {}
     h_mask = cell.h_mask
     return {
@@ -311,16 +323,16 @@ def _packed(cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int) -
 
 
 def _keep(ctx: Any, call: Call, inputs: Maybe, outputs: Tensors) -> None:
-    ctx.save_for_backward(*call_tensors(call), *inputs, *outputs)
-    ctx.call, ctx.inputs = with_tensors(call, [None] * 5), len(inputs)
+    own = call_tensors(call)
+    ctx.save_for_backward(*own, *inputs, *outputs)
+    ctx.call, ctx.own, ctx.inputs = without_tensors(call), len(own), len(inputs)
     if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
         ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    call = with_tensors(ctx.call, saved[:5])
-    inputs, outputs = saved[5 : 5 + ctx.inputs], saved[5 + ctx.inputs :]
+    own, inputs, outputs = _split((ctx.own, ctx.inputs), ctx.saved_tensors)
+    call = with_tensors(ctx.call, own)
     needed = ctx.needs_input_grad[1:]
     incoming = incoming[: results(call)]
     arguments = (call, needed, inputs, outputs, incoming)
@@ -453,18 +465,21 @@ class _Gradient(torch.autograd.Function):
     def setup_context(ctx: Any, arguments: Any, found: Tensors) -> None:
         call, needed, sizes, *tensors = arguments
         inputs, _, incoming = _split(sizes, tensors)
-        ctx.save_for_backward(*call_tensors(call), *inputs, *incoming)
-        ctx.call, ctx.needed, ctx.sizes = with_tensors(call, [None] * 5), needed, sizes
+        own = call_tensors(call)
+        ctx.save_for_backward(*own, *inputs, *incoming)
+        ctx.call, ctx.own = without_tensors(call), len(own)
+        ctx.needed, ctx.sizes = needed, sizes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Second derivatives: of inputs and of the incoming gradients."""
         create_graph = torch.is_grad_enabled()
-        call = with_tensors(ctx.call, ctx.saved_tensors[:5])
         count, outputs = ctx.sizes
+        tensors, inputs, incoming = _split((ctx.own, count), ctx.saved_tensors)
+        call = with_tensors(ctx.call, tensors)
         with torch.enable_grad():
             # Views cut the graph at this layer: x may itself depend on the weights.
-            own: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[5:]]
+            own: list[Any] = [None if t is None else t.view_as(t) for t in (*inputs, *incoming)]
             found = pull_back(call, ctx.needed, own[:count], (), own[count:])
             wanted = [
                 *ctx.needs_input_grad[3 : 3 + count],

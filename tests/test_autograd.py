@@ -30,7 +30,7 @@ CASES = [
 def as_function(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """The case as a function of x, h0, c0 and every parameter, and its float64 arguments."""
     numbers = draw(case, torch.float64)
-    lstm = case.module(fastlstm.LSTM, torch.float64)
+    lstm = case.module(fastlstm, torch.float64)
     names = [name for name, _ in lstm.named_parameters()]
 
     class Call(torch.nn.Module):
@@ -66,8 +66,7 @@ def penalty(
     case: Case, dtype: torch.dtype, numbers: Results, solver: Callable[..., Results]
 ) -> Results:
     """Gradients of |d loss / d x|^2 in every leaf, as float64: a gradient penalty."""
-    kind = fastlstm.LSTM if solver is fast else torch.nn.LSTM
-    lstm = case.module(kind, dtype)
+    lstm = case.module(fastlstm if solver is fast else torch.nn, dtype)
     lstm.load_state_dict({k[2:]: v for k, v in numbers.items() if k.startswith("w.")})
     leaves = {k: numbers[k].to(dtype).requires_grad_() for k in ("x", "h0", "c0")}
     outputs = solver(case, lstm, leaves["x"], (leaves["h0"], leaves["c0"]))

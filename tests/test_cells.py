@@ -26,7 +26,7 @@ TOGETHER = [
          zoneout=(0.2, 0.3), cell_states=True),
     Case(T=5, B=3, I=10, H=17, proj=5, bias=False, layer_norm=True, batch_first=True),
     Case(T=5, B=13, I=10, H=100, bias=False, peephole=True, noise=True, zoneout=(0.0, 0.5)),
-    Case(T=3, B=1, I=1, H=1, peephole=True, layer_norm=True, zoneout=(0.1, 0.1), noise=True),
+    Case(T=3, B=1, I=1, H=1, peephole=True, zoneout=(0.1, 0.1), noise=True),
     Case(T=3, B=2, I=10, H=64, layer_norm=True, wrt=("h0", "c0"), through=("c_n",)),
     Case(T=20, B=64, I=10, H=64, layer_norm=True, peephole=True),
 ]  # fmt: skip

@@ -152,7 +152,7 @@ def test_more_elements_than_32_bits_count() -> None:
 
 def penalty(case: Case, dtype: torch.dtype, numbers: Results) -> Results:
     """Gradients in every leaf of |d loss / d x|^2, as float64."""
-    lstm = case.module(fastlstm.LSTM, dtype).to(DEVICE)
+    lstm = case.module(fastlstm, dtype).to(DEVICE)
     lstm.load_state_dict({k[2:]: v for k, v in numbers.items() if k.startswith("w.")})
     leaves = {k: numbers[k].detach().to(dtype).requires_grad_() for k in ("x", "h0", "c0")}
     outputs = fast(case, lstm, leaves["x"], (leaves["h0"], leaves["c0"]))
