@@ -203,21 +203,31 @@ class PackedWeights {
  public:
   static constexpr i64 kHeaderBytes = 64;
 
-  PackedWeights(const Call& call, bool backward, const Array& cache) {
-    const size_t bytes = cpu_kernels().packed_bytes(call.sizes, call.dtype == Dtype::f64);
-    const bool fits = cache && cache.dtype == aoti_torch_dtype_uint8() && cache.has_shape({i64(bytes) + kHeaderBytes});
-    if (fits && share(call, backward, static_cast<char*>(cache.data))) return;
-    own_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-    STD_TORCH_CHECK(own_, "fastlstm: out of memory for packed weights");
+  // In which orders: forward, backward, or, for a backward pass that computes the gates again, both.
+  enum Kind { kForward, kBackward, kBoth };
+
+  PackedWeights(const Call& call, Kind kind, const Array& cache) : kind_(kind) {
+    const Kernels& kernels = cpu_kernels();
+    const bool is_double = call.dtype == Dtype::f64;
+    backward_bytes_ = kind == kForward ? 0 : round_up(kernels.backward_bytes(call.sizes, is_double));
+    const size_t bytes =
+        backward_bytes_ + (kind == kBackward ? 0 : round_up(kernels.forward_bytes(call.sizes, is_double)));
+    const bool fits = cache && cache.dtype == aoti_torch_dtype_uint8() && cache.dim == 1 &&
+                      cache.sizes[0] >= i64(bytes) + kHeaderBytes && cache.contiguous();
+    if (fits && share(call, static_cast<char*>(cache.data))) return;
+    own_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+    STD_TORCH_CHECK(own_ || !bytes, "fastlstm: out of memory for packed weights");
     data_ = own_.get();
-    pack(call, backward);
+    pack(call);
   }
   ~PackedWeights() {
     if (header_) header_->readers.fetch_sub(1, std::memory_order_release);
   }
   PackedWeights(const PackedWeights&) = delete;
 
-  const void* data() const { return data_; }
+  const void* backward() const { return data_; }
+  const void* forward() const { return data_ + backward_bytes_; }
+  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
  private:
   struct Header {
@@ -227,9 +237,9 @@ class PackedWeights {
   static_assert(sizeof(Header) <= kHeaderBytes);
 
   // Whether the shared buffer now holds these weights and will keep them until this object goes.
-  bool share(const Call& call, bool backward, char* base) {
+  bool share(const Call& call, char* base) {
     auto* header = reinterpret_cast<Header*>(base);
-    const uint64_t wanted = hash_weights(call, backward);
+    const uint64_t wanted = hash_weights(call);
     int32_t readers = header->readers.load(std::memory_order_acquire);
     while (readers >= 0 && header->hash.load(std::memory_order_acquire) == wanted)
       if (header->readers.compare_exchange_weak(readers, readers + 1, std::memory_order_acq_rel)) {
@@ -247,29 +257,30 @@ class PackedWeights {
     header_ = header;
     data_ = base + kHeaderBytes;
     header->hash.store(0, std::memory_order_release);
-    pack(call, backward);
+    pack(call);
     // Weights that changed while they were packed may be a mixture: good for this call at most.
-    if (hash_weights(call, backward) == wanted) header->hash.store(wanted, std::memory_order_release);
+    if (hash_weights(call) == wanted) header->hash.store(wanted, std::memory_order_release);
     header->readers.store(1, std::memory_order_release);
     return true;
   }
 
-  void pack(const Call& call, bool backward) const {
+  void pack(const Call& call) const {
     const Kernels& kernels = cpu_kernels();
-    (backward ? kernels.pack_backward : kernels.pack_forward)(call.sizes, call.dtype, call.weights, data_);
+    if (kind_ != kForward) kernels.pack_backward(call.sizes, call.dtype, call.weights, data_);
+    if (kind_ != kBackward) kernels.pack_forward(call.sizes, call.dtype, call.weights, data_ + backward_bytes_);
   }
 
-  static uint64_t hash_weights(const Call& call, bool backward) {
+  uint64_t hash_weights(const Call& call) const {
     const Kernels& kernels = cpu_kernels();
     const Sizes& s = call.sizes;
-    const i64 tag[] = {s.I, s.H, s.P, s.D, s.bias, s.projected, i64(call.dtype), backward};
+    const i64 tag[] = {s.I, s.H, s.P, s.D, s.bias, s.projected, i64(call.dtype), kind_};
     uint64_t h = kernels.hash(tag, sizeof tag, 1);
     const size_t e = call.dtype == Dtype::f64 ? 8 : call.dtype == Dtype::f32 ? 4 : 2;
     for (i64 d = 0; d < s.D; ++d) {
       const DirectionWeights& w = call.weights[d];
       h = hash_large(w.w_ih, size_t(4 * s.H * s.I) * e, h);
       h = hash_large(w.w_hh, size_t(4 * s.H * s.P) * e, h);
-      if (!backward && s.bias) {
+      if (kind_ != kBackward && s.bias) {
         h = kernels.hash(w.b_ih, size_t(4 * s.H) * e, h);
         h = kernels.hash(w.b_hh, size_t(4 * s.H) * e, h);
       }
@@ -294,6 +305,8 @@ class PackedWeights {
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
+  const Kind kind_;
+  size_t backward_bytes_;  // what lies before the forward order
   std::unique_ptr<char, Free> own_;
   Header* header_ = nullptr;  // of the shared buffer in use
   char* data_ = nullptr;
@@ -328,8 +341,8 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
   p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
   p.c_n = call.states_of(c_n, "c_n", s.H, call.type);
   call.set_reset(reset, p);
-  const PackedWeights packed(call, false, cache);
-  p.packed = packed.data();
+  const PackedWeights packed(call, PackedWeights::kForward, cache);
+  p.packed = packed.forward();
   p.threads = torch_threads();
   cpu_kernels().forward(p);
 }
@@ -345,7 +358,6 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
       c_all(c_all_), gates(gates_), dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_), dc0(dc0_),
       cache(cache_), h_mask(h_mask_), seed(seed_);
   check_plain(peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
-  STD_TORCH_CHECK(bool(gates), "fastlstm: the cpu kernels need the gates");
   const Call call(x, weights, directions, batch_sizes, lengths);
   const Sizes& s = call.sizes;
   const int32_t grad = call.compute_type;
@@ -383,8 +395,9 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
     if (s.projected) t[each - 1].check_shape("gradient of weight_hr", {s.P, s.H});
     p.dw[d] = {t[0].data, t[1].data, s.bias ? t[2].data : nullptr, s.projected ? t[each - 1].data : nullptr};
   }
-  const PackedWeights packed(call, true, cache);
-  p.packed = packed.data();
+  const PackedWeights packed(call, gates ? PackedWeights::kBackward : PackedWeights::kBoth, cache);
+  p.packed = packed.backward();
+  if (!gates) p.packed_forward = packed.forward();
   p.threads = torch_threads();
   cpu_kernels().backward(p);
 }
@@ -400,8 +413,10 @@ Sizes layer_sizes(i64 input, i64 hidden, i64 projected, i64 directions) {
 }
 
 i64 cpu_cache_bytes(i64 input, i64 hidden, i64 projected, i64 directions, bool is_double) {
-  return PackedWeights::kHeaderBytes +
-         i64(cpu_kernels().packed_bytes(layer_sizes(input, hidden, projected, directions), is_double));
+  const Kernels& kernels = cpu_kernels();
+  const Sizes s = layer_sizes(input, hidden, projected, directions);
+  const size_t bytes = std::max(kernels.forward_bytes(s, is_double), kernels.backward_bytes(s, is_double));
+  return PackedWeights::kHeaderBytes + i64(PackedWeights::round_up(bytes));
 }
 
 std::string cpu_isa() { return cpu_kernels().name; }

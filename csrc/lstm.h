@@ -75,16 +75,17 @@ struct BackwardParams {
   Sizes sizes;
   Dtype dtype;  // of x, y, h0, c0; everything else is compute type
   Ragged ragged;
-  Rows x, y, c_all, gates;  // as saved by the forward pass
+  Rows x, y, c_all, gates;  // as saved by the forward pass; gates or absent
   States h0, c0;
   const bool* reset;
   i64 reset_step, reset_batch;
-  Rows dy;             // [T, B, D*P] or absent
-  Rows dc_all;         // [T, B, D*H] or absent
-  States dh_n, dc_n;   // or absent
-  const void* packed;  // from pack_backward
-  Rows dx;             // or absent when not wanted
-  States dh0, dc0;     // or absent when not wanted
+  Rows dy;                     // [T, B, D*P] or absent
+  Rows dc_all;                 // [T, B, D*H] or absent
+  States dh_n, dc_n;           // or absent
+  const void* packed;          // from pack_backward
+  const void* packed_forward;  // from pack_forward; only without gates, which are then computed again
+  Rows dx;                     // or absent when not wanted
+  States dh0, dc0;             // or absent when not wanted
   struct Gradients {
     void *w_ih, *w_hh, *b, *w_hr;  // shapes of the weights, b [4H]; null when not wanted
   } dw[2];
@@ -94,7 +95,8 @@ struct BackwardParams {
 // One set of kernels per instruction set; see cpu/dispatch.cpp.
 struct Kernels {
   const char* name;
-  size_t (*packed_bytes)(const Sizes&, bool is_double);
+  size_t (*forward_bytes)(const Sizes&, bool is_double);
+  size_t (*backward_bytes)(const Sizes&, bool is_double);
   uint64_t (*hash)(const void* data, size_t bytes, uint64_t seed);
   void (*pack_forward)(const Sizes&, Dtype, const DirectionWeights*, void* packed);
   void (*pack_backward)(const Sizes&, Dtype, const DirectionWeights*, void* packed);

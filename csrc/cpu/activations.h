@@ -71,5 +71,14 @@ FASTLSTM_INLINE Vec<double> tanh(Vec<double> x) {
   return x;
 }
 
+// Activates the gates of n units, n values each, in place.
+template <class S>
+FASTLSTM_INLINE void activate(S* gates, i64 n) {
+  store_n(gates, sigmoid(load_n(gates, n)), n);
+  store_n(gates + n, sigmoid(load_n(gates + n, n)), n);
+  store_n(gates + 2 * n, tanh(load_n(gates + 2 * n, n)), n);
+  store_n(gates + 3 * n, sigmoid(load_n(gates + 3 * n, n)), n);
+}
+
 }  // namespace
 }  // namespace fastlstm

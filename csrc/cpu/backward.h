@@ -8,6 +8,7 @@
 #include "activations.h"
 #include "lane.h"
 #include "plan.h"
+#include "sums.h"
 #include "weight_grad.h"
 
 namespace fastlstm {
@@ -16,10 +17,12 @@ namespace {
 // Gradients of one direction in a chunk: row start[k] + slot for step k of the chunk, active rows only.
 template <class S>
 struct Chunk {
+  Buffer<S> gates;    // [rows][gate_pitch] as forward would have kept them; only if it has not
   Buffer<S> dgates;   // [rows][gate_pitch], units in tile order
   Buffer<S> dhidden;  // [rows][state_pitch] gradient of the projected h; only with projection
   Buffer<i64> start;  // [steps + 1]
   i64 gate_pitch, state_pitch;
+  S* gates_row(i64 row) const { return &gates[row * gate_pitch]; }
   S* dgates_row(i64 row) const { return &dgates[row * gate_pitch]; }
   S* dhidden_row(i64 row) const { return &dhidden[row * state_pitch]; }
 };
@@ -78,14 +81,15 @@ class BackwardLane {
     const i64 dm_pitch = s_.projected ? hidden_pitch_ : state_pitch_;
     for (i64 i = row_begin; i < smaller(row_end, n_); ++i) {
       const i64 b = rows_.batch(i);
-      const S* gates = element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
+      const S* gates =
+          chunk_.gates ? chunk_.gates_row(row(i)) : element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
       const S* cell = cell_at(t_, b);
       const S* dc_out = p_.dc_all.data ? element<S>(p_.dc_all.data, rows_.offset(p_.dc_all, t_, b)) : nullptr;
       const S* dy = p_.dy.data && !s_.projected ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, b)) : nullptr;
       const S* previous = previous_cell(i, b);
       S* dgates = chunk_.dgates_row(row(i));
       S* dc = &dc_[i * hidden_pitch_];
-      const auto unit_grad = [&](i64 unit, i64 n) {
+      for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
         const S* saved = gates + 4 * unit;
         const Vec<S> in = load_n(saved, n), forget = load_n(saved + n, n), candidate = load_n(saved + 2 * n, n),
                      out = load_n(saved + 3 * n, n);
@@ -102,10 +106,7 @@ class BackwardLane {
         store_n(d + 2 * n, dcell * in * (1 - candidate * candidate), n);
         store_n(d + 3 * n, dh * tanh_c * (out * (1 - out)), n);
         store(dc + unit, dcell * forget);
-      };
-      i64 unit = 0;
-      for (; unit + kLanes<S> <= s_.H; unit += kLanes<S>) unit_grad(unit, kLanes<S>);
-      if (unit < s_.H) unit_grad(unit, s_.H - unit);
+      });
     }
   }
 
@@ -200,6 +201,7 @@ class BackwardDirection {
     chunk.dgates.zero();  // the padding of a row is read (never used): keep it free of slow denormals
     if (s_.projected) chunk.dhidden = Buffer<S>(capacity * s_.B * chunk.state_pitch);
     if (s_.projected) chunk.dhidden.zero();
+    if (!p.gates.data) chunk.gates = Buffer<S>(capacity * s_.B * chunk.gate_pitch);
     chunk.start = Buffer<i64>(capacity + 1);
     if (dw_.w_ih || dw_.w_hh || dw_.b) gates_ = WeightGrad<S>(s_.I + s_.P + 1, 4 * s_.H);
     if (dw_.w_hr) projection_ = WeightGrad<S>(s_.H, s_.P);
@@ -215,6 +217,51 @@ class BackwardDirection {
     for (i64 k = 0; k < steps; ++k) chunk.start[k + 1] = chunk.start[k] + all_.active(time(first_step + k));
   }
   i64 chunk_rows() const { return chunk.start[steps_]; }
+
+  // Gates of rows [row_begin, row_end) of this chunk, at most kProjectRows of them, from x, y and the weights.
+  void recompute(i64 row_begin, i64 row_end) const {
+    const i64 n = row_end - row_begin;
+    const bool narrow = element_bytes(p_.dtype) != sizeof(S);
+    const ForwardPack<S> at(s_);
+    const GateSums<S> sums{s_, at, static_cast<const S*>(p_.packed_forward) + all_.direction * at.size};
+    const Buffer<S> x_copy(narrow ? n * s_.I : 0), h(n * s_.P);
+    const S *x_row[kProjectRows], *h_row[kProjectRows];
+    for (i64 i = 0; i < n; ++i) {
+      i64 t, slot;
+      locate(row_begin + i, t, slot);
+      const i64 b = all_.batch(slot), x = all_.offset(p_.x, t, b);
+      x_row[i] = narrow ? &x_copy[i * s_.I] : element<const S>(p_.x.data, x);
+      if (narrow) convert_in(&x_copy[i * s_.I], p_.x.data, p_.dtype, x, s_.I);
+      h_row[i] = &h[i * s_.P];
+      previous_hidden(&h[i * s_.P], t, slot, b, 0, s_.P);
+    }
+    for (i64 tile = 0; tile < at.tiles; ++tile) {
+      const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
+      for_row_tiles(n, [&](i64 first, auto height) {
+        constexpr int R = decltype(height)::value;
+        Vec<S> acc[R][kPanelVectors];
+        const S *x[R], *h[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          x[r] = x_row[first + r];
+          h[r] = h_row[first + r];
+        }
+        sums.template start<R, 1>(acc, x, tile);
+        sums.template add_hidden<R, 1>(acc, h, tile);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          // A narrow last tile: each gate overwrites the padding of the one before, the last ends in the row's own.
+          S* row = chunk.gates_row(row_begin + first + r) + 4 * unit;
+#pragma GCC unroll 8
+          for (int v = 0; v < kPanelVectors; ++v) store(row + v * width, acc[r][v]);
+        }
+      });
+    }
+    for (i64 i = 0; i < n; ++i)
+      for_vectors<S>(s_.H, [&](i64 unit, i64 width)
+                               FASTLSTM_INLINE_LAMBDA { activate(chunk.gates_row(row_begin + i) + 4 * unit, width); });
+  }
+
   void end_chunk() { first_rows_ = first_rows_ && chunk_rows() == 0; }
   i64 in_panels() const { return at_.in_panels; }
   const WeightGrad<S>& gate_weights() const { return gates_; }
@@ -265,7 +312,8 @@ class BackwardDirection {
                       i64 t, slot;
                       locate(row, t, slot);
                       const i64 b = all_.batch(slot);
-                      const S* gates = element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
+                      const S* gates =
+                          chunk.gates ? chunk.gates_row(row) : element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
                       const S* cell = element<S>(p_.c_all.data, all_.offset(p_.c_all, t, b));
                       for (i64 unit = k_begin / kLanes<S> * kLanes<S>; unit < k_end; unit += kLanes<S>) {
                         const i64 n = smaller(kLanes<S>, s_.H - unit);
@@ -372,9 +420,19 @@ void backward_layer(const BackwardParams& p) {
     });
   };
 
+  // work(direction, begin, end) over the rows of a chunk of each direction, at most kProjectRows at once.
+  const auto by_rows = [&](const auto& work) {
+    for (i64 d = 0; d < s.D; ++d) {
+      const i64 rows = directions[d]->chunk_rows(), groups = ceil_div(rows, kProjectRows);
+      parallel(p.threads, groups,
+               [&](i64 group) { work(*directions[d], group * rows / groups, (group + 1) * rows / groups); });
+    }
+  };
+
   for (i64 first = 0; first < s.T; first += capacity) {
     const i64 steps = smaller(capacity, s.T - first);
     for (i64 d = 0; d < s.D; ++d) directions[d]->begin_chunk(first, steps);
+    if (!p.gates.data) by_rows([](const BackwardDirection<S>& direction, i64 a, i64 b) { direction.recompute(a, b); });
     if (!plan.split_units) {
       parallel(p.threads, lane_count, [&](i64 k) {
         const BackwardDirection<S>& direction = *directions[k / plan.lanes];

@@ -6,6 +6,7 @@
 #include "activations.h"
 #include "lane.h"
 #include "plan.h"
+#include "sums.h"
 
 namespace fastlstm {
 namespace {
@@ -15,8 +16,8 @@ class ForwardLane {
  public:
   ForwardLane(const ForwardParams& p, const Plan& plan, i64 direction, i64 lane)
       : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes),
-        packed_(static_cast<const S*>(p.packed) + direction * at_.size), hidden_pitch_(pitch<S>(s_.H)),
-        state_pitch_(pitch<S>(s_.P)), project_ahead_(plan.input_steps > 0),
+        packed_(static_cast<const S*>(p.packed) + direction * at_.size), sums_{s_, at_, packed_},
+        hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), project_ahead_(plan.input_steps > 0),
         stores_y_(!s_.projected && element_bytes(p.dtype) == sizeof(S)), steps_(larger(1, plan.input_steps)),
         out_pitch_(s_.projected ? hidden_pitch_ : state_pitch_) {
     const i64 n = rows_.rows;
@@ -167,14 +168,8 @@ class ForwardLane {
   FASTLSTM_INLINE void add_inputs(Vec<S> (&acc)[R][P * kPanelVectors], i64 row, i64 tile) const {
     const S* x[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      x[r] = x_row_[row + r];
-#pragma GCC unroll 24
-      for (int v = 0; v < P * kPanelVectors; ++v)
-        acc[r][v] = load(packed_ + at_.bias + tile * kPanel<S> + v * kLanes<S>);
-    }
-    accumulate<S, R, P, kPanelVectors>(acc, x, 1, packed_ + at_.w_ih + tile * s_.I * kPanel<S>, s_.I * kPanel<S>,
-                                       kPanel<S>, s_.I);
+    for (int r = 0; r < R; ++r) x[r] = x_row_[row + r];
+    sums_.template start<R, P>(acc, x, tile);
   }
 
   template <int R>
@@ -204,8 +199,7 @@ class ForwardLane {
     const S* h[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) h[r] = &h_[(first + r) * state_pitch_];
-    accumulate<S, R, P, kPanelVectors>(acc, h, 1, packed_ + at_.w_hh + tile * s_.P * kPanel<S>, s_.P * kPanel<S>,
-                                       kPanel<S>, s_.P);
+    sums_.template add_hidden<R, P>(acc, h, tile);
     // Through the stack and in two loops over rows: constants stay in registers, and each loop is a short chain
     // of dependent instructions with many rows in flight, where one long chain a row would leave the core waiting.
     alignas(64) S gates[R * P][kPanel<S>];
@@ -215,18 +209,11 @@ class ForwardLane {
       for (int v = 0; v < P * kPanelVectors; ++v)
         store(&gates[r * P + v / kPanelVectors][v % kPanelVectors * kLanes<S>], acc[r][v]);
 #pragma GCC unroll 1
-    for (int k = 0; k < R * P; ++k) activate(gates[k]);
+    for (int k = 0; k < R * P; ++k) activate(gates[k], kLanes<S>);
 #pragma GCC unroll 1
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 1
       for (int p = 0; p < P; ++p) update_units(gates[r * P + p], first + r, (tile + p) * kLanes<S>);
-  }
-
-  FASTLSTM_INLINE static void activate(S* gates) {
-    store(gates, sigmoid(load(gates)));
-    store(gates + kLanes<S>, sigmoid(load(gates + kLanes<S>)));
-    store(gates + 2 * kLanes<S>, tanh(load(gates + 2 * kLanes<S>)));
-    store(gates + 3 * kLanes<S>, sigmoid(load(gates + 3 * kLanes<S>)));
   }
 
   // Cell and hidden state of kLanes units of one row, from its activated gates.
@@ -268,6 +255,7 @@ class ForwardLane {
   const LaneRows rows_;
   const ForwardPack<S> at_;
   const S* packed_;
+  const GateSums<S> sums_;
   const i64 hidden_pitch_, state_pitch_;
   const bool project_ahead_;
   const bool stores_y_;  // h goes to y as it is: neither projected nor rounded

@@ -10,12 +10,11 @@
 namespace fastlstm {
 namespace {
 
-size_t packed_bytes(const Sizes& s, bool is_double) {
-  const auto larger_pack = [&](auto zero) {
-    using S = decltype(zero);
-    return size_t(s.D * larger(ForwardPack<S>(s).size, BackwardPack<S>(s).size)) * sizeof(S);
-  };
-  return is_double ? larger_pack(double()) : larger_pack(float());
+size_t forward_bytes(const Sizes& s, bool is_double) {
+  return size_t(s.D) * (is_double ? size_t(ForwardPack<double>(s).size) * 8 : size_t(ForwardPack<float>(s).size) * 4);
+}
+size_t backward_bytes(const Sizes& s, bool is_double) {
+  return size_t(s.D) * (is_double ? size_t(BackwardPack<double>(s).size) * 8 : size_t(BackwardPack<float>(s).size) * 4);
 }
 
 void pack_forward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed) {
@@ -56,9 +55,9 @@ void describe(const Sizes& s, int threads, char* text, size_t size) {
 }  // namespace
 }  // namespace fastlstm
 
-#define FASTLSTM_KERNELS(isa)                                                           \
-  namespace fastlstm {                                                                  \
-  extern const Kernels isa##_kernels;                                                   \
-  const Kernels isa##_kernels = {#isa,          packed_bytes, hash_bytes, pack_forward, \
-                                 pack_backward, forward,      backward,   describe};    \
+#define FASTLSTM_KERNELS(isa)                                                                            \
+  namespace fastlstm {                                                                                   \
+  extern const Kernels isa##_kernels;                                                                    \
+  const Kernels isa##_kernels = {#isa,          forward_bytes, backward_bytes, hash_bytes, pack_forward, \
+                                 pack_backward, forward,       backward,       describe};                \
   }

@@ -82,6 +82,15 @@ template <class S>
 FASTLSTM_INLINE Vec<S> splat(S s) {
   return s - Vec<S>{};
 }
+// Calls f(first, lanes) for the vectors of n elements; the last may be a part of one. Lambdas passed here are to be
+// FASTLSTM_INLINE_LAMBDA, so that whole vectors know that they are whole.
+#define FASTLSTM_INLINE_LAMBDA __attribute__((always_inline))
+template <class S, class F>
+FASTLSTM_INLINE void for_vectors(i64 n, const F& f) {
+  i64 k = 0;
+  for (; k + kLanes<S> <= n; k += kLanes<S>) f(k, i64(kLanes<S>));
+  if (k < n) f(k, n - k);
+}
 
 // a * b + c. Fused wherever the hardware can; -ffp-contract=off keeps the compiler from choosing differently in
 // different instantiations, which would make a row's result depend on the batch around it.
