@@ -48,25 +48,29 @@ struct Call {
   std::vector<i64> row_offset, active, order, length;
   Ragged ragged{};
 
-  Call(const Array& x, const std::vector<Array>& w, i64 directions, const Array& batch_sizes, const Array& lengths)
+  Call(const Array& x, const std::vector<Array>& w, i64 directions, const Array& batch_sizes, const Array& lengths,
+       bool peephole, bool layer_norm)
       : dtype(dtype_of(x)), type(x.dtype),
         compute_type(dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
         packed_rows(bool(batch_sizes)) {
     STD_TORCH_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
-    const i64 each = i64(w.size()) / directions;
-    STD_TORCH_CHECK(each >= 2 && each <= 5 && each * directions == i64(w.size()),
-                    "fastlstm: expected 2 to 5 weights for each of ", directions, " directions, got ", w.size());
+    const i64 each = i64(w.size()) / directions, plain = each - peephole - 4 * layer_norm;
+    STD_TORCH_CHECK(plain >= 2 && plain <= 5 && each * directions == i64(w.size()), "fastlstm: expected 2 to 5 weights",
+                    peephole ? ", 1 of the peepholes" : "", layer_norm ? ", 4 of layer normalisation" : "",
+                    " for each of ", directions, " directions, got ", w.size());
     STD_TORCH_CHECK(x.dim == 2 || (x.dim == 3 && !packed_rows), "fastlstm: expected ",
                     packed_rows ? "packed rows [N, I]" : "input [T, B, I], or [B, I] for one step", ", got ",
                     x.shape_text());
     STD_TORCH_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
     Sizes& s = sizes;
     s.D = directions;
-    s.bias = each >= 4;
-    s.projected = each % 2 == 1;
+    s.bias = plain >= 4;
+    s.projected = plain % 2 == 1;
+    s.peephole = peephole;
+    s.layer_norm = layer_norm;
     s.I = x.last();
     s.H = w[0].dim == 2 ? w[0].sizes[0] / 4 : 0;
-    s.P = s.projected ? (w[size_t(each) - 1].dim == 2 ? w[size_t(each) - 1].sizes[0] : 0) : s.H;
+    s.P = s.projected ? (w[size_t(plain) - 1].dim == 2 ? w[size_t(plain) - 1].sizes[0] : 0) : s.H;
     if (packed_rows) {
       rows = x.sizes[0];
       STD_TORCH_CHECK(batch_sizes.dim == 1, "fastlstm: expected batch_sizes [T], got ", batch_sizes.shape_text());
@@ -89,7 +93,8 @@ struct Call {
       }
       t[0].check_shape("weight_ih", {4 * s.H, s.I});
       t[1].check_shape("weight_hh", {4 * s.H, s.P});
-      weights[d] = {t[0].data, t[1].data, nullptr, nullptr, nullptr};
+      weights[d].w_ih = t[0].data;
+      weights[d].w_hh = t[1].data;
       if (s.bias) {
         t[2].check_shape("bias_ih", {4 * s.H});
         t[3].check_shape("bias_hh", {4 * s.H});
@@ -97,8 +102,23 @@ struct Call {
         weights[d].b_hh = t[3].data;
       }
       if (s.projected) {
-        t[each - 1].check_shape("weight_hr", {s.P, s.H});
-        weights[d].w_hr = t[each - 1].data;
+        t[plain - 1].check_shape("weight_hr", {s.P, s.H});
+        weights[d].w_hr = t[plain - 1].data;
+      }
+      t += plain;
+      if (peephole) {
+        t->check_shape("weight_ch", {3 * s.H});
+        weights[d].w_ch = t++->data;
+      }
+      if (layer_norm) {
+        t[0].check_shape("ln_ih", {4 * s.H});
+        t[1].check_shape("ln_hh", {4 * s.H});
+        t[2].check_shape("ln_c", {s.H});
+        t[3].check_shape("bias_ln_c", {s.H});
+        weights[d].ln_ih = t[0].data;
+        weights[d].ln_hh = t[1].data;
+        weights[d].ln_c = t[2].data;
+        weights[d].b_ln_c = t[3].data;
       }
     }
     if (batch_sizes) from_batch_sizes(batch_sizes);
@@ -180,6 +200,21 @@ struct Call {
     flat ? t.check_shape(name, {sizes.B, n}) : t.check_shape(name, {sizes.D, sizes.B, n});
     STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
     return {t.data, flat ? 0 : t.strides[0], t.strides[flat ? 0 : 1]};
+  }
+  CellOptions cell_of(const Array& h_mask, double zoneout_c, double zoneout_h, const Array& seed) const {
+    STD_TORCH_CHECK(zoneout_c >= 0 && zoneout_c < 1 && zoneout_h >= 0 && zoneout_h < 1,
+                    "fastlstm: expected probabilities of zoneout in [0, 1), got ", zoneout_c, " and ", zoneout_h);
+    CellOptions cell{};
+    cell.h_mask = states_of(h_mask, "h_mask", sizes.P, compute_type);
+    cell.zoneout_c = zoneout_c;
+    cell.zoneout_h = zoneout_h;
+    if (seed) {
+      seed.check_dtype("seed", aoti_torch_dtype_int64());
+      seed.check_shape("seed", {1});
+      cell.random = true;
+      std::memcpy(&cell.seed, seed.data, sizeof cell.seed);
+    }
+    return cell;
   }
   // Sets the reset mask [T, B] of forward or backward parameters.
   template <class Params>
@@ -273,7 +308,7 @@ class PackedWeights {
   uint64_t hash_weights(const Call& call) const {
     const Kernels& kernels = cpu_kernels();
     const Sizes& s = call.sizes;
-    const i64 tag[] = {s.I, s.H, s.P, s.D, s.bias, s.projected, i64(call.dtype), kind_};
+    const i64 tag[] = {s.I, s.H, s.P, s.D, s.bias, s.projected, s.layer_norm, i64(call.dtype), kind_};
     uint64_t h = kernels.hash(tag, sizeof tag, 1);
     const size_t e = call.dtype == Dtype::f64 ? 8 : call.dtype == Dtype::f32 ? 4 : 2;
     for (i64 d = 0; d < s.D; ++d) {
@@ -312,12 +347,6 @@ class PackedWeights {
   char* data_ = nullptr;
 };
 
-void check_plain(bool peephole, bool layer_norm, const Array& h_mask, double zoneout_c, double zoneout_h,
-                 const Array& seed) {
-  STD_TORCH_CHECK(!peephole && !layer_norm && !h_mask && zoneout_c == 0 && zoneout_h == 0 && !seed,
-                  "fastlstm: the cpu kernels have no such cell");
-}
-
 void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
                   OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle h_n_,
                   Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_, OptionalHandle cache_, bool peephole,
@@ -325,8 +354,8 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
   const std::vector<Array> weights = to_arrays(weights_);
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
       c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_), h_mask(h_mask_), seed(seed_);
-  check_plain(peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
-  const Call call(x, weights, directions, batch_sizes, lengths);
+  STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
+  const Call call(x, weights, directions, batch_sizes, lengths, peephole, layer_norm);
   const Sizes& s = call.sizes;
   ForwardParams p{};
   p.sizes = s;
@@ -341,6 +370,8 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
   p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
   p.c_n = call.states_of(c_n, "c_n", s.H, call.type);
   call.set_reset(reset, p);
+  p.weights = call.weights;
+  p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
   const PackedWeights packed(call, PackedWeights::kForward, cache);
   p.packed = packed.forward();
   p.threads = torch_threads();
@@ -357,8 +388,8 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_),
       c_all(c_all_), gates(gates_), dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_), dc0(dc0_),
       cache(cache_), h_mask(h_mask_), seed(seed_);
-  check_plain(peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
-  const Call call(x, weights, directions, batch_sizes, lengths);
+  STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
+  const Call call(x, weights, directions, batch_sizes, lengths, peephole, layer_norm);
   const Sizes& s = call.sizes;
   const int32_t grad = call.compute_type;
   BackwardParams p{};
@@ -379,8 +410,10 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
   p.dx = call.shared_rows_of(dx, "dx", s.I, grad);
   p.dh0 = call.states_of(dh0, "dh0", s.P, grad);
   p.dc0 = call.states_of(dc0, "dc0", s.H, grad);
-  // dweights: none, or for each direction w_ih, w_hh, (b), (w_hr)
-  const i64 each = 2 + s.bias + s.projected;
+  p.weights = call.weights;
+  p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
+  // dweights: none, or for each direction w_ih, w_hh, (b), (w_hr), (w_ch), (ln_ih, ln_hh, ln_c, b_ln_c)
+  const i64 each = 2 + s.bias + s.projected + peephole + 4 * layer_norm;
   STD_TORCH_CHECK(dweights.empty() || i64(dweights.size()) == each * s.D, "fastlstm: expected ", each,
                   " weight gradients for each direction, got ", dweights.size());
   for (i64 d = 0; d < s.D && !dweights.empty(); ++d) {
@@ -391,9 +424,22 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
     }
     t[0].check_shape("gradient of weight_ih", {4 * s.H, s.I});
     t[1].check_shape("gradient of weight_hh", {4 * s.H, s.P});
-    if (s.bias) t[2].check_shape("gradient of the bias", {4 * s.H});
-    if (s.projected) t[each - 1].check_shape("gradient of weight_hr", {s.P, s.H});
-    p.dw[d] = {t[0].data, t[1].data, s.bias ? t[2].data : nullptr, s.projected ? t[each - 1].data : nullptr};
+    BackwardParams::Gradients& dw = p.dw[d];
+    dw.w_ih = t[0].data;
+    dw.w_hh = t[1].data;
+    t += 2;
+    const auto take = [&](void*& data, bool there, const char* name, std::initializer_list<i64> shape) {
+      if (!there) return;
+      t->check_shape(name, shape);
+      data = t++->data;
+    };
+    take(dw.b, s.bias, "gradient of the bias", {4 * s.H});
+    take(dw.w_hr, s.projected, "gradient of weight_hr", {s.P, s.H});
+    take(dw.w_ch, peephole, "gradient of weight_ch", {3 * s.H});
+    take(dw.ln_ih, layer_norm, "gradient of ln_ih", {4 * s.H});
+    take(dw.ln_hh, layer_norm, "gradient of ln_hh", {4 * s.H});
+    take(dw.ln_c, layer_norm, "gradient of ln_c", {s.H});
+    take(dw.b_ln_c, layer_norm, "gradient of bias_ln_c", {s.H});
   }
   const PackedWeights packed(call, gates ? PackedWeights::kBackward : PackedWeights::kBoth, cache);
   p.packed = packed.backward();

@@ -16,7 +16,7 @@ enum class Dtype { f32, f64, bf16, f16 };
 
 struct Sizes {
   i64 T, B, I, H, P, D;
-  bool bias, projected;
+  bool bias, projected, peephole, layer_norm;
 };
 
 // Which rows exist. Sequences are kept in slots, longest first, so that the active slots of every step are a
@@ -43,10 +43,20 @@ struct States {
 };
 
 struct DirectionWeights {
-  const void* w_ih;         // [4H, I]
-  const void* w_hh;         // [4H, P]
-  const void *b_ih, *b_hh;  // [4H] or null
-  const void* w_hr;         // [P, H] or null
+  const void* w_ih;                           // [4H, I]
+  const void* w_hh;                           // [4H, P]
+  const void *b_ih, *b_hh;                    // [4H] or null
+  const void* w_hr;                           // [P, H] or null
+  const void* w_ch;                           // [3H], of i, f, o, or null without peepholes
+  const void *ln_ih, *ln_hh, *ln_c, *b_ln_c;  // [4H], [4H], [H], [H] or null without layer normalisation
+};
+
+// What a step of an LSTM has beyond the plain one, besides weights: see fastlstm/reference.py.
+struct CellOptions {
+  States h_mask;  // [D, B, P], compute type, or absent
+  double zoneout_c, zoneout_h;
+  bool random;  // which units stay is drawn from `seed`; otherwise zoneout is its expectation
+  uint64_t seed;
 };
 
 // torch's thread pool. `run` calls body(begin, end, context) over a partition of [0, n).
@@ -67,6 +77,8 @@ struct ForwardParams {
   States h_n, c_n;    // [D, B, P], [D, B, H]
   const bool* reset;  // [T, B] or null
   i64 reset_step, reset_batch;
+  const DirectionWeights* weights;  // one for each direction
+  CellOptions cell;
   const void* packed;  // from pack_forward
   Threads threads;
 };
@@ -79,15 +91,17 @@ struct BackwardParams {
   States h0, c0;
   const bool* reset;
   i64 reset_step, reset_batch;
-  Rows dy;                     // [T, B, D*P] or absent
-  Rows dc_all;                 // [T, B, D*H] or absent
-  States dh_n, dc_n;           // or absent
+  Rows dy;            // [T, B, D*P] or absent
+  Rows dc_all;        // [T, B, D*H] or absent
+  States dh_n, dc_n;  // or absent
+  const DirectionWeights* weights;
+  CellOptions cell;
   const void* packed;          // from pack_backward
   const void* packed_forward;  // from pack_forward; only without gates, which are then computed again
   Rows dx;                     // or absent when not wanted
   States dh0, dc0;             // or absent when not wanted
   struct Gradients {
-    void *w_ih, *w_hh, *b, *w_hr;  // shapes of the weights, b [4H]; null when not wanted
+    void *w_ih, *w_hh, *b, *w_hr, *w_ch, *ln_ih, *ln_hh, *ln_c, *b_ln_c;  // as the weights, b [4H]; null: not wanted
   } dw[2];
   Threads threads;
 };

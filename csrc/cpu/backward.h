@@ -5,7 +5,7 @@
 
 #include <new>
 
-#include "activations.h"
+#include "cell.h"
 #include "lane.h"
 #include "plan.h"
 #include "sums.h"
@@ -20,31 +20,52 @@ struct Chunk {
   Buffer<S> gates;    // [rows][gate_pitch] as forward would have kept them; only if it has not
   Buffer<S> dgates;   // [rows][gate_pitch], units in tile order
   Buffer<S> dhidden;  // [rows][state_pitch] gradient of the projected h; only with projection
+  Buffer<S> m;        // [rows][hidden_pitch] h before its projection; only of regularised cells
+  Buffer<S> c0;       // [B][H] by slot: c0 as S, for 16-bit states
   Buffer<i64> start;  // [steps + 1]
-  i64 gate_pitch, state_pitch;
+  // Only with layer normalisation: x w_ih^T and h w_hh^T, normalised, like gates; their 1 / sqrt(variance) by row;
+  Buffer<S> inputs, recurrent, input_scale, recurrent_scale;
+  Buffer<S> drecurrent;   // the gradient of h w_hh^T (that of x w_ih^T takes the place of `inputs`);
+  Buffer<S> cell, dcell;  // [rows][hidden_pitch] normalised c, and the gradient of it with its gain and bias.
+  i64 gate_pitch, hidden_pitch, state_pitch;
   S* gates_row(i64 row) const { return &gates[row * gate_pitch]; }
   S* dgates_row(i64 row) const { return &dgates[row * gate_pitch]; }
   S* dhidden_row(i64 row) const { return &dhidden[row * state_pitch]; }
+  // Gradients of the two products that make the gate sums: those of the sums, unless they are normalised between.
+  S* dinputs_row(i64 row) const { return &(inputs ? inputs : dgates)[row * gate_pitch]; }
+  S* drecurrent_row(i64 row) const { return &(drecurrent ? drecurrent : dgates)[row * gate_pitch]; }
 };
 
+inline bool resets(const BackwardParams& p, i64 t, i64 b) {
+  return p.reset && p.reset[t * p.reset_step + b * p.reset_batch];
+}
+// c before step t of row i; null stands for zero. c0: see Chunk.
 template <class S>
+inline const S* previous_cell(const BackwardParams& p, const LaneRows& rows, const Buffer<S>& c0, i64 t, i64 i, i64 b) {
+  if (resets(p, t, b)) return nullptr;
+  if (!rows.starts(i, t)) return element<S>(p.c_all.data, rows.offset(p.c_all, rows.previous(t), b));
+  if (!p.c0.data) return nullptr;
+  return c0 ? &c0[rows.slot(i) * p.sizes.H] : element<S>(p.c0.data, rows.offset(p.c0, b));
+}
+
+template <class S, Cell kCell>
 class BackwardLane {
+  static constexpr bool kByRow = kCell == Cell::regularised;
+
  public:
-  BackwardLane(const BackwardParams& p, const Plan& plan, i64 direction, i64 lane, const Chunk<S>& chunk)
+  // regularised: null for a plain cell.
+  BackwardLane(const BackwardParams& p, const Plan& plan, const Regularised<S>* regularised, i64 direction, i64 lane,
+               const Chunk<S>& chunk)
       : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes),
         packed_(static_cast<const S*>(p.packed) + direction * at_.size), chunk_(chunk), hidden_pitch_(pitch<S>(s_.H)),
-        state_pitch_(pitch<S>(s_.P)) {
+        state_pitch_(pitch<S>(s_.P)), regularised_(regularised) {
     dh_ = Buffer<S>(rows_.rows * state_pitch_);
     dc_ = Buffer<S>(rows_.rows * hidden_pitch_);
     if (s_.projected) {
       dm_ = Buffer<S>(rows_.rows * hidden_pitch_);
       dm_.zero();  // as for dgates
     }
-    if (p.c0.data && element_bytes(p.dtype) != sizeof(S)) {
-      c0_ = Buffer<S>(rows_.rows * s_.H);
-      for (i64 i = 0; i < rows_.rows; ++i)
-        convert_in(&c0_[i * s_.H], p.c0.data, p.dtype, rows_.offset(p.c0, rows_.batch(i)), s_.H);
-    }
+    if (kByRow && regularised->zone_h) dh_stayed_ = Buffer<S>(rows_.rows * state_pitch_);
   }
 
   i64 rows() const { return rows_.rows; }
@@ -64,6 +85,7 @@ class BackwardLane {
         const S* dy = element<S>(p_.dy.data, rows_.offset(p_.dy, t_, rows_.batch(i)));
         for (i64 k = 0; k < s_.P; ++k) dh[k] += dy[k];
       }
+      if (kByRow) zone_hidden(i, nullptr);
       std::memcpy(chunk_.dhidden_row(row(i)), dh, size_t(s_.P) * sizeof(S));
     }
   }
@@ -77,16 +99,16 @@ class BackwardLane {
 
   // Gate gradients of a range of rows.
   void pointwise(i64 row_begin, i64 row_end) {
+    if constexpr (kByRow) return regularised_pointwise(row_begin, smaller(row_end, n_));
     const S* dm = (s_.projected ? dm_ : dh_).get();
     const i64 dm_pitch = s_.projected ? hidden_pitch_ : state_pitch_;
     for (i64 i = row_begin; i < smaller(row_end, n_); ++i) {
       const i64 b = rows_.batch(i);
-      const S* gates =
-          chunk_.gates ? chunk_.gates_row(row(i)) : element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
-      const S* cell = cell_at(t_, b);
+      const S* gates = gates_at(i, b);
+      const S* cell = element<S>(p_.c_all.data, rows_.offset(p_.c_all, t_, b));
       const S* dc_out = p_.dc_all.data ? element<S>(p_.dc_all.data, rows_.offset(p_.dc_all, t_, b)) : nullptr;
       const S* dy = p_.dy.data && !s_.projected ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, b)) : nullptr;
-      const S* previous = previous_cell(i, b);
+      const S* previous = previous_cell(p_, rows_, chunk_.c0, t_, i, b);
       S* dgates = chunk_.dgates_row(row(i));
       S* dc = &dc_[i * hidden_pitch_];
       for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
@@ -113,16 +135,18 @@ class BackwardLane {
   // dh of the step before = dgates w_hh, for a range of panels of P.
   void recur(i64 panel_begin, i64 panel_end) {
     if (n_ == 0 || (!p_.dh0.data && rows_.starts(0, t_))) return;  // nobody asks: all rows start at this step
-    for (i64 panel = panel_begin; panel < panel_end; ++panel)
-      multiply_panel<S>(n_, {chunk_.dgates_row(row(0)), rows_.stride * chunk_.gate_pitch}, 4 * s_.H,
-                        packed_ + at_.w_hh + panel * 4 * s_.H * kPanel<S>, {&dh_[panel * kPanel<S>], state_pitch_},
-                        smaller(kPanel<S>, s_.P - panel * kPanel<S>));
+    for (i64 panel = panel_begin; panel < panel_end; ++panel) {
+      const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
+      multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, 4 * s_.H,
+                        packed_ + at_.w_hh + panel * 4 * s_.H * kPanel<S>, {&dh_[begin], state_pitch_}, width);
+      if (kByRow) finish_hidden(begin, width);
+    }
   }
 
   void end_step() {
     if (p_.reset)
       for (i64 i = 0; i < n_; ++i)
-        if (resets(t_, rows_.batch(i))) {
+        if (resets(p_, t_, rows_.batch(i))) {
           std::memset(&dh_[i * state_pitch_], 0, size_t(state_pitch_) * sizeof(S));
           std::memset(&dc_[i * hidden_pitch_], 0, size_t(hidden_pitch_) * sizeof(S));
         }
@@ -150,14 +174,152 @@ class BackwardLane {
 
  private:
   i64 row(i64 i) const { return first_ + rows_.slot(i); }
-  bool resets(i64 t, i64 b) const { return p_.reset && p_.reset[t * p_.reset_step + b * p_.reset_batch]; }
-  const S* cell_at(i64 t, i64 b) const { return element<S>(p_.c_all.data, rows_.offset(p_.c_all, t, b)); }
-  // c before this step; null stands for zero.
-  const S* previous_cell(i64 i, i64 b) const {
-    if (resets(t_, b)) return nullptr;
-    if (!rows_.starts(i, t_)) return cell_at(rows_.previous(t_), b);
-    if (!p_.c0.data) return nullptr;
-    return c0_ ? &c0_[i * s_.H] : element<S>(p_.c0.data, rows_.offset(p_.c0, b));
+  const S* gates_at(i64 i, i64 b) const {
+    return chunk_.gates ? chunk_.gates_row(row(i)) : element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
+  }
+
+  // pointwise() of regularised cells, by stages of a few rows as in ForwardLane::update_rows.
+  void regularised_pointwise(i64 row_begin, i64 row_end) {
+    const Regularised<S>& r = *regularised_;
+    for (i64 first = row_begin; first < row_end; first += kRowGroup) {
+      const i64 last = smaller(first + kRowGroup, row_end);
+      for (i64 i = first; i < last && !s_.projected; ++i)
+        zone_hidden(i, p_.dy.data ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, rows_.batch(i))) : nullptr);
+      if (!s_.layer_norm) {
+        for (i64 i = first; i < last; ++i) {
+          const RowGrad row(*this, i);
+          gate_grads(row, [&](i64 unit, i64 n, Vec<S> c_new)
+                              FASTLSTM_INLINE_LAMBDA { return hidden_grad(row, unit, n, c_new); });
+        }
+        continue;
+      }
+      S scale[kRowGroup], sums[kRowGroup][2];
+      for (i64 i = first; i < last; ++i) {
+        const RowGrad row(*this, i);
+        for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
+          const S* gates = row.gates + 4 * unit;
+          store(row.cell + unit,
+                fma(load_n(gates + n, n), row.c_previous(unit, n), load_n(gates, n) * load_n(gates + 2 * n, n)));
+        });
+      }
+      for (i64 i = first; i < last; ++i) {
+        S* cell = &chunk_.cell[row(i) * hidden_pitch_];
+        const Moments<S> of_c = moments<S>(cell, s_.H);
+        scale[i - first] = of_c.scale;
+        for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
+          store_n(cell + unit, of_c.normalise(load_n(cell + unit, n)), n);
+        });
+      }
+      for (i64 i = first; i < last; ++i) {
+        const RowGrad row(*this, i);
+        sum_vectors<S>(s_.H, sums[i - first], [&](i64 unit, i64 n, Vec<S>(&terms)[2]) FASTLSTM_INLINE_LAMBDA {
+          const Vec<S> cell = load_n(row.cell + unit, n), gain = load_n(&r.ln_c[unit], n);
+          const Vec<S> dcell = hidden_grad(row, unit, n, fma(cell, gain, load_n(&r.b_ln_c[unit], n)));
+          store_n(row.dcell + unit, dcell, n);
+          terms[0] = dcell * gain;
+          terms[1] = terms[0] * cell;
+        });
+      }
+      for (i64 i = first; i < last; ++i) {
+        const RowGrad row(*this, i);
+        const S mean = sums[i - first][0] / S(s_.H), slope = sums[i - first][1] / S(s_.H);
+        gate_grads(row, [&](i64 unit, i64 n, Vec<S>) FASTLSTM_INLINE_LAMBDA {
+          const Vec<S> d = load_n(row.dcell + unit, n) * load_n(&r.ln_c[unit], n);
+          return (d - mean - load_n(row.cell + unit, n) * slope) * scale[i - first];
+        });
+      }
+      for (i64 i = first; i < last; ++i)
+        normalise_grad<S>(chunk_.dgates_row(row(i)), r.ln_hh.get(), &chunk_.recurrent[row(i) * chunk_.gate_pitch],
+                          chunk_.recurrent_scale[row(i)], chunk_.drecurrent_row(row(i)), 4 * s_.H);
+    }
+  }
+
+  // What the gradients of a regularised row are made of.
+  struct RowGrad {
+    const S *gates, *previous, *dc_out, *dm;
+    S *dgates, *dc, *m, *cell, *dcell;
+    uint32_t key;
+    RowGrad(const BackwardLane& lane, i64 i) {
+      const BackwardParams& p = lane.p_;
+      const Chunk<S>& chunk = lane.chunk_;
+      const i64 b = lane.rows_.batch(i), row = lane.row(i);
+      gates = lane.gates_at(i, b);
+      previous = previous_cell(p, lane.rows_, chunk.c0, lane.t_, i, b);
+      dc_out = p.dc_all.data ? element<S>(p.dc_all.data, lane.rows_.offset(p.dc_all, lane.t_, b)) : nullptr;
+      dm = p.sizes.projected ? &lane.dm_[i * lane.hidden_pitch_] : &lane.dh_[i * lane.state_pitch_];
+      dgates = chunk.dgates_row(row);
+      dc = &lane.dc_[i * lane.hidden_pitch_];
+      m = chunk.m ? &chunk.m[row * lane.hidden_pitch_] : nullptr;
+      cell = chunk.cell ? &chunk.cell[row * lane.hidden_pitch_] : nullptr;
+      dcell = chunk.dcell ? &chunk.dcell[row * lane.hidden_pitch_] : nullptr;
+      key = lane.regularised_->zone_c ? lane.regularised_->row_key(lane.t_, b) : 0;
+    }
+    FASTLSTM_INLINE Vec<S> c_previous(i64 unit, i64 n) const {
+      return previous ? load_n(previous + unit, n) : Vec<S>{};
+    }
+  };
+
+  // Gradient of c as the hidden state sees it; that of gate o goes to its place.
+  FASTLSTM_INLINE Vec<S> hidden_grad(const RowGrad& row, i64 unit, i64 n, Vec<S> seen) const {
+    const Vec<S> o = load_n(row.gates + 4 * unit + 3 * n, n), tanh_c = tanh(seen), dm = load_n(row.dm + unit, n);
+    if (row.m) store_n(row.m + unit, o * tanh_c, n);
+    store_n(row.dgates + 4 * unit + 3 * n, dm * tanh_c * (o * (1 - o)), n);
+    return dm * o * (1 - tanh_c * tanh_c);
+  }
+
+  // from_hidden(unit, n, c): gradient that c before zoneout has from the hidden state, with gate o's in its place.
+  template <class F>
+  FASTLSTM_INLINE void gate_grads(const RowGrad& row, const F& from_hidden) const {
+    const Regularised<S>& r = *regularised_;
+    for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
+      const S* gates = row.gates + 4 * unit;
+      S* d = row.dgates + 4 * unit;
+      const Vec<S> i = load_n(gates, n), f = load_n(gates + n, n), g = load_n(gates + 2 * n, n);
+      const Vec<S> c = row.c_previous(unit, n);
+      Vec<S> dcell = from_hidden(unit, n, fma(f, c, i * g)), dc = load(row.dc + unit), dc_stayed = {};
+      if (row.dc_out) dc += load_n(row.dc_out + unit, n);
+      if (r.zone_c) r.zone_c.divide(dc, row.key, unit, dc_stayed, dc);
+      dcell += dc;
+      if (r.w_ch) dcell = fma(load(&r.w_ch[2 * r.pitch_ + unit]), load_n(d + 3 * n, n), dcell);
+      const Vec<S> di = dcell * g * (i * (1 - i)), df = dcell * c * (f * (1 - f));
+      store_n(d, di, n);
+      store_n(d + n, df, n);
+      store_n(d + 2 * n, dcell * i * (1 - g * g), n);
+      dc = fma(dcell, f, dc_stayed);
+      if (r.w_ch) dc = fma(load(&r.w_ch[unit]), di, fma(load(&r.w_ch[r.pitch_ + unit]), df, dc));
+      store(row.dc + unit, dc);
+    });
+  }
+
+  // Divides the gradient dh + dy of a row's h between h before this step and what the step made.
+  FASTLSTM_INLINE void zone_hidden(i64 i, const S* dy) const {
+    const Regularised<S>& r = *regularised_;
+    if (!dy && !r.zone_h) return;
+    const uint32_t key = r.zone_h ? r.row_key(t_, rows_.batch(i)) : 0;
+    for_vectors<S>(s_.P, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
+      Vec<S> dh = load_n(&dh_[i * state_pitch_ + k], n), stayed;
+      if (dy) dh += load_n(dy + k, n);
+      if (r.zone_h) {
+        r.zone_h.divide(dh, key, k, stayed, dh);
+        store_n(&dh_stayed_[i * state_pitch_ + k], stayed, n);
+      }
+      store_n(&dh_[i * state_pitch_ + k], dh, n);
+    });
+  }
+  // dh of the step before from that of the h that went into the product, for `width` units.
+  void finish_hidden(i64 begin, i64 width) const {
+    const States& h_mask = p_.cell.h_mask;
+    if (!h_mask.data && !dh_stayed_) return;
+    for (i64 i = 0; i < n_; ++i) {
+      const S* mask = h_mask.data ? element<S>(h_mask.data, rows_.offset(h_mask, rows_.batch(i)) + begin) : nullptr;
+      S* dh = &dh_[i * state_pitch_ + begin];
+      for_vectors<S>(width, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
+        Vec<S> d = load_n(dh + k, n);
+        if (mask) d *= load_n(mask + k, n);
+        if (dh_stayed_) d += load_n(&dh_stayed_[i * state_pitch_ + begin + k], n);
+        store_n(dh + k, d, n);
+      });
+    }
   }
   void load_state(i64 i) {
     const i64 b = rows_.batch(i);
@@ -182,8 +344,9 @@ class BackwardLane {
   const S* packed_;
   const Chunk<S>& chunk_;
   const i64 hidden_pitch_, state_pitch_;
+  const Regularised<S>* const regularised_;
   Buffer<S> dh_, dc_, dm_;  // gradients flowing back in time; dm_: of the hidden state before projection
-  Buffer<S> c0_;            // c0 as S, for 16-bit states
+  Buffer<S> dh_stayed_;     // the part of dh that zoneout leads past this step
   i64 entered_ = 0;
   i64 t_ = 0, n_ = 0, first_ = 0;
 };
@@ -192,18 +355,38 @@ class BackwardLane {
 template <class S>
 class BackwardDirection {
  public:
-  BackwardDirection(const BackwardParams& p, i64 direction, i64 capacity)
+  BackwardDirection(const BackwardParams& p, const Regularised<S>* regularised, i64 direction, i64 capacity)
       : p_(p), s_(p.sizes), all_(p.sizes, p.ragged, direction, 0, 1), at_(p.sizes),
-        packed_(static_cast<const S*>(p.packed) + direction * at_.size), dw_(p.dw[direction]), capacity_(capacity) {
+        packed_(static_cast<const S*>(p.packed) + direction * at_.size), dw_(p.dw[direction]),
+        regularised_(regularised), capacity_(capacity) {
+    const i64 rows = capacity * s_.B;
     chunk.gate_pitch = pitch<S>(4 * s_.H);
+    chunk.hidden_pitch = pitch<S>(s_.H);
     chunk.state_pitch = pitch<S>(s_.P);
-    chunk.dgates = Buffer<S>(capacity * s_.B * chunk.gate_pitch);
-    chunk.dgates.zero();  // the padding of a row is read (never used): keep it free of slow denormals
-    if (s_.projected) chunk.dhidden = Buffer<S>(capacity * s_.B * chunk.state_pitch);
-    if (s_.projected) chunk.dhidden.zero();
-    if (!p.gates.data) chunk.gates = Buffer<S>(capacity * s_.B * chunk.gate_pitch);
+    chunk.dgates = zeros(rows * chunk.gate_pitch);
+    if (s_.projected) chunk.dhidden = zeros(rows * chunk.state_pitch);
+    if (!p.gates.data) chunk.gates = Buffer<S>(rows * chunk.gate_pitch);
+    if (regularised && dw_.w_hr) chunk.m = Buffer<S>(rows * chunk.hidden_pitch);
+    if (s_.layer_norm) {
+      chunk.inputs = zeros(rows * chunk.gate_pitch);
+      chunk.recurrent = Buffer<S>(rows * chunk.gate_pitch);
+      chunk.drecurrent = zeros(rows * chunk.gate_pitch);
+      chunk.input_scale = Buffer<S>(rows);
+      chunk.recurrent_scale = Buffer<S>(rows);
+      chunk.cell = Buffer<S>(rows * chunk.hidden_pitch);
+      chunk.dcell = Buffer<S>(rows * chunk.hidden_pitch);
+    }
+    if (p.c0.data && element_bytes(p.dtype) != sizeof(S)) {
+      chunk.c0 = Buffer<S>(s_.B * s_.H);
+      for (i64 i = 0; i < s_.B; ++i)
+        convert_in(&chunk.c0[i * s_.H], p.c0.data, p.dtype, all_.offset(p.c0, all_.batch(i)), s_.H);
+    }
     chunk.start = Buffer<i64>(capacity + 1);
-    if (dw_.w_ih || dw_.w_hh || dw_.b) gates_ = WeightGrad<S>(s_.I + s_.P + 1, 4 * s_.H);
+    if (dw_.w_ih) {
+      gates_ = WeightGrad<S>(s_.layer_norm ? s_.I : s_.I + s_.P + 1, 4 * s_.H);
+      if (s_.layer_norm) recurrent_ = WeightGrad<S>(s_.P, 4 * s_.H);
+      vectors_ = zeros(tiles() * vectors() * kLanes<S>);
+    }
     if (dw_.w_hr) projection_ = WeightGrad<S>(s_.H, s_.P);
   }
 
@@ -225,7 +408,7 @@ class BackwardDirection {
     const ForwardPack<S> at(s_);
     const GateSums<S> sums{s_, at, static_cast<const S*>(p_.packed_forward) + all_.direction * at.size};
     const Buffer<S> x_copy(narrow ? n * s_.I : 0), h(n * s_.P);
-    const S *x_row[kProjectRows], *h_row[kProjectRows];
+    const S *x_row[kProjectRows], *h_row[kProjectRows], *c_row[kProjectRows];
     for (i64 i = 0; i < n; ++i) {
       i64 t, slot;
       locate(row_begin + i, t, slot);
@@ -234,6 +417,7 @@ class BackwardDirection {
       if (narrow) convert_in(&x_copy[i * s_.I], p_.x.data, p_.dtype, x, s_.I);
       h_row[i] = &h[i * s_.P];
       previous_hidden(&h[i * s_.P], t, slot, b, 0, s_.P);
+      c_row[i] = previous_cell(p_, all_, chunk.c0, t, slot, b);
     }
     for (i64 tile = 0; tile < at.tiles; ++tile) {
       const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
@@ -246,25 +430,119 @@ class BackwardDirection {
           x[r] = x_row[first + r];
           h[r] = h_row[first + r];
         }
+        const auto put = [&](const Buffer<S>& rows) {  // see ForwardLane::gate_step
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < kPanelVectors; ++v) {
+              store(&rows[(row_begin + first + r) * chunk.gate_pitch + 4 * unit + v * width], acc[r][v]);
+              if (s_.layer_norm) acc[r][v] = Vec<S>{};
+            }
+        };
         sums.template start<R, 1>(acc, x, tile);
+        if (s_.layer_norm) put(chunk.inputs);
         sums.template add_hidden<R, 1>(acc, h, tile);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          // A narrow last tile: each gate overwrites the padding of the one before, the last ends in the row's own.
-          S* row = chunk.gates_row(row_begin + first + r) + 4 * unit;
-#pragma GCC unroll 8
-          for (int v = 0; v < kPanelVectors; ++v) store(row + v * width, acc[r][v]);
-        }
+        put(s_.layer_norm ? chunk.recurrent : chunk.gates);
       });
     }
-    for (i64 i = 0; i < n; ++i)
-      for_vectors<S>(s_.H, [&](i64 unit, i64 width)
-                               FASTLSTM_INLINE_LAMBDA { activate(chunk.gates_row(row_begin + i) + 4 * unit, width); });
+    for (i64 i = 0; i < n; ++i) {
+      const i64 row = row_begin + i;
+      S* gates = chunk.gates_row(row);
+      if (s_.layer_norm) {
+        S *x = chunk.dinputs_row(row), *h = &chunk.recurrent[row * chunk.gate_pitch];
+        const Moments<S> of_x = moments<S>(x, 4 * s_.H), of_h = moments<S>(h, 4 * s_.H);
+        chunk.input_scale[row] = of_x.scale;
+        chunk.recurrent_scale[row] = of_h.scale;
+        regularised_->template normalise_sums<true>(x, h, gates, of_x, of_h);
+      }
+      if (regularised_)
+        regularised_->activate_row(gates, c_row[i], nullptr);
+      else
+        for_vectors<S>(s_.H, [&](i64 unit, i64 width) FASTLSTM_INLINE_LAMBDA { activate(gates + 4 * unit, width); });
+    }
   }
+
+  // Gradient of x w_ih^T, in place of its normalised values, which nobody needs after the vectors' gradients.
+  void normalised_input_grad(i64 row_begin, i64 row_end) const {
+    for (i64 row = row_begin; row < row_end; ++row)
+      normalise_grad<S>(chunk.dgates_row(row), regularised_->ln_ih.get(), chunk.dinputs_row(row),
+                        chunk.input_scale[row], chunk.dinputs_row(row), 4 * s_.H);
+  }
+
+  // Adds the gradients of this chunk of what is multiplied unit by unit (peepholes, gains and biases of layer
+  // normalisation) for a range of unit tiles. As in WeightGrad, short runs of rows are summed on their own.
+  void vector_grads(i64 tile_begin, i64 tile_end) const {
+    constexpr i64 kRows = 128;
+    const Buffer<S> run((tile_end - tile_begin) * vectors() * kLanes<S>);
+    for (i64 first = 0; first < chunk_rows(); first += kRows) {
+      std::memset(static_cast<void*>(run.get()), 0,
+                  size_t((tile_end - tile_begin) * vectors() * kLanes<S>) * sizeof(S));
+      for (i64 row = first; row < smaller(first + kRows, chunk_rows()); ++row) {
+        i64 t, slot;
+        locate(row, t, slot);
+        const i64 b = all_.batch(slot);
+        const S* gates = chunk.gates ? chunk.gates_row(row) : element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
+        const S* previous = previous_cell(p_, all_, chunk.c0, t, slot, b);
+        S* sum = run.get();
+        const auto add = [&](Vec<S> terms) FASTLSTM_INLINE_LAMBDA {
+          store(sum, load(sum) + terms);
+          sum += kLanes<S>;
+        };
+        for (i64 tile = tile_begin; tile < tile_end; ++tile) {
+          const i64 unit = tile * kLanes<S>, n = smaller(kLanes<S>, s_.H - unit);
+          const S *d = chunk.dgates_row(row) + 4 * unit, *gate = gates + 4 * unit;
+          if (s_.peephole) {
+            const Vec<S> c = previous ? load_n(previous + unit, n) : Vec<S>{};
+            const Vec<S> c_new = fma(load_n(gate + n, n), c, load_n(gate, n) * load_n(gate + 2 * n, n));
+            add(load_n(d, n) * c);
+            add(load_n(d + n, n) * c);
+            add(load_n(d + 3 * n, n) * c_new);
+          }
+          if (s_.layer_norm) {
+            const S* inputs = &chunk.inputs[row * chunk.gate_pitch + 4 * unit];
+            const S* recurrent = &chunk.recurrent[row * chunk.gate_pitch + 4 * unit];
+            for (int v = 0; v < kPanelVectors; ++v) {
+              const Vec<S> dz = load_n(d + v * n, n);
+              add(dz);
+              add(dz * load_n(inputs + v * n, n));
+              add(dz * load_n(recurrent + v * n, n));
+            }
+            const Vec<S> dcell = load_n(&chunk.dcell[row * chunk.hidden_pitch + unit], n);
+            add(dcell);
+            add(dcell * load_n(&chunk.cell[row * chunk.hidden_pitch + unit], n));
+          }
+        }
+      }
+      S* total = &vectors_[tile_begin * vectors() * kLanes<S>];
+      for (i64 k = 0; k < (tile_end - tile_begin) * vectors() * kLanes<S>; ++k) total[k] += run[k];
+    }
+  }
+  void write_vector_grads() const {
+    for (i64 tile = 0; tile < tiles(); ++tile) {
+      const i64 unit = tile * kLanes<S>, n = smaller(kLanes<S>, s_.H - unit);
+      const S* sum = &vectors_[tile * vectors() * kLanes<S>];
+      const auto write = [&](void* out, i64 first) {
+        if (out) std::memcpy(static_cast<S*>(out) + first + unit, sum, size_t(n) * sizeof(S));
+        sum += kLanes<S>;
+      };
+      for (i64 k = 0; k < 3 && s_.peephole; ++k) write(dw_.w_ch, k * s_.H);
+      if (!s_.layer_norm) continue;
+      for (i64 v = 0; v < kPanelVectors; ++v) {
+        write(dw_.b, v * s_.H);
+        write(dw_.ln_ih, v * s_.H);
+        write(dw_.ln_hh, v * s_.H);
+      }
+      write(dw_.b_ln_c, 0);
+      write(dw_.ln_c, 0);
+    }
+  }
+  bool has_vectors() const { return bool(vectors_) && vectors() > 0; }
+  i64 tiles() const { return ceil_div(s_.H, kLanes<S>); }
 
   void end_chunk() { first_rows_ = first_rows_ && chunk_rows() == 0; }
   i64 in_panels() const { return at_.in_panels; }
   const WeightGrad<S>& gate_weights() const { return gates_; }
+  const WeightGrad<S>& recurrent_weights() const { return recurrent_; }
   const WeightGrad<S>& projection_weights() const { return projection_; }
 
   // dx of rows [row_begin, row_end) of this chunk, added where the other direction has been already.
@@ -274,7 +552,7 @@ class BackwardDirection {
     constexpr i64 kGroup = kTileRows * 8;
     for (i64 first = row_begin; first < row_end; first += kGroup) {
       const i64 n = smaller(kGroup, row_end - first);
-      multiply_panel<S>(n, {chunk.dgates_row(first), chunk.gate_pitch}, 4 * s_.H,
+      multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, 4 * s_.H,
                         packed_ + at_.w_ih + panel * 4 * s_.H * kPanel<S>, {sum[0], kPanel<S>}, width);
       for (i64 i = 0; i < n; ++i) {
         i64 t, slot;
@@ -288,27 +566,27 @@ class BackwardDirection {
     }
   }
 
-  // Adds this chunk's [x | h_previous | 1]^T dgates for a block of it.
+  // Adds this chunk's [x | h_previous | 1]^T dgates for a block of it; with layer normalisation x^T dinputs.
   void gate_weight_grad(i64 part, i64 parts) {
-    gates_.add(part, parts, chunk_rows(), first_rows_, chunk.dgates.get(), chunk.gate_pitch,
-               [&](i64 row, i64 k_begin, i64 k_end, S* out) {
-                 i64 t, slot;
-                 locate(row, t, slot);
-                 const i64 b = all_.batch(slot);
-                 if (k_begin < s_.I)
-                   convert_in(out, p_.x.data, p_.dtype, all_.offset(p_.x, t, b) + k_begin,
-                              smaller(k_end, s_.I) - k_begin);
-                 const i64 h_begin = larger(k_begin, s_.I) - s_.I, h_end = smaller(k_end, s_.I + s_.P) - s_.I;
-                 if (h_begin < h_end)
-                   previous_hidden(out + s_.I + h_begin - k_begin, t, slot, b, h_begin, h_end - h_begin);
-                 if (k_end == s_.I + s_.P + 1) out[k_end - 1 - k_begin] = 1;  // the bias
-               });
+    gates_.add(part, parts, chunk_rows(), first_rows_, chunk.dinputs_row(0), chunk.gate_pitch,
+               [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, k_begin, k_end, out); });
+  }
+  // Adds h_previous^T drecurrent, with layer normalisation.
+  void recurrent_weight_grad(i64 part, i64 parts) {
+    recurrent_.add(
+        part, parts, chunk_rows(), first_rows_, chunk.drecurrent_row(0), chunk.gate_pitch,
+        [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, s_.I + k_begin, s_.I + k_end, out); });
   }
 
   // Adds this chunk's m^T dh for a block of it, m = o * tanh(c) being the hidden state before projection.
   void projection_weight_grad(i64 part, i64 parts) {
     projection_.add(part, parts, chunk_rows(), first_rows_, chunk.dhidden.get(), chunk.state_pitch,
                     [&](i64 row, i64 k_begin, i64 k_end, S* out) {
+                      if (chunk.m) {
+                        const S* m = &chunk.m[row * chunk.hidden_pitch];
+                        std::memcpy(out, m + k_begin, size_t(k_end - k_begin) * sizeof(S));
+                        return;
+                      }
                       i64 t, slot;
                       locate(row, t, slot);
                       const i64 b = all_.batch(slot);
@@ -326,14 +604,15 @@ class BackwardDirection {
 
   // Copies the gradients of a panel of gate units, or of projected units, to where they are wanted.
   void write_gate_grads(i64 panel) const {
-    const auto write = [&](void* out, i64 k_begin, i64 count) {
+    const auto write = [&](const WeightGrad<S>& grad, void* out, i64 k_begin, i64 count) {
       if (out)
-        gates_.copy_panel(panel, k_begin, count,
-                          [&](i64 q) { return static_cast<S*>(out) + gate_row<S>(s_.H, q) * count; });
+        grad.copy_panel(panel, k_begin, count,
+                        [&](i64 q) { return static_cast<S*>(out) + gate_row<S>(s_.H, q) * count; });
     };
-    write(dw_.w_ih, 0, s_.I);
-    write(dw_.w_hh, s_.I, s_.P);
-    write(dw_.b, s_.I + s_.P, 1);
+    write(gates_, dw_.w_ih, 0, s_.I);
+    if (s_.layer_norm) return write(recurrent_, dw_.w_hh, 0, s_.P);  // the bias is one of the vectors
+    write(gates_, dw_.w_hh, s_.I, s_.P);
+    write(gates_, dw_.b, s_.I + s_.P, 1);
   }
   void write_projection_grads(i64 panel) const {
     projection_.copy_panel(panel, 0, s_.H, [&](i64 q) { return static_cast<S*>(dw_.w_hr) + q * s_.H; });
@@ -353,6 +632,25 @@ class BackwardDirection {
   Chunk<S> chunk;
 
  private:
+  static Buffer<S> zeros(i64 n) {
+    Buffer<S> buffer(n);
+    buffer.zero();  // the padding of rows is read (never used): keep it free of slow denormals
+    return buffer;
+  }
+  // Of each unit, gradients that vector_grads() sums.
+  i64 vectors() const { return (s_.peephole ? 3 : 0) + (s_.layer_norm ? 3 * kPanelVectors + 2 : 0); }
+
+  // Columns [k_begin, k_end) of [x | h_previous | 1] of a row of the chunk.
+  void product_input(i64 row, i64 k_begin, i64 k_end, S* out) const {
+    i64 t, slot;
+    locate(row, t, slot);
+    const i64 b = all_.batch(slot);
+    if (k_begin < s_.I)
+      convert_in(out, p_.x.data, p_.dtype, all_.offset(p_.x, t, b) + k_begin, smaller(k_end, s_.I) - k_begin);
+    const i64 h_begin = larger(k_begin, s_.I) - s_.I, h_end = smaller(k_end, s_.I + s_.P) - s_.I;
+    if (h_begin < h_end) previous_hidden(out + s_.I + h_begin - k_begin, t, slot, b, h_begin, h_end - h_begin);
+    if (k_end == s_.I + s_.P + 1) out[k_end - 1 - k_begin] = 1;  // the bias
+  }
   void locate(i64 row, i64& t, i64& slot) const {
     i64 low = 0, high = steps_ - 1;  // the last step that starts at or before this row
     while (low < high) {
@@ -371,15 +669,18 @@ class BackwardDirection {
     const i64 descending = (s_.T - 1 - t) / capacity_, ascending = t / capacity_;
     return all_.direction == 0 ? descending > ascending : ascending >= descending;
   }
+  // What went into the product with w_hh, of a step.
   void previous_hidden(S* out, i64 t, i64 slot, i64 b, i64 begin, i64 count) const {
-    const bool reset = p_.reset && p_.reset[t * p_.reset_step + b * p_.reset_batch];
     const bool start = all_.starts(slot, t);
-    if (reset || (start && !p_.h0.data))
+    if (resets(p_, t, b) || (start && !p_.h0.data))
       std::memset(static_cast<void*>(out), 0, size_t(count) * sizeof(S));
     else if (start)
       convert_in(out, p_.h0.data, p_.dtype, all_.offset(p_.h0, b) + begin, count);
     else
       convert_in(out, p_.y.data, p_.dtype, all_.offset(p_.y, all_.previous(t), b) + begin, count);
+    if (!p_.cell.h_mask.data) return;
+    const S* mask = element<S>(p_.cell.h_mask.data, all_.offset(p_.cell.h_mask, b) + begin);
+    for (i64 k = 0; k < count; ++k) out[k] *= mask[k];
   }
 
   const BackwardParams& p_;
@@ -388,7 +689,9 @@ class BackwardDirection {
   const BackwardPack<S> at_;
   const S* packed_;
   const BackwardParams::Gradients& dw_;
-  WeightGrad<S> gates_, projection_;
+  const Regularised<S>* const regularised_;  // null for a plain cell
+  WeightGrad<S> gates_, recurrent_, projection_;
+  Buffer<S> vectors_;   // [tiles][vectors()][kLanes], see vector_grads
   const i64 capacity_;  // steps of a full chunk
   i64 first_step_ = 0, steps_ = 0;
   bool first_rows_ = true;  // nothing has been added to the weight gradients yet
@@ -397,20 +700,25 @@ class BackwardDirection {
 constexpr i64 kChunkBytes = 1 << 20;  // gate gradients of a chunk: stay in L2/L3 until they are used
 constexpr i64 kChunkRows = 512;       // rows that amortise one pass over the weight gradients
 
-template <class S>
+template <class S, Cell kCell>
 void backward_layer(const BackwardParams& p) {
+  using Lane = BackwardLane<S, kCell>;
+  using Direction = BackwardDirection<S>;
   const Sizes& s = p.sizes;
   const Plan plan = make_plan<S>(s, p.threads.count);
   const i64 batch = larger(s.B, 1), step_bytes = batch * 4 * s.H * i64(sizeof(S));
   const i64 capacity = smaller(larger(s.T, 1), larger(kChunkBytes / step_bytes, ceil_div(kChunkRows, batch)));
 
   const i64 lane_count = s.D * plan.lanes;
-  BackwardDirection<S>* directions[2];
-  Buffer<BackwardLane<S>*> lanes(lane_count);
-  for (i64 d = 0; d < s.D; ++d) directions[d] = new BackwardDirection<S>(p, d, capacity);
-  for (i64 k = 0; k < lane_count; ++k)
-    lanes[k] = new BackwardLane<S>(p, plan, k / plan.lanes, k % plan.lanes, directions[k / plan.lanes]->chunk);
-  const BackwardLane<S>& any = *lanes[0];
+  const RegularisedDirections<S> regularised(kCell == Cell::regularised, s, p.dtype, p.cell, p.weights);
+  Direction* directions[2];
+  Buffer<Lane*> lanes(lane_count);
+  for (i64 d = 0; d < s.D; ++d) directions[d] = new Direction(p, regularised[d], d, capacity);
+  for (i64 k = 0; k < lane_count; ++k) {
+    const i64 d = k / plan.lanes;
+    lanes[k] = new Lane(p, plan, regularised[d], d, k % plan.lanes, directions[d]->chunk);
+  }
+  const Lane& any = *lanes[0];
 
   const i64 shares = ceil_div(p.threads.count, s.D);
   const auto share = [&](i64 count, const auto& work) {  // see forward_layer
@@ -432,10 +740,10 @@ void backward_layer(const BackwardParams& p) {
   for (i64 first = 0; first < s.T; first += capacity) {
     const i64 steps = smaller(capacity, s.T - first);
     for (i64 d = 0; d < s.D; ++d) directions[d]->begin_chunk(first, steps);
-    if (!p.gates.data) by_rows([](const BackwardDirection<S>& direction, i64 a, i64 b) { direction.recompute(a, b); });
+    if (!p.gates.data) by_rows([](const Direction& direction, i64 a, i64 b) { direction.recompute(a, b); });
     if (!plan.split_units) {
       parallel(p.threads, lane_count, [&](i64 k) {
-        const BackwardDirection<S>& direction = *directions[k / plan.lanes];
+        const Direction& direction = *directions[k / plan.lanes];
         for (i64 step = 0; step < steps; ++step)
           lanes[k]->run(direction.time(first + step), direction.chunk.start[step]);
       });
@@ -443,13 +751,21 @@ void backward_layer(const BackwardParams& p) {
       for (i64 step = 0; step < steps; ++step) {
         for (i64 d = 0; d < s.D; ++d)
           lanes[d]->begin_step(directions[d]->time(first + step), directions[d]->chunk.start[step]);
-        if (s.projected) share(any.hidden_panels(), [](BackwardLane<S>& lane, i64 a, i64 b) { lane.unproject(a, b); });
-        share(any.rows(), [](BackwardLane<S>& lane, i64 a, i64 b) { lane.pointwise(a, b); });
-        share(any.state_panels(), [](BackwardLane<S>& lane, i64 a, i64 b) { lane.recur(a, b); });
+        if (s.projected) share(any.hidden_panels(), [](Lane& lane, i64 a, i64 b) { lane.unproject(a, b); });
+        share(any.rows(), [](Lane& lane, i64 a, i64 b) { lane.pointwise(a, b); });
+        share(any.state_panels(), [](Lane& lane, i64 a, i64 b) { lane.recur(a, b); });
         for (i64 d = 0; d < s.D; ++d) lanes[d]->end_step();
       }
     }
 
+    if (directions[0]->has_vectors()) {
+      const i64 tiles = directions[0]->tiles();
+      parallel(p.threads, s.D * shares, [&](i64 item) {
+        const i64 k = item % shares;
+        directions[item / shares]->vector_grads(k * tiles / shares, (k + 1) * tiles / shares);
+      });
+    }
+    if (s.layer_norm) by_rows([](const Direction& direction, i64 a, i64 b) { direction.normalised_input_grad(a, b); });
     if (p.dx.data)
       for (i64 d = 0; d < s.D; ++d) {  // one after the other: they may share rows of dx
         const i64 rows = directions[d]->chunk_rows(), groups = ceil_div(rows, kProjectRows);
@@ -458,16 +774,14 @@ void backward_layer(const BackwardParams& p) {
           directions[d]->input_grad(group * rows / groups, (group + 1) * rows / groups, item / groups);
         });
       }
-    if (directions[0]->gate_weights().allocated()) {
-      const i64 parts = directions[0]->gate_weights().parts(ceil_div(p.threads.count, s.D));
-      parallel(p.threads, s.D * parts,
-               [&](i64 item) { directions[item / parts]->gate_weight_grad(item % parts, parts); });
-    }
-    if (directions[0]->projection_weights().allocated()) {
-      const i64 parts = directions[0]->projection_weights().parts(ceil_div(p.threads.count, s.D));
-      parallel(p.threads, s.D * parts,
-               [&](i64 item) { directions[item / parts]->projection_weight_grad(item % parts, parts); });
-    }
+    const auto add = [&](const WeightGrad<S>& grad, void (Direction::*block)(i64, i64)) {
+      if (!grad.allocated()) return;
+      const i64 parts = grad.parts(ceil_div(p.threads.count, s.D));
+      parallel(p.threads, s.D * parts, [&](i64 item) { (directions[item / parts]->*block)(item % parts, parts); });
+    };
+    add(directions[0]->gate_weights(), &Direction::gate_weight_grad);
+    add(directions[0]->recurrent_weights(), &Direction::recurrent_weight_grad);
+    add(directions[0]->projection_weights(), &Direction::projection_weight_grad);
     for (i64 d = 0; d < s.D; ++d) directions[d]->end_chunk();
   }
 
@@ -475,17 +789,18 @@ void backward_layer(const BackwardParams& p) {
     lanes[k]->end_sequence();
     delete lanes[k];
   }
-  const auto write = [&](const WeightGrad<S>& grad, void (BackwardDirection<S>::*panel)(i64) const) {
+  const auto write = [&](const WeightGrad<S>& grad, void (Direction::*panel)(i64) const) {
     if (grad.allocated())
       parallel(p.threads, s.D * grad.panels(),
                [&](i64 item) { (directions[item / grad.panels()]->*panel)(item % grad.panels()); });
   };
   if (directions[0]->has_rows()) {
-    write(directions[0]->gate_weights(), &BackwardDirection<S>::write_gate_grads);
-    write(directions[0]->projection_weights(), &BackwardDirection<S>::write_projection_grads);
+    write(directions[0]->gate_weights(), &Direction::write_gate_grads);
+    write(directions[0]->projection_weights(), &Direction::write_projection_grads);
   }
   for (i64 d = 0; d < s.D; ++d) {
     if (!directions[d]->has_rows()) directions[d]->zero_weight_grads();
+    if (directions[d]->has_vectors()) directions[d]->write_vector_grads();
     delete directions[d];
   }
 }

@@ -3,7 +3,7 @@
 
 #include <new>
 
-#include "activations.h"
+#include "cell.h"
 #include "lane.h"
 #include "plan.h"
 #include "sums.h"
@@ -11,15 +11,19 @@
 namespace fastlstm {
 namespace {
 
-template <class S>
+template <class S, Cell cell>
 class ForwardLane {
+  static constexpr bool kByRow = cell == Cell::regularised;
+
  public:
-  ForwardLane(const ForwardParams& p, const Plan& plan, i64 direction, i64 lane)
+  // regularised: null for a plain cell.
+  ForwardLane(const ForwardParams& p, const Plan& plan, const Regularised<S>* regularised, i64 direction, i64 lane)
       : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes),
         packed_(static_cast<const S*>(p.packed) + direction * at_.size), sums_{s_, at_, packed_},
-        hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), project_ahead_(plan.input_steps > 0),
-        stores_y_(!s_.projected && element_bytes(p.dtype) == sizeof(S)), steps_(larger(1, plan.input_steps)),
-        out_pitch_(s_.projected ? hidden_pitch_ : state_pitch_) {
+        hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), gate_pitch_(pitch<S>(4 * s_.H)),
+        project_ahead_(plan.input_steps > 0 || (kByRow && s_.layer_norm)),
+        stores_y_(!s_.projected && element_bytes(p.dtype) == sizeof(S) && !kByRow), steps_(larger(1, plan.input_steps)),
+        out_pitch_(s_.projected ? hidden_pitch_ : state_pitch_), regularised_(regularised) {
     const i64 n = rows_.rows;
     h_ = Buffer<S>(n * state_pitch_);
     h_next_ = Buffer<S>(n * state_pitch_);
@@ -31,9 +35,12 @@ class ForwardLane {
     cell_row_ = y_row_ + n;
     gates_row_ = cell_row_ + n;
     if (element_bytes(p.dtype) != sizeof(S)) x_copy_ = Buffer<S>(n * steps_ * s_.I);
-    if (project_ahead_) projected_ = Buffer<S>(n * steps_ * at_.tiles * kPanel<S>);
+    if (project_ahead_) projected_ = Buffer<S>(n * steps_ * (kByRow ? gate_pitch_ : at_.tiles * kPanel<S>));
+    if (kByRow) z_ = Buffer<S>(n * gate_pitch_);
+    if (kByRow && p.cell.h_mask.data) h_masked_ = Buffer<S>(n * state_pitch_);
   }
 
+  i64 rows() const { return rows_.rows; }
   i64 tiles() const { return at_.tiles; }
   i64 out_panels() const { return at_.out_panels; }
   bool at_chunk_start(i64 step) const { return step % steps_ == 0; }
@@ -58,7 +65,7 @@ class ForwardLane {
     next_row_ = 0;
   }
 
-  // projected_[tile][row of the chunk][kPanel] = bias + x w_ih^T
+  // projected_[tile][row of the chunk][kPanel] = bias + x w_ih^T; or, where a step goes by rows, [row][gate_pitch_]
   void project_inputs(i64 tile_begin, i64 tile_end) {
     for (i64 tile = tile_begin; tile < tile_end; ++tile)
       for_row_tiles(chunk_rows_, [&](i64 first, auto height) { project_block<decltype(height)::value>(first, tile); });
@@ -82,10 +89,11 @@ class ForwardLane {
         if (p_.reset[t_ * p_.reset_step + rows_.batch(i) * p_.reset_batch]) {
           std::memset(&h_[i * state_pitch_], 0, size_t(state_pitch_) * sizeof(S));
           std::memset(&c_[i * hidden_pitch_], 0, size_t(hidden_pitch_) * sizeof(S));
+          if (h_masked_) std::memset(&h_masked_[i * state_pitch_], 0, size_t(state_pitch_) * sizeof(S));
         }
   }
 
-  // Gates, cell and hidden state of this step for a range of unit tiles.
+  // Gates, cell and hidden state of this step for a range of unit tiles; of cells that go by rows, the gate sums.
   void gates(i64 tile_begin, i64 tile_end) {
     if (n_ <= kTileRows) {  // few rows: several unit tiles at once keep the multipliers busy
       with_rows(n_, [&](auto height) {
@@ -105,8 +113,48 @@ class ForwardLane {
       for (i64 tile = tile_begin; tile < tile_end; ++tile)
         for_row_tiles(n_, [&](i64 first, auto height) { gates_block<decltype(height)::value, 1>(first, tile); });
     }
-    if (!s_.projected && !stores_y_)
+    if (!s_.projected && !stores_y_ && !kByRow)
       emit_hidden(tile_begin * kLanes<S>, smaller(tile_end * kLanes<S>, s_.H) - tile_begin * kLanes<S>);
+  }
+
+  // What follows the gate sums, for a range of rows; with a projection, as far as that.
+  void update_rows(i64 row_begin, i64 row_end) {
+    row_end = smaller(row_end, n_);
+    for (i64 first = row_begin; first < row_end; first += kRowGroup) {
+      const i64 last = smaller(first + kRowGroup, row_end);
+      if (s_.layer_norm) {
+        Moments<S> of_x[kRowGroup], of_h[kRowGroup];
+        for (i64 i = first; i < last; ++i) of_x[i - first] = moments(ahead(0, first_row_ + i), 4 * s_.H);
+        for (i64 i = first; i < last; ++i) of_h[i - first] = moments(z_row(i), 4 * s_.H);
+        for (i64 i = first; i < last; ++i)
+          regularised_->template normalise_sums<false>(ahead(0, first_row_ + i), z_row(i), z_row(i), of_x[i - first],
+                                                       of_h[i - first]);
+      }
+      for (i64 i = first; i < last; ++i)
+        regularised_->activate_row(z_row(i), &c_[i * hidden_pitch_], out_ + i * out_pitch_);
+      Moments<S> of_c[kRowGroup] = {};
+      if (s_.layer_norm)
+        for (i64 i = first; i < last; ++i) of_c[i - first] = moments<S>(out_ + i * out_pitch_, s_.H);
+      for (i64 i = first; i < last; ++i) update_cell(i, of_c[i - first]);
+      if (!s_.projected) update_hidden(first, last);
+    }
+  }
+
+  // The state from the new hidden values, and its way out.
+  void update_hidden(i64 row_begin, i64 row_end) {
+    for (i64 i = row_begin; i < smaller(row_end, n_); ++i) {
+      const i64 b = rows_.batch(i);
+      S* h_new = &h_next_[i * state_pitch_];
+      if (regularised_->zone_h) {
+        const S* h = &h_[i * state_pitch_];
+        const uint32_t key = regularised_->row_key(t_, b);
+        for_vectors<S>(s_.P, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
+          store_n(h_new + k, regularised_->zone_h.state(load_n(h + k, n), load_n(h_new + k, n), key, k), n);
+        });
+      }
+      if (h_masked_) mask_hidden(i, h_new);
+      convert_out(p_.y.data, p_.dtype, rows_.offset(p_.y, t_, b), h_new, s_.P);
+    }
   }
 
   // h = m w_hr^T for a range of panels of P.
@@ -115,7 +163,7 @@ class ForwardLane {
       const i64 begin = panel * kPanel<S>, count = smaller(kPanel<S>, s_.P - begin);
       multiply_panel<S>(n_, {m_.get(), hidden_pitch_}, s_.H, packed_ + at_.w_hr + panel * s_.H * kPanel<S>,
                         {&h_next_[begin], state_pitch_}, count);
-      emit_hidden(begin, count);
+      if (!kByRow) emit_hidden(begin, count);
     }
   }
 
@@ -149,7 +197,9 @@ class ForwardLane {
       }
       begin_step(step);
       gates(0, at_.tiles);
+      if (kByRow) update_rows(0, n_);
       if (s_.projected) project_hidden(0, at_.out_panels);
+      if (s_.projected && kByRow) update_hidden(0, n_);
       end_step();
     }
     end_sequence();
@@ -162,7 +212,13 @@ class ForwardLane {
                   &h_next_[i * state_pitch_ + begin], count);
   }
   i64 time(i64 step) const { return rows_.direction == 0 ? step : s_.T - 1 - step; }
-  S* ahead(i64 tile, i64 row) const { return &projected_[(tile * chunk_rows_ + row) * kPanel<S>]; }
+  S* ahead(i64 tile, i64 row) const {
+    return &projected_[kByRow ? row * gate_pitch_ + tile * kPanel<S> : (tile * chunk_rows_ + row) * kPanel<S>];
+  }
+  // Elements between the gates of a tile: rows have no padding between them. Writing whole vectors from the first gate
+  // to the last, each overwrites the padding of the one before; that of the last ends in the padding of the row.
+  i64 gate_step(i64 tile) const { return kByRow ? smaller(kLanes<S>, s_.H - tile * kLanes<S>) : kLanes<S>; }
+  S* z_row(i64 i) const { return &z_[i * gate_pitch_]; }
 
   template <int R, int P>
   FASTLSTM_INLINE void add_inputs(Vec<S> (&acc)[R][P * kPanelVectors], i64 row, i64 tile) const {
@@ -179,27 +235,42 @@ class ForwardLane {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kPanelVectors; ++v) store(ahead(tile, first + r) + v * kLanes<S>, acc[r][v]);
+      for (int v = 0; v < kPanelVectors; ++v) store(ahead(tile, first + r) + v * gate_step(tile), acc[r][v]);
   }
 
   template <int R, int P>
   void gates_block(i64 first, i64 tile) {
     Vec<S> acc[R][P * kPanelVectors];
-    if (project_ahead_) {
+    if (kByRow && s_.layer_norm) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+        for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] = Vec<S>{};
+    } else if (project_ahead_) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
           for (int v = 0; v < kPanelVectors; ++v)
-            acc[r][p * kPanelVectors + v] = load(ahead(tile + p, first_row_ + first + r) + v * kLanes<S>);
+            acc[r][p * kPanelVectors + v] = load(ahead(tile + p, first_row_ + first + r) + v * gate_step(tile + p));
     } else {
       add_inputs<R, P>(acc, first_row_ + first, tile);
     }
     const S* h[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) h[r] = &h_[(first + r) * state_pitch_];
+    for (int r = 0; r < R; ++r) h[r] = &(kByRow && h_masked_ ? h_masked_ : h_)[(first + r) * state_pitch_];
     sums_.template add_hidden<R, P>(acc, h, tile);
+    if constexpr (kByRow) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+          for (int v = 0; v < kPanelVectors; ++v)
+            store(z_row(first + r) + (tile + p) * kPanel<S> + v * gate_step(tile + p), acc[r][p * kPanelVectors + v]);
+      return;
+    }
     // Through the stack and in two loops over rows: constants stay in registers, and each loop is a short chain
     // of dependent instructions with many rows in flight, where one long chain a row would leave the core waiting.
     alignas(64) S gates[R * P][kPanel<S>];
@@ -221,12 +292,12 @@ class ForwardLane {
     const Vec<S> i = load(gates), f = load(gates + kLanes<S>), g = load(gates + 2 * kLanes<S>),
                  o = load(gates + 3 * kLanes<S>);
     S* c = &c_[row * hidden_pitch_ + unit];
-    const Vec<S> cell = fma(f, load(c), i * g), hidden = o * tanh(cell);
-    store(c, cell);
+    const Vec<S> c_new = fma(f, load(c), i * g), hidden = o * tanh(c_new);
+    store(c, c_new);
     store(out_ + row * out_pitch_ + unit, hidden);
     const i64 width = smaller(kLanes<S>, s_.H - unit);
     if (stores_y_) store_n(y_row_[row] + unit, hidden, width);
-    if (p_.c_all.data) store_n(cell_row_[row] + unit, cell, width);
+    if (p_.c_all.data) store_n(cell_row_[row] + unit, c_new, width);
     if (p_.gates.data) {
       S* saved = gates_row_[row] + 4 * unit;
       store_n(saved, i, width);
@@ -236,6 +307,30 @@ class ForwardLane {
     }
   }
 
+  // The same of a whole regularised row: its c before zoneout is where the hidden state will be.
+  FASTLSTM_INLINE void update_cell(i64 row, const Moments<S>& of_c) {
+    const Regularised<S>& r = *regularised_;
+    const uint32_t key = r.zone_c ? r.row_key(t_, rows_.batch(row)) : 0;
+    S *c = &c_[row * hidden_pitch_], *out = out_ + row * out_pitch_;
+    const S* gates = z_row(row);
+    for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
+      Vec<S> c_new = load(out + unit), seen = c_new;
+      if (s_.layer_norm) seen = fma(of_c.normalise(c_new), load_n(&r.ln_c[unit], n), load_n(&r.b_ln_c[unit], n));
+      if (r.zone_c) c_new = r.zone_c.state(load(c + unit), c_new, key, unit);
+      store(c + unit, c_new);
+      if (p_.c_all.data) store_n(cell_row_[row] + unit, c_new, n);
+      store(out + unit, load_n(gates + 4 * unit + 3 * n, n) * tanh(seen));
+    });
+    if (p_.gates.data) std::memcpy(gates_row_[row], gates, size_t(4 * s_.H) * sizeof(S));
+  }
+
+  void mask_hidden(i64 i, const S* h) const {
+    const S* mask = element<S>(p_.cell.h_mask.data, rows_.offset(p_.cell.h_mask, rows_.batch(i)));
+    for_vectors<S>(s_.P, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
+      store_n(&h_masked_[i * state_pitch_ + k], load_n(h + k, n) * load_n(mask + k, n), n);
+    });
+  }
+
   void load_state(i64 i) {
     const i64 b = rows_.batch(i);
     S *h = &h_[i * state_pitch_], *c = &c_[i * hidden_pitch_];
@@ -243,6 +338,7 @@ class ForwardLane {
     std::memset(c, 0, size_t(hidden_pitch_) * sizeof(S));
     if (p_.h0.data) convert_in(h, p_.h0.data, p_.dtype, rows_.offset(p_.h0, b), s_.P);
     if (p_.c0.data) convert_in(c, p_.c0.data, p_.dtype, rows_.offset(p_.c0, b), s_.H);
+    if (h_masked_) mask_hidden(i, h);
   }
   void store_state(i64 i) {
     const i64 b = rows_.batch(i);
@@ -256,11 +352,12 @@ class ForwardLane {
   const ForwardPack<S> at_;
   const S* packed_;
   const GateSums<S> sums_;
-  const i64 hidden_pitch_, state_pitch_;
+  const i64 hidden_pitch_, state_pitch_, gate_pitch_;
   const bool project_ahead_;
   const bool stores_y_;  // h goes to y as it is: neither projected nor rounded
   const i64 steps_;      // of a chunk
   const i64 out_pitch_;
+  const Regularised<S>* const regularised_;
   Buffer<S> h_, h_next_, c_, m_;  // states, padded to whole vectors; m_: hidden before projection
   S* out_ = nullptr;              // where the gates put the hidden state: m_ or h_next_
   Buffer<const S*> x_row_;        // input rows of the chunk, active ones only, step by step
@@ -268,24 +365,30 @@ class ForwardLane {
   S **y_row_, **cell_row_, **gates_row_;
   Buffer<S> x_copy_;     // these rows converted to S, for 16-bit input
   Buffer<S> projected_;  // see project_inputs
+  Buffer<S> z_;          // [rows][gate_pitch_] gate sums, then gates, of cells that go by rows
+  Buffer<S> h_masked_;   // h * h_mask
   i64 chunk_rows_ = 0, next_row_ = 0, first_row_ = 0;
   i64 entered_ = 0;    // rows whose initial state is loaded
   i64 t_ = 0, n_ = 0;  // this step: time and number of active rows
 };
 
-template <class S>
+template <class S, Cell cell>
 void forward_layer(const ForwardParams& p) {
+  using Lane = ForwardLane<S, cell>;
   const Sizes& s = p.sizes;
   const Plan plan = make_plan<S>(s, p.threads.count);
+  const RegularisedDirections<S> regularised(cell == Cell::regularised, s, p.dtype, p.cell, p.weights);
   if (!plan.split_units) {
-    parallel(p.threads, s.D * plan.lanes,
-             [&](i64 item) { ForwardLane<S>(p, plan, item / plan.lanes, item % plan.lanes).run(); });
+    parallel(p.threads, s.D * plan.lanes, [&](i64 item) {
+      const i64 d = item / plan.lanes;
+      Lane(p, plan, regularised[d], d, item % plan.lanes).run();
+    });
     return;
   }
   // Directions are independent: both are in flight, each step is shared by all threads.
-  alignas(ForwardLane<S>) char memory[2][sizeof(ForwardLane<S>)];
-  ForwardLane<S>* lanes[2];
-  for (i64 d = 0; d < s.D; ++d) lanes[d] = new (memory[d]) ForwardLane<S>(p, plan, d, 0);
+  alignas(Lane) char memory[2][sizeof(Lane)];
+  Lane* lanes[2];
+  for (i64 d = 0; d < s.D; ++d) lanes[d] = new (memory[d]) Lane(p, plan, regularised[d], d, 0);
   const i64 shares = ceil_div(p.threads.count, s.D);
   const auto share = [&](i64 count, const auto& work) {  // work(lane, begin, end) over [0, count) of each lane
     parallel(p.threads, s.D * shares, [&](i64 item) {
@@ -297,17 +400,19 @@ void forward_layer(const ForwardParams& p) {
     if (lanes[0]->at_chunk_start(step)) {
       for (i64 d = 0; d < s.D; ++d) lanes[d]->begin_chunk(step);
       if (lanes[0]->projects_ahead())
-        share(lanes[0]->tiles(), [](ForwardLane<S>& lane, i64 a, i64 b) { lane.project_inputs(a, b); });
+        share(lanes[0]->tiles(), [](Lane& lane, i64 a, i64 b) { lane.project_inputs(a, b); });
     }
     for (i64 d = 0; d < s.D; ++d) lanes[d]->begin_step(step);
-    share(lanes[0]->tiles(), [](ForwardLane<S>& lane, i64 a, i64 b) { lane.gates(a, b); });
-    if (s.projected)
-      share(lanes[0]->out_panels(), [](ForwardLane<S>& lane, i64 a, i64 b) { lane.project_hidden(a, b); });
+    share(lanes[0]->tiles(), [](Lane& lane, i64 a, i64 b) { lane.gates(a, b); });
+    if (cell == Cell::regularised) share(lanes[0]->rows(), [](Lane& lane, i64 a, i64 b) { lane.update_rows(a, b); });
+    if (s.projected) share(lanes[0]->out_panels(), [](Lane& lane, i64 a, i64 b) { lane.project_hidden(a, b); });
+    if (s.projected && cell == Cell::regularised)
+      share(lanes[0]->rows(), [](Lane& lane, i64 a, i64 b) { lane.update_hidden(a, b); });
     for (i64 d = 0; d < s.D; ++d) lanes[d]->end_step();
   }
   for (i64 d = 0; d < s.D; ++d) {
     lanes[d]->end_sequence();
-    lanes[d]->~ForwardLane<S>();
+    lanes[d]->~Lane();
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdio>
+#include <type_traits>
 
 #include "backward.h"
 #include "forward.h"
@@ -33,9 +34,26 @@ void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights,
       pack_backward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * BackwardPack<float>(s).size);
 }
 
-void forward(const ForwardParams& p) { p.dtype == Dtype::f64 ? forward_layer<double>(p) : forward_layer<float>(p); }
+// Calls f with the cell of a call.
+template <class F>
+void with_cell(const Sizes& s, const CellOptions& cell, const F& f) {
+  if (s.peephole || s.layer_norm || cell.h_mask.data || cell.zoneout_c > 0 || cell.zoneout_h > 0)
+    f(std::integral_constant<Cell, Cell::regularised>());
+  else
+    f(std::integral_constant<Cell, Cell::lstm>());
+}
 
-void backward(const BackwardParams& p) { p.dtype == Dtype::f64 ? backward_layer<double>(p) : backward_layer<float>(p); }
+void forward(const ForwardParams& p) {
+  with_cell(p.sizes, p.cell, [&](auto cell) {
+    p.dtype == Dtype::f64 ? forward_layer<double, cell.value>(p) : forward_layer<float, cell.value>(p);
+  });
+}
+
+void backward(const BackwardParams& p) {
+  with_cell(p.sizes, p.cell, [&](auto cell) {
+    p.dtype == Dtype::f64 ? backward_layer<double, cell.value>(p) : backward_layer<float, cell.value>(p);
+  });
+}
 
 void describe(const Sizes& s, int threads, char* text, size_t size) {
   const Plan plan = make_plan<float>(s, threads);

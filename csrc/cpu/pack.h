@@ -97,6 +97,7 @@ inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights
   const AsCompute<S> w_ih(w.w_ih, dtype, 4 * s.H * s.I), w_hh(w.w_hh, dtype, 4 * s.H * s.P);
   const AsCompute<S> b_ih(w.b_ih, dtype, 4 * s.H), b_hh(w.b_hh, dtype, 4 * s.H);
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
+  const bool add_bias = s.bias && !s.layer_norm;  // layer normalisation takes the products alone
   for (i64 tile = 0; tile < at.tiles; ++tile) {
     const i64 first = tile * kLanes<S>, lanes = smaller(kLanes<S>, s.H - first);
     for (i64 gate = 0; gate < 4; ++gate) {
@@ -107,7 +108,7 @@ inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights
                       lanes);
       S* bias = packed + at.bias + tile * kPanel<S> + column;
       for (i64 lane = 0; lane < kLanes<S>; ++lane)
-        bias[lane] = s.bias && lane < lanes ? b_ih.get()[row + lane] + b_hh.get()[row + lane] : S(0);
+        bias[lane] = add_bias && lane < lanes ? b_ih.get()[row + lane] + b_hh.get()[row + lane] : S(0);
     }
   }
   for (i64 panel = 0; panel < at.out_panels; ++panel)
