@@ -445,16 +445,22 @@ class BackwardDirection {
         put(s_.layer_norm ? chunk.recurrent : chunk.gates);
       });
     }
-    for (i64 i = 0; i < n; ++i) {
-      const i64 row = row_begin + i;
-      S* gates = chunk.gates_row(row);
-      if (s_.layer_norm) {
-        S *x = chunk.dinputs_row(row), *h = &chunk.recurrent[row * chunk.gate_pitch];
-        const Moments<S> of_x = moments<S>(x, 4 * s_.H), of_h = moments<S>(h, 4 * s_.H);
-        chunk.input_scale[row] = of_x.scale;
-        chunk.recurrent_scale[row] = of_h.scale;
-        regularised_->template normalise_sums<true>(x, h, gates, of_x, of_h);
+    for (i64 first = row_begin; first < row_end && s_.layer_norm; first += kRowGroup) {
+      const i64 last = smaller(first + kRowGroup, row_end);
+      Moments<S> of_x[kRowGroup], of_h[kRowGroup];
+      const auto x = [&](i64 row) { return chunk.dinputs_row(row); };
+      const auto h = [&](i64 row) { return &chunk.recurrent[row * chunk.gate_pitch]; };
+      for (i64 row = first; row < last; ++row) of_x[row - first] = moments(x(row), 4 * s_.H);
+      for (i64 row = first; row < last; ++row) of_h[row - first] = moments(h(row), 4 * s_.H);
+      for (i64 row = first; row < last; ++row) {
+        chunk.input_scale[row] = of_x[row - first].scale;
+        chunk.recurrent_scale[row] = of_h[row - first].scale;
+        regularised_->template normalise_sums<true>(x(row), h(row), chunk.gates_row(row), of_x[row - first],
+                                                    of_h[row - first]);
       }
+    }
+    for (i64 i = 0; i < n; ++i) {
+      S* gates = chunk.gates_row(row_begin + i);
       if (regularised_)
         regularised_->activate_row(gates, c_row[i], nullptr);
       else
@@ -698,7 +704,8 @@ class BackwardDirection {
 };
 
 constexpr i64 kChunkBytes = 1 << 20;  // gate gradients of a chunk: stay in L2/L3 until they are used
-constexpr i64 kChunkRows = 512;       // rows that amortise one pass over the weight gradients
+constexpr i64 kNormalisedShare = 4;
+constexpr i64 kChunkRows = 512;  // rows that amortise one pass over the weight gradients
 
 template <class S, Cell kCell>
 void backward_layer(const BackwardParams& p) {
@@ -707,7 +714,10 @@ void backward_layer(const BackwardParams& p) {
   const Sizes& s = p.sizes;
   const Plan plan = make_plan<S>(s, p.threads.count);
   const i64 batch = larger(s.B, 1), step_bytes = batch * 4 * s.H * i64(sizeof(S));
-  const i64 capacity = smaller(larger(s.T, 1), larger(kChunkBytes / step_bytes, ceil_div(kChunkRows, batch)));
+  // Layer normalisation keeps several times as much of a row.
+  const i64 share_of = s.layer_norm ? kNormalisedShare : 1;
+  const i64 capacity =
+      smaller(larger(s.T, 1), larger(kChunkBytes / share_of / step_bytes, ceil_div(kChunkRows / share_of, batch)));
 
   const i64 lane_count = s.D * plan.lanes;
   const RegularisedDirections<S> regularised(kCell == Cell::regularised, s, p.dtype, p.cell, p.weights);

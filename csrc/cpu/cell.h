@@ -74,13 +74,14 @@ class Zoneout {
 
 template <class S>
 FASTLSTM_INLINE S horizontal_sum(Vec<S> v) {
-  alignas(64) S lane[kLanes<S>];
-  store(lane, v);
 #pragma GCC unroll 4
-  for (int half = kLanes<S> / 2; half; half /= 2)
-#pragma GCC unroll 8
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
-  return lane[0];
+  for (int half = kLanes<S> / 2; half; half /= 2) {
+    Vec<S> other = {};
+#pragma GCC unroll 16
+    for (int k = 0; k < kLanes<S>; ++k) other[k] = v[k ^ half];
+    v += other;
+  }
+  return v[0];
 }
 
 // sums[j] = sum over n elements of terms[j] from f(first, lanes, terms); lanes beyond the last element do not count.
