@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.reference import Cell, Weights
+
 from .backward_steps import launch_lstm_bwd_steps
 from .config import Plan, backward_plan, padded
 from .launch import device_of, dot_precision, is_fast, launch, shape_of
-from .operands import Group, product, product_into
+from .operands import product, product_into
 from .primitives import (
     activate,
     first_row,
@@ -191,7 +193,8 @@ def lstm_bwd_sequence_kernel(
 
 def launch_lstm_bwd(
     x: Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Weights],
+    cell: Cell,
     rows: Rows,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -205,7 +208,7 @@ def launch_lstm_bwd(
     dx: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
-    dweights: Sequence[Group] | None,
+    dweights: Sequence[Weights] | None,
 ) -> None:
     """Write the gradients of one layer; shapes as in :mod:`fastlstm.ops`."""
     D, H, P = len(groups), groups[0].w_hh.shape[0] // 4, groups[0].w_hh.shape[1]
@@ -247,7 +250,7 @@ def launch_lstm_bwd(
             product_into(target.w_hr, d_out.T, hidden[:, d * H : (d + 1) * H])
 
 
-def _recompute(x: Tensor, groups: Sequence[Group], h_before: Sequence[Tensor]) -> Tensor:
+def _recompute(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor]) -> Tensor:
     """float32 [D, rows, 4H]: the gates before activation, without biases, of all steps at once."""
     saved = x.new_empty(len(groups), x.shape[0], groups[0].w_ih.shape[0], dtype=torch.float32)
     for target, group, h in zip(saved, groups, h_before, strict=True):
@@ -256,7 +259,7 @@ def _recompute(x: Tensor, groups: Sequence[Group], h_before: Sequence[Tensor]) -
     return saved
 
 
-def _input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Group]) -> None:
+def _input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Weights]) -> None:
     if len(groups) == 1:
         product_into(dx, dgates[0], groups[0].w_ih)
     else:
@@ -266,7 +269,7 @@ def _input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Group]) -> None
 def _launch_sequence(
     plan: Plan,
     x: Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Weights],
     rows: Rows,
     c0: Tensor | None,
     c_all: Tensor,

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.reference import Weights
+
 from .config import Plan
 from .launch import dot_precision, is_fast, launch
-from .operands import Group, product
+from .operands import product
 from .primitives import (
     activate,
     arrive,
@@ -177,7 +179,7 @@ def lstm_bwd_step_kernel(
 def launch_lstm_bwd_steps(
     plan: Plan,
     x: Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Weights],
     rows: Rows,
     c0: Tensor | None,
     c_all: Tensor,
@@ -276,7 +278,7 @@ class _ThroughProjection:
 
     def __init__(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[Weights],
         rows: Rows,
         dy: Tensor | None,
         dh_n: Tensor | None,

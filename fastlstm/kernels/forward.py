@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.reference import Cell, Weights
+
 from .config import Plan, forward_plan, padded
 from .forward_steps import launch_lstm_fwd_steps
 from .launch import device_of, dot_precision, is_fast, launch, shape_of
-from .operands import Group, project
+from .operands import project
 from .primitives import (
     activate,
     first_row,
@@ -163,7 +165,8 @@ def lstm_fwd_sequence_kernel(
 
 def launch_lstm_fwd(
     x: Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Weights],
+    cell: Cell,
     rows: Rows,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -191,7 +194,7 @@ def launch_lstm_fwd(
 def _launch_sequence(
     plan: Plan,
     x: Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Weights],
     rows: Rows,
     h0: Tensor | None,
     c0: Tensor | None,

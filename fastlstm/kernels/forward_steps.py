@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.reference import Weights
+
 from .config import Plan
 from .launch import dot_precision, is_fast, launch
-from .operands import Group, product, product_into, project
+from .operands import product, product_into, project
 from .primitives import (
     activate,
     arrive,
@@ -156,7 +158,7 @@ def lstm_fwd_step_kernel(
 def launch_lstm_fwd_steps(
     plan: Plan,
     x: Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[Weights],
     rows: Rows,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -236,7 +238,7 @@ def launch_lstm_fwd_steps(
 
 
 def _add_start(
-    projected: Tensor, h0: Tensor | None, group: Group, rows: Rows, direction: int
+    projected: Tensor, h0: Tensor | None, group: Weights, rows: Rows, direction: int
 ) -> None:
     """Add h0 through w_hh to the row [rows, 4H] where each sequence begins, unless it is reset."""
     if h0 is None:

@@ -13,8 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlstm.reference import Weights
+
 from .config import Device, Plan, Shape
-from .operands import Group
 
 # The interpreter runs the kernels on CPU tensors, program after program, to check them.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -78,7 +79,7 @@ def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> 
         kernel[grid](**arguments, **options)
 
 
-def shape_of(x: Tensor, groups: Sequence[Group], T: int, B: int) -> Shape:
+def shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int) -> Shape:
     """The layer as a plan sees it."""
     gate_units, P = groups[0].w_hh.shape
     sizes = x.shape[-1], gate_units // 4, P, len(groups)

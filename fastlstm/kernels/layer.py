@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import impl
 
+from fastlstm.reference import Cell
+
 from .backward import launch_lstm_bwd
 from .config import Shape, backward_plan, forward_plan
 from .forward import launch_lstm_fwd
@@ -27,12 +29,12 @@ def _plainly(operator: Operator) -> Operator:
     """
 
     @wraps(operator)
-    def run(x: Tensor, *arguments: Any) -> None:
+    def run(x: Tensor, *arguments: Any, **options: Any) -> None:
         with torch.no_grad(), torch.cuda.device_of(x):
             if not torch._C._is_any_autocast_enabled():
-                return operator(x, *arguments)
+                return operator(x, *arguments, **options)
             with torch.autocast(x.device.type, enabled=False):
-                return operator(x, *arguments)
+                return operator(x, *arguments, **options)
 
     return run
 
@@ -56,13 +58,15 @@ def lstm_fwd(
     c_all: Tensor | None,
     gates: Tensor | None,
     cache: Tensor | None,
+    **options: Any,
 ) -> None:
     """Write the outputs of one layer."""
+    cell = _cell(**options)
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
         return
     launch_lstm_fwd(
-        x, groups(weights, directions), rows, _contiguous(h0), _contiguous(c0),
+        x, groups(weights, directions, cell), cell, rows, _contiguous(h0), _contiguous(c0),
         y, h_n, c_n, c_all, gates,
     )  # fmt: skip
 
@@ -89,17 +93,19 @@ def lstm_bwd(
     dc0: Tensor | None,
     dweights: Sequence[Tensor],
     cache: Tensor | None,
+    **options: Any,
 ) -> None:
     """Write the gradients of one layer."""
+    cell = _cell(**options)
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
         for gradient in (dx, dh0, dc0, *dweights):
             if gradient is not None:
                 gradient.zero_()
         return
-    found = groups(weights, directions)
+    found = groups(weights, directions, cell)
     launch_lstm_bwd(
-        x, found, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
+        x, found, cell, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
         dy, _contiguous(dh_n), _contiguous(dc_n), dc_all,
         dx, dh0, dc0, gradient_groups(dweights, found),
     )  # fmt: skip
@@ -111,6 +117,20 @@ def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int) -> str:
     device = device_of(x)
     forward, backward = forward_plan(shape, device), backward_plan(shape, device)
     return f"forward {forward} ({forward.reason}); backward {backward}"
+
+
+def _cell(
+    peephole: bool = False,
+    layer_norm: bool = False,
+    h_mask: Tensor | None = None,
+    zoneout_c: float = 0.0,
+    zoneout_h: float = 0.0,
+    seed: Tensor | None = None,
+) -> Cell:
+    """The keywords of the operators."""
+    if peephole or layer_norm or h_mask is not None or zoneout_c or zoneout_h:
+        raise ValueError("the triton kernels compute the plain cell only")
+    return Cell(peephole, layer_norm, _contiguous(h_mask), (zoneout_c, zoneout_h), seed)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Group(NamedTuple):
-    """The weights of one direction."""
-
-    w_ih: Tensor  # [4H, I]
-    w_hh: Tensor  # [4H, P]
-    b_ih: Tensor | None = None  # [4H]
-    b_hh: Tensor | None = None
-    w_hr: Tensor | None = None  # [P, H]
+from fastlstm.reference import PLAIN, Cell, Weights
 
 
-def groups(weights: Sequence[Tensor], directions: int) -> list[Group]:
-    """The flat list of the layer contract, taken apart."""
+def groups(weights: Sequence[Tensor], directions: int, cell: Cell = PLAIN) -> list[Weights]:
+    """The flat list of the layer contract, taken apart by direction."""
     each = len(weights) // directions
-    found = []
-    for start in range(0, len(weights), each):
-        group = [w.contiguous() for w in weights[start : start + each]]
-        w_hr = group.pop() if each % 2 else None
-        found.append(Group(*group)._replace(w_hr=w_hr))
-    return found
+    dense = [w.contiguous() for w in weights]
+    return [Weights.of(dense[at : at + each], cell) for at in range(0, len(dense), each)]
 
 
-def gradient_groups(gradients: Sequence[Tensor], of: Sequence[Group]) -> list[Group] | None:
+def gradient_groups(gradients: Sequence[Tensor], of: Sequence[Weights]) -> list[Weights] | None:
     """The gradients of the weights, taken apart; None if there are none.
 
     One gradient serves both biases: it stands for b_ih.
@@ -39,12 +26,11 @@ def gradient_groups(gradients: Sequence[Tensor], of: Sequence[Group]) -> list[Gr
         return None
     rest = iter(gradients)
     return [
-        Group(
-            next(rest),
-            next(rest),
-            None if group.b_ih is None else next(rest),
-            None,
-            None if group.w_hr is None else next(rest),
+        Weights(
+            *(
+                None if weight is None or name == "b_hh" else next(rest)
+                for name, weight in group._asdict().items()
+            )
         )
         for group in of
     ]
@@ -69,7 +55,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def project(x: Tensor, groups: Sequence[Group]) -> Tensor:
+def project(x: Tensor, groups: Sequence[Weights]) -> Tensor:
     """float32 [D, rows, 4H]: x [rows, I] through w_ih, without the biases."""
     projected = x.new_empty(len(groups), x.shape[0], groups[0].w_ih.shape[0], dtype=torch.float32)
     for target, group in zip(projected, groups, strict=True):
