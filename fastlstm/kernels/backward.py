@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -17,31 +18,37 @@ from torch import Tensor
 from fastlstm.reference import Cell, Weights
 
 from .backward_steps import launch_lstm_bwd_steps
+from .cells import (
+    cell_arguments,
+    cell_gradients,
+    gates_and_cell,
+    load_norms,
+    load_peepholes,
+    normalise_gradient,
+    zone_gradient,
+    zoneout_base,
+    zoneout_rows,
+    zoneout_units,
+)
 from .config import Plan, backward_plan, padded
 from .launch import device_of, dot_precision, is_fast, launch, shape_of
-from .operands import product, product_into
-from .primitives import (
-    activate,
-    first_row,
-    gate_gradients,
-    load_bias,
-    operand,
-    split_gates,
-    stack_gates,
-    stacked_rows,
-    tanh,
-)
+from .operands import Normalised, product, product_into, products, project
+from .primitives import first_row, load_bias, operand, stack_gates, stacked_rows
 from .rows import Rows
 
 
 @triton.jit(
-    do_not_specialize=["rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"],
-    do_not_specialize_on_alignment=["c0", "offsets", "lengths", "reset", "dc_all", "dh_n", "dc_n"],
+    do_not_specialize=["rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b", "zoneout_c", "zoneout_h"],
+    do_not_specialize_on_alignment=[
+        *("c0", "offsets", "lengths", "reset", "dc_all", "dh_n", "dc_n", "h_mask", "seed"),
+    ],
 )
 def lstm_bwd_sequence_kernel(
-    gates,  # [D, rows, 4H]: with ACTIVATED after activation, else before it and without biases
+    gates,  # float32 [D, rows, 4H]: before activation, without biases and peepholes
+    normalised,  # float32 [D, rows, 4H], the products with w_hh, where they are; else None
+    factors,  # float32 [D, rows]: with what factor
     w_hh,  # [4H, P], direction 0
-    b_ih,  # [4H]; None without biases and with ACTIVATED
+    b_ih,  # [4H] or None
     b_hh,
     w_hr,  # [P, H] or None
     w_hh_reverse,  # the same of direction 1; None if there is none
@@ -62,6 +69,16 @@ def lstm_bwd_sequence_kernel(
     hidden,  # [rows, D*H], written with a w_hr: what it was applied to; else None
     dh0,  # [D, B, P] or None
     dc0,  # [D, B, H] or None
+    dw_ch,  # float32 [D, B, 3H] or None: of each sequence
+    dln_c,  # float32 [D, B, 2H] or None: of each sequence, of ln_c and b_ln_c
+    h_mask,  # these as in forward
+    w_ch,
+    ln_hh,
+    ln_c,
+    b_ln_c,
+    seed,
+    zoneout_c,
+    zoneout_h,
     rows,
     T,
     B,
@@ -75,7 +92,6 @@ def lstm_bwd_sequence_kernel(
     UNITS: tl.constexpr,  # H and P, rounded up to powers of two
     P_TILE: tl.constexpr,
     N: tl.constexpr,
-    ACTIVATED: tl.constexpr,
     DY_UNIT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -100,6 +116,12 @@ def lstm_bwd_sequence_kernel(
         project = operand(project, dtype, PRECISION)
     bias = load_bias(b_ih, b_hh, w_row, inside)[:, None]
 
+    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    gain, gain_c, bias_c = load_norms(ln_hh, ln_c, b_ln_c, direction, w_row, inside, unit, H)
+    base = zoneout_base(seed, direction)
+    units_h = zoneout_units(base, out, 0)
+    units_c = zoneout_units(base, unit, 1)
+
     h_at = (direction * B + n) * P + out[:, None]
     c_at = (direction * B + n) * H + unit[:, None]
     h_real = (out < P)[:, None] & real
@@ -107,12 +129,21 @@ def lstm_bwd_sequence_kernel(
     dh = tl.zeros([P_TILE, N], tl.float32)
     dc = tl.zeros([UNITS, N], tl.float32)
     c_start = tl.zeros([UNITS, N], tl.float32)
+    if h_mask is not None:
+        mask = tl.load(h_mask + h_at, h_real, 0)
     if dh_n is not None:
         dh = tl.load(dh_n + h_at, h_real, 0).to(tl.float32)
     if dc_n is not None:
         dc = tl.load(dc_n + c_at, c_real, 0).to(tl.float32)
     if c0 is not None:
         c_start = tl.load(c0 + c_at, c_real, 0).to(tl.float32)
+    if dw_ch is not None:
+        d_peep_i = tl.zeros([UNITS, N], tl.float32)
+        d_peep_f = tl.zeros([UNITS, N], tl.float32)
+        d_peep_o = tl.zeros([UNITS, N], tl.float32)
+    if dln_c is not None:
+        d_gain_c = tl.zeros([UNITS, N], tl.float32)
+        d_bias_c = tl.zeros([UNITS, N], tl.float32)
 
     steps = T
     length = tl.full([N], T, tl.int32)
@@ -120,6 +151,11 @@ def lstm_bwd_sequence_kernel(
         length = tl.load(lengths + n, real, 0)
         steps = tl.max(length, 0).to(tl.int32)
     g_tile = gates + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
+    if ln_hh is not None:
+        n_tile = (
+            normalised + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
+        )
+        factor_tile = factors + direction.to(tl.int64) * rows + n
     d_tile = dgates + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
     c_tile = c_all + direction * H + unit[:, None] + n * (D * H)
     if dy is not None:
@@ -156,27 +192,55 @@ def lstm_bwd_sequence_kernel(
         if dc_all is not None:
             dc_total += tl.load(dc_tile + at * dc_t, c_active, 0).to(tl.float32)
 
-        if not ACTIVATED:
-            stacked = activate(stacked + bias, is_cell, FAST)
-        i, f, g, o = split_gates(stacked, UNITS, N)
+        i, f, g, o, c_new = gates_and_cell(
+            stacked + bias, is_cell, peep_i, peep_f, peep_o, c_before, UNITS, N, FAST
+        )
+        keys = zoneout_rows(base, t, n)
+        if zoneout_h is not None:
+            dh_stays, dh_total = zone_gradient(dh_total, zoneout_h, keys, units_h)
+        if zoneout_c is not None:
+            dc_stays, dc_total = zone_gradient(dc_total, zoneout_c, keys, units_c)
+            c = c_new
         d_hidden = dh_total
         if w_hr is not None:
             projected_at = (row + n) * (D * P) + direction * P + out[:, None]
             tl.store(dprojected + projected_at, dh_total.to(dtype), h_active)
             zero = tl.zeros([UNITS, N], tl.float32)
             d_hidden = tl.dot(project, operand(dh_total, dtype, PRECISION), zero, PRECISION)
-        d_i, d_f, d_g, d_o, dc_new = gate_gradients(
-            i, f, g, o, c, c_before, d_hidden, dc_total, FAST
-        )
+        d_i, d_f, d_g, d_o, dc_new, tanh_c, d_out, c_normalised = cell_gradients(
+            i, f, g, o, c, c_before, d_hidden, dc_total,
+            peep_i, peep_f, peep_o, gain_c, bias_c, unit, H, FAST,
+        )  # fmt: skip
         if w_hr is not None:
             hidden_at = (row + n) * (D * H) + direction * H + unit[:, None]
-            tl.store(hidden + hidden_at, (o * tanh(c, FAST)).to(dtype), c_active)
-        stacked = stack_gates(d_i, d_f, d_g, d_o, UNITS, N).to(dtype)
+            tl.store(hidden + hidden_at, (o * tanh_c).to(dtype), c_active)
+        if dw_ch is not None:
+            d_peep_i += tl.where(c_active, d_i * c_before, 0.0)
+            d_peep_f += tl.where(c_active, d_f * c_before, 0.0)
+            d_peep_o += tl.where(c_active, d_o * c, 0.0)
+        if dln_c is not None:
+            d_gain_c += tl.where(c_active, d_out * c_normalised, 0.0)
+            d_bias_c += tl.where(c_active, d_out, 0.0)
+        stacked = stack_gates(d_i, d_f, d_g, d_o, UNITS, N)
+        if ln_hh is not None:
+            h_normalised = tl.load(n_tile + row * (4 * H), inside[:, None] & active, 0)
+            factor = tl.load(factor_tile + row, active, 0)[None, :]
+            scaled = tl.where(inside[:, None], stacked * gain, 0.0)
+            through = normalise_gradient(scaled, h_normalised, factor, inside[:, None], 4 * H)
+        stacked = stacked.to(dtype)
         if H != UNITS:  # as in forward
             stacked = tl.where(inside[:, None], stacked, tl.zeros_like(stacked))
         tl.store(d_tile + row * (4 * H), stacked, inside[:, None] & active)
+        if ln_hh is None:
+            through = stacked
         zero = tl.zeros([P_TILE, N], tl.float32)
-        dh_new = tl.dot(w, operand(stacked, dtype, PRECISION), zero, PRECISION)
+        dh_new = tl.dot(w, operand(through, dtype, PRECISION), zero, PRECISION)
+        if h_mask is not None:
+            dh_new *= mask
+        if zoneout_h is not None:
+            dh_new += dh_stays
+        if zoneout_c is not None:
+            dc_new += dc_stays
         if reset is not None:
             dh_new = tl.where(keep, dh_new, 0.0)
             dc_new = tl.where(keep, dc_new, 0.0)
@@ -189,6 +253,15 @@ def lstm_bwd_sequence_kernel(
         tl.store(dh0 + h_at, dh.to(dh0.dtype.element_ty), h_real)
     if dc0 is not None:
         tl.store(dc0 + c_at, dc.to(dc0.dtype.element_ty), c_real)
+    if dw_ch is not None:
+        dw_ch += (direction * B + n) * (3 * H) + unit[:, None]
+        tl.store(dw_ch, d_peep_i, c_real)
+        tl.store(dw_ch + H, d_peep_f, c_real)
+        tl.store(dw_ch + 2 * H, d_peep_o, c_real)
+    if dln_c is not None:
+        dln_c += (direction * B + n) * (2 * H) + unit[:, None]
+        tl.store(dln_c, d_gain_c, c_real)
+        tl.store(dln_c + H, d_bias_c, c_real)
 
 
 def launch_lstm_bwd(
@@ -214,12 +287,27 @@ def launch_lstm_bwd(
     D, H, P = len(groups), groups[0].w_hh.shape[0] // 4, groups[0].w_hh.shape[1]
     x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(rows.count, D * P)
     dtype = x.dtype
+    plan = backward_plan(shape_of(x, groups, rows.T, rows.B), device_of(x))
+    if plan.regime == "sequence":
+        gates = None
+    if rows.padded and (dweights is not None or cell.layer_norm):
+        # Whatever x holds there must not meet the zeros of dgates.
+        x_rows = torch.where(rows.real(), x_rows, 0)
     h_before = [
         rows.before(y_rows[:, d * P : (d + 1) * P], None if h0 is None else h0[d].to(dtype), d)
         for d in range(D)
         if gates is None or dweights is not None
     ]
-    saved = _recompute(x_rows, groups, h_before) if gates is None else gates
+    if cell.h_mask is not None:
+        for h, mask in zip(h_before, cell.h_mask, strict=False):
+            h *= rows.of_sequences(mask)
+    x_side = h_side = None
+    if cell.layer_norm:
+        x_side = Normalised.of(project(x_rows, groups))
+        h_side = Normalised.of(products(h_before, [group.w_hh for group in groups]))
+        saved = _join_normalised(x_side, h_side, groups)
+    else:
+        saved = _recompute(x_rows, groups, h_before) if gates is None else gates
     # Padding adds nothing to sums over rows.
     empty = torch.zeros if rows.padded else torch.empty
     dgates = empty(D, rows.count, 4 * H, dtype=dtype, device=x.device)
@@ -227,36 +315,68 @@ def launch_lstm_bwd(
     if groups[0].w_hr is not None:
         dprojected = empty(rows.count, D * P, dtype=dtype, device=x.device)
         hidden = empty(rows.count, D * H, dtype=dtype, device=x.device)
-    plan = backward_plan(shape_of(x, groups, rows.T, rows.B), device_of(x))
-    run = _launch_sequence if plan.regime == "sequence" else launch_lstm_bwd_steps
-    run(
-        plan, x, groups, rows, c0, c_all, saved, gates is not None, dy, dh_n, dc_n, dc_all,
-        dgates, dprojected, hidden, dh0, dc0,
-    )  # fmt: skip
+    dw_ch = dln_c = None
+    if dweights is not None:
+        new = partial(x.new_empty, D, rows.B, dtype=torch.float32)
+        dw_ch = new(3 * H) if cell.peephole else None
+        dln_c = new(2 * H) if cell.layer_norm else None
+    if plan.regime == "sequence":
+        _launch_sequence(
+            plan, x, groups, cell, rows, c0, c_all, saved, h_side, dy, dh_n, dc_n, dc_all,
+            dgates, dprojected, hidden, dh0, dc0, dw_ch, dln_c,
+        )  # fmt: skip
+    else:
+        launch_lstm_bwd_steps(
+            plan, x, groups, rows, c0, c_all, saved, gates is not None, dy, dh_n, dc_n, dc_all,
+            dgates, dprojected, hidden, dh0, dc0,
+        )  # fmt: skip
+    through_x = through_h = dgates
+    if x_side is not None and h_side is not None:
+        through_x = _through(x_side, dgates, [group.ln_ih for group in groups])
+        through_h = _through(h_side, dgates, [group.ln_hh for group in groups])
     if dx is not None:
-        _input_gradient(dx.view(x_rows.shape), dgates, groups)
+        _input_gradient(dx.view(x_rows.shape), through_x, groups)
     if dweights is None:
         return
-    if rows.padded:  # whatever x holds there must not meet the zeros of dgates
-        x_rows = torch.where(rows.real(), x_rows, 0)
     for d, target in enumerate(dweights):
-        product_into(target.w_ih, dgates[d].T, x_rows)
-        product_into(target.w_hh, dgates[d].T, h_before[d])
+        product_into(target.w_ih, through_x[d].T, x_rows)
+        product_into(target.w_hh, through_h[d].T, h_before[d])
         if target.b_ih is not None:
             torch.sum(dgates[d], 0, out=target.b_ih)  # adds up in float32
         if target.w_hr is not None:
             assert dprojected is not None and hidden is not None
             d_out = dprojected[:, d * P : (d + 1) * P]
             product_into(target.w_hr, d_out.T, hidden[:, d * H : (d + 1) * H])
+        if dw_ch is not None:
+            target.w_ch.copy_(dw_ch[d].sum(0))
+        if dln_c is not None:
+            target.ln_ih.copy_((dgates[d] * x_side.values[d]).sum(0))
+            target.ln_hh.copy_((dgates[d] * h_side.values[d]).sum(0))
+            gain, bias = dln_c[d].sum(0).chunk(2)
+            target.ln_c.copy_(gain)
+            target.b_ln_c.copy_(bias)
 
 
 def _recompute(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor]) -> Tensor:
     """float32 [D, rows, 4H]: the gates before activation, without biases, of all steps at once."""
-    saved = x.new_empty(len(groups), x.shape[0], groups[0].w_ih.shape[0], dtype=torch.float32)
+    saved = project(x, groups)
     for target, group, h in zip(saved, groups, h_before, strict=True):
-        product_into(target, x, group.w_ih.T)
         target += product(h, group.w_hh.T)
     return saved
+
+
+def _join_normalised(x: Normalised, h: Normalised, groups: Sequence[Weights]) -> Tensor:
+    """The same, where products are normalised."""
+    saved = torch.empty_like(x.values)
+    for d, group in enumerate(groups):
+        torch.mul(x.values[d], group.ln_ih, out=saved[d]).addcmul_(h.values[d], group.ln_hh)
+    return saved
+
+
+def _through(side: Normalised, dgates: Tensor, gains: Sequence[Tensor | None]) -> Tensor:
+    """The gradients of products, from those of the gates that they are normalised for."""
+    gain = torch.stack([g for g in gains if g is not None])[:, None].float()
+    return side.gradient(dgates * gain).to(dgates.dtype)
 
 
 def _input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Weights]) -> None:
@@ -270,11 +390,12 @@ def _launch_sequence(
     plan: Plan,
     x: Tensor,
     groups: Sequence[Weights],
+    cell: Cell,
     rows: Rows,
     c0: Tensor | None,
     c_all: Tensor,
     gates: Tensor,
-    activated: bool,
+    h_side: Normalised | None,
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
@@ -284,6 +405,8 @@ def _launch_sequence(
     hidden: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
+    dw_ch: Tensor | None,
+    dln_c: Tensor | None,
 ) -> None:
     D, H, P = len(groups), groups[0].w_hh.shape[0] // 4, groups[0].w_hh.shape[1]
     forward, reverse = groups[0], groups[-1] if D == 2 else None
@@ -296,13 +419,15 @@ def _launch_sequence(
         (-(-rows.B // plan.batch), D),
         plan,
         gates=gates,
+        normalised=h_side.values if h_side else None,
+        factors=h_side.factor if h_side else None,
         w_hh=forward.w_hh,
-        b_ih=None if activated else forward.b_ih,
-        b_hh=None if activated else forward.b_hh,
+        b_ih=forward.b_ih,
+        b_hh=forward.b_hh,
         w_hr=forward.w_hr,
         w_hh_reverse=reverse.w_hh if reverse else None,
-        b_ih_reverse=reverse.b_ih if reverse and not activated else None,
-        b_hh_reverse=reverse.b_hh if reverse and not activated else None,
+        b_ih_reverse=reverse.b_ih if reverse else None,
+        b_hh_reverse=reverse.b_hh if reverse else None,
         w_hr_reverse=reverse.w_hr if reverse else None,
         c0=c0,
         c_all=c_all,
@@ -318,6 +443,9 @@ def _launch_sequence(
         hidden=hidden,
         dh0=dh0,
         dc0=dc0,
+        dw_ch=dw_ch,
+        dln_c=dln_c,
+        **cell_arguments(cell, groups),
         rows=rows.count,
         T=rows.T,
         B=rows.B,
@@ -331,7 +459,6 @@ def _launch_sequence(
         UNITS=plan.units,
         P_TILE=padded(P),
         N=plan.batch,
-        ACTIVATED=activated,
         DY_UNIT=dy_unit,
         STAGES=plan.stages,
         PRECISION=dot_precision(x),

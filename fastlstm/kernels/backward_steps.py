@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlstm.reference import Weights
 
+from .cells import cell_gradients
 from .config import Plan
 from .launch import dot_precision, is_fast, launch
 from .operands import product
@@ -21,13 +22,11 @@ from .primitives import (
     activate,
     arrive,
     first_row,
-    gate_gradients,
     load_bias,
     multiply_add,
     split_gates,
     stack_gates,
     stacked_rows,
-    tanh,
     wait_for,
 )
 from .rows import Rows
@@ -163,11 +162,13 @@ def lstm_bwd_step_kernel(
         if not ACTIVATED:
             stacked = activate(stacked + bias, is_cell, FAST)
         i, f, g, o = split_gates(stacked, UNITS, N)
-        d_i, d_f, d_g, d_o, d_before = gate_gradients(i, f, g, o, c, c_before, dh, d_cell, FAST)
+        d_i, d_f, d_g, d_o, d_before, tanh_c, _, _ = cell_gradients(
+            i, f, g, o, c, c_before, dh, d_cell, None, None, None, None, None, None, H, FAST
+        )
         stacked = stack_gates(d_i, d_f, d_g, d_o, UNITS, N).to(dtype)
         tl.store(dgates + g_at, stacked, inside[:, None] & active)
         if hidden is not None:
-            tl.store(hidden + at, (o * tanh(c, FAST)).to(dtype), u_active)
+            tl.store(hidden + at, (o * tanh_c).to(dtype), u_active)
         if PERSISTENT:
             arrive(counter)
         if reset is not None:

@@ -21,12 +21,15 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
+from fastlstm.reference import Cell
+
 __all__ = [
     "Device",
     "Plan",
     "Shape",
     "backward_plan",
     "forward_plan",
+    "obstacle",
     "override",
     "padded",
 ]
@@ -40,6 +43,7 @@ _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 2
 _SHARED_ELSEWHERE = 99
 _SMALLEST_DOT = 16
 _WIDEST_UNITS = 128  # of the sequence regime
+_WIDEST_FLOAT32 = 64  # the same; what fits with a w_hr spills
 
 
 class Device(NamedTuple):
@@ -65,6 +69,7 @@ class Shape(NamedTuple):
     D: int
     element: int
     precision: str  # of products of float32: "tf32" or "ieee"; "tf32" stands for 16 bit too
+    layer_norm: bool = False
 
     @property
     def projected(self) -> bool:
@@ -165,11 +170,46 @@ def _choose(makers: Any, shape: Shape, device: Device, regime: str | None) -> Pl
     return plan or spread(shape, device, regime)
 
 
+def obstacle(shape: Shape, device: Device, cell: Cell) -> str | None:
+    """Why the kernels cannot compute layers of this cell; None if they can.
+
+    Raises:
+        ValueError: the overridden regime cannot compute this shape.
+    """
+    needs = [
+        name
+        for name, there in (
+            ("layer_norm", cell.layer_norm),
+            ("peephole", cell.peephole),
+            ("a mask of h", cell.h_mask is not None),
+            ("zoneout", any(cell.zoneout)),
+        )
+        if there
+    ]
+    plans = forward_plan(shape, device), backward_plan(shape, device)
+    if not needs or all(plan.regime == "sequence" for plan in plans):
+        return None
+    return f"{needs[0]} needs all units in one program, {_one_program(shape)}"
+
+
+def _one_program(shape: Shape) -> str:
+    """What it takes that one program holds all units."""
+    if shape.precision == "ieee":
+        return 'float32 in TF32 (torch.backends.cudnn.rnn.fp32_precision = "tf32")'
+    limit = f"H <= {_widest(shape)}" + " in float32" * (shape.element == 4)
+    if max(shape.H, shape.P) > _widest(shape):
+        return f"{limit}, and there are {shape.H}"
+    return f"{limit} and a GPU of more shared memory"
+
+
+def _widest(shape: Shape) -> int:
+    return _WIDEST_UNITS if shape.element == 2 else _WIDEST_FLOAT32
+
+
 def _sequence_units(shape: Shape) -> int | None:
     """The units of a program if they can be all of them."""
     units = max(padded(shape.H), padded(shape.P))
-    widest = _WIDEST_UNITS if shape.element == 2 else 64  # float32 that fits with a w_hr spills
-    return None if units > widest or shape.precision == "ieee" else padded(shape.H)
+    return None if units > _widest(shape) or shape.precision == "ieee" else padded(shape.H)
 
 
 def _sequence_batches(shape: Shape, device: Device) -> tuple[int, ...]:
@@ -188,8 +228,9 @@ def _forward_sequence(shape: Shape, device: Device) -> Plan | None:
     weights = shape.element * units * states * (5 if shape.projected else 4)
     # Fused costs barriers where x needs rounding on its way to the matrix instruction (TF32 on
     # Hopper), and with eight warps. Less than a pair of 16-bit features cannot be copied ahead.
-    # Wide ones spill.
-    fusible = units < _WIDEST_UNITS and not (shape.element == 4 and device.arch >= 90)
+    # Wide ones spill. Products that are normalised are not sums.
+    fusible = not shape.layer_norm and units < _WIDEST_UNITS
+    fusible = fusible and not (shape.element == 4 and device.arch >= 90)
     fusible = fusible and shape.element * shape.I % 4 == 0 and features <= 64
     # As many warps as leave rows of all four gates of a unit to each of them (primitives.py).
     warps = 8 if shape.element == 4 and units == 64 else {16: 2, 32: 4, 64: 4, 128: 8}[units]

@@ -16,16 +16,25 @@ from torch import Tensor
 
 from fastlstm.reference import Cell, Weights
 
+from .cells import (
+    cell_arguments,
+    gates_and_cell,
+    load_norms,
+    load_peepholes,
+    normalise,
+    zone,
+    zoneout_base,
+    zoneout_rows,
+    zoneout_units,
+)
 from .config import Plan, forward_plan, padded
 from .forward_steps import launch_lstm_fwd_steps
 from .launch import device_of, dot_precision, is_fast, launch, shape_of
-from .operands import project
+from .operands import Normalised, project
 from .primitives import (
-    activate,
     first_row,
     load_bias,
     operand,
-    split_gates,
     stacked_rows,
     tanh,
 )
@@ -33,8 +42,8 @@ from .rows import Rows
 
 
 @triton.jit(
-    do_not_specialize=["rows", "T", "B", "x_t", "x_b"],
-    do_not_specialize_on_alignment=["h0", "c0", "offsets", "lengths", "reset"],
+    do_not_specialize=["rows", "T", "B", "x_t", "x_b", "zoneout_c", "zoneout_h"],
+    do_not_specialize_on_alignment=["h0", "c0", "offsets", "lengths", "reset", "h_mask", "seed"],
 )
 def lstm_fwd_sequence_kernel(
     x,  # [rows, I] of strides x_t, x_b, or with FUSED=False its projection [D, rows, 4H], float32
@@ -57,6 +66,14 @@ def lstm_fwd_sequence_kernel(
     h_n,  # [D, B, P]
     c_n,  # [D, B, H]
     c_all,  # float32 [rows, D*H] or None
+    h_mask,  # float32 [D, B, P] or None: what h is multiplied with on its way to w_hh
+    w_ch,  # [D, 3H] or None: peepholes of i, f, o
+    ln_hh,  # [D, 4H] or None: gains of normalised products
+    ln_c,  # [D, H] or None: gain of the normalised c
+    b_ln_c,  # [D, H] or None: and its bias
+    seed,  # int64 [1] or None: of zoneout
+    zoneout_c,  # None, or see cells.py
+    zoneout_h,
     rows,
     T,
     B,
@@ -106,12 +123,20 @@ def lstm_fwd_sequence_kernel(
         project = tl.load(w_hr + out[:, None] * H + unit, (out < P)[:, None] & (unit < H), 0)
         project = operand(project, dtype, PRECISION)
 
+    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    gain, gain_c, bias_c = load_norms(ln_hh, ln_c, b_ln_c, direction, w_row, inside, unit, H)
+    base = zoneout_base(seed, direction)
+    units_h = zoneout_units(base, out, 0)
+    units_c = zoneout_units(base, unit, 1)
+
     h_at = (direction * B + n) * P + out[:, None]
     c_at = (direction * B + n) * H + unit[:, None]
     h_real = (out < P)[:, None] & real
     c_real = (unit < H)[:, None] & real
     h = tl.zeros([P_TILE, N], dtype)
     c = tl.zeros([UNITS, N], tl.float32)
+    if h_mask is not None:
+        mask = tl.load(h_mask + h_at, h_real, 0)
     if h0 is not None:
         h = tl.load(h0 + h_at, h_real, 0)
     if c0 is not None:
@@ -139,16 +164,34 @@ def lstm_fwd_sequence_kernel(
         else:
             x_now = tl.load(x_tile + row * (4 * H), x_real & (t < length), 0)
             stacked = x_now + bias
-        stacked = tl.dot(w, operand(h, dtype, PRECISION), stacked, PRECISION)
-        stacked = activate(stacked, is_cell, FAST)
-        i, f, g, o = split_gates(stacked, UNITS, N)
-        c_new = f * c + i * g
-        h_new = (o * tanh(c_new, FAST)).to(dtype)
+        h_in = h
+        if h_mask is not None:
+            h_in = h * mask
+        h_in = operand(h_in, dtype, PRECISION)
+        if ln_hh is None:
+            stacked = tl.dot(w, h_in, stacked, PRECISION)
+        else:
+            products = tl.dot(w, h_in, tl.zeros([4 * UNITS, N], tl.float32), PRECISION)
+            normalised, _ = normalise(products, inside[:, None], 4 * H)
+            stacked += normalised * gain
+        _i, _f, _g, o, c_new = gates_and_cell(
+            stacked, is_cell, peep_i, peep_f, peep_o, c, UNITS, N, FAST
+        )
+        c_out = c_new
+        if ln_c is not None:
+            c_out, _ = normalise(c_new, (unit < H)[:, None], H)
+            c_out = c_out * gain_c + bias_c
+        h_new = (o * tanh(c_out, FAST)).to(dtype)
         if H != UNITS:  # an infinite x makes NaN of units that only fill the tile: 0 * inf
             h_new = tl.where((unit < H)[:, None], h_new, tl.zeros_like(h_new))
         if w_hr is not None:
             zero = tl.zeros([P_TILE, N], tl.float32)
             h_new = tl.dot(project, operand(h_new, dtype, PRECISION), zero, PRECISION).to(dtype)
+        keys = zoneout_rows(base, t, n)
+        if zoneout_h is not None:
+            h_new = zone(h, h_new, zoneout_h, keys, units_h).to(dtype)
+        if zoneout_c is not None:
+            c_new = zone(c, c_new, zoneout_c, keys, units_c)
         y_at = row * (D * P) + direction * P + n * (D * P) + out[:, None]
         tl.store(y + y_at, h_new, (out < P)[:, None] & active)
         if c_all is not None:
@@ -186,7 +229,7 @@ def launch_lstm_fwd(
         if c_all is not None:
             c_all.zero_()
     if plan.regime == "sequence":
-        _launch_sequence(plan, x, groups, rows, h0, c0, y, h_n, c_n, c_all)
+        _launch_sequence(plan, x, groups, cell, rows, h0, c0, y, h_n, c_n, c_all)
     else:
         launch_lstm_fwd_steps(plan, x, groups, rows, h0, c0, y, h_n, c_n, c_all, gates)
 
@@ -195,6 +238,7 @@ def _launch_sequence(
     plan: Plan,
     x: Tensor,
     groups: Sequence[Weights],
+    cell: Cell,
     rows: Rows,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -209,11 +253,16 @@ def _launch_sequence(
     # In units of what divides both strides, as the compiler cannot know.
     x_unit = math.gcd(x_t, x_b, 16)
     forward, reverse = groups[0], groups[-1] if D == 2 else None
+    projected = x if plan.fused else project(x.reshape(-1, I), groups)
+    if cell.layer_norm:
+        projected = Normalised.of(projected).values
+        for part, group in zip(projected, groups, strict=True):
+            part *= group.ln_ih
     launch(
         lstm_fwd_sequence_kernel,
         (-(-rows.B // plan.batch), D),
         plan,
-        x=x if plan.fused else project(x.reshape(-1, I), groups),
+        x=projected,
         w_ih=forward.w_ih if plan.fused else None,
         w_hh=forward.w_hh,
         b_ih=forward.b_ih,
@@ -233,6 +282,7 @@ def _launch_sequence(
         h_n=h_n,
         c_n=c_n,
         c_all=c_all,
+        **cell_arguments(cell, groups),
         rows=rows.count,
         T=rows.T,
         B=rows.B,

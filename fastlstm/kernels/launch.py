@@ -83,7 +83,8 @@ def shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int) -> Shape:
     """The layer as a plan sees it."""
     gate_units, P = groups[0].w_hh.shape
     sizes = x.shape[-1], gate_units // 4, P, len(groups)
-    return Shape(T, B, *sizes, x.element_size(), precision_of(x))
+    layer_norm = groups[0].ln_hh is not None
+    return Shape(T, B, *sizes, x.element_size(), precision_of(x), layer_norm)
 
 
 def device_of(x: Tensor) -> Device:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.library import impl
 
-from fastlstm.reference import Cell
+from fastlstm.reference import Cell, Weights
 
 from .backward import launch_lstm_bwd
 from .config import Shape, backward_plan, forward_plan
+from .config import obstacle as obstacle_of
 from .forward import launch_lstm_fwd
-from .launch import INTERPRETED, device_of, precision_of
+from .launch import INTERPRETED, device_of, precision_of, shape_of
 from .operands import gradient_groups, groups
-from .rows import layout
+from .rows import Rows, layout
 
 Operator = Callable[..., None]
 
@@ -65,8 +66,10 @@ def lstm_fwd(
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
         return
+    found = groups(weights, directions, cell)
+    _refuse(x, found, rows, cell)
     launch_lstm_fwd(
-        x, groups(weights, directions, cell), cell, rows, _contiguous(h0), _contiguous(c0),
+        x, found, cell, rows, _contiguous(h0), _contiguous(c0),
         y, h_n, c_n, c_all, gates,
     )  # fmt: skip
 
@@ -104,6 +107,7 @@ def lstm_bwd(
                 gradient.zero_()
         return
     found = groups(weights, directions, cell)
+    _refuse(x, found, rows, cell)
     launch_lstm_bwd(
         x, found, cell, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
         dy, _contiguous(dh_n), _contiguous(dc_n), dc_all,
@@ -119,6 +123,18 @@ def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int) -> str:
     return f"forward {forward} ({forward.reason}); backward {backward}"
 
 
+def obstacle(T: int, B: int, I: int, H: int, P: int, D: int, x: Tensor, cell: Cell) -> str | None:
+    """Why these kernels cannot compute a layer of these sizes on the device of x; None if so."""
+    shape = Shape(T, B, I, H, P, D, x.element_size(), precision_of(x), cell.layer_norm)
+    return obstacle_of(shape, device_of(x), cell)
+
+
+def _refuse(x: Tensor, found: Sequence[Weights], rows: Rows, cell: Cell) -> None:
+    error = obstacle_of(shape_of(x, found, rows.T, rows.B), device_of(x), cell)
+    if error:
+        raise ValueError(f"the triton kernels cannot compute this layer: {error}")
+
+
 def _cell(
     peephole: bool = False,
     layer_norm: bool = False,
@@ -128,8 +144,6 @@ def _cell(
     seed: Tensor | None = None,
 ) -> Cell:
     """The keywords of the operators."""
-    if peephole or layer_norm or h_mask is not None or zoneout_c or zoneout_h:
-        raise ValueError("the triton kernels compute the plain cell only")
     return Cell(peephole, layer_norm, _contiguous(h_mask), (zoneout_c, zoneout_h), seed)
 
 

@@ -1,8 +1,9 @@
-"""The weights of one direction, and products of matrices outside the kernels."""
+"""The weights of each direction, and what is computed of matrices outside the kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +58,31 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def project(x: Tensor, groups: Sequence[Weights]) -> Tensor:
     """float32 [D, rows, 4H]: x [rows, I] through w_ih, without the biases."""
-    projected = x.new_empty(len(groups), x.shape[0], groups[0].w_ih.shape[0], dtype=torch.float32)
-    for target, group in zip(projected, groups, strict=True):
-        product_into(target, x, group.w_ih.T)
-    return projected
+    return products([x] * len(groups), [group.w_ih for group in groups])
+
+
+def products(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """float32 [D, rows, n]: the inputs [rows, m] of each direction through weights [n, m]."""
+    x, w = inputs[0], weights[0]
+    result = x.new_empty(len(inputs), x.shape[0], w.shape[0], dtype=torch.float32)
+    for target, values, weight in zip(result, inputs, weights, strict=True):
+        product_into(target, values, weight.T)
+    return result
+
+
+class Normalised(NamedTuple):
+    """Rows [..., n] at mean 0 and variance 1."""
+
+    values: Tensor
+    factor: Tensor  # [..., 1], which made the variance 1
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Normalised:
+        """Normalise rows."""
+        values, _, factor = torch.native_layer_norm(rows, rows.shape[-1:], None, None, 1e-5)
+        return cls(values, factor)
+
+    def gradient(self, d: Tensor) -> Tensor:
+        """Of the rows, from that of the values."""
+        along = (d * self.values).mean(-1, keepdim=True)
+        return (d - d.mean(-1, keepdim=True) - self.values * along) * self.factor

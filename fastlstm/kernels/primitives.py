@@ -85,6 +85,15 @@ def tanh(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def logistic(x, FAST: tl.constexpr):
+    if FAST:
+        result = 0.5 * tanh_approx(0.5 * x) + 0.5
+    else:
+        result = sigmoid(x)
+    return result
+
+
+@triton.jit
 def activate(stacked, is_cell, FAST: tl.constexpr):
     """tanh in the rows of gate g (``is_cell [4U, 1]``), the logistic function in the others."""
     if FAST:
@@ -96,18 +105,6 @@ def activate(stacked, is_cell, FAST: tl.constexpr):
         small = is_cell & (stacked * stacked < 0.390625)
         result = tl.where(small, tanh_near_zero(stacked), result)
     return result
-
-
-@triton.jit
-def gate_gradients(i, f, g, o, c, c_before, dh, dc, FAST: tl.constexpr):
-    """Back through one step: the gradients of i, f, g, o before activation, and of c_before."""
-    tanh_c = tanh(c, FAST)
-    dc += dh * o * (1.0 - tanh_c * tanh_c)
-    d_i = dc * g * i * (1.0 - i)
-    d_f = dc * c_before * f * (1.0 - f)
-    d_g = dc * i * (1.0 - g * g)
-    d_o = dh * tanh_c * o * (1.0 - o)
-    return d_i, d_f, d_g, d_o, dc * f
 
 
 @triton.jit

@@ -79,6 +79,15 @@ class Rows:
             shifted.masked_fill_(self.reset.bool().view(-1, 1), 0)
         return shifted
 
+    def of_sequences(self, values: Tensor) -> Tensor:
+        """values [B, n] at every row of their sequence: [rows, n]."""
+        if self.offsets is None:
+            return values.expand(self.T, *values.shape).flatten(0, 1)
+        sizes = torch.tensor(self.sizes).to(self.device, non_blocking=True)
+        row = torch.arange(self.count, device=self.device)
+        row -= torch.repeat_interleave(self.offsets, sizes, output_size=self.count)
+        return values.index_select(0, row)
+
     def _neighbours(self, direction: int) -> Tensor:
         """int64 [rows] of packed rows: the row of the step before; any row where there is none."""
         sizes = torch.tensor(self.sizes)
