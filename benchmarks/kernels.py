@@ -45,6 +45,7 @@ COLUMNS = {
     "D": "D",
     "rows": "rows",
     "states": "states",
+    "cell": "cell",
     "units": "units",
     "N": "N",
     "fused": "fused",

@@ -16,6 +16,7 @@ from .grid import BATCHES, TASKS, WIDTHS
 
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}  # of A100, RTX 3090, RTX 4090 and H100
 DTYPES = ("bfloat16", "float16", "float32")
+CELL_PARTS = ("peephole", "layer_norm", "mask", "zoneout", "expectation")  # of zoneout
 STEPS = 2  # of every layer: the kernels are the same for any number, a launch for each is not
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -42,6 +43,7 @@ class Layer:
     rows: str = "dense"  # or "lengths", "packed"
     states: bool = False  # also initial states, a gradient of every output; resets where D is 1
     regime: str | None = None  # forced upon the configuration
+    cell: str = ""  # of an LSTM: names of CELL_PARTS with a + between
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,7 @@ def _variant(started: Any, layer: Layer, arch: int) -> Variant:
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
         else:
-            kind = _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-            signature.append((parameter.name, kind))
+            signature.append((parameter.name, _type(value)))
     plan = started.plan
     facts = {
         "kernel": started.kernel.__name__,
@@ -164,6 +165,7 @@ def _variant(started: Any, layer: Layer, arch: int) -> Variant:
         "B": layer.B,
         "rows": layer.rows,
         "states": layer.states,
+        "cell": layer.cell,
         "units": plan.units,
         "N": plan.batch,
         "chunk": plan.chunk,
@@ -181,6 +183,12 @@ def _variant(started: Any, layer: Layer, arch: int) -> Variant:
         tuple(started.options.items()),
         facts,
     )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def _call(layer: Layer) -> None:
@@ -205,18 +213,34 @@ def _call(layer: Layer) -> None:
     x, y, h_n, c_n = new(*rows, I), new(*rows, D * P), new(D, B, P), new(D, B, H)
     group = [new(4 * H, I), new(4 * H, P), new(4 * H), new(4 * H)]
     gradients = [*group[:3]]
-    if P != H:
-        group.append(new(P, H))
-        gradients.append(group[-1])
+    more = [new(P, H)] if P != H else []
+    parts = layer.cell.split("+") if layer.cell else []
+    assert set(parts) <= set(CELL_PARTS), layer.cell
+    options: dict[str, Any] = {}
+    if "peephole" in parts:
+        options["peephole"] = True
+        more.append(new(3 * H))
+    if "layer_norm" in parts:
+        options["layer_norm"] = True
+        more += [new(4 * H), new(4 * H), new(H), new(H)]
+    if "mask" in parts:
+        options["h_mask"] = new(D, B, P, dtype=torch.float32)
+    if "zoneout" in parts or "expectation" in parts:
+        options |= {"zoneout_c": 0.5, "zoneout_h": 0.05}
+    if "zoneout" in parts:
+        options["seed"] = new(1, dtype=torch.int64)
+    group += more
+    gradients += more
     c_all = gates = None
     if layer.training:
         c_all = new(*rows, D * H, dtype=torch.float32)
-        gates = new(D, *rows, 4 * H) if triton_keeps_gates(H) else None
+        if triton_keeps_gates(H) and "layer_norm" not in parts:
+            gates = new(D, *rows, 4 * H)
     inputs = (x, group * D, D, h0, c0, batch_sizes, lengths, reset, y)
-    lstm_fwd(*inputs, h_n, c_n, c_all, gates, None)
+    lstm_fwd(*inputs, h_n, c_n, c_all, gates, None, **options)
     if c_all is None:
         return
     dh_n, dc_n, dc_all = (h_n, c_n, new(*rows, D * H)) if layer.states else (None, None, None)
     lstm_bwd(
-        *inputs, c_all, gates, y, dh_n, dc_n, dc_all, x, h0, c0, gradients * D, None
+        *inputs, c_all, gates, y, dh_n, dc_n, dc_all, x, h0, c0, gradients * D, None, **options
     )  # fmt: skip

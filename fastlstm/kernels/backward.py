@@ -44,9 +44,9 @@ from .rows import Rows
     ],
 )
 def lstm_bwd_sequence_kernel(
-    gates,  # float32 [D, rows, 4H]: before activation, without biases and peepholes
-    normalised,  # float32 [D, rows, 4H], the products with w_hh, where they are; else None
-    factors,  # float32 [D, rows]: with what factor
+    gates,  # float32 [D, rows, 4H]: before activation, without biases and peepholes; with ln_hh
+    # [D, rows, 8H]: then the normalised products with w_hh, in the same tile of pointers
+    factors,  # float32 [D, rows]: which normalised them; None without ln_hh
     w_hh,  # [4H, P], direction 0
     b_ih,  # [4H] or None
     b_hh,
@@ -150,11 +150,9 @@ def lstm_bwd_sequence_kernel(
     if lengths is not None:
         length = tl.load(lengths + n, real, 0)
         steps = tl.max(length, 0).to(tl.int32)
-    g_tile = gates + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
+    SAVED: tl.constexpr = 4 * H if ln_hh is None else 8 * H
+    g_tile = gates + direction.to(tl.int64) * rows * SAVED + w_row[:, None] + n * SAVED
     if ln_hh is not None:
-        n_tile = (
-            normalised + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
-        )
         factor_tile = factors + direction.to(tl.int64) * rows + n
     d_tile = dgates + direction.to(tl.int64) * rows * (4 * H) + w_row[:, None] + n * (4 * H)
     c_tile = c_all + direction * H + unit[:, None] + n * (D * H)
@@ -171,7 +169,7 @@ def lstm_bwd_sequence_kernel(
         c_active = (unit < H)[:, None] & active
         h_active = (out < P)[:, None] & active
         # Read here, copied to shared memory STAGES - 1 steps ahead by the compiler's pipeline.
-        stacked = tl.load(g_tile + row * (4 * H), inside[:, None] & active, 0).to(tl.float32)
+        stacked = tl.load(g_tile + row * SAVED, inside[:, None] & active, 0).to(tl.float32)
         c = tl.load(c_tile + row * (D * H), c_active, 0)
         before = t - 1 + 2 * direction
         begins = tl.where(direction == 1, length - 1 - before, before) < 0
@@ -222,16 +220,17 @@ def lstm_bwd_sequence_kernel(
             d_gain_c += tl.where(c_active, d_out * c_normalised, 0.0)
             d_bias_c += tl.where(c_active, d_out, 0.0)
         stacked = stack_gates(d_i, d_f, d_g, d_o, UNITS, N)
-        if ln_hh is not None:
-            h_normalised = tl.load(n_tile + row * (4 * H), inside[:, None] & active, 0)
-            factor = tl.load(factor_tile + row, active, 0)[None, :]
-            scaled = tl.where(inside[:, None], stacked * gain, 0.0)
-            through = normalise_gradient(scaled, h_normalised, factor, inside[:, None], 4 * H)
+        through = stacked
         stacked = stacked.to(dtype)
         if H != UNITS:  # as in forward
             stacked = tl.where(inside[:, None], stacked, tl.zeros_like(stacked))
         tl.store(d_tile + row * (4 * H), stacked, inside[:, None] & active)
-        if ln_hh is None:
+        if ln_hh is not None:
+            h_normalised = tl.load(g_tile + row * SAVED + 4 * H, inside[:, None] & active, 0)
+            factor = tl.load(factor_tile + row, active, 0)[None, :]
+            scaled = tl.where(inside[:, None], through * gain, 0.0)
+            through = normalise_gradient(scaled, h_normalised, factor, inside[:, None], 4 * H)
+        else:
             through = stacked
         zero = tl.zeros([P_TILE, N], tl.float32)
         dh_new = tl.dot(w, operand(through, dtype, PRECISION), zero, PRECISION)
@@ -287,7 +286,7 @@ def launch_lstm_bwd(
     D, H, P = len(groups), groups[0].w_hh.shape[0] // 4, groups[0].w_hh.shape[1]
     x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(rows.count, D * P)
     dtype = x.dtype
-    plan = backward_plan(shape_of(x, groups, rows.T, rows.B), device_of(x))
+    plan = backward_plan(shape_of(x, groups, rows.T, rows.B, cell), device_of(x))
     if plan.regime == "sequence":
         gates = None
     if rows.padded and (dweights is not None or cell.layer_norm):
@@ -334,6 +333,9 @@ def launch_lstm_bwd(
     if x_side is not None and h_side is not None:
         through_x = _through(x_side, dgates, [group.ln_ih for group in groups])
         through_h = _through(h_side, dgates, [group.ln_hh for group in groups])
+        for d_products, h in zip(through_h, h_before, strict=True):
+            # Zeros are normalised with a factor of 316: float16 overflows, and 0 * inf is NaN.
+            d_products.masked_fill_((h == 0).all(-1, keepdim=True), 0)
     if dx is not None:
         _input_gradient(dx.view(x_rows.shape), through_x, groups)
     if dweights is None:
@@ -348,13 +350,19 @@ def launch_lstm_bwd(
             d_out = dprojected[:, d * P : (d + 1) * P]
             product_into(target.w_hr, d_out.T, hidden[:, d * H : (d + 1) * H])
         if dw_ch is not None:
-            target.w_ch.copy_(dw_ch[d].sum(0))
-        if dln_c is not None:
-            target.ln_ih.copy_((dgates[d] * x_side.values[d]).sum(0))
-            target.ln_hh.copy_((dgates[d] * h_side.values[d]).sum(0))
-            gain, bias = dln_c[d].sum(0).chunk(2)
-            target.ln_c.copy_(gain)
-            target.b_ln_c.copy_(bias)
+            _set(target.w_ch, dw_ch[d].sum(0))
+        if dln_c is not None and x_side is not None and h_side is not None:
+            _set(target.ln_ih, (dgates[d] * x_side.values[d]).sum(0))
+            _set(target.ln_hh, (dgates[d] * h_side.values[d]).sum(0))
+            for part, total in zip(
+                (target.ln_c, target.b_ln_c), dln_c[d].sum(0).chunk(2), strict=True
+            ):
+                _set(part, total)
+
+
+def _set(target: Tensor | None, value: Tensor) -> None:
+    if target is not None:
+        target.copy_(value)
 
 
 def _recompute(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor]) -> Tensor:
@@ -366,10 +374,11 @@ def _recompute(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor])
 
 
 def _join_normalised(x: Normalised, h: Normalised, groups: Sequence[Weights]) -> Tensor:
-    """The same, where products are normalised."""
-    saved = torch.empty_like(x.values)
-    for d, group in enumerate(groups):
-        torch.mul(x.values[d], group.ln_ih, out=saved[d]).addcmul_(h.values[d], group.ln_hh)
+    """float32 [D, rows, 8H]: the same of normalised products; then those of h."""
+    saved = torch.cat([x.values, h.values], -1)
+    for both, group in zip(saved, groups, strict=True):
+        gates, normalised = both.chunk(2, -1)
+        gates.mul_(group.ln_ih).addcmul_(normalised, group.ln_hh)
     return saved
 
 
@@ -419,7 +428,6 @@ def _launch_sequence(
         (-(-rows.B // plan.batch), D),
         plan,
         gates=gates,
-        normalised=h_side.values if h_side else None,
         factors=h_side.factor if h_side else None,
         w_hh=forward.w_hh,
         b_ih=forward.b_ih,

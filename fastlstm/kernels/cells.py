@@ -184,8 +184,15 @@ def zone_gradient(d, zoneout, rows, units):
     return before, after
 
 
+_NOTHING: dict[str, Any] = dict.fromkeys(
+    ("h_mask", "w_ch", "ln_hh", "ln_c", "b_ln_c", "seed", "zoneout_c", "zoneout_h")
+)
+
+
 def cell_arguments(cell: Cell, groups: Sequence[Weights]) -> dict[str, Any]:
     """What kernels of both passes are told of the cell."""
+    if cell.is_plain:
+        return _NOTHING
     return {
         "h_mask": cell.h_mask,
         "w_ch": _of_directions([group.w_ch for group in groups]),

@@ -69,7 +69,7 @@ class Shape(NamedTuple):
     D: int
     element: int
     precision: str  # of products of float32: "tf32" or "ieee"; "tf32" stands for 16 bit too
-    layer_norm: bool = False
+    cell: str = "plain"  # or "extended", with more to hold in registers; or "normalised" as well
 
     @property
     def projected(self) -> bool:
@@ -229,7 +229,7 @@ def _forward_sequence(shape: Shape, device: Device) -> Plan | None:
     # Fused costs barriers where x needs rounding on its way to the matrix instruction (TF32 on
     # Hopper), and with eight warps. Less than a pair of 16-bit features cannot be copied ahead.
     # Wide ones spill. Products that are normalised are not sums.
-    fusible = not shape.layer_norm and units < _WIDEST_UNITS
+    fusible = shape.cell != "normalised" and units < _WIDEST_UNITS
     fusible = fusible and not (shape.element == 4 and device.arch >= 90)
     fusible = fusible and shape.element * shape.I % 4 == 0 and features <= 64
     # As many warps as leave rows of all four gates of a unit to each of them (primitives.py).
@@ -263,6 +263,8 @@ def _backward_sequence(shape: Shape, device: Device) -> Plan | None:
     pipelines: tuple[int, ...] = (2, 1) if units == 16 and shape.element == 2 else (3, 2, 1)
     if wide and shape.element == 4 and device.arch >= 90:
         pipelines = (1,) if shape.D == 2 else (2, 1)
+    if shape.cell != "plain":
+        pipelines = (1,)
     for stages, batch in product(pipelines, (8,) if narrow else _sequence_batches(shape, device)):
         # the gradients of the gates as an operand; of each stage gates, two cells and dy
         each = batch * (4 * 6 * units + shape.element * states)

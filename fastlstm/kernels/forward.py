@@ -223,7 +223,7 @@ def launch_lstm_fwd(
 
     The sequence regime writes no gates: see :func:`fastlstm.ops.triton_keeps_gates`.
     """
-    plan = forward_plan(shape_of(x, groups, rows.T, rows.B), device_of(x))
+    plan = forward_plan(shape_of(x, groups, rows.T, rows.B, cell), device_of(x))
     if rows.padded:
         y.zero_()
         if c_all is not None:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastlstm.reference import Weights
+from fastlstm.reference import PLAIN, Cell, Weights
 
 from .config import Device, Plan, Shape
 
@@ -79,12 +79,18 @@ def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> 
         kernel[grid](**arguments, **options)
 
 
-def shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int) -> Shape:
+def shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int, cell: Cell = PLAIN) -> Shape:
     """The layer as a plan sees it."""
     gate_units, P = groups[0].w_hh.shape
     sizes = x.shape[-1], gate_units // 4, P, len(groups)
-    layer_norm = groups[0].ln_hh is not None
-    return Shape(T, B, *sizes, x.element_size(), precision_of(x), layer_norm)
+    return Shape(T, B, *sizes, x.element_size(), precision_of(x), kind_of(cell))
+
+
+def kind_of(cell: Cell) -> str:
+    """The cell as a plan sees it."""
+    if cell.layer_norm:
+        return "normalised"
+    return "plain" if cell.is_plain else "extended"
 
 
 def device_of(x: Tensor) -> Device:

@@ -16,7 +16,7 @@ from .backward import launch_lstm_bwd
 from .config import Shape, backward_plan, forward_plan
 from .config import obstacle as obstacle_of
 from .forward import launch_lstm_fwd
-from .launch import INTERPRETED, device_of, precision_of, shape_of
+from .launch import INTERPRETED, device_of, kind_of, precision_of, shape_of
 from .operands import gradient_groups, groups
 from .rows import Rows, layout
 
@@ -125,12 +125,14 @@ def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int) -> str:
 
 def obstacle(T: int, B: int, I: int, H: int, P: int, D: int, x: Tensor, cell: Cell) -> str | None:
     """Why these kernels cannot compute a layer of these sizes on the device of x; None if so."""
-    shape = Shape(T, B, I, H, P, D, x.element_size(), precision_of(x), cell.layer_norm)
+    shape = Shape(T, B, I, H, P, D, x.element_size(), precision_of(x), kind_of(cell))
     return obstacle_of(shape, device_of(x), cell)
 
 
 def _refuse(x: Tensor, found: Sequence[Weights], rows: Rows, cell: Cell) -> None:
-    error = obstacle_of(shape_of(x, found, rows.T, rows.B), device_of(x), cell)
+    if cell.is_plain:
+        return
+    error = obstacle_of(shape_of(x, found, rows.T, rows.B, cell), device_of(x), cell)
     if error:
         raise ValueError(f"the triton kernels cannot compute this layer: {error}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +26,11 @@ def gradient_groups(gradients: Sequence[Tensor], of: Sequence[Weights]) -> list[
     if not gradients:
         return None
     rest = iter(gradients)
-    return [
-        Weights(
-            *(
-                None if weight is None or name == "b_hh" else next(rest)
-                for name, weight in group._asdict().items()
-            )
-        )
-        for group in of
-    ]
+
+    def found(name: str, weight: Tensor | None) -> Any:
+        return None if weight is None or name == "b_hh" else next(rest)
+
+    return [Weights(*(found(*item) for item in group._asdict().items())) for group in of]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
