@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import extension
-from fastlstm.reference import PLAIN, Cell
+from fastlstm.reference import Cell
 
 __all__ = ["backend", "backends", "explain", "select"]
 
@@ -239,21 +239,22 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def select(
-    x: Tensor,
-    kind: str = "LSTM",
-    cell: Cell = PLAIN,
-    weights: Sequence[Tensor] = (),
-    directions: int = 1,
-) -> str:
-    """The name of the backend that computes layers of input x.
+class Demand(NamedTuple):
+    """Layers that are not those of a plain LSTM."""
 
-    Args:
-        x: the input of the first layer.
-        kind: "LSTM" or "RNN".
-        cell: of an LSTM.
-        weights: of all layers and directions; needed unless this is a plain LSTM.
-        directions: D.
+    kind: str  # "LSTM" or "RNN"
+    peephole: bool
+    layer_norm: bool
+    masked: bool  # whether the cell has an h_mask
+    zoneout: tuple[float, float]
+    inputs: tuple[int, ...]  # input size of each layer
+    hidden: int
+    projected: int
+    directions: int
+
+
+def select(x: Tensor, demand: Demand | None = None) -> str:
+    """The name of the backend that computes layers of input x, of a plain LSTM or as demanded.
 
     Raises:
         RuntimeError: a backend was named explicitly and cannot compute this call.
@@ -265,8 +266,8 @@ def select(
     if kernels not in ("cpu", "triton"):
         raise _missing(name)  # it comes from FASTLSTM_BACKEND: backend() would have refused it
     obstacle = _obstacle(kernels, x)
-    if obstacle is None and (cell is not PLAIN or kind != "LSTM"):
-        obstacle = _layers_obstacle(kernels, x, kind, cell, weights, directions)
+    if obstacle is None and demand is not None:
+        obstacle = _demand_obstacle(kernels, x, demand)
     if obstacle is None:
         return kernels
     if name == "auto":
@@ -277,13 +278,32 @@ def select(
     )
 
 
-def _layers_obstacle(
-    name: str, x: Tensor, kind: str, cell: Cell, weights: Sequence[Tensor], directions: int
+def _demand_obstacle(name: str, x: Tensor, demand: Demand) -> str | None:
+    """Why the kernels of that name have no such layers."""
+    if demand.kind == "RNN":
+        return f"the {name} kernels have no RNN"
+    return None if name == "cpu" else _triton_cell_obstacle(x.dtype, x.device, *demand[1:])
+
+
+@torch.compiler.assume_constant_result
+def _triton_cell_obstacle(
+    dtype: torch.dtype,
+    device: torch.device,
+    peephole: bool,
+    layer_norm: bool,
+    masked: bool,
+    zoneout: tuple[float, float],
+    inputs: tuple[int, ...],
+    H: int,
+    P: int,
+    D: int,
 ) -> str | None:
-    """Why the kernels of that name cannot compute layers other than those of a plain LSTM."""
-    if cell.is_plain and kind == "LSTM":
-        return None
-    return f"the {name} kernels have no such cell"
+    from fastlstm import kernels
+
+    x = torch.empty(0, dtype=dtype, device=device)
+    cell = Cell(peephole, layer_norm, x if masked else None, zoneout)
+    found = (kernels.obstacle(1, 1, I, H, P, D, x, cell) for I in inputs)
+    return next(filter(None, found), None)
 
 
 def explain(
@@ -312,20 +332,20 @@ def explain(
             "convert it with from_torch() or fastlstm.accelerate()"
         )
     data = x.data if isinstance(x, PackedSequence) else x
-    kind, cell = ("RNN", PLAIN) if isinstance(module, RNN) else ("LSTM", module.cell())
-    directions = 2 if getattr(module, "bidirectional", False) else 1
-    demand = kind, cell, module.weights(), directions
-    backend = select(data, *demand)
+    layers = list(_layers(module, x))
+    demand = None if isinstance(module, LSTMCell) else module.demand()
+    backend = select(data, demand)
     auto = _choice.name == "auto"
     chosen = f'backend("{_choice.name}") asks for it'
-    layers = list(_layers(module, x))
     if backend == "reference":
         derivative = _higher_derivative()
         if derivative is not None:
             chosen = f"{derivative}, which is the reference's on every backend"
         elif auto:
             kernels = "triton" if data.is_cuda else "cpu"
-            obstacle = _obstacle(kernels, data) or _layers_obstacle(kernels, data, *demand)
+            obstacle = _obstacle(kernels, data)
+            if obstacle is None and demand is not None:
+                obstacle = _demand_obstacle(kernels, data, demand)
             chosen = f"auto: {obstacle}"
         plan = "one product for the input of all steps, then a step at a time"
         return Explanation("reference", "PyTorch operations", (plan,) * len(layers), chosen)

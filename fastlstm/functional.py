@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from fastlstm import autograd, reference
 from fastlstm.autograd import Cache
-from fastlstm.backends import select
+from fastlstm.backends import Demand, select
 from fastlstm.checks import (
     check_cell_state,
     check_lengths,
@@ -135,9 +135,13 @@ def lstm(
         )
         return y, (h_n, c_n), c_all
 
+    masked = training and recurrent_dropout > 0
+    special = None
+    if masked or not cell.is_plain:
+        special = partial(Demand, "LSTM", peephole, layer_norm, masked, zoneout)
     y, (h_n, c_n), c_all = _recur(
-        "LSTM", compute, input, hx, weights, cell, num_layers, bidirectional, batch_first,
-        dropout if training else 0.0, batch_sizes, lengths, reset, caches,
+        "LSTM", compute, input, hx, weights, cell, special, num_layers, bidirectional,
+        batch_first, dropout if training else 0.0, batch_sizes, lengths, reset, caches,
     )  # fmt: skip
     return (y, (h_n, c_n)) if c_all is None else (y, (h_n, c_n), c_all)
 
@@ -188,8 +192,9 @@ def rnn(
 
     if hx is not None and not isinstance(hx, Tensor):
         raise TypeError(f"RNN: hx must be a tensor, got {type(hx).__name__}")
+    special = partial(Demand, "RNN", False, False, False, (0.0, 0.0))
     y, (h_n,), _ = _recur(
-        "RNN", compute, input, None if hx is None else (hx,), weights, PLAIN, num_layers,
+        "RNN", compute, input, None if hx is None else (hx,), weights, PLAIN, special, num_layers,
         bidirectional, batch_first, dropout if training else 0.0, batch_sizes, lengths, reset,
         caches,
     )  # fmt: skip
@@ -213,6 +218,7 @@ def _recur(
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
     cell: Cell,
+    special: Callable[..., Demand] | None,
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
@@ -222,7 +228,10 @@ def _recur(
     reset: Tensor | None,
     caches: Sequence[Cache] | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """Check a call and walk through its layers, each computed by `compute`."""
+    """Check a call and walk through its layers, each computed by `compute`.
+
+    ``special`` makes the demand on the backend from the sizes, unless this is a plain LSTM.
+    """
     packed = batch_sizes is not None
     dims = input.dim()
     autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
@@ -253,7 +262,13 @@ def _recur(
             f"{size(input)}"
         )
     directions = 2 if bidirectional else 1
-    backend = select(x, kind, cell, weights, directions)
+    units, projected = weights[1].shape
+    hidden = units if kind == "RNN" else units // 4
+    if special is None:
+        backend = select(x)
+    else:
+        inputs = (features, *(directions * projected,) * (num_layers - 1))
+        backend = select(x, special(inputs, hidden, projected, directions))
     check_weights(weights, x, num_layers, directions, kind, cell)
     if steps == 0:
         raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
@@ -261,8 +276,8 @@ def _recur(
     if hx is not None:
         if dims == 2 and not packed:
             hx = check_unbatched(kind, hx)
-        rows, (units, projected) = num_layers * directions, weights[1].shape
-        shapes = (rows, batch, projected), (rows, batch, units // 4)
+        rows = num_layers * directions
+        shapes = (rows, batch, projected), (rows, batch, hidden)
         check_states(kind, hx, shapes, packed)
         check_like(hx, x)
     if lengths is not None or reset is not None:

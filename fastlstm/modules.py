@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
 from fastlstm.autograd import Cache, infer
-from fastlstm.backends import select
+from fastlstm.backends import Demand, select
 from fastlstm.checks import check_pair, check_states
 from fastlstm.functional import State, is_plain, lstm, lstm_cell, rnn
-from fastlstm.reference import PLAIN, Cell
 
 __all__ = ["LSTM", "RNN", "LSTMCell"]
 
@@ -33,9 +32,13 @@ class _Layers(nn.RNNBase):
         super().__init__(*args)
         self._caches = [Cache() for _ in range(self.num_layers)]
 
-    def weights(self) -> list[Tensor]:
-        """All weights as they are now, in the order of :func:`fastlstm.functional.lstm`."""
-        return _tensors(self, self._flat_weights_names)
+    @property
+    def _D(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def _inputs(self, projected: int) -> tuple[int, ...]:
+        """The input size of each layer."""
+        return self.input_size, *(self._D * projected,) * (self.num_layers - 1)
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that both functions have."""
@@ -63,7 +66,7 @@ class _Layers(nn.RNNBase):
         order = input.sorted_indices
         if hx is None or order is None:
             return None if hx is None else tuple(hx)
-        rows = self.num_layers * (2 if self.bidirectional else 1)
+        rows = self.num_layers * self._D
         shapes = [(rows, order.shape[0], n) for n in sizes]
         check_states(self._get_name(), hx, shapes, packed=True)
         return tuple(state.index_select(1, order) for state in hx)
@@ -219,9 +222,14 @@ class LSTM(_Layers):
             elif name.startswith("bias") and self.forget_bias is not None:
                 parameter[H : 2 * H] = self.forget_bias if "_ih_" in name else 0.0
 
-    def cell(self) -> Cell:
-        """What a step computes, without what is random in it."""
-        return Cell(self.peephole, self.layer_norm, zoneout=self.zoneout)
+    def demand(self) -> Demand | None:
+        """What the layers need of a backend; None if those of an nn.LSTM do."""
+        masked = self.training and self.recurrent_dropout > 0
+        if not (self.peephole or self.layer_norm or masked or any(self.zoneout)):
+            return None
+        cell = self.peephole, self.layer_norm, masked, self.zoneout
+        projected = self.proj_size or self.hidden_size
+        return Demand("LSTM", *cell, self._inputs(projected), self.hidden_size, projected, self._D)
 
     def forward(
         self,
@@ -309,7 +317,7 @@ class LSTM(_Layers):
         h0, c0 = hx or (None, None)
         batch_first = self.batch_first
         H = self.hidden_size
-        sizes = 2 if self.bidirectional else 1, H, self.proj_size or H
+        sizes = self._D, H, self.proj_size or H
         result = infer(
             x.transpose(0, 1) if batch_first else x, weights, h0, c0, sizes, self._caches[0]
         )
@@ -404,6 +412,11 @@ class RNN(_Layers):
         )
         self.nonlinearity = nonlinearity
 
+    def demand(self) -> Demand:
+        """What the layers need of a backend."""
+        H = self.hidden_size
+        return Demand("RNN", False, False, False, (0.0, 0.0), self._inputs(H), H, H, self._D)
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -430,7 +443,7 @@ class RNN(_Layers):
         """
         settings = self._settings()
         settings["nonlinearity"] = self.nonlinearity
-        weights = self.weights()
+        weights = _tensors(self, self._flat_weights_names)
         if isinstance(input, Tensor):
             return rnn(
                 input,
@@ -496,15 +509,8 @@ class LSTMCell(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: see :func:`fastlstm.functional.lstm_cell`.
         """
-        return lstm_cell(input, hx, self.weights(), cache=self._cache)
-
-    def weights(self) -> list[Tensor]:
-        """All weights as they are now, in the order of :func:`fastlstm.functional.lstm`."""
-        return _tensors(self, _CELL_NAMES if self.bias else _CELL_NAMES[:2])
-
-    def cell(self) -> Cell:
-        """What a step computes."""
-        return PLAIN
+        names = _CELL_NAMES if self.bias else _CELL_NAMES[:2]
+        return lstm_cell(input, hx, _tensors(self, names), cache=self._cache)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
