@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import linear
 
 __all__ = ["PLAIN", "Cell", "Weights", "lstm_layer", "rnn_layer"]
+
+LAYER_NORM_EPSILON = 1e-5  # added to the variance, as in torch.nn.LayerNorm
 
 States = tuple[Tensor, ...]
 Step = Callable[[Tensor, States, int], States]
@@ -106,7 +108,7 @@ def lstm_layer(
         w = Weights.of(group, cell)
         gates = linear(steps.x.to(wide), w.w_ih)
         if cell.layer_norm:
-            gates = layer_norm(gates, gates.shape[-1:], w.ln_ih)
+            gates = _normalised(gates, w.ln_ih)
         if w.b_ih is not None and w.b_hh is not None:
             gates = gates + (w.b_ih + w.b_hh)
         h = x.new_zeros(steps.batch, w.w_hh.shape[1]) if h0 is None else h0[d]
@@ -249,7 +251,7 @@ def _lstm_step(w: Weights, cell: Cell, direction: int) -> Step:
         h_in = h if h_mask is None else h * h_mask[: h.shape[0]]
         recurrent = linear(h_in, w.w_hh)
         if cell.layer_norm:
-            recurrent = layer_norm(recurrent, recurrent.shape[-1:], w.ln_hh)
+            recurrent = _normalised(recurrent, w.ln_hh)
         i, f, g, o = (gates + recurrent).chunk(4, -1)
         if w.w_ch is not None:
             peep_i, peep_f, peep_o = w.w_ch.chunk(3)
@@ -257,9 +259,7 @@ def _lstm_step(w: Weights, cell: Cell, direction: int) -> Step:
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
         if w.w_ch is not None:
             o = o + peep_o * c_new
-        hidden = (
-            layer_norm(c_new, c_new.shape[-1:], w.ln_c, w.b_ln_c) if cell.layer_norm else c_new
-        )
+        hidden = _normalised(c_new, w.ln_c, w.b_ln_c) if cell.layer_norm else c_new
         h_new = o.sigmoid() * hidden.tanh()
         if w.w_hr is not None:
             h_new = linear(h_new, w.w_hr)
@@ -271,6 +271,17 @@ def _lstm_step(w: Weights, cell: Cell, direction: int) -> Step:
         return h_new, c_new
 
     return step
+
+
+def _normalised(v: Tensor, gain: Any, bias: Tensor | None = None) -> Tensor:
+    """Rows of mean 0 and variance 1, times gain, plus bias.
+
+    Not torch's layer_norm, which is wrong from the third derivative on, in nested forward mode
+    from the second (pytorch#175754, #196700).
+    """
+    v = v - v.mean(-1, keepdim=True)
+    v = v * (v.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON).rsqrt() * gain
+    return v if bias is None else v + bias
 
 
 # The random numbers of zoneout: a hash of (seed, direction, step, sequence, unit), so that every
