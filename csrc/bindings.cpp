@@ -49,7 +49,7 @@ struct Call {
   Ragged ragged{};
 
   Call(const Array& x, const std::vector<Array>& w, i64 directions, const Array& batch_sizes, const Array& lengths,
-       bool peephole, bool layer_norm)
+       i64 gates, bool peephole = false, bool layer_norm = false)
       : dtype(dtype_of(x)), type(x.dtype),
         compute_type(dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
         packed_rows(bool(batch_sizes)) {
@@ -64,12 +64,14 @@ struct Call {
     STD_TORCH_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
     Sizes& s = sizes;
     s.D = directions;
+    s.G = gates;
     s.bias = plain >= 4;
     s.projected = plain % 2 == 1;
+    STD_TORCH_CHECK(gates > 1 || !s.projected, "fastlstm: an RNN has no projection");
     s.peephole = peephole;
     s.layer_norm = layer_norm;
     s.I = x.last();
-    s.H = w[0].dim == 2 ? w[0].sizes[0] / 4 : 0;
+    s.H = w[0].dim == 2 ? w[0].sizes[0] / s.G : 0;
     s.P = s.projected ? (w[size_t(plain) - 1].dim == 2 ? w[size_t(plain) - 1].sizes[0] : 0) : s.H;
     if (packed_rows) {
       rows = x.sizes[0];
@@ -91,13 +93,13 @@ struct Call {
         t[k].check_dtype("a weight", type);
         STD_TORCH_CHECK(t[k].contiguous(), "fastlstm: weights must be contiguous");
       }
-      t[0].check_shape("weight_ih", {4 * s.H, s.I});
-      t[1].check_shape("weight_hh", {4 * s.H, s.P});
+      t[0].check_shape("weight_ih", {s.gate_units(), s.I});
+      t[1].check_shape("weight_hh", {s.gate_units(), s.P});
       weights[d].w_ih = t[0].data;
       weights[d].w_hh = t[1].data;
       if (s.bias) {
-        t[2].check_shape("bias_ih", {4 * s.H});
-        t[3].check_shape("bias_hh", {4 * s.H});
+        t[2].check_shape("bias_ih", {s.gate_units()});
+        t[3].check_shape("bias_hh", {s.gate_units()});
         weights[d].b_ih = t[2].data;
         weights[d].b_hh = t[3].data;
       }
@@ -308,16 +310,16 @@ class PackedWeights {
   uint64_t hash_weights(const Call& call) const {
     const Kernels& kernels = cpu_kernels();
     const Sizes& s = call.sizes;
-    const i64 tag[] = {s.I, s.H, s.P, s.D, s.bias, s.projected, s.layer_norm, i64(call.dtype), kind_};
+    const i64 tag[] = {s.I, s.H, s.P, s.D, s.G, s.bias, s.projected, s.layer_norm, i64(call.dtype), kind_};
     uint64_t h = kernels.hash(tag, sizeof tag, 1);
     const size_t e = call.dtype == Dtype::f64 ? 8 : call.dtype == Dtype::f32 ? 4 : 2;
     for (i64 d = 0; d < s.D; ++d) {
       const DirectionWeights& w = call.weights[d];
-      h = hash_large(w.w_ih, size_t(4 * s.H * s.I) * e, h);
-      h = hash_large(w.w_hh, size_t(4 * s.H * s.P) * e, h);
+      h = hash_large(w.w_ih, size_t(s.gate_units() * s.I) * e, h);
+      h = hash_large(w.w_hh, size_t(s.gate_units() * s.P) * e, h);
       if (kind_ != kBackward && s.bias) {
-        h = kernels.hash(w.b_ih, size_t(4 * s.H) * e, h);
-        h = kernels.hash(w.b_hh, size_t(4 * s.H) * e, h);
+        h = kernels.hash(w.b_ih, size_t(s.gate_units()) * e, h);
+        h = kernels.hash(w.b_hh, size_t(s.gate_units()) * e, h);
       }
       if (s.projected) h = hash_large(w.w_hr, size_t(s.P * s.H) * e, h);
     }
@@ -347,6 +349,39 @@ class PackedWeights {
   char* data_ = nullptr;
 };
 
+// dweights: none, or for each direction w_ih, w_hh, (b), (w_hr), (w_ch), (ln_ih, ln_hh, ln_c, b_ln_c)
+void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, BackwardParams& p) {
+  const Sizes& s = call.sizes;
+  const i64 each = 2 + s.bias + s.projected + s.peephole + 4 * s.layer_norm;
+  STD_TORCH_CHECK(dweights.empty() || i64(dweights.size()) == each * s.D, "fastlstm: expected ", each,
+                  " weight gradients for each direction, got ", dweights.size());
+  for (i64 d = 0; d < s.D && !dweights.empty(); ++d) {
+    const Array* t = dweights.data() + d * each;
+    for (i64 k = 0; k < each; ++k) {
+      t[k].check_dtype("a weight gradient", call.compute_type);
+      STD_TORCH_CHECK(t[k].contiguous(), "fastlstm: weight gradients must be contiguous");
+    }
+    t[0].check_shape("gradient of weight_ih", {s.gate_units(), s.I});
+    t[1].check_shape("gradient of weight_hh", {s.gate_units(), s.P});
+    BackwardParams::Gradients& dw = p.dw[d];
+    dw.w_ih = t[0].data;
+    dw.w_hh = t[1].data;
+    t += 2;
+    const auto take = [&](void*& data, bool there, const char* name, std::initializer_list<i64> shape) {
+      if (!there) return;
+      t->check_shape(name, shape);
+      data = t++->data;
+    };
+    take(dw.b, s.bias, "gradient of the bias", {s.gate_units()});
+    take(dw.w_hr, s.projected, "gradient of weight_hr", {s.P, s.H});
+    take(dw.w_ch, s.peephole, "gradient of weight_ch", {3 * s.H});
+    take(dw.ln_ih, s.layer_norm, "gradient of ln_ih", {4 * s.H});
+    take(dw.ln_hh, s.layer_norm, "gradient of ln_hh", {4 * s.H});
+    take(dw.ln_c, s.layer_norm, "gradient of ln_c", {s.H});
+    take(dw.b_ln_c, s.layer_norm, "gradient of bias_ln_c", {s.H});
+  }
+}
+
 void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
                   OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle h_n_,
                   Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_, OptionalHandle cache_, bool peephole,
@@ -355,7 +390,7 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
       c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_), h_mask(h_mask_), seed(seed_);
   STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
-  const Call call(x, weights, directions, batch_sizes, lengths, peephole, layer_norm);
+  const Call call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm);
   const Sizes& s = call.sizes;
   ForwardParams p{};
   p.sizes = s;
@@ -389,7 +424,7 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
       c_all(c_all_), gates(gates_), dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_), dc0(dc0_),
       cache(cache_), h_mask(h_mask_), seed(seed_);
   STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
-  const Call call(x, weights, directions, batch_sizes, lengths, peephole, layer_norm);
+  const Call call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm);
   const Sizes& s = call.sizes;
   const int32_t grad = call.compute_type;
   BackwardParams p{};
@@ -412,38 +447,64 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
   p.dc0 = call.states_of(dc0, "dc0", s.H, grad);
   p.weights = call.weights;
   p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
-  // dweights: none, or for each direction w_ih, w_hh, (b), (w_hr), (w_ch), (ln_ih, ln_hh, ln_c, b_ln_c)
-  const i64 each = 2 + s.bias + s.projected + peephole + 4 * layer_norm;
-  STD_TORCH_CHECK(dweights.empty() || i64(dweights.size()) == each * s.D, "fastlstm: expected ", each,
-                  " weight gradients for each direction, got ", dweights.size());
-  for (i64 d = 0; d < s.D && !dweights.empty(); ++d) {
-    const Array* t = dweights.data() + d * each;
-    for (i64 k = 0; k < each; ++k) {
-      t[k].check_dtype("a weight gradient", grad);
-      STD_TORCH_CHECK(t[k].contiguous(), "fastlstm: weight gradients must be contiguous");
-    }
-    t[0].check_shape("gradient of weight_ih", {4 * s.H, s.I});
-    t[1].check_shape("gradient of weight_hh", {4 * s.H, s.P});
-    BackwardParams::Gradients& dw = p.dw[d];
-    dw.w_ih = t[0].data;
-    dw.w_hh = t[1].data;
-    t += 2;
-    const auto take = [&](void*& data, bool there, const char* name, std::initializer_list<i64> shape) {
-      if (!there) return;
-      t->check_shape(name, shape);
-      data = t++->data;
-    };
-    take(dw.b, s.bias, "gradient of the bias", {4 * s.H});
-    take(dw.w_hr, s.projected, "gradient of weight_hr", {s.P, s.H});
-    take(dw.w_ch, peephole, "gradient of weight_ch", {3 * s.H});
-    take(dw.ln_ih, layer_norm, "gradient of ln_ih", {4 * s.H});
-    take(dw.ln_hh, layer_norm, "gradient of ln_hh", {4 * s.H});
-    take(dw.ln_c, layer_norm, "gradient of ln_c", {s.H});
-    take(dw.b_ln_c, layer_norm, "gradient of bias_ln_c", {s.H});
-  }
+  set_weight_gradients(call, dweights, p);
   const PackedWeights packed(call, gates ? PackedWeights::kBackward : PackedWeights::kBoth, cache);
   p.packed = packed.backward();
   if (!gates) p.packed_forward = packed.forward();
+  p.threads = torch_threads();
+  cpu_kernels().backward(p);
+}
+
+void rnn_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle batch_sizes_,
+                 OptionalHandle lengths_, OptionalHandle reset_, bool relu, Handle y_, Handle h_n_,
+                 OptionalHandle cache_) {
+  const std::vector<Array> weights = to_arrays(weights_);
+  const Array x(x_), h0(h0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
+      cache(cache_);
+  const Call call(x, weights, directions, batch_sizes, lengths, 1);
+  const Sizes& s = call.sizes;
+  ForwardParams p{};
+  p.sizes = s;
+  p.dtype = call.dtype;
+  p.ragged = call.ragged;
+  p.x = call.shared_rows_of(x, "input", s.I, call.type);
+  p.y = call.rows_of(y, "y", s.P, call.type);
+  p.h0 = call.states_of(h0, "h0", s.P, call.type);
+  p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
+  call.set_reset(reset, p);
+  p.cell.relu = relu;
+  const PackedWeights packed(call, PackedWeights::kForward, cache);
+  p.packed = packed.forward();
+  p.threads = torch_threads();
+  cpu_kernels().forward(p);
+}
+
+void rnn_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle batch_sizes_,
+                 OptionalHandle lengths_, OptionalHandle reset_, bool relu, Handle y_, OptionalHandle dy_,
+                 OptionalHandle dh_n_, OptionalHandle dx_, OptionalHandle dh0_, const HandleList& dweights_,
+                 OptionalHandle cache_) {
+  const std::vector<Array> weights = to_arrays(weights_), dweights = to_arrays(dweights_);
+  const Array x(x_), h0(h0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), dy(dy_), dh_n(dh_n_),
+      dx(dx_), dh0(dh0_), cache(cache_);
+  const Call call(x, weights, directions, batch_sizes, lengths, 1);
+  const Sizes& s = call.sizes;
+  const int32_t grad = call.compute_type;
+  BackwardParams p{};
+  p.sizes = s;
+  p.dtype = call.dtype;
+  p.ragged = call.ragged;
+  p.x = call.shared_rows_of(x, "input", s.I, call.type);
+  p.y = call.rows_of(y, "y", s.P, call.type);
+  p.h0 = call.states_of(h0, "h0", s.P, call.type);
+  call.set_reset(reset, p);
+  p.dy = call.rows_of(dy, "dy", s.P, grad);
+  p.dh_n = call.states_of(dh_n, "dh_n", s.P, grad);
+  p.dx = call.shared_rows_of(dx, "dx", s.I, grad);
+  p.dh0 = call.states_of(dh0, "dh0", s.P, grad);
+  p.cell.relu = relu;
+  set_weight_gradients(call, dweights, p);
+  const PackedWeights packed(call, PackedWeights::kBackward, cache);
+  p.packed = packed.backward();
   p.threads = torch_threads();
   cpu_kernels().backward(p);
 }
@@ -454,6 +515,7 @@ Sizes layer_sizes(i64 input, i64 hidden, i64 projected, i64 directions) {
   s.H = hidden;
   s.P = projected ? projected : hidden;
   s.D = directions;
+  s.G = 4;
   s.projected = projected > 0;
   return s;
 }
@@ -481,6 +543,8 @@ std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 dir
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("lstm_fwd_cpu", TORCH_BOX(&lstm_fwd_cpu));
   m.impl("lstm_bwd_cpu", TORCH_BOX(&lstm_bwd_cpu));
+  m.impl("rnn_fwd_cpu", TORCH_BOX(&rnn_fwd_cpu));
+  m.impl("rnn_bwd_cpu", TORCH_BOX(&rnn_bwd_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {

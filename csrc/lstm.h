@@ -1,4 +1,4 @@
-// Parameters of one LSTM layer, shared by the bindings and the kernels. No torch header, no ISA-specific code.
+// Parameters of one LSTM or RNN layer, shared by the bindings and the kernels. No torch header, no ISA-specific code.
 //
 // Letters: T time steps, B batch, I input size, H hidden size, P projected size (H without projection),
 // D directions. Gate order is i, f, g, o. Strides count elements, not bytes. "Compute type" is float for
@@ -16,7 +16,10 @@ enum class Dtype { f32, f64, bf16, f16 };
 
 struct Sizes {
   i64 T, B, I, H, P, D;
+  i64 G;  // gates of a unit: 4, or the 1 of nn.RNN
   bool bias, projected, peephole, layer_norm;
+
+  i64 gate_units() const { return G * H; }
 };
 
 // Which rows exist. Sequences are kept in slots, longest first, so that the active slots of every step are a
@@ -42,6 +45,7 @@ struct States {
   i64 direction, batch;
 };
 
+// The shapes are those of an LSTM; an RNN has [H, ...] instead of [4H, ...].
 struct DirectionWeights {
   const void* w_ih;                           // [4H, I]
   const void* w_hh;                           // [4H, P]
@@ -51,8 +55,9 @@ struct DirectionWeights {
   const void *ln_ih, *ln_hh, *ln_c, *b_ln_c;  // [4H], [4H], [H], [H] or null without layer normalisation
 };
 
-// What a step of an LSTM has beyond the plain one, besides weights: see fastlstm/reference.py.
+// What a step has beyond that of a plain LSTM, besides weights: see fastlstm/reference.py.
 struct CellOptions {
+  bool relu;      // of an RNN, instead of tanh
   States h_mask;  // [D, B, P], compute type, or absent
   double zoneout_c, zoneout_h;
   bool random;  // which units stay is drawn from `seed`; otherwise zoneout is its expectation

@@ -51,6 +51,7 @@ inline const S* previous_cell(const BackwardParams& p, const LaneRows& rows, con
 template <class S, Cell kCell>
 class BackwardLane {
   static constexpr bool kByRow = kCell == Cell::regularised;
+  static constexpr bool kHasCell = kCell != Cell::rnn;
 
  public:
   // regularised: null for a plain cell.
@@ -60,7 +61,7 @@ class BackwardLane {
         packed_(static_cast<const S*>(p.packed) + direction * at_.size), chunk_(chunk), hidden_pitch_(pitch<S>(s_.H)),
         state_pitch_(pitch<S>(s_.P)), regularised_(regularised) {
     dh_ = Buffer<S>(rows_.rows * state_pitch_);
-    dc_ = Buffer<S>(rows_.rows * hidden_pitch_);
+    if (kHasCell) dc_ = Buffer<S>(rows_.rows * hidden_pitch_);
     if (s_.projected) {
       dm_ = Buffer<S>(rows_.rows * hidden_pitch_);
       dm_.zero();  // as for dgates
@@ -100,6 +101,7 @@ class BackwardLane {
   // Gate gradients of a range of rows.
   void pointwise(i64 row_begin, i64 row_end) {
     if constexpr (kByRow) return regularised_pointwise(row_begin, smaller(row_end, n_));
+    if constexpr (!kHasCell) return rnn_pointwise(row_begin, smaller(row_end, n_));
     const S* dm = (s_.projected ? dm_ : dh_).get();
     const i64 dm_pitch = s_.projected ? hidden_pitch_ : state_pitch_;
     for (i64 i = row_begin; i < smaller(row_end, n_); ++i) {
@@ -137,8 +139,8 @@ class BackwardLane {
     if (n_ == 0 || (!p_.dh0.data && rows_.starts(0, t_))) return;  // nobody asks: all rows start at this step
     for (i64 panel = panel_begin; panel < panel_end; ++panel) {
       const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
-      multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, 4 * s_.H,
-                        packed_ + at_.w_hh + panel * 4 * s_.H * kPanel<S>, {&dh_[begin], state_pitch_}, width);
+      multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
+                        packed_ + at_.w_hh + panel * s_.gate_units() * kPanel<S>, {&dh_[begin], state_pitch_}, width);
       if (kByRow) finish_hidden(begin, width);
     }
   }
@@ -148,7 +150,7 @@ class BackwardLane {
       for (i64 i = 0; i < n_; ++i)
         if (resets(p_, t_, rows_.batch(i))) {
           std::memset(&dh_[i * state_pitch_], 0, size_t(state_pitch_) * sizeof(S));
-          std::memset(&dc_[i * hidden_pitch_], 0, size_t(hidden_pitch_) * sizeof(S));
+          if (kHasCell) std::memset(&dc_[i * hidden_pitch_], 0, size_t(hidden_pitch_) * sizeof(S));
         }
     for (i64 i = n_; i-- > 0 && rows_.starts(i, t_);) store_state(i);
   }
@@ -176,6 +178,23 @@ class BackwardLane {
   i64 row(i64 i) const { return first_ + rows_.slot(i); }
   const S* gates_at(i64 i, i64 b) const {
     return chunk_.gates ? chunk_.gates_row(row(i)) : element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
+  }
+
+  // pointwise() of an RNN: the derivative of its activation follows from h.
+  void rnn_pointwise(i64 row_begin, i64 row_end) const {
+    for (i64 i = row_begin; i < row_end; ++i) {
+      const i64 b = rows_.batch(i), y = rows_.offset(p_.y, t_, b);
+      const S* dy = p_.dy.data ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, b)) : nullptr;
+      for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
+        alignas(64) S values[kLanes<S>] = {};
+        convert_in(values, p_.y.data, p_.dtype, y + unit, n);
+        const Vec<S> h = load(values);
+        Vec<S> dh = load_n(&dh_[i * state_pitch_ + unit], n);
+        if (dy) dh += load_n(dy + unit, n);
+        // Where h is NaN the gradient passes relu, as in PyTorch.
+        store_n(chunk_.dgates_row(row(i)) + unit, p_.cell.relu ? (h <= 0 ? Vec<S>{} : dh) : dh * (1 - h * h), n);
+      });
+    }
   }
 
   // pointwise() of regularised cells, by stages of a few rows as in ForwardLane::update_rows.
@@ -323,10 +342,12 @@ class BackwardLane {
   }
   void load_state(i64 i) {
     const i64 b = rows_.batch(i);
-    S *dh = &dh_[i * state_pitch_], *dc = &dc_[i * hidden_pitch_];
+    S* dh = &dh_[i * state_pitch_];
     std::memset(dh, 0, size_t(state_pitch_) * sizeof(S));
-    std::memset(dc, 0, size_t(hidden_pitch_) * sizeof(S));
     if (p_.dh_n.data) std::memcpy(dh, element<S>(p_.dh_n.data, rows_.offset(p_.dh_n, b)), size_t(s_.P) * sizeof(S));
+    if (!kHasCell) return;
+    S* dc = &dc_[i * hidden_pitch_];
+    std::memset(dc, 0, size_t(hidden_pitch_) * sizeof(S));
     if (p_.dc_n.data) std::memcpy(dc, element<S>(p_.dc_n.data, rows_.offset(p_.dc_n, b)), size_t(s_.H) * sizeof(S));
   }
   void store_state(i64 i) const {
@@ -360,12 +381,12 @@ class BackwardDirection {
         packed_(static_cast<const S*>(p.packed) + direction * at_.size), dw_(p.dw[direction]),
         regularised_(regularised), capacity_(capacity) {
     const i64 rows = capacity * s_.B;
-    chunk.gate_pitch = pitch<S>(4 * s_.H);
+    chunk.gate_pitch = pitch<S>(s_.gate_units());
     chunk.hidden_pitch = pitch<S>(s_.H);
     chunk.state_pitch = pitch<S>(s_.P);
     chunk.dgates = zeros(rows * chunk.gate_pitch);
     if (s_.projected) chunk.dhidden = zeros(rows * chunk.state_pitch);
-    if (!p.gates.data) chunk.gates = Buffer<S>(rows * chunk.gate_pitch);
+    if (s_.G > 1 && !p.gates.data) chunk.gates = Buffer<S>(rows * chunk.gate_pitch);
     if (regularised && dw_.w_hr) chunk.m = Buffer<S>(rows * chunk.hidden_pitch);
     if (s_.layer_norm) {
       chunk.inputs = zeros(rows * chunk.gate_pitch);
@@ -383,7 +404,7 @@ class BackwardDirection {
     }
     chunk.start = Buffer<i64>(capacity + 1);
     if (dw_.w_ih) {
-      gates_ = WeightGrad<S>(s_.layer_norm ? s_.I : s_.I + s_.P + 1, 4 * s_.H);
+      gates_ = WeightGrad<S>(s_.layer_norm ? s_.I : s_.I + s_.P + 1, s_.gate_units());
       if (s_.layer_norm) recurrent_ = WeightGrad<S>(s_.P, 4 * s_.H);
       vectors_ = zeros(tiles() * vectors() * kLanes<S>);
     }
@@ -558,8 +579,8 @@ class BackwardDirection {
     constexpr i64 kGroup = kTileRows * 8;
     for (i64 first = row_begin; first < row_end; first += kGroup) {
       const i64 n = smaller(kGroup, row_end - first);
-      multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, 4 * s_.H,
-                        packed_ + at_.w_ih + panel * 4 * s_.H * kPanel<S>, {sum[0], kPanel<S>}, width);
+      multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(),
+                        packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, {sum[0], kPanel<S>}, width);
       for (i64 i = 0; i < n; ++i) {
         i64 t, slot;
         locate(first + i, t, slot);
@@ -613,7 +634,7 @@ class BackwardDirection {
     const auto write = [&](const WeightGrad<S>& grad, void* out, i64 k_begin, i64 count) {
       if (out)
         grad.copy_panel(panel, k_begin, count,
-                        [&](i64 q) { return static_cast<S*>(out) + gate_row<S>(s_.H, q) * count; });
+                        [&](i64 q) { return static_cast<S*>(out) + gate_row<S>(s_, q) * count; });
     };
     write(gates_, dw_.w_ih, 0, s_.I);
     if (s_.layer_norm) return write(recurrent_, dw_.w_hh, 0, s_.P);  // the bias is one of the vectors
@@ -629,9 +650,9 @@ class BackwardDirection {
     const auto zero = [](void* out, i64 n) {
       if (out) std::memset(out, 0, size_t(n) * sizeof(S));
     };
-    zero(dw_.w_ih, 4 * s_.H * s_.I);
-    zero(dw_.w_hh, 4 * s_.H * s_.P);
-    zero(dw_.b, 4 * s_.H);
+    zero(dw_.w_ih, s_.gate_units() * s_.I);
+    zero(dw_.w_hh, s_.gate_units() * s_.P);
+    zero(dw_.b, s_.gate_units());
     zero(dw_.w_hr, s_.P * s_.H);
   }
 
@@ -713,7 +734,7 @@ void backward_layer(const BackwardParams& p) {
   using Direction = BackwardDirection<S>;
   const Sizes& s = p.sizes;
   const Plan plan = make_plan<S>(s, p.threads.count);
-  const i64 batch = larger(s.B, 1), step_bytes = batch * 4 * s.H * i64(sizeof(S));
+  const i64 batch = larger(s.B, 1), step_bytes = batch * s.gate_units() * i64(sizeof(S));
   // Layer normalisation keeps several times as much of a row.
   const i64 share_of = s.layer_norm ? kNormalisedShare : 1;
   const i64 capacity =
@@ -750,7 +771,8 @@ void backward_layer(const BackwardParams& p) {
   for (i64 first = 0; first < s.T; first += capacity) {
     const i64 steps = smaller(capacity, s.T - first);
     for (i64 d = 0; d < s.D; ++d) directions[d]->begin_chunk(first, steps);
-    if (!p.gates.data) by_rows([](const Direction& direction, i64 a, i64 b) { direction.recompute(a, b); });
+    if (kCell != Cell::rnn && !p.gates.data)
+      by_rows([](const Direction& direction, i64 a, i64 b) { direction.recompute(a, b); });
     if (!plan.split_units) {
       parallel(p.threads, lane_count, [&](i64 k) {
         const Direction& direction = *directions[k / plan.lanes];

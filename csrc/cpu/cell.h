@@ -9,7 +9,7 @@
 namespace fastlstm {
 namespace {
 
-enum class Cell { lstm, regularised };
+enum class Cell { lstm, regularised, rnn };
 
 constexpr i64 kRowGroup = 8;  // rows that go through each stage of a cell together, so that none waits for one row
 
@@ -168,7 +168,7 @@ struct Regularised {
       ln_ih = Buffer<S>(4 * s.H);
       ln_hh = Buffer<S>(4 * s.H);
       for (i64 q = 0; q < 4 * s.H; ++q) {
-        const i64 row = gate_row<S>(s.H, q);
+        const i64 row = gate_row<S>(s, q);
         bias[q] = s.bias ? b_ih.get()[row] + b_hh.get()[row] : S(0);
         ln_ih[q] = of_ih.get()[row];
         ln_hh[q] = of_hh.get()[row];

@@ -14,6 +14,8 @@ namespace {
 template <class S, Cell cell>
 class ForwardLane {
   static constexpr bool kByRow = cell == Cell::regularised;
+  static constexpr bool kHasCell = cell != Cell::rnn;
+  static constexpr i64 kTileUnits = kHasCell ? kLanes<S> : kPanel<S>;
 
  public:
   // regularised: null for a plain cell.
@@ -27,7 +29,7 @@ class ForwardLane {
     const i64 n = rows_.rows;
     h_ = Buffer<S>(n * state_pitch_);
     h_next_ = Buffer<S>(n * state_pitch_);
-    c_ = Buffer<S>(n * hidden_pitch_);
+    if (kHasCell) c_ = Buffer<S>(n * hidden_pitch_);
     if (s_.projected) m_ = Buffer<S>(n * hidden_pitch_);
     x_row_ = Buffer<const S*>(n * steps_);
     rows_out_ = Buffer<S*>(3 * n);
@@ -88,7 +90,7 @@ class ForwardLane {
       for (i64 i = 0; i < n_; ++i)
         if (p_.reset[t_ * p_.reset_step + rows_.batch(i) * p_.reset_batch]) {
           std::memset(&h_[i * state_pitch_], 0, size_t(state_pitch_) * sizeof(S));
-          std::memset(&c_[i * hidden_pitch_], 0, size_t(hidden_pitch_) * sizeof(S));
+          if (kHasCell) std::memset(&c_[i * hidden_pitch_], 0, size_t(hidden_pitch_) * sizeof(S));
           if (h_masked_) std::memset(&h_masked_[i * state_pitch_], 0, size_t(state_pitch_) * sizeof(S));
         }
   }
@@ -114,7 +116,7 @@ class ForwardLane {
         for_row_tiles(n_, [&](i64 first, auto height) { gates_block<decltype(height)::value, 1>(first, tile); });
     }
     if (!s_.projected && !stores_y_ && !kByRow)
-      emit_hidden(tile_begin * kLanes<S>, smaller(tile_end * kLanes<S>, s_.H) - tile_begin * kLanes<S>);
+      emit_hidden(tile_begin * kTileUnits, smaller(tile_end * kTileUnits, s_.H) - tile_begin * kTileUnits);
   }
 
   // What follows the gate sums, for a range of rows; with a projection, as far as that.
@@ -279,12 +281,29 @@ class ForwardLane {
 #pragma GCC unroll 24
       for (int v = 0; v < P * kPanelVectors; ++v)
         store(&gates[r * P + v / kPanelVectors][v % kPanelVectors * kLanes<S>], acc[r][v]);
+    if constexpr (!kHasCell) {
+#pragma GCC unroll 1
+      for (int k = 0; k < R * P; ++k) activate_hidden(gates[k], first + k / P, (tile + k % P) * kPanel<S>);
+      return;
+    }
 #pragma GCC unroll 1
     for (int k = 0; k < R * P; ++k) activate(gates[k], kLanes<S>);
 #pragma GCC unroll 1
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 1
       for (int p = 0; p < P; ++p) update_units(gates[r * P + p], first + r, (tile + p) * kLanes<S>);
+  }
+
+  // Hidden state of kPanel units of one row of an RNN, from their sums.
+  FASTLSTM_INLINE void activate_hidden(const S* sums, i64 row, i64 unit) const {
+#pragma GCC unroll 4
+    for (i64 v = 0; v < kPanelVectors; ++v, unit += kLanes<S>) {
+      if (unit >= s_.H) return;
+      const Vec<S> z = load(sums + v * kLanes<S>);
+      const Vec<S> hidden = p_.cell.relu ? (z < 0 ? Vec<S>{} : z) : tanh(z);  // NaN stays NaN
+      store(out_ + row * out_pitch_ + unit, hidden);
+      if (stores_y_) store_n(y_row_[row] + unit, hidden, smaller(kLanes<S>, s_.H - unit));
+    }
   }
 
   // Cell and hidden state of kLanes units of one row, from its activated gates.
@@ -333,17 +352,19 @@ class ForwardLane {
 
   void load_state(i64 i) {
     const i64 b = rows_.batch(i);
-    S *h = &h_[i * state_pitch_], *c = &c_[i * hidden_pitch_];
+    S* h = &h_[i * state_pitch_];
     std::memset(h, 0, size_t(state_pitch_) * sizeof(S));
-    std::memset(c, 0, size_t(hidden_pitch_) * sizeof(S));
     if (p_.h0.data) convert_in(h, p_.h0.data, p_.dtype, rows_.offset(p_.h0, b), s_.P);
-    if (p_.c0.data) convert_in(c, p_.c0.data, p_.dtype, rows_.offset(p_.c0, b), s_.H);
     if (h_masked_) mask_hidden(i, h);
+    if (!kHasCell) return;
+    S* c = &c_[i * hidden_pitch_];
+    std::memset(c, 0, size_t(hidden_pitch_) * sizeof(S));
+    if (p_.c0.data) convert_in(c, p_.c0.data, p_.dtype, rows_.offset(p_.c0, b), s_.H);
   }
   void store_state(i64 i) {
     const i64 b = rows_.batch(i);
     convert_out(p_.h_n.data, p_.dtype, rows_.offset(p_.h_n, b), &h_[i * state_pitch_], s_.P);
-    convert_out(p_.c_n.data, p_.dtype, rows_.offset(p_.c_n, b), &c_[i * hidden_pitch_], s_.H);
+    if (kHasCell) convert_out(p_.c_n.data, p_.dtype, rows_.offset(p_.c_n, b), &c_[i * hidden_pitch_], s_.H);
   }
 
   const ForwardParams& p_;

@@ -37,7 +37,9 @@ void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights,
 // Calls f with the cell of a call.
 template <class F>
 void with_cell(const Sizes& s, const CellOptions& cell, const F& f) {
-  if (s.peephole || s.layer_norm || cell.h_mask.data || cell.zoneout_c > 0 || cell.zoneout_h > 0)
+  if (s.G == 1)
+    f(std::integral_constant<Cell, Cell::rnn>());
+  else if (s.peephole || s.layer_norm || cell.h_mask.data || cell.zoneout_c > 0 || cell.zoneout_h > 0)
     f(std::integral_constant<Cell, Cell::regularised>());
   else
     f(std::integral_constant<Cell, Cell::lstm>());

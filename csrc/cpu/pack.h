@@ -3,6 +3,7 @@
 // Gate units are kept in tile order: for every tile of kLanes hidden units, gate i of these units, then f, g, o.
 // Forward panels hold one tile each; tails are padded with zeros, so padded units stay exactly zero.
 // In backward a row of 4H gate gradients is in tile order without padding.
+// With one gate a tile is a panel of hidden units, and tile order is no other order.
 #pragma once
 
 #include "gemm.h"
@@ -16,7 +17,7 @@ template <class S>
 struct ForwardPack {
   i64 tiles, out_panels, bias = 0, w_ih, w_hh, w_hr, size;
   explicit ForwardPack(const Sizes& s) {
-    tiles = ceil_div(s.H, kLanes<S>);
+    tiles = ceil_div(s.H, s.G == 1 ? kPanel<S> : kLanes<S>);
     out_panels = s.projected ? ceil_div(s.P, kPanel<S>) : 0;
     w_ih = bias + tiles * kPanel<S>;             // bias [tiles][kPanel]
     w_hh = w_ih + tiles * s.I * kPanel<S>;       // w_ih [tiles][I][kPanel]
@@ -31,16 +32,17 @@ struct BackwardPack {
     in_panels = ceil_div(s.I, kPanel<S>);
     state_panels = ceil_div(s.P, kPanel<S>);
     hidden_panels = s.projected ? ceil_div(s.H, kPanel<S>) : 0;
-    w_hh = w_ih + in_panels * 4 * s.H * kPanel<S>;     // w_ih [panels of I][4H][kPanel]
-    w_hr = w_hh + state_panels * 4 * s.H * kPanel<S>;  // w_hh [panels of P][4H][kPanel]
-    size = w_hr + hidden_panels * s.P * kPanel<S>;     // w_hr [panels of H][P][kPanel]
+    w_hh = w_ih + in_panels * s.gate_units() * kPanel<S>;     // w_ih [panels of I][4H][kPanel]
+    w_hr = w_hh + state_panels * s.gate_units() * kPanel<S>;  // w_hh [panels of P][4H][kPanel]
+    size = w_hr + hidden_panels * s.P * kPanel<S>;            // w_hr [panels of H][P][kPanel]
   }
 };
 
 // The row of gate unit q (its place in tile order) in PyTorch's [4H, ...] weights.
 template <class S>
-inline i64 gate_row(i64 H, i64 q) {
-  const i64 first = q / kPanel<S> * kLanes<S>, width = smaller(kLanes<S>, H - first), k = q % kPanel<S>;
+inline i64 gate_row(const Sizes& s, i64 q) {
+  if (s.G == 1) return q;
+  const i64 H = s.H, first = q / kPanel<S> * kLanes<S>, width = smaller(kLanes<S>, H - first), k = q % kPanel<S>;
   return k / width * H + first + k % width;
 }
 
@@ -94,14 +96,15 @@ class AsCompute {
 template <class S>
 inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
   const ForwardPack<S> at(s);
-  const AsCompute<S> w_ih(w.w_ih, dtype, 4 * s.H * s.I), w_hh(w.w_hh, dtype, 4 * s.H * s.P);
-  const AsCompute<S> b_ih(w.b_ih, dtype, 4 * s.H), b_hh(w.b_hh, dtype, 4 * s.H);
+  const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
+  const AsCompute<S> b_ih(w.b_ih, dtype, s.gate_units()), b_hh(w.b_hh, dtype, s.gate_units());
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
   const bool add_bias = s.bias && !s.layer_norm;  // layer normalisation takes the products alone
   for (i64 tile = 0; tile < at.tiles; ++tile) {
-    const i64 first = tile * kLanes<S>, lanes = smaller(kLanes<S>, s.H - first);
-    for (i64 gate = 0; gate < 4; ++gate) {
-      const i64 row = gate * s.H + first, column = gate * kLanes<S>;
+    for (i64 v = 0; v < kPanelVectors; ++v) {
+      const i64 first = (s.G == 1 ? tile * kPanelVectors + v : tile) * kLanes<S>, column = v * kLanes<S>;
+      const i64 lanes = larger(0, smaller(kLanes<S>, s.H - first));
+      const i64 row = lanes == 0 ? 0 : s.G == 1 ? first : v * s.H + first;
       transpose_lanes(packed + at.w_ih + tile * s.I * kPanel<S> + column, kPanel<S>, w_ih.get() + row * s.I, s.I,
                       lanes);
       transpose_lanes(packed + at.w_hh + tile * s.P * kPanel<S> + column, kPanel<S>, w_hh.get() + row * s.P, s.P,
@@ -132,12 +135,12 @@ inline void pack_row(S* panels, i64 K, i64 k, const S* row, i64 n) {
 template <class S>
 inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
   const BackwardPack<S> at(s);
-  const AsCompute<S> w_ih(w.w_ih, dtype, 4 * s.H * s.I), w_hh(w.w_hh, dtype, 4 * s.H * s.P);
+  const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
-  for (i64 q = 0; q < 4 * s.H; ++q) {
-    const i64 row = gate_row<S>(s.H, q);
-    pack_row(packed + at.w_ih, 4 * s.H, q, w_ih.get() + row * s.I, s.I);
-    pack_row(packed + at.w_hh, 4 * s.H, q, w_hh.get() + row * s.P, s.P);
+  for (i64 q = 0; q < s.gate_units(); ++q) {
+    const i64 row = gate_row<S>(s, q);
+    pack_row(packed + at.w_ih, s.gate_units(), q, w_ih.get() + row * s.I, s.I);
+    pack_row(packed + at.w_hh, s.gate_units(), q, w_hh.get() + row * s.P, s.P);
   }
   if (s.projected)
     for (i64 p = 0; p < s.P; ++p) pack_row(packed + at.w_hr, s.P, p, w_hr.get() + p * s.H, s.H);

@@ -23,8 +23,8 @@ constexpr i64 kProjectRows = 96;            // rows that amortise one pass over 
 
 template <class S>
 Plan make_plan(const Sizes& s, int threads) {
-  const double flops = 8.0 * double(s.H) * double(s.I + s.P);  // one row, one step
-  const i64 weight_bytes = 4 * s.H * (s.I + s.P) * i64(sizeof(S));
+  const double flops = 2.0 * double(s.gate_units()) * double(s.I + s.P);  // one row, one step
+  const i64 weight_bytes = s.gate_units() * (s.I + s.P) * i64(sizeof(S));
   const i64 batch = larger(s.B, 1);
 
   const i64 worthwhile = larger(1, i64(flops * double(batch * s.T) / kForkFlops));
