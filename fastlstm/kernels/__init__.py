@@ -4,6 +4,6 @@ Only :mod:`fastlstm.backends` imports it, when a layer is to run on it: the rest
 works without Triton.
 """
 
-from .layer import describe, lstm_bwd, lstm_fwd, obstacle
+from .layer import describe, lstm_bwd, lstm_fwd, obstacle, rnn_bwd, rnn_fwd
 
-__all__ = ["describe", "lstm_bwd", "lstm_fwd", "obstacle"]
+__all__ = ["describe", "lstm_bwd", "lstm_fwd", "obstacle", "rnn_bwd", "rnn_fwd"]

@@ -32,7 +32,7 @@ from .cells import (
 )
 from .config import Plan, backward_plan, padded
 from .launch import device_of, dot_precision, is_fast, launch, shape_of
-from .operands import Normalised, product, product_into, products, project
+from .operands import Normalised, input_gradient, product, product_into, products, project
 from .primitives import first_row, load_bias, operand, stack_gates, stacked_rows
 from .rows import Rows
 
@@ -292,11 +292,9 @@ def launch_lstm_bwd(
     if rows.padded and (dweights is not None or cell.layer_norm):
         # Whatever x holds there must not meet the zeros of dgates.
         x_rows = torch.where(rows.real(), x_rows, 0)
-    h_before = [
-        rows.before(y_rows[:, d * P : (d + 1) * P], None if h0 is None else h0[d].to(dtype), d)
-        for d in range(D)
-        if gates is None or dweights is not None
-    ]
+    h_before = []
+    if gates is None or dweights is not None:
+        h_before = rows.states_before(y_rows, h0, D)
     if cell.h_mask is not None:
         for h, mask in zip(h_before, cell.h_mask, strict=False):
             h *= rows.of_sequences(mask)
@@ -337,7 +335,7 @@ def launch_lstm_bwd(
             # Zeros are normalised with a factor of 316: float16 overflows, and 0 * inf is NaN.
             d_products.masked_fill_((h == 0).all(-1, keepdim=True), 0)
     if dx is not None:
-        _input_gradient(dx.view(x_rows.shape), through_x, groups)
+        input_gradient(dx.view(x_rows.shape), through_x, groups)
     if dweights is None:
         return
     for d, target in enumerate(dweights):
@@ -386,13 +384,6 @@ def _through(side: Normalised, dgates: Tensor, gains: Sequence[Tensor | None]) -
     """The gradients of products, from those of the gates that they are normalised for."""
     gain = torch.stack([g for g in gains if g is not None])[:, None].float()
     return side.gradient(dgates * gain).to(dgates.dtype)
-
-
-def _input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Weights]) -> None:
-    if len(groups) == 1:
-        product_into(dx, dgates[0], groups[0].w_ih)
-    else:
-        dx.copy_(product(dgates[0], groups[0].w_ih) + product(dgates[1], groups[1].w_ih))
 
 
 def _launch_sequence(

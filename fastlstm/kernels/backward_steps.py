@@ -260,8 +260,14 @@ def launch_lstm_bwd_steps(
         )
     if dc0 is not None:
         dc0.copy_(dc)
-    if dh0 is None:
-        return
+    if dh0 is not None:
+        start_gradient(dh0, dgates, groups, rows, dh_n)
+
+
+def start_gradient(
+    dh0: Tensor, dgates: Tensor, groups: Sequence[Weights], rows: Rows, dh_n: Tensor | None
+) -> None:
+    """Write dh0 [D, B, P] from the gradients [D, rows, n] of what w_hh was applied to."""
     for direction, group in enumerate(groups):
         first = rows.first(direction)
         start = product(dgates[direction].index_select(0, first), group.w_hh)

@@ -32,6 +32,7 @@ __all__ = [
     "obstacle",
     "override",
     "padded",
+    "rnn_plan",
 ]
 
 # The exchange of a persistent launch cannot be tested without a GPU: until it has been, it is
@@ -145,6 +146,15 @@ def backward_plan(shape: Shape, device: Device) -> Plan:
         ValueError: the overridden regime cannot compute this shape.
     """
     return _plan((_backward_sequence, _backward_spread), shape, device)
+
+
+def rnn_plan(shape: Shape, device: Device) -> Plan:
+    """The plan of both passes of nn.RNN; its tile is as high as a program has units.
+
+    Raises:
+        ValueError: the overridden regime cannot compute this shape.
+    """
+    return _plan((_rnn_sequence, _rnn_spread), shape, device)
 
 
 def _plan(makers: Any, shape: Shape, device: Device) -> Plan:
@@ -355,3 +365,28 @@ def _backward_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
     return Plan(
         chosen, units, batch, chunk, False, False, warps, 3, "W_hh is spread over programs"
     )
+
+
+def _rnn_sequence(shape: Shape, device: Device) -> Plan | None:
+    units = padded(shape.H)
+    widest = 256 if shape.element == 2 else 128
+    if units > widest or shape.precision == "ieee":
+        return None
+    warps = {16: 1, 32: 2, 64: 4}.get(units, 8)
+    for batch, stages in product(_sequence_batches(shape, device), (3, 2)):
+        # h as an operand, y on its way out; of each stage x, or y and its gradient
+        room = batch * units * (2 * shape.element + 8 * (stages - 1))
+        if shape.element * units * units + room <= device.shared_bytes:
+            return Plan(
+                "sequence", units, batch, units, True, False, warps, stages,
+                "W_hh fits one multiprocessor",
+            )  # fmt: skip
+    return None
+
+
+def _rnn_spread(shape: Shape, device: Device, regime: str | None) -> Plan:
+    if regime == "persistent":
+        raise ValueError("the persistent regime has no nn.RNN")
+    chunk = 16 if shape.precision == "ieee" else 128 // shape.element
+    warps = 8 if shape.precision == "ieee" else 4
+    return Plan("steps", 64, 16, chunk, False, False, warps, 3, "W_hh is spread over programs")

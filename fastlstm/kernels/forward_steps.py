@@ -174,7 +174,7 @@ def launch_lstm_fwd_steps(
     forward, reverse = groups[0], groups[-1] if D == 2 else None
     projected = project(x.reshape(-1, x.shape[-1]), groups)
     for direction, group in enumerate(groups):
-        _add_start(projected[direction], h0, group, rows, direction)
+        add_start(projected[direction], h0, group, rows, direction)
     c = torch.zeros_like(c_n, dtype=torch.float32)
     if c0 is not None:
         c.copy_(c0)
@@ -229,18 +229,22 @@ def launch_lstm_fwd_steps(
                 target = y.view(rows.count, D * P)[at, direction * P : (direction + 1) * P]
                 product_into(target, hidden, group.w_hr.T)
     c_n.copy_(c)
-    for direction in range(D):
-        last = y.view(rows.count, D * P).index_select(0, rows.first(1 - direction))
-        h_n[direction] = last[:, direction * P : (direction + 1) * P]
+    final_states(h_n, y.view(rows.count, D * P), h0, rows)
+
+
+def final_states(h_n: Tensor, y: Tensor, h0: Tensor | None, rows: Rows) -> None:
+    """Write h_n [D, B, P] from y [rows, D*P]."""
+    for direction, states in enumerate(y.chunk(len(h_n), 1)):
+        h_n[direction] = states.index_select(0, rows.first(1 - direction))
         if rows.padded:
             start = 0 if h0 is None else h0[direction]
             h_n[direction] = torch.where(rows.empty(), start, h_n[direction])
 
 
-def _add_start(
+def add_start(
     projected: Tensor, h0: Tensor | None, group: Weights, rows: Rows, direction: int
 ) -> None:
-    """Add h0 through w_hh to the row [rows, 4H] where each sequence begins, unless it is reset."""
+    """Add h0 through w_hh to the row where each sequence begins, unless it is reset."""
     if h0 is None:
         return
     first = rows.first(direction)

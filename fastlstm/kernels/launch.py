@@ -86,6 +86,12 @@ def shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int, cell: Cell = 
     return Shape(T, B, *sizes, x.element_size(), precision_of(x), kind_of(cell))
 
 
+def rnn_shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int) -> Shape:
+    """The same of a layer of nn.RNN."""
+    H = groups[0].w_hh.shape[0]
+    return Shape(T, B, x.shape[-1], H, H, len(groups), x.element_size(), precision_of(x))
+
+
 def kind_of(cell: Cell) -> str:
     """The cell as a plan sees it."""
     if cell.layer_norm:

@@ -18,6 +18,7 @@ from .config import obstacle as obstacle_of
 from .forward import launch_lstm_fwd
 from .launch import INTERPRETED, device_of, kind_of, precision_of, shape_of
 from .operands import gradient_groups, groups
+from .rnn import launch_rnn_bwd, launch_rnn_fwd
 from .rows import Rows, layout
 
 Operator = Callable[..., None]
@@ -102,9 +103,7 @@ def lstm_bwd(
     cell = _cell(**options)
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
-        for gradient in (dx, dh0, dc0, *dweights):
-            if gradient is not None:
-                gradient.zero_()
+        _zero(dx, dh0, dc0, *dweights)
         return
     found = groups(weights, directions, cell)
     _refuse(x, found, rows, cell)
@@ -112,6 +111,56 @@ def lstm_bwd(
         x, found, cell, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
         dy, _contiguous(dh_n), _contiguous(dc_n), dc_all,
         dx, dh0, dc0, gradient_groups(dweights, found),
+    )  # fmt: skip
+
+
+@_plainly
+def rnn_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    relu: bool,
+    y: Tensor,
+    h_n: Tensor,
+    cache: Tensor | None,
+) -> None:
+    """Write the outputs of one layer of nn.RNN."""
+    rows = layout(x, batch_sizes, lengths, reset)
+    if rows.count > 0:
+        launch_rnn_fwd(x, groups(weights, directions), rows, _contiguous(h0), relu, y, h_n)
+
+
+@_plainly
+def rnn_bwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    relu: bool,
+    y: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dx: Tensor | None,
+    dh0: Tensor | None,
+    dweights: Sequence[Tensor],
+    cache: Tensor | None,
+) -> None:
+    """Write the gradients of one layer of nn.RNN."""
+    rows = layout(x, batch_sizes, lengths, reset)
+    if rows.count == 0:
+        _zero(dx, dh0, *dweights)
+        return
+    found = groups(weights, directions)
+    launch_rnn_bwd(
+        x, found, rows, _contiguous(h0), relu, y, dy, _contiguous(dh_n),
+        dx, dh0, gradient_groups(dweights, found),
     )  # fmt: skip
 
 
@@ -149,10 +198,16 @@ def _cell(
     return Cell(peephole, layer_norm, _contiguous(h_mask), (zoneout_c, zoneout_h), seed)
 
 
+def _zero(*gradients: Tensor | None) -> None:
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+
+
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-for _name, _function in (("lstm_fwd_triton", lstm_fwd), ("lstm_bwd_triton", lstm_bwd)):
+for _function in (lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd):
     for _key in _DISPATCH_KEYS:
-        impl(f"fastlstm::{_name}", _key, _function)
+        impl(f"fastlstm::{_function.__name__}_triton", _key, _function)

@@ -66,6 +66,14 @@ def products(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Weights]) -> None:
+    """dx [rows, I] from the gradients [D, rows, n] of what w_ih was applied to."""
+    if len(groups) == 1:
+        product_into(dx, dgates[0], groups[0].w_ih)
+    else:
+        dx.copy_(product(dgates[0], groups[0].w_ih) + product(dgates[1], groups[1].w_ih))
+
+
 class Normalised(NamedTuple):
     """Rows [..., n] at mean 0 and variance 1."""
 

@@ -59,6 +59,13 @@ class Rows:
         t = (self.lengths - 1).clamp(min=0)
         return b + (t * self.B if self.offsets is None else self.offsets[t])
 
+    def states_before(self, y: Tensor, h0: Tensor | None, directions: int) -> list[Tensor]:
+        """h before every row [rows, P] of each direction; y [rows, D*P], h0 [D, B, P]."""
+        return [
+            self.before(states, None if h0 is None else h0[d].to(y.dtype), d)
+            for d, states in enumerate(y.chunk(directions, 1))
+        ]
+
     def before(self, values: Tensor, start: Tensor | None, direction: int) -> Tensor:
         """values [rows, n] at the step before in this direction.
 
