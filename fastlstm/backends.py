@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import extension
+from fastlstm import extension, ops
 from fastlstm.reference import Cell
 
 __all__ = ["backend", "backends", "explain", "select"]
@@ -202,6 +202,18 @@ def _load_triton() -> str | None:
     except (ImportError, AttributeError) as error:  # of a broken Triton, or one of long ago
         return f"Triton cannot be loaded: {error}"
     return None
+
+
+def _require_triton() -> None:
+    error = _load_triton()
+    if error is not None:
+        raise RuntimeError(f"the triton kernels are not available here: {error}")
+
+
+ops.load_on_first_use(
+    (ops.lstm_fwd_triton, ops.lstm_bwd_triton, ops.rnn_fwd_triton, ops.rnn_bwd_triton),
+    _require_triton,
+)
 
 
 def _triton_detail() -> str:

@@ -53,3 +53,6 @@ def plan(T: int, B: int, I: int, H: int, P: int, D: int, threads: int) -> str:
     """
     load()
     return ops.cpu_plan(T, B, I, H, P if P != H else 0, D, threads)
+
+
+ops.load_on_first_use((ops.lstm_fwd_cpu, ops.lstm_bwd_cpu, ops.rnn_fwd_cpu, ops.rnn_bwd_cpu), load)

@@ -22,8 +22,11 @@ The operators of ``nn.RNN`` have one gate, ``w_ih [H, I]`` and ``w_hh [H, H]``, 
 but y for backward.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch.library import Library, register_fake
+from torch.library import Library, impl, register_fake
 
 _INPUTS = (
     "Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0, "
@@ -94,3 +97,25 @@ def triton_keeps_gates(hidden: int) -> bool:
     large, that product is not small.
     """
     return hidden > 128
+
+
+def load_on_first_use(operators: tuple[Any, ...], load: Callable[[], None]) -> None:
+    """Let the operators call `load`, which registers their kernels, where they have none yet.
+
+    A program of torch.export calls them without anyone having asked for a backend before.
+    """
+    loaded = False
+
+    def bind(operator: Any) -> Callable[..., None]:
+        def kernel(*args: Any, **options: Any) -> None:
+            nonlocal loaded
+            if loaded:
+                raise RuntimeError(f"{operator.name()} has no kernel for tensors on this device")
+            load()
+            loaded = True
+            operator(*args, **options)
+
+        return kernel
+
+    for operator in operators:
+        impl(operator.name(), "CompositeExplicitAutograd", bind(operator))
