@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fastlstm import autograd, reference
+from fastlstm import autograd, onnx, reference
 from fastlstm.autograd import Cache
 from fastlstm.backends import Demand, select
 from fastlstm.checks import (
@@ -120,9 +120,7 @@ def lstm(
         own = cell
         if noisy:
             own, weights = _draw(cell, call, weights, recurrent_dropout, weight_dropout)
-        run: Any = reference.lstm_layer
-        if call.backend != "reference":
-            run = partial(autograd.lstm_layer, kernels=call.backend)
+        run = _implementation("lstm_layer", call.backend)
         y, h_n, c_n, c_all = run(
             call.x,
             weights,
@@ -184,9 +182,7 @@ def rnn(
     relu = nonlinearity == "relu"
 
     def compute(call: _Layer, weights: Sequence[Tensor], states: Sequence[Any], cache: Any) -> Any:
-        run: Any = reference.rnn_layer
-        if call.backend != "reference":
-            run = partial(autograd.rnn_layer, kernels=call.backend)
+        run = _implementation("rnn_layer", call.backend)
         y, h_n = run(call.x, weights, *states, relu=relu, **call.layout, cache=cache)
         return y, (h_n,), None
 
@@ -199,6 +195,13 @@ def rnn(
         caches,
     )  # fmt: skip
     return y, h_n
+
+
+def _implementation(name: str, backend: str) -> Any:
+    """The function lstm_layer or rnn_layer of a backend."""
+    if backend in ("reference", "onnx"):
+        return getattr(reference if backend == "reference" else onnx, name)
+    return partial(getattr(autograd, name), kernels=backend)
 
 
 class _Layer(NamedTuple):
@@ -264,7 +267,9 @@ def _recur(
     directions = 2 if bidirectional else 1
     units, projected = weights[1].shape
     hidden = units if kind == "RNN" else units // 4
-    if special is None:
+    if onnx.is_exporting():
+        backend = "onnx"
+    elif special is None:
         backend = select(x)
     else:
         inputs = (features, *(directions * projected,) * (num_layers - 1))
@@ -388,7 +393,7 @@ def lstm_cell(
             f"LSTMCell: expected input with a last dimension of {weights[0].shape[-1]}, got "
             f"{size(input)}"
         )
-    backend = select(input)
+    backend = "onnx" if onnx.is_exporting() else select(input)
     check_weights(weights, input)
     hidden = weights[1].shape[1]
     shape = (*input.shape[:-1], hidden)
@@ -400,9 +405,7 @@ def lstm_cell(
         check_like((h0, c0), input)
         h0, c0 = h0.view(1, batch, hidden), c0.view(1, batch, hidden)
 
-    layer: Any = reference.lstm_layer
-    if backend != "reference":
-        layer = partial(autograd.lstm_layer, kernels=backend)
+    layer = _implementation("lstm_layer", backend)
     if autocast:
         layer = _without_autocast(layer, input.device.type)
     x = input.view(1, batch, input.shape[-1])
