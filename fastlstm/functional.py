@@ -236,7 +236,7 @@ def _recur(
     ``special`` makes the demand on the backend from the sizes, unless this is a plain LSTM.
     """
     packed = batch_sizes is not None
-    dims = input.dim()
+    dims, swap = input.dim(), False
     autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
     if autocast:
         input, hx, weights = _cast(autocast, input, hx, weights)
@@ -247,8 +247,10 @@ def _recur(
         steps, batch, features = x.shape
         if batch_first:
             steps, batch = batch, steps
-            if steps != 1 or batch != 1:
-                x = x.transpose(0, 1)
+            # One step of one sequence lies the same either way, but not in an exported program,
+            # which may see others.
+            swap = torch.compiler.is_compiling() or steps != 1 or batch != 1
+            x = x.transpose(0, 1) if swap else x
     elif dims == 2:
         (steps, features), batch = x.shape, 1
         x = x.unsqueeze(1)
@@ -323,7 +325,7 @@ def _recur(
     if dims == 2 and not packed:
         x, final = x.squeeze(1), tuple(state.squeeze(1) for state in final)
         c_all = None if c_all is None else c_all.squeeze(1)
-    elif batch_first and not packed and (steps != 1 or batch != 1):
+    elif swap:
         x = x.transpose(0, 1)
         c_all = None if c_all is None else c_all.transpose(0, 1)
     return x, final, c_all

@@ -175,6 +175,13 @@ def test_onnx_without_gradients() -> None:
     assert_same(session, model, arguments(model.rnn, (), 9, 7))
 
 
+def test_onnx_of_an_example_of_one_step_of_one_sequence() -> None:
+    model = Model(fastlstm.LSTM(I, H, batch_first=True)).eval()
+    _, session = to_onnx(model, arguments(model.rnn, (), 1, 1))
+    for t, b in SIZES:
+        assert_same(session, model, arguments(model.rnn, (), t, b))
+
+
 def test_onnx_peepholes() -> None:
     model = Model(fastlstm.LSTM(I, H, bidirectional=True, peephole=True)).eval()
     proto, session = to_onnx(model, arguments(model.rnn, (), T, B))
