@@ -248,7 +248,7 @@ def parametrized() -> nn.Module:
     return nn.utils.parametrizations.weight_norm(fastlstm.LSTM(I, H), "weight_hh_l0")
 
 
-REFUSED_ARRAYS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "gru": (lambda: from_keras(keras_arrays(gates=3)), ValueError, "GRU"),
     "one array": (lambda: from_keras(keras_arrays()[:1]), ValueError, "got 1 arrays"),
     "flat stack": (lambda: from_keras(keras_arrays() * 3), ValueError, "got 9 arrays"),
@@ -259,7 +259,7 @@ REFUSED_ARRAYS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"expected a bias \[24\] or \[2, 24\]",
     ),
-    "torch": (lambda: from_keras(nn.LSTM(I, H)), TypeError, "got a LSTM"),
+    "torch": (lambda: from_keras(nn.LSTM(I, H)), TypeError, "got LSTM"),
     "two sizes": (
         lambda: from_keras([keras_arrays(), keras_arrays(H, 2 * H)]),
         ValueError,
@@ -300,7 +300,7 @@ REFUSED_ARRAYS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "no parameter weight_hh_l0.*remove its parametrization",
     ),
-    "no lstm": (lambda: from_keras(keras_arrays(), nn.Linear(2, 2)), TypeError, "a Linear"),
+    "no lstm": (lambda: from_keras(keras_arrays(), nn.Linear(2, 2)), TypeError, "got Linear"),
     "options": (
         lambda: from_keras(keras_arrays(), nn.LSTM(I, H), dropout=0.5),
         TypeError,
@@ -316,7 +316,9 @@ REFUSED_ARRAYS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "weight_ln_ih_l0",
     ),
-    "to_keras linear": (lambda: to_keras(nn.Linear(2, 2)), TypeError, "got a Linear"),
+    "to_keras gru": (lambda: to_keras(nn.GRU(I, H)), TypeError, "LSTM or RNN, got GRU"),
+    "to_keras gru cell": (lambda: to_keras(nn.GRUCell(I, H)), TypeError, "got GRUCell"),
+    "to_keras linear": (lambda: to_keras(nn.Linear(2, 2)), TypeError, "got Linear"),
     "tf list": (
         lambda: from_tensorflow(keras_arrays()),
         ValueError,
@@ -384,9 +386,7 @@ REFUSED_ARRAYS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"), REFUSED_ARRAYS.values(), ids=list(REFUSED_ARRAYS)
-)
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=list(REFUSED))
 def test_refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
@@ -505,7 +505,7 @@ def test_refused_layers_of_keras(keras: Any, make: Callable[[Any], Any], message
 def test_other_layers_of_keras(keras: Any) -> None:
     with pytest.raises(ValueError, match="this LSTMCell has no kernels: build it"):
         from_keras(keras.layers.LSTM(H))
-    with pytest.raises(TypeError, match="got a Embedding"):
+    with pytest.raises(TypeError, match="got Embedding"):
         from_keras(keras.layers.Embedding(5, H))
     relu = built(keras, keras.layers.SimpleRNN(H, activation="relu", **OPTIONS))
     rnn, x = from_keras(relu), single(B, T, I)

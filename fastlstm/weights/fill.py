@@ -24,15 +24,16 @@ class Direction(NamedTuple):
 
 def suffixes(where: str, module: nn.Module) -> list[list[str]]:
     """How the names of each direction of each layer end."""
-    if hasattr(module, "weight_ih"):
+    if hasattr(module, "weight_ih") and not isinstance(module, nn.GRUCell):
         return [[""]]
     ends = ("", "_reverse")[: 1 + hasattr(module, "weight_ih_l0_reverse")]
     layers: list[list[str]] = []
     while hasattr(module, f"weight_ih_l{len(layers)}"):
         layers.append([f"_l{len(layers)}{end}" for end in ends])
-    if not layers:
+    if not layers or isinstance(module, nn.GRU):
         raise TypeError(
-            f"{where}: expected a module with the parameters of an LSTM, got a {type_name(module)}"
+            f"{where}: expected a module with the parameters of an LSTM or RNN, got "
+            f"{type_name(module)}"
         )
     return layers
 

@@ -140,7 +140,7 @@ def _layers(source: Any, where: str, backwards: bool = False) -> list[list[Direc
     cells = getattr(cell, "cells", [cell])
     if not all(hasattr(cell, "activation") for cell in cells):
         raise TypeError(
-            f"{where}: expected a recurrent layer of Keras, or its get_weights(), got a "
+            f"{where}: expected a recurrent layer of Keras, or its get_weights(), got "
             f"{type_name(source)}"
         )
     if bool(getattr(source, "go_backwards", backwards)) is not backwards:
