@@ -16,7 +16,7 @@ import torch
 from conftest import BACKENDS
 from oracle import compare, judge
 from torch import Tensor, distributed, nn
-from torch.func import functional_call, grad, jacfwd, jacrev, stack_module_state, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
@@ -313,43 +313,6 @@ def test_per_sample_gradients_of_resets(backend: str) -> None:
         parts = loss([theirs(x[:cut, b])[0], theirs(x[cut:, b])[0]])
         for n, g in zip(names, torch.autograd.grad(parts, parameters), strict=True):
             assert_close(got[n][b], g, n)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_ensemble(backend: str, name: str) -> None:
-    """vmap over models, in one call: outputs, and gradients in each one's weights and in x."""
-    pairs = [twins(name) for _ in range(3)]
-    weights, _ = stack_module_state([ours for _, ours in pairs])
-    weights = {k: w.detach() for k, w in weights.items()}
-    base = pairs[0][1]
-    x = torch.randn(T, B, I, dtype=torch.float64)
-
-    def of_model(weights: Results, x: Tensor) -> tuple[Tensor, Any]:
-        outputs = functional_call(base, weights, (x,))
-        return loss(outputs), outputs[0]
-
-    found, y = vmap(grad(of_model, (0, 1), has_aux=True), (0, None))(weights, x)
-    for k, (theirs, _) in enumerate(pairs):
-        own = x.clone().requires_grad_()
-        outputs = theirs(own)
-        assert_close(y[k], outputs[0], "y")
-        names = [n for n, _ in theirs.named_parameters()]
-        want = torch.autograd.grad(loss(outputs), (*theirs.parameters(), own))
-        for n, g in zip(names, want, strict=False):
-            assert_close(found[0][n][k], g, n)
-        assert_close(found[1][k], want[-1], "x")
-
-
-@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
-@pytest.mark.parametrize("name", ["stacked, both directions", "projected", "RNN"])
-def test_jacobians_of_samples(backend: str, name: str, jacobian: Any) -> None:
-    """vmap(jacrev) and vmap(jacfwd): of the last output in the input of each sample."""
-    theirs, ours = twins(name)
-    x = torch.randn(T, B, I, dtype=torch.float64)
-    got = vmap(jacobian(lambda s: ours(s)[0][-1]), 1)(x)
-    for b in range(B):
-        want = torch.autograd.functional.jacobian(lambda s: theirs(s)[0][-1], x[:, b])
-        assert_close(got[b], want)
 
 
 OPTIONS: list[dict[str, Any]] = [
