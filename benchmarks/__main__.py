@@ -16,6 +16,7 @@ COMMANDS = {
     "binary": "binary increment: x and x + 1 as 20 bits",
     "hello": 'small recipes, and "hihell" -> "ihello"',
     "speed": "paired timings of single calls",
+    "cells": "what each option of a cell costs, and RNN beside nn.RNN",
     "kernels": "what the GPU kernels compile to, without a GPU",
     "gpu": "tests, cuDNN records and timings of the Triton backend on a GPU",
 }
