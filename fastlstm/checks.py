@@ -29,13 +29,12 @@ def check_weights(
     """That every weight has the shape, dtype and device that go with ``x [..., I]``."""
     count, rest = divmod(len(weights), num_layers * directions)
     plain = count - cell.peephole - 4 * cell.layer_norm
+    extra = count - plain
     if rest or plain not in ((2, 3, 4, 5) if kind == "LSTM" else (2, 4)):
+        expected = f"{2 + extra} to {5 + extra}" if kind == "LSTM" else "2 or 4"
         raise RuntimeError(
-            f"expected 2 to 5 weights for each of {num_layers} layers x {directions} directions, "
-            f"got {len(weights)} in all"
-            if cell.is_plain and kind == "LSTM"
-            else f"{kind}: {len(weights)} weights are not those of {num_layers} layers x "
-            f"{directions} directions of this cell"
+            f"expected {expected} weights for each of {num_layers} layers x {directions} "
+            f"directions, got {len(weights)} in all"
         )
     units, projected = weights[1].shape
     hidden = units // (4 if kind == "LSTM" else 1)

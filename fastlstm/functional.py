@@ -267,6 +267,7 @@ def _recur(
             f"{size(input)}"
         )
     directions = 2 if bidirectional else 1
+    check_weights(weights, x, num_layers, directions, kind, cell)
     units, projected = weights[1].shape
     hidden = units if kind == "RNN" else units // 4
     if onnx.is_exporting():
@@ -276,7 +277,6 @@ def _recur(
     else:
         inputs = (features, *(directions * projected,) * (num_layers - 1))
         backend = select(x, special(inputs, hidden, projected, directions))
-    check_weights(weights, x, num_layers, directions, kind, cell)
     if steps == 0:
         raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
 

@@ -47,7 +47,8 @@ class _Layers(nn.RNNBase):
             "bidirectional": self.bidirectional,
             "dropout": self.dropout,
             "training": self.training,
-            "caches": self._caches,
+            # Compiled code would depend on what is in them, and makes no use of it.
+            "caches": None if torch.compiler.is_compiling() else self._caches,
         }
 
     def _unpack(
@@ -510,7 +511,8 @@ class LSTMCell(nn.RNNCellBase):
             ValueError, RuntimeError: see :func:`fastlstm.functional.lstm_cell`.
         """
         names = _CELL_NAMES if self.bias else _CELL_NAMES[:2]
-        return lstm_cell(input, hx, _tensors(self, names), cache=self._cache)
+        cache = None if torch.compiler.is_compiling() else self._cache  # as in _settings
+        return lstm_cell(input, hx, _tensors(self, names), cache=cache)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
