@@ -23,8 +23,13 @@ struct Chunk {
   Buffer<S> m;        // [rows][hidden_pitch] h before its projection; only of regularised cells
   Buffer<S> c0;       // [B][H] by slot: c0 as S, for 16-bit states
   Buffer<i64> start;  // [steps + 1]
-  // Only with layer normalisation: x w_ih^T and h w_hh^T, normalised, like gates; their 1 / sqrt(variance) by row;
-  Buffer<S> inputs, recurrent, input_scale, recurrent_scale;
+  // Only with layer normalisation: x w_ih^T and h w_hh^T, normalised, like gates; what else that needs of a row;
+  Buffer<S> inputs, recurrent;
+  struct Normalised {
+    S input_scale, recurrent_scale;  // 1 / sqrt(variance)
+    S input_mean, input_slope;       // see normalise_grad
+  };
+  Buffer<Normalised> normalised;
   Buffer<S> drecurrent;   // the gradient of h w_hh^T (that of x w_ih^T takes the place of `inputs`);
   Buffer<S> cell, dcell;  // [rows][hidden_pitch] normalised c, and the gradient of it with its gain and bias.
   i64 gate_pitch, hidden_pitch, state_pitch;
@@ -33,6 +38,7 @@ struct Chunk {
   S* dhidden_row(i64 row) const { return &dhidden[row * state_pitch]; }
   // Gradients of the two products that make the gate sums: those of the sums, unless they are normalised between.
   S* dinputs_row(i64 row) const { return &(inputs ? inputs : dgates)[row * gate_pitch]; }
+  S* recurrent_row(i64 row) const { return &recurrent[row * gate_pitch]; }
   S* drecurrent_row(i64 row) const { return &(drecurrent ? drecurrent : dgates)[row * gate_pitch]; }
 };
 
@@ -207,49 +213,73 @@ class BackwardLane {
       if (!s_.layer_norm) {
         for (i64 i = first; i < last; ++i) {
           const RowGrad row(*this, i);
-          gate_grads(row, [&](i64 unit, i64 n, Vec<S> c_new)
-                              FASTLSTM_INLINE_LAMBDA { return hidden_grad(row, unit, n, c_new); });
+          gate_grads(
+              row, [&](i64 unit, i64 n, Vec<S> c) FASTLSTM_INLINE_LAMBDA { return hidden_grad(row, unit, n, c); },
+              [](i64, i64, Vec<S>) {});
         }
         continue;
       }
-      S scale[kRowGroup], sums[kRowGroup][2];
-      for (i64 i = first; i < last; ++i) {
-        const RowGrad row(*this, i);
+      const i64 n_rows = last - first;
+      RowGrad rows[kRowGroup];
+      for (i64 k = 0; k < n_rows; ++k) {
+        const RowGrad row = rows[k] = RowGrad(*this, first + k);
         for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
           const S* gates = row.gates + 4 * unit;
           store(row.cell + unit,
                 fma(load_n(gates + n, n), row.c_previous(unit, n), load_n(gates, n) * load_n(gates + 2 * n, n)));
         });
       }
-      for (i64 i = first; i < last; ++i) {
-        S* cell = &chunk_.cell[row(i) * hidden_pitch_];
-        const Moments<S> of_c = moments<S>(cell, s_.H);
-        scale[i - first] = of_c.scale;
-        for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
-          store_n(cell + unit, of_c.normalise(load_n(cell + unit, n)), n);
-        });
-      }
-      for (i64 i = first; i < last; ++i) {
-        const RowGrad row(*this, i);
-        sum_vectors<S>(s_.H, sums[i - first], [&](i64 unit, i64 n, Vec<S>(&terms)[2]) FASTLSTM_INLINE_LAMBDA {
-          const Vec<S> cell = load_n(row.cell + unit, n), gain = load_n(&r.ln_c[unit], n);
+      const Moments<S> of_c(n_rows, s_.H, [&](i64 k) { return rows[k].cell; });
+      S means[kRowGroup][2] = {};  // see normalise_grad
+      for (i64 k = 0; k < n_rows; ++k) {
+        const RowGrad row = rows[k];
+        sum_vectors<S>(s_.H, means[k], [&](i64 unit, i64 n, Vec<S>(&terms)[2]) FASTLSTM_INLINE_LAMBDA {
+          const Vec<S> cell = of_c.normalise(k, load_n(row.cell + unit, n)), gain = load_n(&r.ln_c[unit], n);
           const Vec<S> dcell = hidden_grad(row, unit, n, fma(cell, gain, load_n(&r.b_ln_c[unit], n)));
+          store_n(row.cell + unit, cell, n);
           store_n(row.dcell + unit, dcell, n);
           terms[0] = dcell * gain;
           terms[1] = terms[0] * cell;
         });
       }
-      for (i64 i = first; i < last; ++i) {
-        const RowGrad row(*this, i);
-        const S mean = sums[i - first][0] / S(s_.H), slope = sums[i - first][1] / S(s_.H);
-        gate_grads(row, [&](i64 unit, i64 n, Vec<S>) FASTLSTM_INLINE_LAMBDA {
-          const Vec<S> d = load_n(row.dcell + unit, n) * load_n(&r.ln_c[unit], n);
-          return (d - mean - load_n(row.cell + unit, n) * slope) * scale[i - first];
+      for (auto& of_row : means)
+        for (S& mean : of_row) mean /= S(s_.H);
+      S gate_means[kRowGroup][4] = {};
+      for (i64 k = 0; k < n_rows; ++k) {
+        const RowGrad row = rows[k];
+        const S *recurrent = chunk_.recurrent_row(this->row(first + k)),
+                *inputs = chunk_.dinputs_row(this->row(first + k));
+        Vec<S> sums[4] = {};
+        gate_grads(
+            row,
+            [&](i64 unit, i64 n, Vec<S>) FASTLSTM_INLINE_LAMBDA {
+              return normalise_grad<S>(load_n(row.dcell + unit, n), load_n(&r.ln_c[unit], n),
+                                       load_n(row.cell + unit, n), of_c.scale[k], means[k][0], means[k][1]);
+            },
+            [&](i64 at, i64 n, Vec<S> dz) FASTLSTM_INLINE_LAMBDA {
+              const Vec<S> of_inputs = dz * load_n(&r.ln_ih[at], n), of_recurrent = dz * load_n(&r.ln_hh[at], n);
+              sums[0] += of_inputs;
+              sums[1] = fma(of_inputs, load_n(inputs + at, n), sums[1]);
+              sums[2] += of_recurrent;
+              sums[3] = fma(of_recurrent, load_n(recurrent + at, n), sums[3]);
+            });
+        for (int j = 0; j < 4; ++j) gate_means[k][j] = horizontal_sum<S>(sums[j]);
+      }
+      for (auto& of_row : gate_means)
+        for (S& mean : of_row) mean /= S(4 * s_.H);
+      for (i64 k = 0; k < n_rows; ++k) {
+        const i64 row = this->row(first + k);
+        const S *d = chunk_.dgates_row(row), *recurrent = chunk_.recurrent_row(row);
+        typename Chunk<S>::Normalised& of_row = chunk_.normalised[row];
+        of_row.input_mean = gate_means[k][0];
+        of_row.input_slope = gate_means[k][1];
+        for_vectors<S>(4 * s_.H, [&](i64 at, i64 n) FASTLSTM_INLINE_LAMBDA {
+          store_n(chunk_.drecurrent_row(row) + at,
+                  normalise_grad<S>(load_n(d + at, n), load_n(&r.ln_hh[at], n), load_n(recurrent + at, n),
+                                    of_row.recurrent_scale, gate_means[k][2], gate_means[k][3]),
+                  n);
         });
       }
-      for (i64 i = first; i < last; ++i)
-        normalise_grad<S>(chunk_.dgates_row(row(i)), r.ln_hh.get(), &chunk_.recurrent[row(i) * chunk_.gate_pitch],
-                          chunk_.recurrent_scale[row(i)], chunk_.drecurrent_row(row(i)), 4 * s_.H);
     }
   }
 
@@ -258,6 +288,7 @@ class BackwardLane {
     const S *gates, *previous, *dc_out, *dm;
     S *dgates, *dc, *m, *cell, *dcell;
     uint32_t key;
+    RowGrad() = default;
     RowGrad(const BackwardLane& lane, i64 i) {
       const BackwardParams& p = lane.p_;
       const Chunk<S>& chunk = lane.chunk_;
@@ -287,8 +318,9 @@ class BackwardLane {
   }
 
   // from_hidden(unit, n, c): gradient that c before zoneout has from the hidden state, with gate o's in its place.
-  template <class F>
-  FASTLSTM_INLINE void gate_grads(const RowGrad& row, const F& from_hidden) const {
+  // Calls seen(place, n, gradient) for every gate.
+  template <class F, class Seen>
+  FASTLSTM_INLINE void gate_grads(const RowGrad& row, const F& from_hidden, const Seen& seen) const {
     const Regularised<S>& r = *regularised_;
     for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
       const S* gates = row.gates + 4 * unit;
@@ -299,11 +331,16 @@ class BackwardLane {
       if (row.dc_out) dc += load_n(row.dc_out + unit, n);
       if (r.zone_c) r.zone_c.divide(dc, row.key, unit, dc_stayed, dc);
       dcell += dc;
-      if (r.w_ch) dcell = fma(load(&r.w_ch[2 * r.pitch_ + unit]), load_n(d + 3 * n, n), dcell);
-      const Vec<S> di = dcell * g * (i * (1 - i)), df = dcell * c * (f * (1 - f));
+      const Vec<S> d_out = load_n(d + 3 * n, n);
+      if (r.w_ch) dcell = fma(load(&r.w_ch[2 * r.pitch_ + unit]), d_out, dcell);
+      const Vec<S> di = dcell * g * (i * (1 - i)), df = dcell * c * (f * (1 - f)), dg = dcell * i * (1 - g * g);
       store_n(d, di, n);
       store_n(d + n, df, n);
-      store_n(d + 2 * n, dcell * i * (1 - g * g), n);
+      store_n(d + 2 * n, dg, n);
+      seen(4 * unit, n, di);
+      seen(4 * unit + n, n, df);
+      seen(4 * unit + 2 * n, n, dg);
+      seen(4 * unit + 3 * n, n, d_out);
       dc = fma(dcell, f, dc_stayed);
       if (r.w_ch) dc = fma(load(&r.w_ch[unit]), di, fma(load(&r.w_ch[r.pitch_ + unit]), df, dc));
       store(row.dc + unit, dc);
@@ -392,8 +429,7 @@ class BackwardDirection {
       chunk.inputs = zeros(rows * chunk.gate_pitch);
       chunk.recurrent = Buffer<S>(rows * chunk.gate_pitch);
       chunk.drecurrent = zeros(rows * chunk.gate_pitch);
-      chunk.input_scale = Buffer<S>(rows);
-      chunk.recurrent_scale = Buffer<S>(rows);
+      chunk.normalised = Buffer<typename Chunk<S>::Normalised>(rows);
       chunk.cell = Buffer<S>(rows * chunk.hidden_pitch);
       chunk.dcell = Buffer<S>(rows * chunk.hidden_pitch);
     }
@@ -467,23 +503,22 @@ class BackwardDirection {
       });
     }
     for (i64 first = row_begin; first < row_end && s_.layer_norm; first += kRowGroup) {
-      const i64 last = smaller(first + kRowGroup, row_end);
-      Moments<S> of_x[kRowGroup], of_h[kRowGroup];
-      const auto x = [&](i64 row) { return chunk.dinputs_row(row); };
-      const auto h = [&](i64 row) { return &chunk.recurrent[row * chunk.gate_pitch]; };
-      for (i64 row = first; row < last; ++row) of_x[row - first] = moments(x(row), 4 * s_.H);
-      for (i64 row = first; row < last; ++row) of_h[row - first] = moments(h(row), 4 * s_.H);
-      for (i64 row = first; row < last; ++row) {
-        chunk.input_scale[row] = of_x[row - first].scale;
-        chunk.recurrent_scale[row] = of_h[row - first].scale;
-        regularised_->template normalise_sums<true>(x(row), h(row), chunk.gates_row(row), of_x[row - first],
-                                                    of_h[row - first]);
+      const i64 rows = smaller(kRowGroup, row_end - first);
+      const auto x = [&](i64 k) { return chunk.dinputs_row(first + k); };
+      const auto h = [&](i64 k) { return chunk.recurrent_row(first + k); };
+      const Moments<S> of_x(rows, 4 * s_.H, x), of_h(rows, 4 * s_.H, h);
+      for (i64 k = 0; k < rows; ++k) {
+        chunk.normalised[first + k].input_scale = of_x.scale[k];
+        chunk.normalised[first + k].recurrent_scale = of_h.scale[k];
+        regularised_->template activate_normalised<true>(x(k), of_x, h(k), of_h, k, chunk.gates_row(first + k),
+                                                         c_row[first + k - row_begin], nullptr);
       }
     }
-    for (i64 i = 0; i < n; ++i) {
+    for (i64 i = 0; i < n && !s_.layer_norm; ++i) {
       S* gates = chunk.gates_row(row_begin + i);
       if (regularised_)
-        regularised_->activate_row(gates, c_row[i], nullptr);
+        regularised_->activate_row([&](i64 k, i64 width) FASTLSTM_INLINE_LAMBDA { return load_n(gates + k, width); },
+                                   gates, c_row[i], nullptr);
       else
         for_vectors<S>(s_.H, [&](i64 unit, i64 width) FASTLSTM_INLINE_LAMBDA { activate(gates + 4 * unit, width); });
     }
@@ -491,57 +526,72 @@ class BackwardDirection {
 
   // Gradient of x w_ih^T, in place of its normalised values, which nobody needs after the vectors' gradients.
   void normalised_input_grad(i64 row_begin, i64 row_end) const {
-    for (i64 row = row_begin; row < row_end; ++row)
-      normalise_grad<S>(chunk.dgates_row(row), regularised_->ln_ih.get(), chunk.dinputs_row(row),
-                        chunk.input_scale[row], chunk.dinputs_row(row), 4 * s_.H);
+    for (i64 row = row_begin; row < row_end; ++row) {
+      const S* d = chunk.dgates_row(row);
+      S* x = chunk.dinputs_row(row);
+      const typename Chunk<S>::Normalised of_row = chunk.normalised[row];
+      for_vectors<S>(4 * s_.H, [&](i64 at, i64 n) FASTLSTM_INLINE_LAMBDA {
+        store_n(x + at,
+                normalise_grad<S>(load_n(d + at, n), load_n(&regularised_->ln_ih[at], n), load_n(x + at, n),
+                                  of_row.input_scale, of_row.input_mean, of_row.input_slope),
+                n);
+      });
+    }
   }
 
   // Adds the gradients of this chunk of what is multiplied unit by unit (peepholes, gains and biases of layer
   // normalisation) for a range of unit tiles. As in WeightGrad, short runs of rows are summed on their own.
   void vector_grads(i64 tile_begin, i64 tile_end) const {
     constexpr i64 kRows = 128;
-    const Buffer<S> run((tile_end - tile_begin) * vectors() * kLanes<S>);
     for (i64 first = 0; first < chunk_rows(); first += kRows) {
-      std::memset(static_cast<void*>(run.get()), 0,
-                  size_t((tile_end - tile_begin) * vectors() * kLanes<S>) * sizeof(S));
-      for (i64 row = first; row < smaller(first + kRows, chunk_rows()); ++row) {
+      const i64 rows = smaller(kRows, chunk_rows() - first);
+      const S *gates[kRows], *previous[kRows];
+      for (i64 i = 0; i < rows && s_.peephole; ++i) {
         i64 t, slot;
-        locate(row, t, slot);
+        locate(first + i, t, slot);
         const i64 b = all_.batch(slot);
-        const S* gates = chunk.gates ? chunk.gates_row(row) : element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
-        const S* previous = previous_cell(p_, all_, chunk.c0, t, slot, b);
-        S* sum = run.get();
-        const auto add = [&](Vec<S> terms) FASTLSTM_INLINE_LAMBDA {
-          store(sum, load(sum) + terms);
-          sum += kLanes<S>;
-        };
-        for (i64 tile = tile_begin; tile < tile_end; ++tile) {
-          const i64 unit = tile * kLanes<S>, n = smaller(kLanes<S>, s_.H - unit);
-          const S *d = chunk.dgates_row(row) + 4 * unit, *gate = gates + 4 * unit;
-          if (s_.peephole) {
-            const Vec<S> c = previous ? load_n(previous + unit, n) : Vec<S>{};
-            const Vec<S> c_new = fma(load_n(gate + n, n), c, load_n(gate, n) * load_n(gate + 2 * n, n));
-            add(load_n(d, n) * c);
-            add(load_n(d + n, n) * c);
-            add(load_n(d + 3 * n, n) * c_new);
-          }
-          if (s_.layer_norm) {
-            const S* inputs = &chunk.inputs[row * chunk.gate_pitch + 4 * unit];
-            const S* recurrent = &chunk.recurrent[row * chunk.gate_pitch + 4 * unit];
-            for (int v = 0; v < kPanelVectors; ++v) {
-              const Vec<S> dz = load_n(d + v * n, n);
-              add(dz);
-              add(dz * load_n(inputs + v * n, n));
-              add(dz * load_n(recurrent + v * n, n));
-            }
-            const Vec<S> dcell = load_n(&chunk.dcell[row * chunk.hidden_pitch + unit], n);
-            add(dcell);
-            add(dcell * load_n(&chunk.cell[row * chunk.hidden_pitch + unit], n));
-          }
-        }
+        gates[i] = gates_at(first + i, t, b);
+        previous[i] = previous_cell(p_, all_, chunk.c0, t, slot, b);
       }
-      S* total = &vectors_[tile_begin * vectors() * kLanes<S>];
-      for (i64 k = 0; k < (tile_end - tile_begin) * vectors() * kLanes<S>; ++k) total[k] += run[k];
+      for (i64 tile = tile_begin; tile < tile_end; ++tile) {
+        const i64 unit = tile * kLanes<S>, n = smaller(kLanes<S>, s_.H - unit);
+        S* total = &vectors_[tile * vectors() * kLanes<S>];
+        const auto add = [&](Vec<S> sum) {
+          store(total, load(total) + sum);
+          total += kLanes<S>;
+        };
+        if (s_.peephole) {
+          Vec<S> sums[3] = {};
+          for (i64 i = 0; i < rows; ++i) {
+            const S *gate = gates[i] + 4 * unit, *d = chunk.dgates_row(first + i) + 4 * unit;
+            const Vec<S> c = previous[i] ? load_n(previous[i] + unit, n) : Vec<S>{};
+            const Vec<S> c_new = fma(load_n(gate + n, n), c, load_n(gate, n) * load_n(gate + 2 * n, n));
+            sums[0] = fma(load_n(d, n), c, sums[0]);
+            sums[1] = fma(load_n(d + n, n), c, sums[1]);
+            sums[2] = fma(load_n(d + 3 * n, n), c_new, sums[2]);
+          }
+          for (const Vec<S>& sum : sums) add(sum);
+        }
+        if (!s_.layer_norm) continue;
+        for (i64 v = 0; v < kPanelVectors; ++v) {
+          Vec<S> sums[3] = {};
+          for (i64 row = first; row < first + rows; ++row) {
+            const i64 at = 4 * unit + v * n;
+            const Vec<S> d = load_n(chunk.dgates_row(row) + at, n);
+            sums[0] += d;
+            sums[1] = fma(d, load_n(chunk.dinputs_row(row) + at, n), sums[1]);
+            sums[2] = fma(d, load_n(chunk.recurrent_row(row) + at, n), sums[2]);
+          }
+          for (const Vec<S>& sum : sums) add(sum);
+        }
+        Vec<S> sums[2] = {};
+        for (i64 row = first; row < first + rows; ++row) {
+          const Vec<S> d = load_n(&chunk.dcell[row * chunk.hidden_pitch + unit], n);
+          sums[0] += d;
+          sums[1] = fma(d, load_n(&chunk.cell[row * chunk.hidden_pitch + unit], n), sums[1]);
+        }
+        for (const Vec<S>& sum : sums) add(sum);
+      }
     }
   }
   void write_vector_grads() const {
@@ -617,8 +667,7 @@ class BackwardDirection {
                       i64 t, slot;
                       locate(row, t, slot);
                       const i64 b = all_.batch(slot);
-                      const S* gates =
-                          chunk.gates ? chunk.gates_row(row) : element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
+                      const S* gates = gates_at(row, t, b);
                       const S* cell = element<S>(p_.c_all.data, all_.offset(p_.c_all, t, b));
                       for (i64 unit = k_begin / kLanes<S> * kLanes<S>; unit < k_end; unit += kLanes<S>) {
                         const i64 n = smaller(kLanes<S>, s_.H - unit);
@@ -667,6 +716,9 @@ class BackwardDirection {
   // Of each unit, gradients that vector_grads() sums.
   i64 vectors() const { return (s_.peephole ? 3 : 0) + (s_.layer_norm ? 3 * kPanelVectors + 2 : 0); }
 
+  const S* gates_at(i64 row, i64 t, i64 b) const {
+    return chunk.gates ? chunk.gates_row(row) : element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
+  }
   // Columns [k_begin, k_end) of [x | h_previous | 1] of a row of the chunk.
   void product_input(i64 row, i64 k_begin, i64 k_end, S* out) const {
     i64 t, slot;

@@ -106,38 +106,41 @@ FASTLSTM_INLINE void sum_vectors(i64 n, S (&sums)[N], const F& f) {
   for (int j = 0; j < N; ++j) sums[j] = horizontal_sum<S>(even[j] + odd[j]);
 }
 
+// Of a group of rows of n elements. What is one number a row is computed for all rows at once.
 template <class S>
 struct Moments {
-  S mean, scale;  // scale = 1 / sqrt(variance + epsilon)
-  FASTLSTM_INLINE Vec<S> normalise(Vec<S> v) const { return (v - mean) * scale; }
+  alignas(64) S mean[kRowGroup], scale[kRowGroup];  // scale = 1 / sqrt(variance + epsilon)
+
+  template <class Row>
+  FASTLSTM_INLINE Moments(i64 rows, i64 n, const Row& row) {
+    S sums[kRowGroup][1] = {};
+#pragma GCC unroll 1
+    for (i64 i = 0; i < rows; ++i) {
+      const S* a = row(i);
+      sum_vectors<S>(n, sums[i], [&](i64 k, i64 lanes, Vec<S>(&term)[1]) FASTLSTM_INLINE_LAMBDA {
+        term[0] = load_n(a + k, lanes);
+      });
+    }
+    for (i64 i = 0; i < kRowGroup; ++i) mean[i] = sums[i][0] / S(n);
+#pragma GCC unroll 1
+    for (i64 i = 0; i < rows; ++i) {
+      const S* a = row(i);
+      sum_vectors<S>(n, sums[i], [&](i64 k, i64 lanes, Vec<S>(&term)[1]) FASTLSTM_INLINE_LAMBDA {
+        const Vec<S> distance = load_n(a + k, lanes) - mean[i];
+        term[0] = distance * distance;
+      });
+    }
+    for (i64 i = 0; i < kRowGroup; ++i) scale[i] = S(1) / std::sqrt(sums[i][0] / S(n) + S(1e-5));
+  }
+  // Element v of row i.
+  FASTLSTM_INLINE Vec<S> normalise(i64 i, Vec<S> v) const { return (v - mean[i]) * scale[i]; }
 };
 
+// Gradient of values that were normalised, from d, that of `normal` * gain: mean and slope are the means of d * gain
+// and of d * gain * normal over the row.
 template <class S>
-FASTLSTM_INLINE Moments<S> moments(const S* a, i64 n) {
-  S sum[1], squares[1];
-  sum_vectors<S>(n, sum,
-                 [&](i64 k, i64 lanes, Vec<S>(&term)[1]) FASTLSTM_INLINE_LAMBDA { term[0] = load_n(a + k, lanes); });
-  const S mean = sum[0] / S(n);
-  sum_vectors<S>(n, squares, [&](i64 k, i64 lanes, Vec<S>(&term)[1]) FASTLSTM_INLINE_LAMBDA {
-    const Vec<S> distance = load_n(a + k, lanes) - mean;
-    term[0] = distance * distance;
-  });
-  return {mean, S(1) / std::sqrt(squares[0] / S(n) + S(1e-5))};
-}
-
-// Gradient of n values from d, that of `normal` * gain, normal being these values normalised. out may be normal.
-template <class S>
-FASTLSTM_INLINE void normalise_grad(const S* d, const S* gain, const S* normal, S scale, S* out, i64 n) {
-  S sums[2];
-  sum_vectors<S>(n, sums, [&](i64 k, i64 lanes, Vec<S>(&terms)[2]) FASTLSTM_INLINE_LAMBDA {
-    terms[0] = load_n(d + k, lanes) * load_n(gain + k, lanes);
-    terms[1] = terms[0] * load_n(normal + k, lanes);
-  });
-  const S mean = sums[0] / S(n), slope = sums[1] / S(n);
-  for_vectors<S>(n, [&](i64 k, i64 lanes) FASTLSTM_INLINE_LAMBDA {
-    const Vec<S> g = load_n(d + k, lanes) * load_n(gain + k, lanes);
-    store_n(out + k, (g - mean - load_n(normal + k, lanes) * slope) * scale, lanes);
-  });
+FASTLSTM_INLINE Vec<S> normalise_grad(Vec<S> d, Vec<S> gain, Vec<S> normal, S scale, S mean, S slope) {
+  return (d * gain - mean - normal * slope) * scale;
 }
 
 // ---- a direction of a regularised cell ----------------------------------------------------------------------
@@ -187,28 +190,14 @@ struct Regularised {
   // Of the sequence b at time t, for both kinds of zoneout.
   uint32_t row_key(i64 t, i64 b) const { return mix(mix(row_base + uint32_t(t)) + uint32_t(b)); }
 
-  // z = norm(x) * ln_ih + bias + norm(h) * ln_hh over the 4H gate sums of a row; z may be h. With `keep` the
-  // normalised x and h replace them.
-  template <bool keep>
-  FASTLSTM_INLINE void normalise_sums(S* x, S* h, S* z, const Moments<S>& of_x, const Moments<S>& of_h) const {
-    for_vectors<S>(4 * s.H, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
-      const Vec<S> normal_x = of_x.normalise(load_n(x + k, n)), normal_h = of_h.normalise(load_n(h + k, n));
-      if (keep) {
-        store_n(x + k, normal_x, n);
-        store_n(h + k, normal_h, n);
-      }
-      const Vec<S> from_x = fma(normal_x, load_n(&ln_ih[k], n), load_n(&bias[k], n));
-      store_n(z + k, fma(normal_h, load_n(&ln_hh[k], n), from_x), n);
-    });
-  }
-
-  // Activates the gates of a row from their sums, in place. c_previous: null for zero. cell: where the new c goes,
-  // before zoneout; padded to whole vectors, or null.
-  FASTLSTM_INLINE void activate_row(S* z, const S* c_previous, S* cell) const {
+  // Gates of a row. sum(k, n): the n gate sums from k on in tile order. c_previous: null for zero. cell: where the new
+  // c goes, before zoneout; padded to whole vectors, or null.
+  template <class Sum>
+  FASTLSTM_INLINE void activate_row(const Sum& sum, S* gates, const S* c_previous, S* cell) const {
     for_vectors<S>(s.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
-      S* gates = z + 4 * unit;
+      const i64 k = 4 * unit;
       const Vec<S> c = c_previous ? load_n(c_previous + unit, n) : Vec<S>{};
-      Vec<S> i = load_n(gates, n), f = load_n(gates + n, n), g = load_n(gates + 2 * n, n), o = load_n(gates + 3 * n, n);
+      Vec<S> i = sum(k, n), f = sum(k + n, n), g = sum(k + 2 * n, n), o = sum(k + 3 * n, n);
       if (w_ch) {
         i = fma(load(&w_ch[unit]), c, i);
         f = fma(load(&w_ch[pitch_ + unit]), c, f);
@@ -218,12 +207,27 @@ struct Regularised {
       g = tanh(g);
       const Vec<S> c_new = fma(f, c, i * g);
       if (w_ch) o = fma(load(&w_ch[2 * pitch_ + unit]), c_new, o);
-      store_n(gates, i, n);
-      store_n(gates + n, f, n);
-      store_n(gates + 2 * n, g, n);
-      store_n(gates + 3 * n, sigmoid(o), n);
+      store_n(gates + k, i, n);
+      store_n(gates + k + n, f, n);
+      store_n(gates + k + 2 * n, g, n);
+      store_n(gates + k + 3 * n, sigmoid(o), n);
       if (cell) store(cell + unit, c_new);
     });
+  }
+
+  // The same from x w_ih^T and h w_hh^T, row i of their group. With `keep` their normalised values replace them.
+  template <bool keep>
+  FASTLSTM_INLINE void activate_normalised(S* x, const Moments<S>& of_x, S* h, const Moments<S>& of_h, i64 i, S* gates,
+                                           const S* c_previous, S* cell) const {
+    const auto sum = [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
+      const Vec<S> normal_x = of_x.normalise(i, load_n(x + k, n)), normal_h = of_h.normalise(i, load_n(h + k, n));
+      if (keep) {
+        store_n(x + k, normal_x, n);
+        store_n(h + k, normal_h, n);
+      }
+      return fma(normal_h, load_n(&ln_hh[k], n), fma(normal_x, load_n(&ln_ih[k], n), load_n(&bias[k], n)));
+    };
+    activate_row(sum, gates, c_previous, cell);
   }
 };
 

@@ -124,20 +124,26 @@ class ForwardLane {
     row_end = smaller(row_end, n_);
     for (i64 first = row_begin; first < row_end; first += kRowGroup) {
       const i64 last = smaller(first + kRowGroup, row_end);
+      const auto out = [&](i64 k) { return out_ + (first + k) * out_pitch_; };
       if (s_.layer_norm) {
-        Moments<S> of_x[kRowGroup], of_h[kRowGroup];
-        for (i64 i = first; i < last; ++i) of_x[i - first] = moments(ahead(0, first_row_ + i), 4 * s_.H);
-        for (i64 i = first; i < last; ++i) of_h[i - first] = moments(z_row(i), 4 * s_.H);
+        const auto x = [&](i64 k) { return ahead(0, first_row_ + first + k); };
+        const auto h = [&](i64 k) { return z_row(first + k); };
+        const Moments<S> of_x(last - first, 4 * s_.H, x), of_h(last - first, 4 * s_.H, h);
+        for (i64 k = 0; k < last - first; ++k)
+          regularised_->template activate_normalised<false>(x(k), of_x, h(k), of_h, k, h(k),
+                                                            &c_[(first + k) * hidden_pitch_], out(k));
+        const Moments<S> of_c(last - first, s_.H, out);
+        for (i64 k = 0; k < last - first; ++k)
+          update_cell(first + k, [&](i64 unit, i64 n, Vec<S> c) FASTLSTM_INLINE_LAMBDA {
+            return fma(of_c.normalise(k, c), load_n(&regularised_->ln_c[unit], n),
+                       load_n(&regularised_->b_ln_c[unit], n));
+          });
+      } else {
         for (i64 i = first; i < last; ++i)
-          regularised_->template normalise_sums<false>(ahead(0, first_row_ + i), z_row(i), z_row(i), of_x[i - first],
-                                                       of_h[i - first]);
+          regularised_->activate_row([&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA { return load_n(z_row(i) + k, n); },
+                                     z_row(i), &c_[i * hidden_pitch_], out(i - first));
+        for (i64 i = first; i < last; ++i) update_cell(i, [](i64, i64, Vec<S> c) FASTLSTM_INLINE_LAMBDA { return c; });
       }
-      for (i64 i = first; i < last; ++i)
-        regularised_->activate_row(z_row(i), &c_[i * hidden_pitch_], out_ + i * out_pitch_);
-      Moments<S> of_c[kRowGroup] = {};
-      if (s_.layer_norm)
-        for (i64 i = first; i < last; ++i) of_c[i - first] = moments<S>(out_ + i * out_pitch_, s_.H);
-      for (i64 i = first; i < last; ++i) update_cell(i, of_c[i - first]);
       if (!s_.projected) update_hidden(first, last);
     }
   }
@@ -327,18 +333,20 @@ class ForwardLane {
   }
 
   // The same of a whole regularised row: its c before zoneout is where the hidden state will be.
-  FASTLSTM_INLINE void update_cell(i64 row, const Moments<S>& of_c) {
+  // seen(unit, n, c): c as the hidden state sees it.
+  template <class Seen>
+  FASTLSTM_INLINE void update_cell(i64 row, const Seen& seen) {
     const Regularised<S>& r = *regularised_;
     const uint32_t key = r.zone_c ? r.row_key(t_, rows_.batch(row)) : 0;
     S *c = &c_[row * hidden_pitch_], *out = out_ + row * out_pitch_;
     const S* gates = z_row(row);
     for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
-      Vec<S> c_new = load(out + unit), seen = c_new;
-      if (s_.layer_norm) seen = fma(of_c.normalise(c_new), load_n(&r.ln_c[unit], n), load_n(&r.b_ln_c[unit], n));
+      Vec<S> c_new = load(out + unit);
+      const Vec<S> hidden = load_n(gates + 4 * unit + 3 * n, n) * tanh(seen(unit, n, c_new));
       if (r.zone_c) c_new = r.zone_c.state(load(c + unit), c_new, key, unit);
       store(c + unit, c_new);
       if (p_.c_all.data) store_n(cell_row_[row] + unit, c_new, n);
-      store(out + unit, load_n(gates + 4 * unit + 3 * n, n) * tanh(seen));
+      store(out + unit, hidden);
     });
     if (p_.gates.data) std::memcpy(gates_row_[row], gates, size_t(4 * s_.H) * sizeof(S));
   }
