@@ -43,7 +43,7 @@ class Layer:
     rows: str = "dense"  # or "lengths", "packed"
     states: bool = False  # also initial states, a gradient of every output; resets where D is 1
     regime: str | None = None  # forced upon the configuration
-    cell: str = ""  # of an LSTM: names of CELL_PARTS with a + between
+    cell: str = ""  # names of CELL_PARTS with a + between, or "rnn_tanh", "rnn_relu"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _of(layer: Layer, arch: int) -> Iterator[Variant]:
         changes = {"regime": layer.regime} if layer.regime else {}
         with config.override(**changes):
             try:
-                _call(layer)
+                _call_rnn(layer) if layer.cell.startswith("rnn") else _call(layer)
             except ValueError:
                 if not layer.regime:
                     raise
@@ -191,25 +191,40 @@ def _type(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
+def _call_rnn(layer: Layer) -> None:
+    from fastlstm.kernels import rnn_bwd, rnn_fwd
+
+    H, D = layer.H, layer.D
+    new, rows, batch_sizes, lengths, reset = _rows(layer)
+    h0 = new(D, layer.B, H) if layer.states else None
+    x, y, h_n = new(*rows, layer.I), new(*rows, D * H), new(D, layer.B, H)
+    group = [new(H, layer.I), new(H, H), new(H), new(H)]
+    relu = layer.cell == "rnn_relu"
+    inputs = (x, group * D, D, h0, batch_sizes, lengths, reset, relu, y)
+    rnn_fwd(*inputs, h_n, None)
+    if layer.training:
+        rnn_bwd(*inputs, y, h_n if layer.states else None, x, h0, group[:3] * D, None)
+
+
+def _rows(layer: Layer) -> tuple[Any, ...]:
+    """Makes tensors; the shape of rows; batch sizes, lengths and resets."""
+    T, B = STEPS, layer.B
+    new = partial(torch.empty, dtype=getattr(torch, layer.dtype), device="meta")
+    if layer.rows == "packed":
+        return new, (T * B,), torch.tensor([B] * T), None, None
+    lengths = new(B, dtype=torch.int64) if layer.rows == "lengths" else None
+    reset = new(T, B, dtype=torch.bool) if layer.states and layer.D == 1 else None
+    return new, (T, B), None, lengths, reset
+
+
 def _call(layer: Layer) -> None:
     """Forward, and in training backward, as :mod:`fastlstm.autograd` calls them."""
     from fastlstm.kernels import lstm_bwd, lstm_fwd
     from fastlstm.ops import triton_keeps_gates
 
-    T, B, I, H, P, D = STEPS, layer.B, layer.I, layer.H, layer.P or layer.H, layer.D
-    dtype = getattr(torch, layer.dtype)
-    new = partial(torch.empty, dtype=dtype, device="meta")
-    rows: tuple[int, ...] = (T, B)
-    batch_sizes = lengths = reset = h0 = c0 = None
-    if layer.rows == "packed":
-        batch_sizes = torch.tensor([B] * T)
-        rows = (T * B,)
-    elif layer.rows == "lengths":
-        lengths = new(B, dtype=torch.int64)
-    if layer.states:
-        h0, c0 = new(D, B, P), new(D, B, H)
-        if D == 1:
-            reset = new(T, B, dtype=torch.bool)
+    B, I, H, P, D = layer.B, layer.I, layer.H, layer.P or layer.H, layer.D
+    new, rows, batch_sizes, lengths, reset = _rows(layer)
+    h0, c0 = (new(D, B, P), new(D, B, H)) if layer.states else (None, None)
     x, y, h_n, c_n = new(*rows, I), new(*rows, D * P), new(D, B, P), new(D, B, H)
     group = [new(4 * H, I), new(4 * H, P), new(4 * H), new(4 * H)]
     gradients = [*group[:3]]

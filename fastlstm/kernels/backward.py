@@ -24,6 +24,7 @@ from .cells import (
     gates_and_cell,
     load_norms,
     load_peepholes,
+    norm_arguments,
     normalise_gradient,
     zone_gradient,
     zoneout_base,
@@ -324,8 +325,8 @@ def launch_lstm_bwd(
         )  # fmt: skip
     else:
         launch_lstm_bwd_steps(
-            plan, x, groups, rows, c0, c_all, saved, gates is not None, dy, dh_n, dc_n, dc_all,
-            dgates, dprojected, hidden, dh0, dc0,
+            plan, x, groups, cell, rows, c0, c_all, saved, gates is not None,
+            dy, dh_n, dc_n, dc_all, dgates, dprojected, hidden, dh0, dc0, dw_ch,
         )  # fmt: skip
     through_x = through_h = dgates
     if x_side is not None and h_side is not None:
@@ -445,6 +446,7 @@ def _launch_sequence(
         dw_ch=dw_ch,
         dln_c=dln_c,
         **cell_arguments(cell, groups),
+        **norm_arguments(groups),
         rows=rows.count,
         T=rows.T,
         B=rows.B,

@@ -12,9 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlstm.reference import Weights
+from fastlstm.reference import Cell, Weights
 
-from .cells import cell_gradients
+from .cells import (
+    cell_arguments,
+    cell_gradients,
+    gates_and_cell,
+    load_peepholes,
+    zone_gradient,
+    zoneout_base,
+    zoneout_rows,
+    zoneout_units,
+)
 from .config import Plan
 from .launch import dot_precision, is_fast, launch
 from .operands import product
@@ -32,9 +41,28 @@ from .primitives import (
 from .rows import Rows
 
 
+@triton.jit
+def _add_to(at, value, mask):
+    tl.store(at, tl.load(at, mask, 0) + value, mask)
+
+
 @triton.jit(
-    do_not_specialize=["begin", "end", "rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"],
-    do_not_specialize_on_alignment=["c0", "offsets", "lengths", "reset", "dc_all", "dh_n"],
+    do_not_specialize=[
+        "begin",
+        "end",
+        "rows",
+        "T",
+        "B",
+        "dy_t",
+        "dy_b",
+        "dc_t",
+        "dc_b",
+        "zoneout_c",
+        "zoneout_h",
+    ],
+    do_not_specialize_on_alignment=[
+        *("c0", "offsets", "lengths", "reset", "dc_all", "dh_n", "h_mask", "seed"),
+    ],
 )
 def lstm_bwd_step_kernel(
     gates,  # [D, rows, 4H]: with ACTIVATED after activation, else before it and without biases
@@ -55,6 +83,13 @@ def lstm_bwd_step_kernel(
     dgates,  # [D, rows, 4H], written and read
     hidden,  # [rows, D*H], written unless RECURRENT: what w_hr was applied to; else None
     dc,  # float32 [D, B, H], read and written: gradients of the cells between launches
+    dw_ch,  # float32 [D, B, 3H] or None, read and written: of each sequence so far
+    dh_kept,  # float32 [D, B, H], read and written with zoneout_h: what goes past the product
+    h_mask,  # these as in forward
+    w_ch,
+    seed,
+    zoneout_c,
+    zoneout_h,
     arrived,  # int32 [D, tiles of N], zero: programs that have written their part of a step
     begin,  # the steps [begin, end) in the order of each direction's backward pass
     end,
@@ -99,6 +134,10 @@ def lstm_bwd_step_kernel(
     k = tl.arange(0, K)
     w_tile = w_hh + k[None, :].to(tl.int64) * H + unit[:, None]
 
+    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    base = zoneout_base(seed, direction)
+    units_h = zoneout_units(base, unit, 0)
+    units_c = zoneout_units(base, unit, 1)
     u_real = u_inside[:, None] & real
     state_at = (direction * B + n) * H + unit[:, None]
     d_cell = tl.load(dc + state_at, u_real, 0)
@@ -155,16 +194,48 @@ def lstm_bwd_step_kernel(
             d_tile = dgates + (after_row + n) * (4 * H) + k[:, None]
             if PERSISTENT:
                 wait_for(counter, s * tl.num_programs(0))
-            dh = multiply_add(
-                dh, None, w_tile, u_inside, d_tile, follows, H, 4 * H, K, False, STAGES, PRECISION
+            total = dh
+            if h_mask is not None:
+                total = tl.zeros([UNITS, N], tl.float32)
+            total = multiply_add(
+                total, None, w_tile, u_inside, d_tile, follows,
+                H, 4 * H, K, False, STAGES, PRECISION,
             )  # fmt: skip
+            if h_mask is None:
+                dh = total
+            else:
+                dh += total * tl.load(h_mask + state_at, u_real, 0)
 
         if not ACTIVATED:
-            stacked = activate(stacked + bias, is_cell, FAST)
+            if w_ch is None:
+                stacked = activate(stacked + bias, is_cell, FAST)
+            else:
+                i, f, g, o, _ = gates_and_cell(
+                    stacked + bias, is_cell, peep_i, peep_f, peep_o, c_before, UNITS, N, FAST
+                )
+                stacked = stack_gates(i, f, g, o, UNITS, N)
         i, f, g, o = split_gates(stacked, UNITS, N)
+        keys = zoneout_rows(base, t, n)
+        if zoneout_h is not None:
+            dh += tl.load(dh_kept + state_at, u_active, 0)
+            kept, dh = zone_gradient(dh, zoneout_h, keys, units_h)
+            if reset is not None:
+                kept = tl.where(keep, kept, 0.0)
+            tl.store(dh_kept + state_at, kept, u_active)
+        d_after = d_cell
+        if zoneout_c is not None:
+            dc_stays, d_after = zone_gradient(d_cell, zoneout_c, keys, units_c)
+            c = f * c_before + i * g
         d_i, d_f, d_g, d_o, d_before, tanh_c, _, _ = cell_gradients(
-            i, f, g, o, c, c_before, dh, d_cell, None, None, None, None, None, None, H, FAST
+            i, f, g, o, c, c_before, dh, d_after, peep_i, peep_f, peep_o, None, None, unit, H, FAST
         )
+        if zoneout_c is not None:
+            d_before += dc_stays
+        if dw_ch is not None:
+            w_ch_at = dw_ch + (direction * B + n) * (3 * H) + unit[:, None]
+            _add_to(w_ch_at, d_i * c_before, u_active)
+            _add_to(w_ch_at + H, d_f * c_before, u_active)
+            _add_to(w_ch_at + 2 * H, d_o * c, u_active)
         stacked = stack_gates(d_i, d_f, d_g, d_o, UNITS, N).to(dtype)
         tl.store(dgates + g_at, stacked, inside[:, None] & active)
         if hidden is not None:
@@ -181,6 +252,7 @@ def launch_lstm_bwd_steps(
     plan: Plan,
     x: Tensor,
     groups: Sequence[Weights],
+    cell: Cell,
     rows: Rows,
     c0: Tensor | None,
     c_all: Tensor,
@@ -195,22 +267,29 @@ def launch_lstm_bwd_steps(
     hidden: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
+    dw_ch: Tensor | None,
 ) -> None:
-    """Write the gradients of gates, h0 and c0; padding of dgates is left as it is."""
+    """Write the gradients of gates, h0, c0 and peepholes; padding of dgates is left as it is."""
     D, B, H = len(groups), rows.B, groups[0].w_hh.shape[0] // 4
     forward, reverse = groups[0], groups[-1] if D == 2 else None
     dc = torch.zeros(D, B, H, dtype=torch.float32, device=x.device)
     if dc_n is not None:
         dc.copy_(dc_n)
+    if dw_ch is not None:
+        dw_ch.zero_()
+    dh_kept = torch.zeros_like(dc) if cell.zoneout[1] else None
     through = None
     if dprojected is not None:
-        through = _ThroughProjection(groups, rows, dy, dh_n, dgates, dprojected)
+        through = _ThroughProjection(groups, cell, rows, dy, dh_n, dgates, dprojected)
     d_hidden = dy if through is None else through.d_hidden
     dy_t, dy_b = (0, 0) if d_hidden is None else (d_hidden.stride(0), d_hidden.stride(-2))
     dc_t, dc_b = (0, 0) if dc_all is None else (dc_all.stride(0), dc_all.stride(-2))
     tiles = -(-B // plan.batch)
     persistent = plan.regime == "persistent"
     arrived = torch.zeros(D, tiles, dtype=torch.int32, device=x.device) if persistent else None
+    arguments = cell_arguments(cell, groups)
+    if through is not None:
+        arguments |= {"h_mask": None}  # the product with w_hh is not in the kernel
     for begin in (0,) if persistent else range(rows.T):
         if through is not None:
             through.step(begin)
@@ -236,6 +315,9 @@ def launch_lstm_bwd_steps(
             dgates=dgates,
             hidden=hidden,
             dc=dc,
+            dw_ch=dw_ch,
+            dh_kept=dh_kept,
+            **arguments,
             arrived=arrived,
             begin=begin,
             end=rows.T if persistent else begin + 1,
@@ -261,16 +343,26 @@ def launch_lstm_bwd_steps(
     if dc0 is not None:
         dc0.copy_(dc)
     if dh0 is not None:
-        start_gradient(dh0, dgates, groups, rows, dh_n)
+        start_gradient(dh0, dgates, groups, rows, dh_n, cell.h_mask, dh_kept)
 
 
 def start_gradient(
-    dh0: Tensor, dgates: Tensor, groups: Sequence[Weights], rows: Rows, dh_n: Tensor | None
+    dh0: Tensor,
+    dgates: Tensor,
+    groups: Sequence[Weights],
+    rows: Rows,
+    dh_n: Tensor | None,
+    h_mask: Tensor | None = None,
+    dh_kept: Tensor | None = None,
 ) -> None:
-    """Write dh0 [D, B, P] from the gradients [D, rows, n] of what w_hh was applied to."""
+    """Write dh0 [D, B, P] from the gradients [D, rows, n] of what h through w_hh was added to."""
     for direction, group in enumerate(groups):
         first = rows.first(direction)
         start = product(dgates[direction].index_select(0, first), group.w_hh)
+        if h_mask is not None:
+            start *= h_mask[direction]
+        if dh_kept is not None:
+            start += dh_kept[direction]
         if rows.reset is not None:
             start.masked_fill_(rows.reset.view(-1)[first].bool()[:, None], 0)
         if rows.padded:
@@ -286,6 +378,7 @@ class _ThroughProjection:
     def __init__(
         self,
         groups: Sequence[Weights],
+        cell: Cell,
         rows: Rows,
         dy: Tensor | None,
         dh_n: Tensor | None,
@@ -293,6 +386,7 @@ class _ThroughProjection:
         dprojected: Tensor,
     ) -> None:
         self.groups, self.rows, self.dgates, self.dprojected = groups, rows, dgates, dprojected
+        self.h_mask = cell.h_mask
         D, H, P = len(groups), groups[0].w_hh.shape[0] // 4, groups[0].w_hh.shape[1]
         total = torch.zeros(rows.count, D * P, dtype=torch.float32, device=dgates.device)
         if dy is not None:
@@ -323,6 +417,8 @@ class _ThroughProjection:
                 count = min(at.stop - at.start, self._steps[after].stop - self._steps[after].start)
                 after_at = slice(self._steps[after].start, self._steps[after].start + count)
                 through = product(self.dgates[d][after_at], group.w_hh)
+                if self.h_mask is not None:
+                    through *= self.h_mask[d, :count]
                 if self.rows.reset is not None:
                     through.masked_fill_(self.rows.reset[after].bool()[:, None], 0)
                 total[at.start : at.start + count] += through

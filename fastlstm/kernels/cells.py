@@ -184,24 +184,28 @@ def zone_gradient(d, zoneout, rows, units):
     return before, after
 
 
-_NOTHING: dict[str, Any] = dict.fromkeys(
-    ("h_mask", "w_ch", "ln_hh", "ln_c", "b_ln_c", "seed", "zoneout_c", "zoneout_h")
-)
+_PLAIN: dict[str, Any] = dict.fromkeys(("h_mask", "w_ch", "seed", "zoneout_c", "zoneout_h"))
 
 
 def cell_arguments(cell: Cell, groups: Sequence[Weights]) -> dict[str, Any]:
-    """What kernels of both passes are told of the cell."""
+    """What kernels are told of the cell, but for how it is normalised."""
     if cell.is_plain:
-        return _NOTHING
+        return _PLAIN
     return {
         "h_mask": cell.h_mask,
         "w_ch": _of_directions([group.w_ch for group in groups]),
-        "ln_hh": _of_directions([group.ln_hh for group in groups]),
-        "ln_c": _of_directions([group.ln_c for group in groups]),
-        "b_ln_c": _of_directions([group.b_ln_c for group in groups]),
         "seed": cell.seed if any(cell.zoneout) else None,
         "zoneout_c": _zoneout(cell, 0),
         "zoneout_h": _zoneout(cell, 1),
+    }
+
+
+def norm_arguments(groups: Sequence[Weights]) -> dict[str, Any]:
+    """And how."""
+    return {
+        "ln_hh": _of_directions([group.ln_hh for group in groups]),
+        "ln_c": _of_directions([group.ln_c for group in groups]),
+        "b_ln_c": _of_directions([group.b_ln_c for group in groups]),
     }
 
 

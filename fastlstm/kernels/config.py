@@ -186,20 +186,14 @@ def obstacle(shape: Shape, device: Device, cell: Cell) -> str | None:
     Raises:
         ValueError: the overridden regime cannot compute this shape.
     """
-    needs = [
-        name
-        for name, there in (
-            ("layer_norm", cell.layer_norm),
-            ("peephole", cell.peephole),
-            ("a mask of h", cell.h_mask is not None),
-            ("zoneout", any(cell.zoneout)),
-        )
-        if there
-    ]
     plans = forward_plan(shape, device), backward_plan(shape, device)
-    if not needs or all(plan.regime == "sequence" for plan in plans):
+    if all(plan.regime == "sequence" for plan in plans):
         return None
-    return f"{needs[0]} needs all units in one program, {_one_program(shape)}"
+    if cell.layer_norm:
+        return f"layer_norm needs all units in one program, {_one_program(shape)}"
+    if cell.zoneout[1] and shape.projected:
+        return f"zoneout of a projected h needs all units in one program, {_one_program(shape)}"
+    return None
 
 
 def _one_program(shape: Shape) -> str:
@@ -298,7 +292,7 @@ def _spread(
     """The regime, and the first of the tiles (units, batch, chunk, warps) to fit it."""
     wanted = regime or ("persistent" if PERSISTENT_BY_DEFAULT else "steps")
     # The cells of a projected layer need a second exchange in every step.
-    if wanted == "persistent" and not shape.projected:
+    if wanted == "persistent" and not shape.projected and shape.cell == "plain":
         for tile in tiles:
             if _persistent_fits(shape, device, tile[0], tile[1]):
                 return "persistent", tile

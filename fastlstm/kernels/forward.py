@@ -21,6 +21,7 @@ from .cells import (
     gates_and_cell,
     load_norms,
     load_peepholes,
+    norm_arguments,
     normalise,
     zone,
     zoneout_base,
@@ -231,7 +232,7 @@ def launch_lstm_fwd(
     if plan.regime == "sequence":
         _launch_sequence(plan, x, groups, cell, rows, h0, c0, y, h_n, c_n, c_all)
     else:
-        launch_lstm_fwd_steps(plan, x, groups, rows, h0, c0, y, h_n, c_n, c_all, gates)
+        launch_lstm_fwd_steps(plan, x, groups, cell, rows, h0, c0, y, h_n, c_n, c_all, gates)
 
 
 def _launch_sequence(
@@ -283,6 +284,7 @@ def _launch_sequence(
         c_n=c_n,
         c_all=c_all,
         **cell_arguments(cell, groups),
+        **norm_arguments(groups),
         rows=rows.count,
         T=rows.T,
         B=rows.B,

@@ -12,8 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlstm.reference import Weights
+from fastlstm.reference import Cell, Weights
 
+from .cells import (
+    cell_arguments,
+    gates_and_cell,
+    load_peepholes,
+    zone,
+    zoneout_base,
+    zoneout_rows,
+    zoneout_units,
+)
 from .config import Plan
 from .launch import dot_precision, is_fast, launch
 from .operands import product, product_into, project
@@ -25,6 +34,7 @@ from .primitives import (
     multiply_add,
     operand,
     split_gates,
+    stack_gates,
     stacked_rows,
     tanh,
     wait_for,
@@ -33,8 +43,8 @@ from .rows import Rows
 
 
 @triton.jit(
-    do_not_specialize=["begin", "end", "rows", "T", "B"],
-    do_not_specialize_on_alignment=["offsets", "lengths", "reset"],
+    do_not_specialize=["begin", "end", "rows", "T", "B", "zoneout_c", "zoneout_h"],
+    do_not_specialize_on_alignment=["offsets", "lengths", "reset", "h0", "h_mask", "seed"],
 )
 def lstm_fwd_step_kernel(
     projected,  # float32 [D, rows, 4H]: x through w_ih, and h0 through w_hh in the first rows
@@ -47,11 +57,17 @@ def lstm_fwd_step_kernel(
     offsets,  # int64 [T] or None, as above
     lengths,  # int64 [B] or None
     reset,  # uint8 [T, B] or None
-    h_all,  # [rows, D*P], read: the states of all steps
-    out,  # [rows, D*H], written: h_all itself, or without w_hr what w_hr is applied to
+    h_all,  # [rows, D*P], read: the states of all steps, as they go into w_hh
+    out,  # [rows, D*H], written: the states, or with a w_hr what it is applied to
     c,  # float32 [D, B, H], read and written: the cells between launches
     c_all,  # float32 [rows, D*H] or None
     gates,  # [D, rows, 4H] after activation, or None
+    h0,  # [D, B, H] or None; only for zoneout_h
+    h_mask,  # float32 [D, B, H] or None: times the states it is h_all, written
+    w_ch,  # [D, 3H] or None: peepholes of i, f, o
+    seed,  # int64 [1] or None: of zoneout
+    zoneout_c,  # None, or see cells.py
+    zoneout_h,
     arrived,  # int32 [D, tiles of N], zero: programs that have written their part of a step
     begin,  # the steps [begin, end) in the order of each direction
     end,
@@ -93,6 +109,10 @@ def lstm_fwd_step_kernel(
         w = operand(tl.load(w_tile, inside[:, None] & (k < P), 0), dtype, PRECISION)
     bias = load_bias(b_ih, b_hh, w_row, inside)[:, None]
 
+    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    base = zoneout_base(seed, direction)
+    units_h = zoneout_units(base, unit, 0)
+    units_c = zoneout_units(base, unit, 1)
     u_real = (unit < H)[:, None] & real
     state_at = (direction * B + n) * H + unit[:, None]
     cell = tl.load(c + state_at, u_real, 0)
@@ -137,7 +157,13 @@ def lstm_fwd_step_kernel(
         stacked = multiply_add(
             stacked, w, w_tile, inside, h_tile, known, 1, P, K, RESIDENT, STAGES, PRECISION
         )  # fmt: skip
-        stacked = activate(stacked, is_cell, FAST)
+        if w_ch is None:
+            stacked = activate(stacked, is_cell, FAST)
+        else:
+            i, f, g, o, _ = gates_and_cell(
+                stacked, is_cell, peep_i, peep_f, peep_o, cell, UNITS, N, FAST
+            )
+            stacked = stack_gates(i, f, g, o, UNITS, N)
         if gates is not None:
             g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
             tl.store(gates + g_at, stacked.to(gates.dtype.element_ty), inside[:, None] & active)
@@ -146,7 +172,22 @@ def lstm_fwd_step_kernel(
         h_new = (o * tanh(c_new, FAST)).to(dtype)
         at = (row + n) * (D * H) + direction * H + unit[:, None]
         u_active = (unit < H)[:, None] & active
+        keys = zoneout_rows(base, t, n)
+        if zoneout_h is not None:
+            before_at = (first_row(source, offsets, B) + n) * (D * H) + direction * H
+            h = tl.load(out + before_at + unit[:, None], u_active & known, 0)
+            if h0 is not None:
+                starts = active & begins
+                if reset is not None:
+                    starts = starts & keep
+                h += tl.load(h0 + state_at, u_active & starts, 0)
+            h_new = zone(h, h_new, zoneout_h, keys, units_h).to(dtype)
+        if zoneout_c is not None:
+            c_new = zone(cell, c_new, zoneout_c, keys, units_c)
         tl.store(out + at, h_new, u_active)
+        if h_mask is not None:
+            mask = tl.load(h_mask + state_at, u_real, 0)
+            tl.store(h_all + at, (h_new * mask).to(dtype), u_active)
         if PERSISTENT:
             arrive(counter)
         if c_all is not None:
@@ -159,6 +200,7 @@ def launch_lstm_fwd_steps(
     plan: Plan,
     x: Tensor,
     groups: Sequence[Weights],
+    cell: Cell,
     rows: Rows,
     h0: Tensor | None,
     c0: Tensor | None,
@@ -173,8 +215,15 @@ def launch_lstm_fwd_steps(
     P = h_n.shape[2]
     forward, reverse = groups[0], groups[-1] if D == 2 else None
     projected = project(x.reshape(-1, x.shape[-1]), groups)
+    masked, start = y, h0
+    if cell.h_mask is not None:
+        masked = torch.empty_like(y)
+        start = None if h0 is None else (h0 * cell.h_mask).to(h0.dtype)
     for direction, group in enumerate(groups):
-        add_start(projected[direction], h0, group, rows, direction)
+        add_start(projected[direction], start, group, rows, direction)
+    arguments = cell_arguments(cell, groups)
+    if forward.w_hr is not None:
+        arguments |= {"h_mask": None}  # h is not known before the product with w_hr
     c = torch.zeros_like(c_n, dtype=torch.float32)
     if c0 is not None:
         c.copy_(c0)
@@ -199,11 +248,13 @@ def launch_lstm_fwd_steps(
             offsets=rows.offsets,
             lengths=rows.lengths,
             reset=rows.reset,
-            h_all=y,
+            h_all=masked,
             out=out,
             c=c,
             c_all=c_all,
             gates=gates,
+            h0=h0 if any(cell.zoneout) else None,
+            **arguments,
             arrived=arrived,
             begin=begin,
             end=rows.T if persistent else begin + 1,
@@ -228,6 +279,10 @@ def launch_lstm_fwd_steps(
                 hidden = out[at, direction * H : (direction + 1) * H]
                 target = y.view(rows.count, D * P)[at, direction * P : (direction + 1) * P]
                 product_into(target, hidden, group.w_hr.T)
+                if cell.h_mask is not None:
+                    mask = cell.h_mask[direction, : len(target)]
+                    columns = slice(direction * P, (direction + 1) * P)
+                    masked.view(rows.count, D * P)[at, columns] = target * mask
     c_n.copy_(c)
     final_states(h_n, y.view(rows.count, D * P), h0, rows)
 
