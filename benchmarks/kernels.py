@@ -198,5 +198,5 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return ""
     if name == "kernel":
-        return str(value).removeprefix("lstm_").removesuffix("_kernel")
+        return str(value).removesuffix("_kernel")
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -43,7 +43,9 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     if keep:
         keep.with_suffix(".ptx").write_text(compiled.asm["ptx"])
         keep.with_suffix(".sass").write_text(text)
-    loop = time_loop(text)
+    # Without an `end` a launch is one step.
+    steps = variant.facts["regime"] != "steps" or "end" in names
+    loop = time_loop(text) if steps else instructions(text)
     return {
         "registers": _resource("REG", text),
         "spill_bytes": _resource("STACK", text),
@@ -55,6 +57,11 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
         "instructions_per_step": len(loop),
         "compile_seconds": round(seconds, 3),
     }
+
+
+def instructions(sass: str) -> list[str]:
+    """All of a kernel."""
+    return [text for _, text in _INSTRUCTION.findall(sass)]
 
 
 def time_loop(sass: str) -> list[str]:

@@ -98,6 +98,11 @@ def _examples(layer: Any) -> Iterator[Layer]:
     yield layer(28, 64, 1, 128, True, states=True)
     yield layer(28, 64, 1, 128, True, P=32)
     yield layer(256, 256, 1, 16, True, regime="persistent")
+    yield layer(28, 64, 1, 128, True, cell="layer_norm+mask")
+    yield layer(28, 64, 2, 128, True, rows="lengths", cell="peephole+zoneout")
+    yield layer(256, 256, 1, 16, True, cell="peephole+mask+zoneout")
+    yield layer(28, 128, 2, 128, True, rows="lengths", cell="rnn_tanh")
+    yield layer(512, 512, 1, 16, True, states=True, cell="rnn_relu")
 
 
 def _everything(layer: Any) -> Iterator[Layer]:
@@ -114,6 +119,15 @@ def _everything(layer: Any) -> Iterator[Layer]:
         yield layer(28, H, 1, 128, training, P=H // 2)
     for H, B, regime, training in product(WIDTHS, BATCHES, (None, "persistent"), both):
         yield layer(H, H, 1, B, training, regime=regime)
+    for H, training in product((16, 64, 100, 128, 256), both):
+        cells = ("peephole", "mask", "expectation", "peephole+mask+zoneout", "layer_norm+mask")
+        for cell in cells[: 4 if H > 128 else 5]:
+            yield layer(28, H, 1, 128, training, states=True, cell=cell)
+            yield layer(28, H, 2, 128, training, rows="lengths", cell=cell)
+    for H, cell, training in product((16, 64, 128, 256, 512), ("rnn_tanh", "rnn_relu"), both):
+        yield layer(28, H, 1, 1, training, cell=cell)
+        yield layer(28, H, 1, 128, training, states=True, cell=cell)
+        yield layer(28, H, 2, 128, training, rows="packed", cell=cell)
     yield layer(256, 256, 1, 16, True, regime="persistent", states=True)
     yield layer(256, 256, 2, 16, True, regime="persistent", rows="lengths")
     yield layer(256, 256, 2, 16, True, regime="persistent", rows="packed")
