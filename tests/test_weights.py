@@ -505,8 +505,10 @@ def test_refused_layers_of_keras(keras: Any, make: Callable[[Any], Any], message
 def test_other_layers_of_keras(keras: Any) -> None:
     with pytest.raises(ValueError, match="this LSTMCell has no kernels: build it"):
         from_keras(keras.layers.LSTM(H))
-    with pytest.raises(TypeError, match="got Embedding"):
-        from_keras(keras.layers.Embedding(5, H))
+    with pytest.raises(TypeError, match="got Dense"):
+        from_keras(built(keras, keras.layers.Dense(H)))
+    with pytest.raises(TypeError, match=r"layer 1: expected a recurrent layer.*got Sequential"):
+        from_keras([built(keras, keras.layers.LSTM(H)), keras.Sequential()])
     relu = built(keras, keras.layers.SimpleRNN(H, activation="relu", **OPTIONS))
     rnn, x = from_keras(relu), single(B, T, I)
     assert rnn.nonlinearity == "relu"

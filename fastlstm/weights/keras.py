@@ -138,7 +138,7 @@ def _layers(source: Any, where: str, backwards: bool = False) -> list[list[Direc
         return [forward[0] + backward[0]]
     cell = getattr(source, "cell", source)
     cells = getattr(cell, "cells", [cell])
-    if not all(hasattr(cell, "activation") for cell in cells):
+    if not all(hasattr(cell, "recurrent_initializer") for cell in cells):
         raise TypeError(
             f"{where}: expected a recurrent layer of Keras, or its get_weights(), got "
             f"{type_name(source)}"
