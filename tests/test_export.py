@@ -90,6 +90,27 @@ def test_export(backend: str, case: str) -> None:
             assert all(map(torch.equal, program.module()(**other), model(**other)))
 
 
+CELLS: dict[str, Any] = {
+    "LSTM": lambda: fastlstm.LSTM(I, H, 2, peephole=True, layer_norm=True, zoneout=(0.1, 0.2)),
+    "RNN": lambda: fastlstm.RNN(I, H, 2, "relu", bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_export_of_other_cells(backend: str, cell: str) -> None:
+    model = Model(CELLS[cell]()).eval()
+    given = arguments(model.rnn, ("h_0", "lengths") if cell == "RNN" else ("lengths",), T, B)
+    steps = Dim.STATIC if backend == "reference" else Dim("T")
+    shapes = dynamic(model.rnn, given, steps, Dim("B"))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            program = torch.export.export(model, (), given, dynamic_shapes=shapes)
+        for t, b in SIZES:
+            if backend != "reference" or t == T:
+                other = arguments(model.rnn, tuple(given), t, b)
+                assert all(map(torch.equal, program.module()(**other), model(**other)))
+
+
 def test_saved_program_runs_in_a_new_process(backend: str, tmp_path: Path) -> None:
     lstm = fastlstm.LSTM(I, H, 2)
     x = torch.randn(T, B, I)
