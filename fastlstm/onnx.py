@@ -51,8 +51,9 @@ def lstm_layer(
             x, weights, h0, c0, directions=directions, lengths=lengths, cell_states=cell_states,
             cell=cell, **others,
         )  # fmt: skip
-    plain = [[_reorder(w, 4) for w in group[:4] if w is not None] for group in groups]
-    peepholes = [_reorder(w.w_ch, 3) for w in groups if w.w_ch is not None]
+    H = groups[0].w_hh.shape[1]
+    plain = [[_reorder(w, H) for w in group[:4] if w is not None] for group in groups]
+    peepholes = [_reorder(w.w_ch, H) for w in groups if w.w_ch is not None]
     extra = torch.stack(peepholes) if peepholes else None
     y, h_n, c_n = _node("LSTM", x, plain, lengths, (h0, c0), extra)
     return y, h_n, c_n, None
@@ -130,7 +131,6 @@ def _is_dense(options: dict[str, Any]) -> bool:
     return options.get("batch_sizes") is None and options.get("reset") is None
 
 
-def _reorder(w: Tensor, gates: int) -> Tensor:
+def _reorder(w: Tensor, H: int) -> Tensor:
     """Gates i, f, g, o of PyTorch -> i, o, f, g; of peepholes i, f, o -> i, o, f."""
-    i, f, *g, o = w.chunk(gates)
-    return torch.cat([i, o, f, *g])
+    return torch.cat([w[:H], w[-H:], w[H:-H]])
