@@ -65,7 +65,14 @@ def learn(provider: str, *, steps: int = STEPS, seed: int = 0, device: str = "cp
 
 
 def one_cell() -> None:
-    """One cell, one letter: (h, c) = cell(x)"""
+    """One cell of an RNN, one letter: h_n = tanh(W_ih x + b_ih + W_hh h + b_hh)"""
+    x = one_hot("h")
+    _, h_n = fastlstm.RNN(5, 2, batch_first=True)(x)
+    _show(x=x, h_n=h_n)
+
+
+def one_lstm_cell() -> None:
+    """One cell of an LSTM, one letter: (h, c) = cell(x)"""
     x = one_hot("h")[0]
     h, c = fastlstm.LSTMCell(5, 2)(x)
     _show(x=x, h=h, c=c)
@@ -74,14 +81,20 @@ def one_cell() -> None:
 def five_steps() -> None:
     """Five steps: y holds h after every letter of "hello", h_n after the last"""
     x = one_hot("hello")
-    y, (h_n, _) = fastlstm.LSTM(5, 2, batch_first=True)(x)
+    y, h_n = fastlstm.RNN(5, 2, batch_first=True)(x)
     _show(x=x, y=y, h_n=h_n)
 
 
 def batches() -> None:
     """A batch: three words at once, each as if it were alone"""
-    y, _ = fastlstm.LSTM(5, 2, batch_first=True)(_words())
+    y, _ = fastlstm.RNN(5, 2, batch_first=True)(_words())
     _show(x=_words(), y=y)
+
+
+def rectified() -> None:
+    """The same with relu in the place of tanh"""
+    y, _ = fastlstm.RNN(5, 2, nonlinearity="relu", batch_first=True)(_words())
+    _show(y=y)
 
 
 def lengths() -> None:
@@ -136,8 +149,10 @@ LOSS_EXAMPLES = (
 )
 RECIPES: tuple[Callable[[], None], ...] = (
     one_cell,
+    one_lstm_cell,
     five_steps,
     batches,
+    rectified,
     lengths,
     initial_state,
     three_layers,
