@@ -777,7 +777,7 @@ class BackwardDirection {
 };
 
 constexpr i64 kChunkBytes = 1 << 20;  // gate gradients of a chunk: stay in L2/L3 until they are used
-constexpr i64 kNormalisedShare = 4;
+constexpr i64 kNormalisedShare = 8;
 constexpr i64 kChunkRows = 512;  // rows that amortise one pass over the weight gradients
 
 template <class S, Cell kCell>

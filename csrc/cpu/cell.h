@@ -11,7 +11,7 @@ namespace {
 
 enum class Cell { lstm, regularised, rnn };
 
-constexpr i64 kRowGroup = 8;  // rows that go through each stage of a cell together, so that none waits for one row
+constexpr i64 kRowGroup = 16;  // rows that go through each stage of a cell together, so that none waits for one row
 
 // ---- zoneout ------------------------------------------------------------------------------------------------
 
