@@ -99,7 +99,7 @@ def _examples(layer: Any) -> Iterator[Layer]:
     yield layer(28, 64, 1, 128, True, P=32)
     yield layer(256, 256, 1, 16, True, regime="persistent")
     yield layer(28, 64, 1, 128, True, cell="layer_norm+mask")
-    yield layer(28, 64, 2, 128, True, rows="lengths", cell="peephole+zoneout")
+    yield layer(28, 64, 1, 128, True, states=True, cell="peephole+zoneout")
     yield layer(256, 256, 1, 16, True, cell="peephole+mask+zoneout")
     yield layer(28, 128, 2, 128, True, rows="lengths", cell="rnn_tanh")
     yield layer(512, 512, 1, 16, True, states=True, cell="rnn_relu")

@@ -17,11 +17,13 @@ def test_one_kernel_for_every_length_and_batch() -> None:
     )
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
-    assert [(name, count) for name, _, count in lines] == [
-        ("lstm_fwd_sequence_kernel", "1"),
-        ("lstm_bwd_sequence_kernel", "1"),
-        ("lstm_fwd_step_kernel", "1"),
-        ("lstm_bwd_step_kernel", "1"),
-        ("lstm_fwd_step_kernel", "1"),
-        ("lstm_bwd_step_kernel", "1"),
+    assert [(name, regime) for name, regime, _ in lines] == [
+        (f"{kind}_{way}_{'sequence' if regime == 'sequence' else 'step'}_kernel", regime)
+        for kind, regimes in (
+            ("lstm", ("sequence", "sequence", "steps", "steps", "persistent")),
+            ("rnn", ("sequence", "steps")),
+        )
+        for regime in regimes
+        for way in ("fwd", "bwd")
     ]
+    assert {count for *_, count in lines} == {"1"}, run.stdout
