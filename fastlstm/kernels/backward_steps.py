@@ -289,7 +289,7 @@ def launch_lstm_bwd_steps(
     arrived = torch.zeros(D, tiles, dtype=torch.int32, device=x.device) if persistent else None
     arguments = cell_arguments(cell, groups)
     if through is not None:
-        arguments |= {"h_mask": None}  # the product with w_hh is not in the kernel
+        arguments = arguments | {"h_mask": None}  # the product with w_hh is not in the kernel
     for begin in (0,) if persistent else range(rows.T):
         if through is not None:
             through.step(begin)

@@ -184,7 +184,9 @@ def zone_gradient(d, zoneout, rows, units):
     return before, after
 
 
+# Made once: the plain cell is launched most.
 _PLAIN: dict[str, Any] = dict.fromkeys(("h_mask", "w_ch", "seed", "zoneout_c", "zoneout_h"))
+_NO_NORMS: dict[str, Any] = dict.fromkeys(("ln_hh", "ln_c", "b_ln_c"))
 
 
 def cell_arguments(cell: Cell, groups: Sequence[Weights]) -> dict[str, Any]:
@@ -202,6 +204,8 @@ def cell_arguments(cell: Cell, groups: Sequence[Weights]) -> dict[str, Any]:
 
 def norm_arguments(groups: Sequence[Weights]) -> dict[str, Any]:
     """And how."""
+    if groups[0].ln_hh is None:
+        return _NO_NORMS
     return {
         "ln_hh": _of_directions([group.ln_hh for group in groups]),
         "ln_c": _of_directions([group.ln_c for group in groups]),

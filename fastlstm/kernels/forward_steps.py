@@ -223,7 +223,7 @@ def launch_lstm_fwd_steps(
         add_start(projected[direction], start, group, rows, direction)
     arguments = cell_arguments(cell, groups)
     if forward.w_hr is not None:
-        arguments |= {"h_mask": None}  # h is not known before the product with w_hr
+        arguments = arguments | {"h_mask": None}  # h is not known before the product with w_hr
     c = torch.zeros_like(c_n, dtype=torch.float32)
     if c0 is not None:
         c.copy_(c0)
