@@ -164,6 +164,9 @@ def _higher_derivative() -> str | None:
     """
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
+    if torch.compiler.is_compiling():  # Dynamo cannot say which transforms
+        active = torch._C._are_functorch_transforms_active()
+        return "compiled code uses torch.func" if active else None
     if _transform_level() is None:
         return None
     kinds = [layer.key() for layer in torch._C._functorch.get_interpreter_stack() or ()]
