@@ -65,9 +65,12 @@ class _Layers(nn.RNNBase):
                 "pad the input"
             )
         order = input.sorted_indices
+        rows = self.num_layers * self._D
+        if hx is None and order is not None and torch.compiler.is_compiling():
+            # Inductor stumbles over a B that is a value, that of batch_sizes[0], and not a size.
+            return tuple(input.data.new_zeros(rows, order.shape[0], n) for n in sizes)
         if hx is None or order is None:
             return None if hx is None else tuple(hx)
-        rows = self.num_layers * self._D
         shapes = [(rows, order.shape[0], n) for n in sizes]
         check_states(self._get_name(), hx, shapes, packed=True)
         return tuple(state.index_select(1, order) for state in hx)
