@@ -434,8 +434,10 @@ def infer_cell(
 
 
 def is_plain(hx: Any) -> bool:
-    """Whether hx can go to a kernel as it is, with neither autocast nor a compiler at work."""
+    """Whether hx can go to a kernel as it is: no autocast, compiler or transform is at work."""
     if torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     if hx is None:
         return True
