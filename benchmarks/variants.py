@@ -134,7 +134,7 @@ def _everything(layer: Any) -> Iterator[Layer]:
 
 
 def variants(layers: Iterable[Layer], archs: Iterable[int]) -> list[Variant]:
-    """What the layers start on these GPUs; a regime that has no room for a layer is left out."""
+    """What the layers start on these GPUs; what has no room for a layer is left out."""
     return list(dict.fromkeys(v for arch in archs for l in layers for v in _of(l, arch)))
 
 
@@ -148,7 +148,7 @@ def _of(layer: Layer, arch: int) -> Iterator[Variant]:
             try:
                 _call_rnn(layer) if layer.cell.startswith("rnn") else _call(layer)
             except ValueError:
-                if not layer.regime:
+                if not layer.regime and not layer.cell:
                     raise
     for started in launches:
         yield _variant(started, layer, arch)
