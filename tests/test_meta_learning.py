@@ -308,7 +308,7 @@ def as_function(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], list[Ten
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_gradgradcheck_of_cells(backend: str, case: Case) -> None:
     assert gradcheck(*as_function(case))
-    assert gradgradcheck(*as_function(case))
+    assert gradgradcheck(*as_function(case), fast_mode=True)
 
 
 @pytest.mark.parametrize("case", [c for c in (*CASES, *CELLS) if not c.packed], ids=str)
