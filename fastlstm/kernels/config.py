@@ -263,11 +263,12 @@ def _backward_sequence(shape: Shape, device: Device) -> Plan | None:
     weights = shape.element * units * states * (5 if shape.projected else 4)
     # What spills: 16 sequences of wide layers, and a pipeline that runs far ahead.
     wide = units == (64 if shape.element == 4 else 128)
-    narrow = wide and (shape.element == 4 or shape.projected)
+    extended = shape.cell != "plain"
+    narrow = wide and (shape.element == 4 or shape.projected or extended)
     pipelines: tuple[int, ...] = (2, 1) if units == 16 and shape.element == 2 else (3, 2, 1)
     if wide and shape.element == 4 and device.arch >= 90:
         pipelines = (1,) if shape.D == 2 else (2, 1)
-    if shape.cell != "plain":
+    if extended:
         pipelines = (1,)
     for stages, batch in product(pipelines, (8,) if narrow else _sequence_batches(shape, device)):
         # the gradients of the gates as an operand; of each stage gates, two cells and dy
