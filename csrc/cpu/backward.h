@@ -23,15 +23,15 @@ struct Chunk {
   Buffer<S> m;        // [rows][hidden_pitch] h before its projection; only of regularised cells
   Buffer<S> c0;       // [B][H] by slot: c0 as S, for 16-bit states
   Buffer<i64> start;  // [steps + 1]
-  // Only with layer normalisation: x w_ih^T and h w_hh^T, normalised, like gates; what else that needs of a row;
-  Buffer<S> inputs, recurrent;
+  // The rest only with layer normalisation.
   struct Normalised {
     S input_scale, recurrent_scale;  // 1 / sqrt(variance)
     S input_mean, input_slope;       // see normalise_grad
   };
-  Buffer<Normalised> normalised;
-  Buffer<S> drecurrent;   // the gradient of h w_hh^T (that of x w_ih^T takes the place of `inputs`);
-  Buffer<S> cell, dcell;  // [rows][hidden_pitch] normalised c, and the gradient of it with its gain and bias.
+  Buffer<Normalised> normalised;  // [rows]
+  Buffer<S> inputs, recurrent;    // [rows][gate_pitch] x w_ih^T and h w_hh^T, normalised
+  Buffer<S> drecurrent;           // [rows][gate_pitch] gradient of h w_hh^T; that of x w_ih^T replaces `inputs`
+  Buffer<S> cell, dcell;          // [rows][hidden_pitch] c, normalised, and its gradient after gain and bias
   i64 gate_pitch, hidden_pitch, state_pitch;
   S* gates_row(i64 row) const { return &gates[row * gate_pitch]; }
   S* dgates_row(i64 row) const { return &dgates[row * gate_pitch]; }
