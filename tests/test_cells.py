@@ -33,8 +33,8 @@ TOGETHER = [
 WIDE = [
     Case(T=4, B=3, I=5, H=150, peephole=True, zoneout=(0.3, 0.2), noise=True),
     Case(T=4, B=3, I=5, H=150, recompute=True, directions=2, lengths=(4, 0, 2)),
-    Case(T=4, B=3, I=5, H=150, layer_norm=True),
 ]
+WIDE_NORMALISED = [Case(T=4, B=3, I=5, H=150, layer_norm=True)]  # beyond one GPU program
 RECOMPUTED = [
     Case(T=9, B=7, I=10, H=33, reset=True, recompute=True, layers=2),
     Case(T=6, B=5, I=10, H=17, lengths=(2, 6, 1, 6, 3), packed=True, directions=2, recompute=True),
@@ -57,6 +57,12 @@ RNN = [
     Case(T=3, B=0, I=3, H=5, kind="RNN_TANH", directions=2),
     Case(T=200, B=2, I=3, H=5, kind="RNN_TANH", wrt=("x",), through=("h_n",)),
 ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WIDE_NORMALISED, ids=str)
+def test_without_a_gpu_kernel(backend: str, case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
 
 
 @EVERY_BACKEND

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Case
 from gpu import DEVICE, check, every_precision
-from test_cells import EACH, RECOMPUTED, RNN, TOGETHER, WIDE
+from test_cells import EACH, RECOMPUTED, RNN, TOGETHER, WIDE, WIDE_NORMALISED
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, stack_module_state, vmap
 
@@ -29,6 +29,9 @@ MORE = [
 ]
 
 
+CASES = EACH + TOGETHER + WIDE + WIDE_NORMALISED + RECOMPUTED + RNN + MORE
+
+
 @pytest.fixture(autouse=True)
 def auto() -> Iterator[None]:
     with fastlstm.backend("auto"):
@@ -37,7 +40,7 @@ def auto() -> Iterator[None]:
 
 
 @every_precision
-@pytest.mark.parametrize("case", EACH + TOGETHER + WIDE + RECOMPUTED + RNN + MORE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_is_that_of_the_book(case: Case, precision: Precision) -> None:
     check(case, precision)
 

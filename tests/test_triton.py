@@ -226,10 +226,11 @@ def test_refuses_what_it_cannot_compute(dtype: torch.dtype) -> None:
         lstm(torch.zeros(2, 3, 5, dtype=dtype))
 
 
-def test_refuses_torch_func() -> None:
-    lstm = fastlstm.LSTM(5, 7)
-    with pytest.raises(RuntimeError, match=r"torch\.func transform is active"):
-        torch.func.vmap(lambda x: lstm(x)[0])(torch.zeros(2, 4, 3, 5))
+def test_refuses_cells_beyond_one_program() -> None:
+    lstm, x = fastlstm.LSTM(5, 150, layer_norm=True), torch.zeros(2, 3, 5)
+    with pytest.raises(RuntimeError, match="layer_norm needs all units in one program, H <= 64"):
+        lstm(x)
+    assert fastlstm.explain(fastlstm.LSTM(5, 150, peephole=True), x).backend == "triton"
 
 
 def test_auto_does_not_interpret() -> None:
