@@ -237,7 +237,7 @@ def _forward(call: Call, inputs: Maybe, save: bool) -> Tensors:
     shape = x.shape[:-1]
     B = shape[1] if call.batch_sizes is None else _batch(call, h0)
     rows = call.batch_sizes, call.lengths, call.reset
-    packed = _packed(call.cache, "forward", weights, D) if kernels.packs else None
+    packed = _packed(call.cache, "forward", weights, D, cell) if kernels.packs else None
     # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
     y = torch.empty(*shape, D * P, dtype=dtype, device=device)
     h_n = torch.empty(D, B, P, dtype=dtype, device=device)
@@ -304,38 +304,49 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _packed(cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int) -> Tensor | None:
-    """The buffer in which the kernels keep these weights in their own order."""
+def _packed(
+    cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int, cell: Cell = PLAIN
+) -> Tensor | None:
+    """The buffer in which the kernels keep these weights in their own order.
+
+    kind: "forward", "backward", or "both", for a backward pass that computes the gates again.
+    """
     if cache is None or torch.compiler.is_compiling():
         return None
     key = (kind, weights[0].dtype)
     buffer = cache.get(key)
     if buffer is None:
-        w_ih, w_hh = weights[:2]
-        projected = w_hh.shape[1] if len(weights) // D % 2 else 0
-        double = w_ih.dtype is torch.float64
-        size = ops.cpu_cache_bytes(w_ih.shape[1], w_ih.shape[0] // 4, projected, D, double)
-        buffer = torch.zeros(size, dtype=torch.uint8, device=_CPU)
+        I, (units, P) = weights[0].shape[1], weights[1].shape
+        H = units if units == P else units // 4  # an RNN has one gate, and room to spare
+        projected = P if _plain_count(weights, D, cell) % 2 else 0
+        size = ops.cpu_cache_bytes(I, H, projected, D, weights[0].dtype is torch.float64)
+        buffer = torch.zeros((1 + (kind == "both")) * size, dtype=torch.uint8, device=_CPU)
         if type(buffer) is not Tensor:  # a fake tensor must not outlive the mode that made it
             return None
         cache[key] = buffer
     return buffer
 
 
+def _plain_count(weights: Sequence[Tensor], D: int, cell: Cell) -> int:
+    """How many weights each direction has that nn.LSTM has too."""
+    return len(weights) // D - cell.peephole - 4 * cell.layer_norm
+
+
 def _keep(ctx: Any, call: Call, inputs: Maybe, outputs: Tensors) -> None:
     own = call_tensors(call)
-    ctx.save_for_backward(*own, *inputs, *outputs)
+    # y, and of an LSTM c_all and gates: backward has no use for the final states
+    ctx.save_for_backward(*own, *inputs, outputs[0], *outputs[3:])
     ctx.call, ctx.own, ctx.inputs = without_tensors(call), len(own), len(inputs)
     if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
         ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    own, inputs, outputs = _split((ctx.own, ctx.inputs), ctx.saved_tensors)
+    own, inputs, kept = _split((ctx.own, ctx.inputs), ctx.saved_tensors)
     call = with_tensors(ctx.call, own)
     needed = ctx.needs_input_grad[1:]
     incoming = incoming[: results(call)]
-    arguments = (call, needed, inputs, outputs, incoming)
+    arguments = (call, needed, inputs, kept, incoming)
     if any(map(_is_legacy_batch, incoming)):
         found = pull_back(*arguments)
     elif _is_transformed() or torch.is_grad_enabled():
@@ -387,7 +398,7 @@ def _gradient(
     call: Call,
     needed: Sequence[bool],
     inputs: Maybe,
-    outputs: Maybe,
+    kept: Maybe,
     incoming: Maybe,
 ) -> Tensors:
     """The gradients of those inputs that need one, from those of the results."""
@@ -406,17 +417,20 @@ def _gradient(
         for t, wanted in zip((x, h0, c0), needed[:3], strict=True)
     )
     each = len(weights) // D
-    bias = each - cell.peephole - 4 * cell.layer_norm > 3
+    bias = _plain_count(weights, D, cell) > 3
     dweights: list[Tensor] = []
     if any(needed[3:]):
         for start in range(0, len(weights), each):
             group = weights[start : start + each]
             del group[2 : 3 if bias else 2]  # one gradient serves both biases
             dweights += map(empty, group)
-    packed = _packed(call.cache, "backward", weights, D) if kernels.packs else None
+    packed = None
+    if kernels.packs:
+        again = call.kind == "LSTM" and len(kept) < 3
+        packed = _packed(call.cache, "both" if again else "backward", weights, D, cell)
     rows = call.batch_sizes, call.lengths, call.reset
     if call.kind == "LSTM":
-        y, _, _, c_all, *gates = outputs
+        y, c_all, *gates = kept
         kernels.lstm_bwd(
             _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows,
             y, c_all, gates[0] if gates else None,
@@ -426,7 +440,7 @@ def _gradient(
     else:
         kernels.rnn_bwd(
             _dense(x), _contiguous(weights), D, _dense(h0), *rows, call.kind == "RNN_RELU",
-            outputs[0], *map(arriving, incoming), dx, dh0, dweights, packed,
+            kept[0], *map(arriving, incoming), dx, dh0, dweights, packed,
         )  # fmt: skip
 
     grads: list[Any] = [dx, dh0, dc0]
@@ -446,12 +460,12 @@ def gradient(
     call: Call,
     needed: Sequence[bool],
     inputs: Maybe,
-    outputs: Maybe,
+    kept: Maybe,
     incoming: Maybe,
 ) -> Tensors:
     """As `_gradient`, with derivatives of its own and under transforms."""
-    sizes = len(inputs), len(outputs)
-    return _Gradient.apply(call, tuple(needed), sizes, *inputs, *outputs, *incoming)
+    sizes = len(inputs), len(kept)
+    return _Gradient.apply(call, tuple(needed), sizes, *inputs, *kept, *incoming)
 
 
 class _Gradient(torch.autograd.Function):
@@ -474,7 +488,7 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Second derivatives: of inputs and of the incoming gradients."""
         create_graph = torch.is_grad_enabled()
-        count, outputs = ctx.sizes
+        count, kept = ctx.sizes
         tensors, inputs, incoming = _split((ctx.own, count), ctx.saved_tensors)
         call = with_tensors(ctx.call, tensors)
         with torch.enable_grad():
@@ -483,7 +497,7 @@ class _Gradient(torch.autograd.Function):
             found = pull_back(call, ctx.needed, own[:count], (), own[count:])
             wanted = [
                 *ctx.needs_input_grad[3 : 3 + count],
-                *ctx.needs_input_grad[3 + count + outputs :],
+                *ctx.needs_input_grad[3 + count + kept :],
             ]
             second = iter(
                 torch.autograd.grad(
@@ -495,7 +509,7 @@ class _Gradient(torch.autograd.Function):
                 )
             )
         result = [next(second) if need else None for need in wanted]
-        return None, None, None, *result[:count], *(None,) * outputs, *result[count:]
+        return None, None, None, *result[:count], *(None,) * kept, *result[count:]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, needed: Any, sizes: Any, *tensors: Any) -> Any:
@@ -513,7 +527,7 @@ def pull_back(
     call: Call,
     needed: Sequence[bool],
     inputs: Maybe,
-    outputs: Maybe,
+    kept: Maybe,
     incoming: Maybe,
 ) -> Tensors:
     """As `_gradient`, through the reference."""
