@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import extension, ops
-from fastlstm.reference import Cell
+from fastlstm.reference import PLAIN, Cell
 
 __all__ = ["backend", "backends", "explain", "select"]
 
@@ -321,6 +321,14 @@ def _triton_cell_obstacle(
     return next(filter(None, found), None)
 
 
+def _cell(demand: Demand | None, x: Tensor) -> Cell:
+    """A cell like the demanded one; its h_mask is any tensor."""
+    if demand is None:
+        return PLAIN
+    h_mask = x if demand.masked else None
+    return Cell(demand.peephole, demand.layer_norm, h_mask, demand.zoneout)
+
+
 def explain(
     module: nn.Module, x: Tensor | PackedSequence, hx: Any = None, **options: Any
 ) -> Explanation:
@@ -368,11 +376,13 @@ def explain(
         chosen = f"auto: {data.dtype} on {'a CUDA device' if data.is_cuda else 'the CPU'}"
     if backend == "cpu":
         threads = torch.get_num_threads()
-        plans = tuple(extension.plan(*layer, threads) for layer in layers)
+        gates = 1 if isinstance(module, RNN) else 4
+        plans = tuple(extension.plan(*layer, threads, gates) for layer in layers)
         return Explanation("cpu", extension.isa(), plans, chosen)
     from fastlstm import kernels as triton_kernels
 
-    plans = tuple(triton_kernels.describe(data, *layer) for layer in layers)
+    cell = None if demand is not None and demand.kind == "RNN" else _cell(demand, data)
+    plans = tuple(triton_kernels.describe(data, *layer, cell) for layer in layers)
     return Explanation("triton", _triton_detail(), plans, chosen)
 
 

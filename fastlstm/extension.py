@@ -46,13 +46,15 @@ def isa() -> str:
     return ops.cpu_isa()
 
 
-def plan(T: int, B: int, I: int, H: int, P: int, D: int, threads: int) -> str:
+def plan(T: int, B: int, I: int, H: int, P: int, D: int, threads: int, gates: int = 4) -> str:
     """How the CPU kernels spread one layer of these sizes over `threads` threads, in one line.
 
-    P is the projected size, equal to H without projection.
+    P is the projected size, equal to H without projection. Units with one gate (of nn.RNN) are as
+    much work as a quarter of so many with four.
     """
     load()
-    return ops.cpu_plan(T, B, I, H, P if P != H else 0, D, threads)
+    units = -(-H * gates // 4)
+    return ops.cpu_plan(T, B, I, units, P if units != P else 0, D, threads)
 
 
 ops.load_on_first_use((ops.lstm_fwd_cpu, ops.lstm_bwd_cpu, ops.rnn_fwd_cpu, ops.rnn_bwd_cpu), load)

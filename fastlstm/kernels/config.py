@@ -93,7 +93,11 @@ class Plan:
     reason: str
 
     def __str__(self) -> str:
-        tile = f"{self.regime}: {4 * self.units} x {self.batch} tiles, {self.warps} warps"
+        return self.described(gates=4)
+
+    def described(self, gates: int) -> str:
+        """In words, for units of so many gates."""
+        tile = f"{self.regime}: {gates * self.units} x {self.batch} tiles, {self.warps} warps"
         where = "weights on chip" if self.resident else f"weights in chunks of {self.chunk}"
         return f"{tile}, {where}"
 

@@ -13,7 +13,7 @@ from torch.library import impl
 from fastlstm.reference import Cell, Weights
 
 from .backward import launch_lstm_bwd
-from .config import Shape, backward_plan, forward_plan
+from .config import Shape, backward_plan, forward_plan, rnn_plan
 from .config import obstacle as obstacle_of
 from .forward import launch_lstm_fwd
 from .launch import INTERPRETED, device_of, kind_of, precision_of, shape_of
@@ -164,10 +164,14 @@ def rnn_bwd(
     )  # fmt: skip
 
 
-def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int) -> str:
-    """How a layer of these sizes would run, forward and backward, on the device of x."""
-    shape = Shape(T, B, I, H, P, D, x.element_size(), precision_of(x))
+def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int, cell: Cell | None) -> str:
+    """How a layer of these sizes, of nn.RNN without a cell, would run on the device of x."""
+    sizes = T, B, I, H, P, D, x.element_size(), precision_of(x)
     device = device_of(x)
+    if cell is None:
+        plan = rnn_plan(Shape(*sizes), device)
+        return f"forward and backward {plan.described(gates=1)} ({plan.reason})"
+    shape = Shape(*sizes, kind_of(cell))
     forward, backward = forward_plan(shape, device), backward_plan(shape, device)
     return f"forward {forward} ({forward.reason}); backward {backward}"
 
