@@ -5,6 +5,8 @@ chooses its order of summation by the size of the batch.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,15 @@ CASES = [
     Case(T=9, B=7, I=10, H=16, reset=True),
     Case(T=28, B=1, I=64, H=256),
     Case(T=4, B=2, I=28, H=512),
+    Case(T=5, B=13, I=10, H=17, layers=2, peephole=True, noise=True, zoneout=(0.2, 0.3)),
+    Case(T=5, B=13, I=10, H=64, layer_norm=True, recompute=True),
+    Case(T=5, B=13, I=10, H=70, kind="RNN_TANH", directions=2),
+]
+CELLS = [
+    {},
+    {"layer_norm": True, "peephole": True, "zoneout": (0.2, 0.3)},
+    {"recompute": True},
+    {"kind": "RNN_RELU"},
 ]
 
 
@@ -54,17 +65,24 @@ def test_threads_and_repetition(backend: str, mode: str, case: Case, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 @pytest.mark.parametrize("sizes", [(10, 17, 0), (28, 64, 0), (33, 100, 30), (64, 256, 0)], ids=str)
 def test_row_does_not_see_its_batch(
-    backend: str, mode: str, sizes: tuple[int, int, int], dtype: torch.dtype
+    backend: str,
+    mode: str,
+    sizes: tuple[int, int, int],
+    cell: dict[str, Any],
+    dtype: torch.dtype,
 ) -> None:
     """A row's outputs, dx, dh0 and dc0, alone and inside batches of every remainder."""
     I, H, proj = sizes
-    full = Case(T=4, B=64, I=I, H=H, proj=proj, directions=2, wrt=("x", "h0", "c0"))
+    proj = 0 if "kind" in cell else proj
+    full = Case(T=4, B=64, I=I, H=H, proj=proj, directions=2, **cell)
+    full = replace(full, wrt=("x", *full.states))
     numbers = draw(full, dtype)
     want = evaluate(full, dtype, numbers, fast)
     for start, stop in ((5, 6), (5, 7), (3, 6), (0, 6), (1, 8), (5, 18), (5, 64)):
-        part = Case(T=4, B=stop - start, I=I, H=H, proj=proj, directions=2, wrt=full.wrt)
+        part = replace(full, B=stop - start)
         rows = {k: v if k.startswith("w.") else v[:, start:stop] for k, v in numbers.items()}
         got = evaluate(part, dtype, rows, fast)
         assert_same_bits(got, {name: want[name][:, start:stop] for name in got})
