@@ -499,11 +499,13 @@ class _Gradient(torch.autograd.Function):
                 *ctx.needs_input_grad[3 : 3 + count],
                 *ctx.needs_input_grad[3 + count + kept :],
             ]
+            # The gradient of a gain may be a constant: c_n of one step has nothing to do with it.
+            varying = [(g, gg) for g, gg in zip(found, grads, strict=True) if g.requires_grad]
             second = iter(
                 torch.autograd.grad(
-                    found,
+                    [g for g, _ in varying],
                     [t for t, need in zip(own, wanted, strict=True) if need],
-                    grads,
+                    [gg for _, gg in varying],
                     create_graph=create_graph,
                     allow_unused=True,
                 )

@@ -22,7 +22,7 @@ Maybe = Sequence[Any]  # of tensors, or None where there is none
 def layer(info: Any, in_dims: Any, call: autograd.Call, inputs: Maybe) -> Any:
     """The rule of a layer: its outputs, and their vmapped dimensions."""
     call_dims, *dims = in_dims
-    if not _is_foldable(call, call_dims, dims):
+    if info.batch_size == 0 or not _is_foldable(call, call_dims, dims):
         run = torch.vmap(
             autograd.by_reference, (call_dims, tuple(dims)), randomness=info.randomness
         )
@@ -46,7 +46,8 @@ def gradient(
     call_dims, dims, kept_dims, grad_dims = in_dims
     for_weights = any(needed[3:])
     plain = call.cell.is_plain and (len(inputs) - 3) // call.directions % 2 == 0
-    if not _is_foldable(call, call_dims, dims) or (for_weights and not plain):
+    foldable = info.batch_size > 0 and _is_foldable(call, call_dims, dims)
+    if not foldable or (for_weights and not plain):
         run = torch.vmap(
             autograd.pull_back, (call_dims, None, tuple(dims), None, tuple(grad_dims))
         )
@@ -86,8 +87,9 @@ class _Fold:
         return self._into(t, dim, -2)
 
     def flags(self, t: Tensor | None, dim: Any) -> Tensor | None:
-        """``[..., B]`` of each sample to ``[..., B * V]``."""
-        return self._into(t, dim, -1)
+        """``[..., B]`` of each sample to ``[..., B * V]`` of all, dense as kernels read it."""
+        folded = self._into(t, dim, -1)
+        return None if folded is None else folded.contiguous()
 
     def apart(self, t: Tensor) -> Tensor:
         """``[..., B * V, n]`` to ``[..., B, V, n]``."""

@@ -259,3 +259,13 @@ def test_trains_compiled_in_one_graph(backend: str, lengths: Tensor | None) -> N
         want = torch.autograd.grad(model(x).square().sum(), parameters)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_of_a_constant_gradient(backend: str) -> None:
+    """c_n of one step does not depend on the normalisation of c, nor do its derivatives."""
+    lstm = fastlstm.LSTM(5, 8, layer_norm=True)
+    _, (_, c_n) = lstm(torch.randn(1, 3, 5))
+    weights = list(lstm.parameters())
+    found = torch.autograd.grad(c_n.sum(), weights, create_graph=True, materialize_grads=True)
+    sum(g.square().sum() for g in found).backward()
+    assert lstm.weight_hh_l0.grad is not None and lstm.weight_ih_l0.grad.any()

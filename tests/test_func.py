@@ -89,6 +89,18 @@ def test_vmap_of_states_lengths_and_resets_is_the_loop(backend: str) -> None:
     same(got, torch.stack(want))
 
 
+def test_vmap_of_single_sequences_with_the_same_lengths() -> None:
+    lstm, x, length = fastlstm.LSTM(I, H), torch.randn(V, T, I), torch.tensor(2)
+    got = vmap(lambda x: lstm(x, lengths=length)[0])(x)
+    same(got, torch.stack([lstm(one, lengths=length)[0] for one in x]))
+
+
+def test_no_samples() -> None:
+    lstm = fastlstm.LSTM(I, H)
+    assert vmap(lambda x: lstm(x)[0])(torch.zeros(0, T, B, I)).shape == (0, T, B, H)
+    assert jacrev(lambda x: lstm(x)[0])(torch.zeros(T, 0, I)).shape == (T, 0, H, T, 0, I)
+
+
 def test_vmap_is_one_call_of_the_kernel() -> None:
     lstm = fastlstm.LSTM(I, H, 2)
     x = samples(lstm)
