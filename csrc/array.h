@@ -50,7 +50,18 @@ class Array {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
-  explicit operator bool() const { return handle_ != nullptr; }
+  // One of what lies along the first dimension, as a view into this one, which has to outlive it.
+  Array at(i64 k) const {
+    Array view;
+    view.data = static_cast<char*>(data) + k * strides[0] * i64(aoti_torch_dtype_element_size(dtype));
+    view.dim = dim - 1;
+    view.sizes = sizes + 1;
+    view.strides = strides + 1;
+    view.dtype = dtype;
+    return view;
+  }
+
+  explicit operator bool() const { return dtype >= 0; }
   i64 last(i64 k = 1) const { return sizes[dim - k]; }
 
   bool has_shape(std::initializer_list<i64> shape) const {

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -382,35 +384,182 @@ void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, 
   }
 }
 
+// A pass of one layer: everything checked by its constructor, then run on some threads.
+struct Forward {
+  Call call;
+  ForwardParams p{};
+
+  Forward(const Array& x, const std::vector<Array>& weights, i64 directions, const Array& h0, const Array& c0,
+          const Array& batch_sizes, const Array& lengths, const Array& reset, const Array& y, const Array& h_n,
+          const Array& c_n, const Array& c_all, const Array& gates, bool peephole, bool layer_norm, const Array& h_mask,
+          double zoneout_c, double zoneout_h, const Array& seed)
+      : Forward(Call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm), x, h0, reset, y, h_n) {
+    STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
+    const Sizes& s = call.sizes;
+    p.c_all = call.rows_of(c_all, "c_all", s.H, call.compute_type);
+    p.gates = call.gates_of(gates);
+    p.c0 = call.states_of(c0, "c0", s.H, call.type);
+    p.c_n = call.states_of(c_n, "c_n", s.H, call.type);
+    p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
+  }
+  Forward(const Array& x, const std::vector<Array>& weights, i64 directions, const Array& h0, const Array& batch_sizes,
+          const Array& lengths, const Array& reset, bool relu, const Array& y, const Array& h_n)
+      : Forward(Call(x, weights, directions, batch_sizes, lengths, 1), x, h0, reset, y, h_n) {
+    p.cell.relu = relu;
+  }
+  Forward(const Forward&) = delete;
+
+  PackedWeights::Kind kind() const { return PackedWeights::kForward; }
+  void run(const PackedWeights& packed, Threads threads) {
+    p.packed = packed.forward();
+    p.threads = threads;
+    cpu_kernels().forward(p);
+  }
+
+ private:
+  Forward(Call&& call_, const Array& x, const Array& h0, const Array& reset, const Array& y, const Array& h_n)
+      : call(std::move(call_)) {
+    const Sizes& s = call.sizes;
+    p.sizes = s;
+    p.dtype = call.dtype;
+    p.ragged = call.ragged;
+    p.x = call.shared_rows_of(x, "input", s.I, call.type);
+    p.y = call.rows_of(y, "y", s.P, call.type);
+    p.h0 = call.states_of(h0, "h0", s.P, call.type);
+    p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
+    call.set_reset(reset, p);
+    p.weights = call.weights;
+  }
+};
+
+struct Backward {
+  Call call;
+  BackwardParams p{};
+
+  Backward(const Array& x, const std::vector<Array>& weights, i64 directions, const Array& h0, const Array& c0,
+           const Array& batch_sizes, const Array& lengths, const Array& reset, const Array& y, const Array& c_all,
+           const Array& gates, const Array& dy, const Array& dh_n, const Array& dc_n, const Array& dc_all,
+           const Array& dx, const Array& dh0, const Array& dc0, const std::vector<Array>& dweights, bool peephole,
+           bool layer_norm, const Array& h_mask, double zoneout_c, double zoneout_h, const Array& seed)
+      : Backward(Call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm), x, h0, reset, y, dy, dh_n,
+                 dx, dh0, dweights) {
+    STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
+    const i64 H = call.sizes.H;
+    const int32_t grad = call.compute_type;
+    p.c_all = call.rows_of(c_all, "c_all", H, grad);
+    p.gates = call.gates_of(gates);
+    p.c0 = call.states_of(c0, "c0", H, call.type);
+    p.dc_all = call.rows_of(dc_all, "dc_all", H, grad);
+    p.dc_n = call.states_of(dc_n, "dc_n", H, grad);
+    p.dc0 = call.states_of(dc0, "dc0", H, grad);
+    p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
+  }
+  Backward(const Array& x, const std::vector<Array>& weights, i64 directions, const Array& h0, const Array& batch_sizes,
+           const Array& lengths, const Array& reset, bool relu, const Array& y, const Array& dy, const Array& dh_n,
+           const Array& dx, const Array& dh0, const std::vector<Array>& dweights)
+      : Backward(Call(x, weights, directions, batch_sizes, lengths, 1), x, h0, reset, y, dy, dh_n, dx, dh0, dweights) {
+    p.cell.relu = relu;
+  }
+  Backward(const Backward&) = delete;
+
+  // An RNN has no gates to compute again.
+  PackedWeights::Kind kind() const {
+    return p.gates.data || call.sizes.G == 1 ? PackedWeights::kBackward : PackedWeights::kBoth;
+  }
+  void run(const PackedWeights& packed, Threads threads) {
+    p.packed = packed.backward();
+    if (kind() == PackedWeights::kBoth) p.packed_forward = packed.forward();
+    p.threads = threads;
+    cpu_kernels().backward(p);
+  }
+
+ private:
+  Backward(Call&& call_, const Array& x, const Array& h0, const Array& reset, const Array& y, const Array& dy,
+           const Array& dh_n, const Array& dx, const Array& dh0, const std::vector<Array>& dweights)
+      : call(std::move(call_)) {
+    const Sizes& s = call.sizes;
+    const int32_t grad = call.compute_type;
+    p.sizes = s;
+    p.dtype = call.dtype;
+    p.ragged = call.ragged;
+    p.x = call.shared_rows_of(x, "input", s.I, call.type);
+    p.y = call.rows_of(y, "y", s.P, call.type);
+    p.h0 = call.states_of(h0, "h0", s.P, call.type);
+    call.set_reset(reset, p);
+    p.dy = call.rows_of(dy, "dy", s.P, grad);
+    p.dh_n = call.states_of(dh_n, "dh_n", s.P, grad);
+    p.dx = call.shared_rows_of(dx, "dx", s.I, grad);
+    p.dh0 = call.states_of(dh0, "dh0", s.P, grad);
+    p.weights = call.weights;
+    set_weight_gradients(call, dweights, p);
+  }
+};
+
+// The share of one member in an argument: of tensors, what lies at its place of the first dimension.
+template <class T>
+T member(T option, i64, i64) {
+  return option;
+}
+Array member(const Array& t, i64 k, i64 members) {
+  if (!t) return Array();
+  STD_TORCH_CHECK(t.dim > 0 && t.sizes[0] == members, "fastlstm: expected ", members, " members, got a tensor ",
+                  t.shape_text());
+  return t.at(k);
+}
+std::vector<Array> member(const std::vector<Array>& tensors, i64 k, i64 members) {
+  std::vector<Array> found;
+  found.reserve(tensors.size());
+  for (const Array& t : tensors) found.push_back(member(t, k, members));
+  return found;
+}
+
+// A pass of each member. Members that are many take a thread each; few share all threads, one after the other.
+template <class Pass, class... Arguments>
+void run_members(i64 members, const Arguments&... arguments) {
+  STD_TORCH_CHECK(members > 0, "fastlstm: expected a positive number of members, got ", members);
+  std::deque<Pass> passes;
+  for (i64 k = 0; k < members; ++k) passes.emplace_back(member(arguments, k, members)...);
+  Pass& first = passes.front();
+  const auto same_weights = [&](const Pass& pass) {
+    return !std::memcmp(pass.call.weights, first.call.weights, sizeof first.call.weights);
+  };
+  std::optional<PackedWeights> shared;
+  if (std::all_of(passes.begin(), passes.end(), same_weights)) shared.emplace(first.call, first.kind(), Array());
+  const auto run = [&](i64 k, Threads threads) {
+    Pass& pass = passes[size_t(k)];
+    if (shared) {
+      pass.run(*shared, threads);
+    } else {
+      pass.run(PackedWeights(pass.call, pass.kind(), Array()), threads);
+    }
+  };
+  const Threads threads = torch_threads();
+  if (2 * members > threads.count) {
+    torch::stable::parallel_for(0, members, 1, [&](i64 begin, i64 end) {
+      for (i64 k = begin; k < end; ++k) run(k, {1, nullptr});
+    });
+  } else {
+    for (i64 k = 0; k < members; ++k) run(k, threads);
+  }
+}
+
+template <class Pass, class... Arguments>
+void run_pass(i64 members, const Array& cache, const Arguments&... arguments) {
+  if (members) return run_members<Pass>(members, arguments...);
+  Pass pass(arguments...);
+  pass.run(PackedWeights(pass.call, pass.kind(), cache), torch_threads());
+}
+
 void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
                   OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle h_n_,
                   Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_, OptionalHandle cache_, bool peephole,
-                  bool layer_norm, OptionalHandle h_mask_, double zoneout_c, double zoneout_h, OptionalHandle seed_) {
+                  bool layer_norm, OptionalHandle h_mask_, double zoneout_c, double zoneout_h, OptionalHandle seed_,
+                  i64 members) {
   const std::vector<Array> weights = to_arrays(weights_);
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
       c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_), h_mask(h_mask_), seed(seed_);
-  STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
-  const Call call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm);
-  const Sizes& s = call.sizes;
-  ForwardParams p{};
-  p.sizes = s;
-  p.dtype = call.dtype;
-  p.ragged = call.ragged;
-  p.x = call.shared_rows_of(x, "input", s.I, call.type);
-  p.y = call.rows_of(y, "y", s.P, call.type);
-  p.c_all = call.rows_of(c_all, "c_all", s.H, call.compute_type);
-  p.gates = call.gates_of(gates);
-  p.h0 = call.states_of(h0, "h0", s.P, call.type);
-  p.c0 = call.states_of(c0, "c0", s.H, call.type);
-  p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
-  p.c_n = call.states_of(c_n, "c_n", s.H, call.type);
-  call.set_reset(reset, p);
-  p.weights = call.weights;
-  p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
-  const PackedWeights packed(call, PackedWeights::kForward, cache);
-  p.packed = packed.forward();
-  p.threads = torch_threads();
-  cpu_kernels().forward(p);
+  run_pass<Forward>(members, cache, x, weights, directions, h0, c0, batch_sizes, lengths, reset, y, h_n, c_n, c_all,
+                    gates, peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
 }
 
 void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
@@ -418,95 +567,34 @@ void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
                   OptionalHandle gates_, OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_,
                   OptionalHandle dc_all_, OptionalHandle dx_, OptionalHandle dh0_, OptionalHandle dc0_,
                   const HandleList& dweights_, OptionalHandle cache_, bool peephole, bool layer_norm,
-                  OptionalHandle h_mask_, double zoneout_c, double zoneout_h, OptionalHandle seed_) {
+                  OptionalHandle h_mask_, double zoneout_c, double zoneout_h, OptionalHandle seed_, i64 members) {
   const std::vector<Array> weights = to_arrays(weights_), dweights = to_arrays(dweights_);
   const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_),
       c_all(c_all_), gates(gates_), dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_), dc0(dc0_),
       cache(cache_), h_mask(h_mask_), seed(seed_);
-  STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
-  const Call call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm);
-  const Sizes& s = call.sizes;
-  const int32_t grad = call.compute_type;
-  BackwardParams p{};
-  p.sizes = s;
-  p.dtype = call.dtype;
-  p.ragged = call.ragged;
-  p.x = call.shared_rows_of(x, "input", s.I, call.type);
-  p.y = call.rows_of(y, "y", s.P, call.type);
-  p.c_all = call.rows_of(c_all, "c_all", s.H, grad);
-  p.gates = call.gates_of(gates);
-  p.h0 = call.states_of(h0, "h0", s.P, call.type);
-  p.c0 = call.states_of(c0, "c0", s.H, call.type);
-  call.set_reset(reset, p);
-  p.dy = call.rows_of(dy, "dy", s.P, grad);
-  p.dc_all = call.rows_of(dc_all, "dc_all", s.H, grad);
-  p.dh_n = call.states_of(dh_n, "dh_n", s.P, grad);
-  p.dc_n = call.states_of(dc_n, "dc_n", s.H, grad);
-  p.dx = call.shared_rows_of(dx, "dx", s.I, grad);
-  p.dh0 = call.states_of(dh0, "dh0", s.P, grad);
-  p.dc0 = call.states_of(dc0, "dc0", s.H, grad);
-  p.weights = call.weights;
-  p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
-  set_weight_gradients(call, dweights, p);
-  const PackedWeights packed(call, gates ? PackedWeights::kBackward : PackedWeights::kBoth, cache);
-  p.packed = packed.backward();
-  if (!gates) p.packed_forward = packed.forward();
-  p.threads = torch_threads();
-  cpu_kernels().backward(p);
+  run_pass<Backward>(members, cache, x, weights, directions, h0, c0, batch_sizes, lengths, reset, y, c_all, gates, dy,
+                     dh_n, dc_n, dc_all, dx, dh0, dc0, dweights, peephole, layer_norm, h_mask, zoneout_c, zoneout_h,
+                     seed);
 }
 
 void rnn_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle batch_sizes_,
                  OptionalHandle lengths_, OptionalHandle reset_, bool relu, Handle y_, Handle h_n_,
-                 OptionalHandle cache_) {
+                 OptionalHandle cache_, i64 members) {
   const std::vector<Array> weights = to_arrays(weights_);
   const Array x(x_), h0(h0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
       cache(cache_);
-  const Call call(x, weights, directions, batch_sizes, lengths, 1);
-  const Sizes& s = call.sizes;
-  ForwardParams p{};
-  p.sizes = s;
-  p.dtype = call.dtype;
-  p.ragged = call.ragged;
-  p.x = call.shared_rows_of(x, "input", s.I, call.type);
-  p.y = call.rows_of(y, "y", s.P, call.type);
-  p.h0 = call.states_of(h0, "h0", s.P, call.type);
-  p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
-  call.set_reset(reset, p);
-  p.cell.relu = relu;
-  const PackedWeights packed(call, PackedWeights::kForward, cache);
-  p.packed = packed.forward();
-  p.threads = torch_threads();
-  cpu_kernels().forward(p);
+  run_pass<Forward>(members, cache, x, weights, directions, h0, batch_sizes, lengths, reset, relu, y, h_n);
 }
 
 void rnn_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle batch_sizes_,
                  OptionalHandle lengths_, OptionalHandle reset_, bool relu, Handle y_, OptionalHandle dy_,
                  OptionalHandle dh_n_, OptionalHandle dx_, OptionalHandle dh0_, const HandleList& dweights_,
-                 OptionalHandle cache_) {
+                 OptionalHandle cache_, i64 members) {
   const std::vector<Array> weights = to_arrays(weights_), dweights = to_arrays(dweights_);
   const Array x(x_), h0(h0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), dy(dy_), dh_n(dh_n_),
       dx(dx_), dh0(dh0_), cache(cache_);
-  const Call call(x, weights, directions, batch_sizes, lengths, 1);
-  const Sizes& s = call.sizes;
-  const int32_t grad = call.compute_type;
-  BackwardParams p{};
-  p.sizes = s;
-  p.dtype = call.dtype;
-  p.ragged = call.ragged;
-  p.x = call.shared_rows_of(x, "input", s.I, call.type);
-  p.y = call.rows_of(y, "y", s.P, call.type);
-  p.h0 = call.states_of(h0, "h0", s.P, call.type);
-  call.set_reset(reset, p);
-  p.dy = call.rows_of(dy, "dy", s.P, grad);
-  p.dh_n = call.states_of(dh_n, "dh_n", s.P, grad);
-  p.dx = call.shared_rows_of(dx, "dx", s.I, grad);
-  p.dh0 = call.states_of(dh0, "dh0", s.P, grad);
-  p.cell.relu = relu;
-  set_weight_gradients(call, dweights, p);
-  const PackedWeights packed(call, PackedWeights::kBackward, cache);
-  p.packed = packed.backward();
-  p.threads = torch_threads();
-  cpu_kernels().backward(p);
+  run_pass<Backward>(members, cache, x, weights, directions, h0, batch_sizes, lengths, reset, relu, y, dy, dh_n, dx,
+                     dh0, dweights);
 }
 
 Sizes layer_sizes(i64 input, i64 hidden, i64 projected, i64 directions) {

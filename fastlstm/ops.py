@@ -18,6 +18,9 @@ B batch, I input, H hidden, P projected or H, D directions; packed rows replace 
   the CPU kernels, while those of the Triton kernels have the dtype of the layer;
 - outputs are passed in and written completely.
 
+The CPU operators run an ensemble of E layers in one call with ``members=E``: every tensor then has
+a leading dimension E, which may be expanded (stride 0), but for ``cache``, which is not used.
+
 The operators of ``nn.RNN`` have one gate, ``w_ih [H, I]`` and ``w_hh [H, H]``, and keep nothing
 but y for backward.
 """
@@ -56,12 +59,18 @@ _RNN_BACKWARD = (
     "Tensor(a!)? dx, Tensor(b!)? dh0, Tensor(c!)[] dweights, Tensor(d!)? cache) -> ()"
 )
 
+_SCHEMAS = {
+    "lstm_fwd": _FORWARD,
+    "lstm_bwd": _BACKWARD,
+    "rnn_fwd": _RNN_FORWARD,
+    "rnn_bwd": _RNN_BACKWARD,
+}
+
 _library = Library("fastlstm", "DEF")
-for _backend in ("cpu", "triton"):
-    _library.define(f"lstm_fwd_{_backend}{_FORWARD}")
-    _library.define(f"lstm_bwd_{_backend}{_BACKWARD}")
-    _library.define(f"rnn_fwd_{_backend}{_RNN_FORWARD}")
-    _library.define(f"rnn_bwd_{_backend}{_RNN_BACKWARD}")
+for _operator, _schema in _SCHEMAS.items():
+    _library.define(f"{_operator}_triton{_schema}")
+    _with_members = _schema.replace(") -> ()", ", int members=0) -> ()")
+    _library.define(f"{_operator}_cpu{_with_members}")
 _SIZES = "int input, int hidden, int projected, int directions"
 _library.define(f"cpu_cache_bytes({_SIZES}, bool double) -> int")
 _library.define("cpu_isa() -> str")
@@ -72,7 +81,7 @@ def _writes_only_its_arguments(*args: object, **options: object) -> None:
     return None
 
 
-for _operator in ("lstm_fwd", "lstm_bwd", "rnn_fwd", "rnn_bwd"):
+for _operator in _SCHEMAS:
     register_fake(f"fastlstm::{_operator}_cpu")(_writes_only_its_arguments)
     register_fake(f"fastlstm::{_operator}_triton")(_writes_only_its_arguments)
 
