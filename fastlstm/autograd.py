@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.utils._pytree import tree_map
 
 from . import batching, ops, reference
 from .reference import PLAIN, Cell
@@ -74,6 +76,8 @@ class Call(NamedTuple):
     cell_states: bool = False  # of an LSTM: whether c of every step is a result
     recompute: bool = False  # of an LSTM: whether gates are computed again for backward
     cache: Cache | None = None
+    save: bool = True  # under torch.func: what backward needs
+    members: int = 0  # E: all tensors but batch_sizes have a leading dimension, one for each model
 
 
 def call_tensors(call: Call) -> tuple[Tensor | None, ...]:
@@ -105,6 +109,11 @@ def results(call: Call) -> int:
 
 def by_reference(call: Call, inputs: Maybe) -> Tensors:
     """The results of the layer from ``(x, h0, c0, *weights)``, in plain PyTorch."""
+    if call.members:
+        one = call._replace(members=0)
+        dims = tree_map(_first_of_tensors, one)._replace(batch_sizes=None)
+        tensors = tuple(inputs)
+        return torch.vmap(by_reference, (dims, tree_map(_first_of_tensors, tensors)))(one, tensors)
     x, h0, c0, *weights = inputs
     layout: dict[str, Any] = {
         "directions": call.directions,
@@ -118,6 +127,11 @@ def by_reference(call: Call, inputs: Maybe) -> Tensors:
         x, weights, h0, c0, cell=call.cell, cell_states=call.cell_states, **layout
     )
     return (y, h_n, c_n) if c_all is None else (y, h_n, c_n, c_all)
+
+
+def _first_of_tensors(leaf: Any) -> int | None:
+    """The dimension for torch.vmap."""
+    return 0 if isinstance(leaf, Tensor) else None
 
 
 def lstm_layer(
@@ -217,7 +231,9 @@ def infer(
 def _run(call: Call, inputs: Maybe) -> Tensors:
     """The outputs of the layer; what follows its results has no meaning to the caller."""
     if _is_transformed():
-        return run_transformed(call, inputs)
+        kinds = [level.key() for level in get_interpreter_stack() or ()]
+        save = torch.is_grad_enabled() or TransformType.Grad in kinds
+        return run_transformed(call if save else call._replace(save=False), inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Layer.apply(call, *inputs)
     return _forward(call, inputs, save=False)
@@ -232,23 +248,24 @@ def _forward(call: Call, inputs: Maybe, save: bool) -> Tensors:
     """The results, then, with ``save``, what backward needs besides them."""
     x, h0, c0, *weights = inputs
     kernels, D, cell = _KERNELS[call.kernels], call.directions, call.cell
-    gate_units, P = weights[1].shape
+    gate_units, P = weights[1].shape[-2:]
     dtype, device = x.dtype, x.device
     shape = x.shape[:-1]
-    B = shape[1] if call.batch_sizes is None else _batch(call, h0)
-    rows = call.batch_sizes, call.lengths, call.reset
+    lead = shape[:1] if call.members else ()
+    B = shape[-1] if call.batch_sizes is None else _batch(call, h0)
+    rows = _rows(call)
     packed = _packed(call.cache, "forward", weights, D, cell) if kernels.packs else None
     # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
     y = torch.empty(*shape, D * P, dtype=dtype, device=device)
-    h_n = torch.empty(D, B, P, dtype=dtype, device=device)
+    h_n = torch.empty(*lead, D, B, P, dtype=dtype, device=device)
     if call.kind != "LSTM":
         kernels.rnn_fwd(
-            _dense(x), _contiguous(weights), D, _dense(h0), *rows, call.kind == "RNN_RELU",
-            y, h_n, packed,
+            _dense(x), _contiguous(weights, call), D, _dense(h0), *rows,
+            call.kind == "RNN_RELU", y, h_n, packed, **_options(call),
         )  # fmt: skip
         return y, h_n
     H = gate_units // 4
-    c_n = torch.empty(D, B, H, dtype=dtype, device=device)
+    c_n = torch.empty(*lead, D, B, H, dtype=dtype, device=device)
     outputs = [y, h_n, c_n]
     c_all = gates = None
     if save or call.cell_states:
@@ -257,34 +274,46 @@ def _forward(call: Call, inputs: Maybe, save: bool) -> Tensors:
     keeps = call.kernels == "cpu" or ops.triton_keeps_gates(H)
     if save and keeps and not call.recompute and not cell.layer_norm:
         kept = _compute_dtype(dtype) if kernels.wide else dtype
-        gates = torch.empty(D, *shape, gate_units, dtype=kept, device=device)
+        size = *lead, D, *shape[len(lead) :], gate_units
+        gates = torch.empty(size, dtype=kept, device=device)
         outputs.append(gates)
     kernels.lstm_fwd(
-        _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows,
-        y, h_n, c_n, c_all, gates, packed, **_options(cell),
+        _dense(x), _contiguous(weights, call), D, _dense(h0), _dense(c0), *rows,
+        y, h_n, c_n, c_all, gates, packed, **_options(call),
     )  # fmt: skip
     return tuple(outputs)
 
 
-def _options(cell: Cell) -> dict[str, Any]:
+def _options(call: Call) -> dict[str, Any]:
     """The keywords of an operator; none for the plain cell, they take time."""
-    if cell is PLAIN or cell.is_plain:
-        return {}
-    h_mask = cell.h_mask
-    return {
-        "peephole": cell.peephole,
-        "layer_norm": cell.layer_norm,
-        "h_mask": None if h_mask is None else h_mask.contiguous(),
-        "zoneout_c": cell.zoneout[0],
-        "zoneout_h": cell.zoneout[1],
-        "seed": cell.seed,
-    }
+    cell, options = call.cell, {}
+    if not (cell is PLAIN or cell.is_plain):
+        h_mask = cell.h_mask
+        options = {
+            "peephole": cell.peephole,
+            "layer_norm": cell.layer_norm,
+            "h_mask": None if h_mask is None else h_mask.contiguous(),
+            "zoneout_c": cell.zoneout[0],
+            "zoneout_h": cell.zoneout[1],
+            "seed": cell.seed,
+        }
+    if call.members:
+        options["members"] = call.members
+    return options
+
+
+def _rows(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What an operator has to know of them."""
+    sizes = call.batch_sizes
+    if sizes is not None and call.members:
+        sizes = sizes.expand(call.members, -1)
+    return sizes, call.lengths, call.reset
 
 
 def _batch(call: Call, h0: Tensor | None) -> int:
     """B of packed rows."""
     assert call.batch_sizes is not None
-    return int(call.batch_sizes[0]) if h0 is None else h0.shape[1]
+    return int(call.batch_sizes[0]) if h0 is None else h0.shape[-2]
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -294,10 +323,13 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return t.contiguous()
 
 
-def _contiguous(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    if all(map(Tensor.is_contiguous, weights)):
-        return weights
-    return [w.contiguous() for w in weights]
+def _contiguous(tensors: Sequence[Tensor], call: Call) -> Sequence[Tensor]:
+    """Of a call with members it is enough that each one's share is."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    if call.members:
+        return [t if t[0].is_contiguous() else t.contiguous() for t in tensors]
+    return [t.contiguous() for t in tensors]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -379,7 +411,7 @@ class _TransformedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *inputs: Tensor | None) -> Tensors:
-        return _forward(call, inputs, save=True)
+        return _forward(call, inputs, save=call.save)
 
     @staticmethod
     def setup_context(ctx: Any, arguments: Any, outputs: Tensors) -> None:
@@ -428,19 +460,21 @@ def _gradient(
     if kernels.packs:
         again = call.kind == "LSTM" and len(kept) < 3
         packed = _packed(call.cache, "both" if again else "backward", weights, D, cell)
-    rows = call.batch_sizes, call.lengths, call.reset
+    rows = _rows(call)
     if call.kind == "LSTM":
         y, c_all, *gates = kept
+        gates = list(_contiguous(gates, call))
         kernels.lstm_bwd(
-            _dense(x), _contiguous(weights), D, _dense(h0), _dense(c0), *rows,
+            _dense(x), _contiguous(weights, call), D, _dense(h0), _dense(c0), *rows,
             y, c_all, gates[0] if gates else None,
             *map(arriving, incoming), *(() if call.cell_states else (None,)),
-            dx, dh0, dc0, dweights, packed, **_options(cell),
+            dx, dh0, dc0, dweights, packed, **_options(call),
         )  # fmt: skip
     else:
         kernels.rnn_bwd(
-            _dense(x), _contiguous(weights), D, _dense(h0), *rows, call.kind == "RNN_RELU",
-            kept[0], *map(arriving, incoming), dx, dh0, dweights, packed,
+            _dense(x), _contiguous(weights, call), D, _dense(h0), *rows,
+            call.kind == "RNN_RELU", kept[0], *map(arriving, incoming), dx, dh0, dweights,
+            packed, **_options(call),
         )  # fmt: skip
 
     grads: list[Any] = [dx, dh0, dc0]

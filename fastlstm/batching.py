@@ -1,8 +1,10 @@
-"""``torch.func.vmap`` of a layer: one call of the kernels, on a V times larger batch.
+"""``torch.func.vmap`` of a layer: one call of the kernels.
 
 Sequences of a batch know nothing of each other, so a vmapped dimension of data is folded into it:
-sequence b of sample v becomes sequence ``b * V + v``, which keeps packed rows packed. Weights that
-are vmapped themselves (ensembles) go through the reference, whose products are batched ones.
+sequence b of sample v becomes sequence ``b * V + v``, which keeps packed rows packed. Where
+weights are vmapped (ensembles), or their gradients wanted of each sample, the CPU operators take
+each sample as a member of their own: see ops.py. Triton has no members: its ensembles go through
+the reference, whose products are batched ones.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ Maybe = Sequence[Any]  # of tensors, or None where there is none
 def layer(info: Any, in_dims: Any, call: autograd.Call, inputs: Maybe) -> Any:
     """The rule of a layer: its outputs, and their vmapped dimensions."""
     call_dims, *dims = in_dims
-    if info.batch_size == 0 or not _is_foldable(call, call_dims, dims):
-        run = torch.vmap(
-            autograd.by_reference, (call_dims, tuple(dims)), randomness=info.randomness
+    if info.batch_size and _is_foldable(call, call_dims, dims):
+        fold = _Fold(info.batch_size)
+        outputs = autograd.run_transformed(fold.call(call, call_dims), fold.inputs(inputs, dims))
+        return fold.undo(outputs)
+    if _has_members(info, call, call_dims):
+        models = _Members(info.batch_size, call.members)
+        outputs = autograd.run_transformed(
+            models.call(call, call_dims), models.tensors(inputs, dims)
         )
-        outputs = run(call, tuple(inputs))
-        return outputs, (0,) * len(outputs)
-    fold = _Fold(info.batch_size)
-    outputs = autograd.run_transformed(fold.call(call, call_dims), fold.inputs(inputs, dims))
-    return fold.undo(outputs)
+        return models.undo(outputs)
+    run = torch.vmap(autograd.by_reference, (call_dims, tuple(dims)), randomness=info.randomness)
+    outputs = run(call, tuple(inputs))
+    return outputs, (0,) * len(outputs)
 
 
 def gradient(
@@ -46,7 +52,18 @@ def gradient(
     call_dims, dims, kept_dims, grad_dims = in_dims
     for_weights = any(needed[3:])
     plain = call.cell.is_plain and (len(inputs) - 3) // call.directions % 2 == 0
+    members = _has_members(info, call, call_dims)
     foldable = info.batch_size > 0 and _is_foldable(call, call_dims, dims)
+    if members and (for_weights or not foldable):
+        models = _Members(info.batch_size, call.members)
+        found = autograd.gradient(
+            models.call(call, call_dims),
+            needed,
+            models.tensors(inputs, dims),
+            models.tensors(outputs, kept_dims),
+            models.tensors(incoming, grad_dims),
+        )
+        return models.undo(found)
     if not foldable or (for_weights and not plain):
         run = torch.vmap(
             autograd.pull_back, (call_dims, None, tuple(dims), None, tuple(grad_dims))
@@ -64,6 +81,49 @@ def gradient(
     if for_weights:
         return _per_sample(fold, *arguments)
     return fold.undo(autograd.gradient(*arguments))
+
+
+def _has_members(info: Any, call: autograd.Call, call_dims: autograd.Call) -> bool:
+    """Whether the operators take it in one call, whatever else is vmapped."""
+    return call.kernels == "cpu" and call_dims.batch_sizes is None and info.batch_size > 0
+
+
+class _Members:
+    """Makes a vmapped dimension of V models the members of one call, and back.
+
+    Members of the call itself become V times as many.
+    """
+
+    def __init__(self, models: int, members: int) -> None:
+        self.models, self.members = models, members
+
+    def _first(self, t: Tensor | None, dim: Any) -> Tensor | None:
+        if t is None:
+            return None
+        t = t.expand(self.models, *t.shape) if dim is None else t.movedim(dim, 0)
+        return t.flatten(0, 1) if self.members else t
+
+    def call(self, call: autograd.Call, dims: autograd.Call) -> autograd.Call:
+        lengths = self._first(call.lengths, dims.lengths)
+        cell, cell_dims = call.cell, dims.cell
+        return call._replace(
+            lengths=None if lengths is None else lengths.contiguous(),
+            reset=self._first(call.reset, dims.reset),
+            cell=cell._replace(
+                h_mask=self._first(cell.h_mask, cell_dims.h_mask),
+                seed=self._first(cell.seed, cell_dims.seed),
+            ),
+            cache=None,
+            members=self.models * max(self.members, 1),
+        )
+
+    def tensors(self, tensors: Maybe, dims: Sequence[int | None]) -> list[Any]:
+        return [self._first(t, dim) for t, dim in zip(tensors, dims, strict=True)]
+
+    def undo(self, outputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        if self.members:
+            outputs = [t.unflatten(0, (self.models, self.members)) for t in outputs]
+        return tuple(outputs), (0,) * len(outputs)
 
 
 class _Fold:
@@ -133,7 +193,8 @@ def _per_sample(
 ) -> Any:
     """Gradients of folded inputs, those of weights apart for each sample.
 
-    The kernels add up the gradients of the weights, so they are asked for those of the gates: as
+    Without members, kernels add up the gradients of the weights. They are asked for those of the
+    gates: as
     the gradient of the input of a layer whose w_ih selects one of its features for each gate.
     """
     x, h0, c0, *weights = inputs

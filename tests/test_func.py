@@ -1,6 +1,7 @@
 """torch.func: vmap of data and of models, gradients of each sample, Jacobians, forward mode."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -101,24 +102,34 @@ def test_no_samples() -> None:
     assert jacrev(lambda x: lstm(x)[0])(torch.zeros(T, 0, I)).shape == (T, 0, H, T, 0, I)
 
 
+@contextmanager
+def operator_calls() -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of x in all calls of the LSTM operators for the CPU."""
+    calls: list[tuple[int, ...]] = []
+
+    def counting(operator: Any) -> Any:
+        def count(*arguments: Any, **options: Any) -> None:
+            calls.append(tuple(arguments[0].shape))
+            operator(*arguments, **options)
+
+        return count
+
+    kernels = autograd._KERNELS["cpu"]
+    counted = kernels._replace(
+        lstm_fwd=counting(kernels.lstm_fwd), lstm_bwd=counting(kernels.lstm_bwd)
+    )
+    with fastlstm.backend("cpu"), mock.patch.dict(autograd._KERNELS, cpu=counted):
+        yield calls
+
+
 def test_vmap_is_one_call_of_the_kernel() -> None:
     lstm = fastlstm.LSTM(I, H, 2)
     x = samples(lstm)
-    calls = []
-
-    def count(*arguments: Any, **options: Any) -> None:
-        calls.append(arguments[0].shape)
-        original(*arguments, **options)
-
-    kernels = autograd._KERNELS["cpu"]
-    original = kernels.lstm_fwd
-    with (
-        fastlstm.backend("cpu"),
-        mock.patch.dict(autograd._KERNELS, cpu=kernels._replace(lstm_fwd=count)),
-    ):
+    with operator_calls() as calls:
         vmap(lambda x: lstm(x)[0])(x)
         vmap(grad(lambda x: lstm(x)[0].sum()))(x)
-    assert calls == [(T, V * B, I), (T, V * B, H)] * 2
+    layers = [(T, V * B, I), (T, V * B, H)]
+    assert calls == layers * 2 + layers[::-1]
 
 
 @EVERY_BACKEND
@@ -172,14 +183,182 @@ def test_ensembles_are_the_loop(backend: str, name: str) -> None:
     same(whole, stacked(separate))
 
 
-def test_an_ensemble_is_one_batched_call() -> None:
+def test_an_ensemble_is_one_call_of_the_kernel() -> None:
+    models = [fastlstm.LSTM(I, H, 2) for _ in range(V)]
+    weights, _ = stack_module_state(models)
+    x = torch.randn(T, B, I)
+    layers = [(V, T, B, I), (V, T, B, H)]
+    with operator_calls() as calls, mock.patch.object(autograd, "by_reference") as slow:
+        vmap(lambda p: functional_call(models[0], p, (x,))[0])(weights)
+        assert calls == layers
+        vmap(grad(lambda p: loss(models[0], p, x)))(weights)
+        assert calls[2:] == layers + layers[::-1]
+        assert not slow.called
+
+
+def test_an_ensemble_on_the_reference_is_one_batched_call() -> None:
     """Its steps are products of stacked matrices, not a loop over models."""
     models = [fastlstm.LSTM(I, H) for _ in range(V)]
     weights, _ = stack_module_state(models)
     x = torch.randn(T, B, I)
-    with mock.patch.object(reference, "lstm_layer", wraps=reference.lstm_layer) as layer:
+    with (
+        fastlstm.backend("reference"),
+        mock.patch.object(reference, "lstm_layer", wraps=reference.lstm_layer) as layer,
+    ):
         vmap(lambda p: functional_call(models[0], p, (x,))[0])(weights)
     assert layer.call_count == 1
+
+
+@pytest.mark.parametrize("members", [1, 3, 5])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_members_on_any_number_of_threads(members: int, threads: int) -> None:
+    """Bit for bit, whether a member has one thread or all of them."""
+    models = [fastlstm.LSTM(I, H, bidirectional=True) for _ in range(members)]
+    weights, _ = stack_module_state(models)
+    x = torch.randn(members, T, B, I)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with fastlstm.backend("cpu"):
+            each = grad(lambda p, x: loss(models[0], p, x))
+            got = vmap(each)(weights, x)
+            want = stacked(
+                [each(dict(m.named_parameters()), one) for m, one in zip(models, x, strict=True)]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("D", [1, 2])
+def test_an_ensemble_of_everything(D: int, dtype: torch.dtype) -> None:
+    """Two layers, every option; data, lengths, states and resets of each member."""
+    make = lambda: fastlstm.LSTM(  # noqa: E731
+        I, H, 2, bidirectional=D == 2, proj_size=3, peephole=True, layer_norm=True, dtype=dtype
+    )
+    models = [make().eval() for _ in range(V)]
+    weights, _ = stack_module_state(models)
+    x, done = samples(models[0]), torch.rand(V, T, B) < 0.3
+    h, c = samples(models[0], V, 2 * D, B, 3), samples(models[0], 2 * D, B, V, H)
+
+    def run(p: Any, x: Tensor, h: Tensor, c: Tensor, n: Tensor, done: Tensor) -> Any:
+        options = {"lengths": n, "reset": None if D == 2 else done}
+        y, (h_n, c_n) = functional_call(models[0], p, (x, (h, c)), options)
+        return y.sum() + h_n.square().sum() + c_n.square().sum(), (y, h_n, c_n)
+
+    each = grad(run, (0, 1, 2, 3), has_aux=True)
+    with fastlstm.backend("cpu"):
+        got = vmap(each, (0, 0, 0, 2, 0, 0))(weights, x, h, c, LENGTHS, done)
+        want = [
+            each(dict(m.named_parameters()), x[v], h[v], c[:, :, v], LENGTHS[v], done[v])
+            for v, m in enumerate(models)
+        ]
+        got_leaves = pytree.tree_leaves(got)
+        same(
+            got_leaves, [torch.stack(t) for t in zip(*map(pytree.tree_leaves, want), strict=True)]
+        )
+        got = vmap(each, (0, None, None, None, None, None))(
+            weights, x[0], h[0], c[:, :, 0], LENGTHS[0], done[0]
+        )
+        want = [
+            each(dict(m.named_parameters()), x[0], h[0], c[:, :, 0], LENGTHS[0], done[0])
+            for m in models
+        ]
+        got_leaves = pytree.tree_leaves(got)
+        same(
+            got_leaves, [torch.stack(t) for t in zip(*map(pytree.tree_leaves, want), strict=True)]
+        )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_ensembles_within_vmap(name: str) -> None:
+    """Models and data, in either order, and models of models."""
+    module = module_of(name, "cpu")
+    models = [MODULES[name](dtype=torch.float64) for _ in range(4)]
+    weights, _ = stack_module_state(models)
+    x = samples(module)
+    each = grad(lambda p, x: loss(module, p, x), (0, 1))
+    found = [each(dict(m.named_parameters()), one) for m in models for one in x]
+    want = {k: torch.stack([p[k] for p, _ in found]).unflatten(0, (4, V)) for k in weights}
+    want_x = torch.stack([dx for _, dx in found]).unflatten(0, (4, V))
+    with fastlstm.backend("cpu"):
+        got = vmap(vmap(each, (None, 0)), (0, None))(weights, x)
+        same(got, (want, want_x))
+        got = vmap(vmap(each, (0, None)), (None, 0), out_dims=1)(weights, x)
+        same(got, (want, want_x))
+        squares = {k: p.unflatten(0, (2, 2)) for k, p in weights.items()}
+        got = vmap(vmap(each, (0, None)), (0, None))(squares, x[0])
+        first = {k: p[:, 0].unflatten(0, (2, 2)) for k, p in want.items()}
+        same(got, (first, want_x[:, 0].unflatten(0, (2, 2))))
+
+
+@pytest.mark.parametrize("name", ["both directions", "projected", "rnn"])
+def test_second_derivatives_of_ensembles(name: str) -> None:
+    module = module_of(name, "cpu")
+    models = [MODULES[name](dtype=torch.float64) for _ in range(V)]
+    x = samples(module, T, B, I)
+
+    def penalty(grads: list[Tensor]) -> Tensor:
+        return torch.stack([g.square().sum() for g in grads]).sum()
+
+    weights, _ = stack_module_state(models)
+    each = vmap(grad(lambda p: loss(module, p, x)))(weights)
+    got = torch.autograd.grad(penalty(list(each.values())), list(weights.values()))
+    want = []
+    for model in models:
+        own = dict(model.named_parameters())
+        first = torch.autograd.grad(loss(model, own, x), list(own.values()), create_graph=True)
+        want.append(torch.autograd.grad(penalty(list(first)), list(own.values())))
+    same(got, [torch.stack(t) for t in zip(*want, strict=True)])
+    # and through backward() twice
+    total = vmap(lambda p: loss(module, p, x))(weights).sum()
+    twice = torch.autograd.grad(total, list(weights.values()), create_graph=True)
+    same(torch.autograd.grad(penalty(list(twice)), list(weights.values())), got)
+
+
+def test_many_gradients_at_once_of_an_ensemble() -> None:
+    """`is_grads_batched`, which is not torch.func."""
+    models = [fastlstm.LSTM(I, H, dtype=torch.float64) for _ in range(V)]
+    weights, _ = stack_module_state(models)
+    x = samples(models[0], T, B, I)
+    y = vmap(lambda p: functional_call(models[0], p, (x,))[0])(weights)
+    arriving = torch.randn(2, *y.shape, dtype=y.dtype)
+    own = list(weights.values())
+    got = torch.autograd.grad(y, own, arriving, is_grads_batched=True, retain_graph=True)
+    want = [torch.autograd.grad(y, own, one, retain_graph=True) for one in arriving]
+    same(got, [torch.stack(t) for t in zip(*want, strict=True)])
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_zoneout_of_members(batched: bool, packed: bool) -> None:
+    """One seed is one draw for all of them, or each has its own; packed rows or padded ones."""
+    models = [fastlstm.LSTM(I, H, dtype=torch.float64) for _ in range(V)]
+    weights = [
+        [m.get_parameter(n).detach() for m in models] for n, _ in models[0].named_parameters()
+    ]
+    stack = [torch.stack(each) for each in weights]
+    sizes = torch.tensor([3, 2, 2, 1]) if packed else None
+    x = samples(models[0], V, 8, I) if packed else samples(models[0])
+    seeds = torch.tensor([[5], [6], [7]]) if batched else torch.tensor([5])
+
+    def run(x: Tensor, seed: Tensor, *weights: Tensor) -> Tensor:
+        cell = reference.Cell(zoneout=(0.5, 0.3), seed=seed)
+        return autograd.lstm_layer(x, weights, None, None, batch_sizes=sizes, cell=cell)[0]
+
+    each = grad(lambda *inputs: run(*inputs).square().sum(), (0, 2, 3))
+    dims = (0, 0 if batched else None, *(0,) * len(stack))
+    seed_of = (lambda v: seeds[v]) if batched else (lambda v: seeds)
+    one = [(x[v], seed_of(v), *(w[v] for w in stack)) for v in range(V)]
+    same(vmap(run, dims)(x, seeds, *stack), torch.stack([run(*inputs) for inputs in one]))
+    want = [torch.stack(t) for t in zip(*(each(*inputs) for inputs in one), strict=True)]
+    same(vmap(each, dims)(x, seeds, *stack), want)
+    # the same model on the data of each
+    data = [(inputs[0], inputs[1], *one[0][2:]) for inputs in one]
+    dims = (*dims[:2], *(None,) * len(stack))
+    want = [torch.stack(t) for t in zip(*(each(*inputs) for inputs in data), strict=True)]
+    same(vmap(each, dims)(x, seeds, *one[0][2:]), want)
 
 
 @EVERY_BACKEND
