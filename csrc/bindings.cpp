@@ -562,6 +562,16 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
                     gates, peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
 }
 
+// One plain call for latency: every argument that a call does not have takes its time too.
+void lstm_infer_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
+                    Handle y_, Handle h_n_, Handle c_n_, OptionalHandle cache_) {
+  const std::vector<Array> weights = to_arrays(weights_);
+  const Array x(x_), h0(h0_), c0(c0_), y(y_), h_n(h_n_), c_n(c_n_), cache(cache_), none;
+  Forward forward(x, weights, directions, h0, c0, none, none, none, y, h_n, c_n, none, none, false, false, none, 0, 0,
+                  none);
+  forward.run(PackedWeights(forward.call, forward.kind(), cache), torch_threads());
+}
+
 void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
                   OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, Handle y_, Handle c_all_,
                   OptionalHandle gates_, OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_,
@@ -631,6 +641,7 @@ std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 dir
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("lstm_fwd_cpu", TORCH_BOX(&lstm_fwd_cpu));
   m.impl("lstm_bwd_cpu", TORCH_BOX(&lstm_bwd_cpu));
+  m.impl("lstm_infer_cpu", TORCH_BOX(&lstm_infer_cpu));
   m.impl("rnn_fwd_cpu", TORCH_BOX(&rnn_fwd_cpu));
   m.impl("rnn_bwd_cpu", TORCH_BOX(&rnn_bwd_cpu));
 }

@@ -220,9 +220,7 @@ def infer(
             h_n = torch.empty(B, P, dtype=x.dtype, device=_CPU)
             c_n = torch.empty(B, H, dtype=x.dtype, device=_CPU)
         buffer = _packed(cache, "forward", weights, D)
-        ops.lstm_fwd_cpu(
-            x, weights, D, h0, c0, None, None, None, y, h_n, c_n, None, None, buffer
-        )  # fmt: skip
+        ops.lstm_infer_cpu(x, weights, D, h0, c0, y, h_n, c_n, buffer)
     except (RuntimeError, ValueError):
         return None
     return y, h_n, c_n

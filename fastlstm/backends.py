@@ -31,7 +31,7 @@ __all__ = ["backend", "backends", "explain", "select"]
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-_transform_level = torch._C._functorch.maybe_current_level
+_is_transformed = torch._C._are_functorch_transforms_active
 _TransformType = torch._C._functorch.TransformType
 
 
@@ -164,11 +164,10 @@ def _higher_derivative() -> str | None:
     """
     if forward_ad._current_level >= 0:
         return "forward-mode AD is active"
-    if torch.compiler.is_compiling():  # Dynamo cannot say which transforms
-        active = torch._C._are_functorch_transforms_active()
-        return "compiled code uses torch.func" if active else None
-    if _transform_level() is None:
+    if not _is_transformed():
         return None
+    if torch.compiler.is_compiling():  # Dynamo cannot say which transforms
+        return "compiled code uses torch.func"
     kinds = [layer.key() for layer in torch._C._functorch.get_interpreter_stack() or ()]
     if kinds.count(_TransformType.Grad) > 1:
         return "torch.func takes a derivative of a derivative"
@@ -275,7 +274,10 @@ def select(x: Tensor, demand: Demand | None = None) -> str:
         RuntimeError: a backend was named explicitly and cannot compute this call.
     """
     name = _choice.name
-    if name == "reference" or _higher_derivative() is not None:
+    if name == "reference":
+        return name
+    derived = _is_transformed() or forward_ad._current_level >= 0
+    if derived and _higher_derivative() is not None:
         return "reference"
     kernels = ("triton" if x.is_cuda else "cpu") if name == "auto" else name
     if kernels not in ("cpu", "triton"):

@@ -71,6 +71,11 @@ for _operator, _schema in _SCHEMAS.items():
     _library.define(f"{_operator}_triton{_schema}")
     _with_members = _schema.replace(") -> ()", ", int members=0) -> ()")
     _library.define(f"{_operator}_cpu{_with_members}")
+# A plain call without gradients, for latency: arguments that a call does not have take time too.
+_library.define(
+    "lstm_infer_cpu(Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0, "
+    "Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!)? cache) -> ()"
+)
 _SIZES = "int input, int hidden, int projected, int directions"
 _library.define(f"cpu_cache_bytes({_SIZES}, bool double) -> int")
 _library.define("cpu_isa() -> str")
@@ -85,6 +90,9 @@ for _operator in _SCHEMAS:
     register_fake(f"fastlstm::{_operator}_cpu")(_writes_only_its_arguments)
     register_fake(f"fastlstm::{_operator}_triton")(_writes_only_its_arguments)
 
+register_fake("fastlstm::lstm_infer_cpu")(_writes_only_its_arguments)
+
+lstm_infer_cpu = torch.ops.fastlstm.lstm_infer_cpu.default
 lstm_fwd_cpu = torch.ops.fastlstm.lstm_fwd_cpu.default
 lstm_bwd_cpu = torch.ops.fastlstm.lstm_bwd_cpu.default
 lstm_fwd_triton = torch.ops.fastlstm.lstm_fwd_triton.default
