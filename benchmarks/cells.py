@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ DEFAULT = ("mnist-lstm", "mnist-blstm", "binary", "rl-rollout")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `cells`."""
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=DEFAULT, metavar="NAME")
+    names = f"of: {', '.join(CASES)} (default: {', '.join(DEFAULT)})"
+    add("--cases", nargs="+", choices=CASES, default=DEFAULT, metavar="NAME", help=names)
     add("--case", action="append", type=parse, metavar="I,H,L,D,B,T", help="any shape; repeatable")
     add("--threads", type=int, help="default: torch's own choice")
-    add("--seconds", type=float, default=4.0, help="for one case in one mode (default: 4)")
+    add("--seconds", type=float, default=4.0, help="for one case in one mode, of two (default: 4)")
     add("--repeat", type=int, default=40, help="most rounds of one block each (default: 40)")
     add("--json", type=Path, metavar="FILE", help="write the rows to FILE")
 
@@ -51,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    sys.stdout.flush()
     rows: list[Row] = []
     for case in [*(CASES[name] for name in args.cases), *(args.case or ())]:
         for mode in ("infer", "train"):

@@ -11,11 +11,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm.reference import PLAIN, Cell
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def check_noise(recurrent_dropout: Any, weight_dropout: Any, zoneout: Any) -> None:
+    """That these are the probabilities that an LSTM takes."""
+    if not isinstance(zoneout, tuple | list) or len(zoneout) != 2:
+        raise ValueError(f"LSTM: zoneout must be two probabilities (c, h), got {zoneout!r}")
+    for name, p, limit in (
+        ("recurrent_dropout", recurrent_dropout, "<="),
+        ("weight_dropout", weight_dropout, "<="),
+        ("zoneout", zoneout[0], "<"),
+        ("zoneout", zoneout[1], "<"),
+    ):
+        if not isinstance(p, int | float) or not 0 <= p <= 1 or (limit == "<" and p == 1):
+            raise ValueError(f"LSTM: {name} must be a probability, 0 <= p {limit} 1, got {p!r}")
+
+
+def check_input(kind: str, input: Any) -> None:
+    """That what is no tensor is at least a PackedSequence."""
+    if not isinstance(input, PackedSequence):
+        raise AttributeError(  # as nn.LSTM, which asks it for its dimensions
+            f"{kind}: input must be a tensor or a PackedSequence, got {type(input).__name__}"
+        )
 
 
 def check_weights(

@@ -21,6 +21,7 @@ from fastlstm.checks import (
     check_cell_state,
     check_lengths,
     check_like,
+    check_noise,
     check_packed,
     check_pair,
     check_reset,
@@ -111,7 +112,9 @@ def lstm(
     """
     if hx is not None and (type(hx) is not tuple or len(hx) != 2):
         hx = check_pair(hx, input.dim() if batch_sizes is None else 3)
-    cell = Cell(peephole, layer_norm, zoneout=zoneout)
+    if recurrent_dropout or weight_dropout or zoneout != (0.0, 0.0):
+        check_noise(recurrent_dropout, weight_dropout, zoneout)
+    cell = Cell(peephole, layer_norm, zoneout=(zoneout[0], zoneout[1]))
     if cell.is_plain:
         cell = PLAIN
     noisy = training and (recurrent_dropout > 0 or weight_dropout > 0 or not cell.is_plain)
@@ -257,9 +260,10 @@ def _recur(
     else:
         raise ValueError(f"{kind}: expected input to be 2-D or 3-D, got {size(input)}")
     if x.dtype is not weights[0].dtype:
+        module = f" or the module with .to({x.dtype})" if x.is_floating_point() else ""
         raise (RuntimeError if packed or autocast else ValueError)(
             f"{kind}: input is {x.dtype} but the weights are {weights[0].dtype}: convert the "
-            f"input with .to({weights[0].dtype}) or the module with .to({x.dtype})"
+            f"input with .to({weights[0].dtype}){module}"
         )
     if features != weights[0].shape[-1]:
         raise RuntimeError(

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm import convert
 from fastlstm.autograd import Cache, infer
 from fastlstm.backends import Demand, select
-from fastlstm.checks import check_pair, check_states
+from fastlstm.checks import check_input, check_noise, check_pair, check_states
 from fastlstm.functional import State, is_plain, lstm, lstm_cell, rnn
 
 __all__ = ["LSTM", "RNN", "LSTMCell"]
@@ -108,8 +108,8 @@ class LSTM(_Layers):
             training; of the same elements at every step of a sequence (Gal & Ghahramani, 2016).
         weight_dropout: probability of zeroing an element of W_hh, in training; of the same ones
             in a whole call (Merity et al., 2018).
-        zoneout: probabilities, in 0..1, that an element of c, and of h, keeps its value in a step;
-            in evaluation both values are mixed in this proportion (Krueger et al., 2017).
+        zoneout: probabilities ``(of c, of h)``, below 1, that an element keeps its value in a
+            step; in evaluation both values are mixed in this proportion (Krueger et al., 2017).
         layer_norm: normalise W_ih x and W_hh h over their 4H elements, and c over its H on its
             way into h (Ba et al., 2016); adds the gains ``weight_ln_ih``, ``weight_ln_hh``
             ``[4H]`` and ``weight_ln_c`` ``[H]`` and the bias ``bias_ln_c`` ``[H]``.
@@ -170,12 +170,7 @@ class LSTM(_Layers):
         )
         if forget_bias is not None and not bias:
             raise ValueError(f"LSTM: forget_bias={forget_bias} needs bias=True")
-        _check_probability("recurrent_dropout", recurrent_dropout)
-        _check_probability("weight_dropout", weight_dropout)
-        if not isinstance(zoneout, tuple | list) or len(zoneout) != 2:
-            raise ValueError(f"LSTM: zoneout must be two probabilities (c, h), got {zoneout!r}")
-        for p in zoneout:
-            _check_probability("zoneout", p, below_one=True)
+        check_noise(recurrent_dropout, weight_dropout, zoneout)
         self.forget_bias = forget_bias
         self.recurrent_dropout = recurrent_dropout
         self.weight_dropout = weight_dropout
@@ -301,6 +296,7 @@ class LSTM(_Layers):
                 reset=reset,
                 **settings,
             )
+        check_input("LSTM", input)
         if hx is not None:
             hx = check_pair(hx, 3)
         sizes = (self.proj_size or self.hidden_size, self.hidden_size)
@@ -416,6 +412,10 @@ class RNN(_Layers):
         )
         self.nonlinearity = nonlinearity
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.nonlinearity = self.mode.removeprefix("RNN_").lower()  # nn.RNN once kept only mode
+
     def demand(self) -> Demand:
         """What the layers need of a backend."""
         H = self.hidden_size
@@ -458,6 +458,7 @@ class RNN(_Layers):
                 reset=reset,
                 **settings,
             )
+        check_input("RNN", input)
         states = self._unpack(
             input, None if hx is None else (hx,), (self.hidden_size,), (lengths, reset)
         )
@@ -542,10 +543,3 @@ def _tensors(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
         return list(map(parameters.__getitem__, names))
     except KeyError:
         return [getattr(module, name) for name in names]
-
-
-def _check_probability(name: str, p: Any, below_one: bool = False) -> None:
-    if not (isinstance(p, int | float) and 0 <= p <= 1) or (below_one and p == 1):
-        raise ValueError(
-            f"LSTM: {name} must be a probability, 0 <= p <{'' if below_one else '='} 1, got {p!r}"
-        )

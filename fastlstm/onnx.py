@@ -8,6 +8,7 @@ the example.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ def lstm_layer(
     groups = [Weights.of(group, cell) for group in _groups(weights, directions)]
     is_lstm = cell._replace(peephole=False) == PLAIN and groups[0].w_hr is None
     if not is_lstm or cell_states or not _is_dense(others):
+        _warn_unrolled()
         return reference.lstm_layer(
             x, weights, h0, c0, directions=directions, lengths=lengths, cell_states=cell_states,
             cell=cell, **others,
@@ -71,6 +73,7 @@ def rnn_layer(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`fastlstm.reference.rnn_layer`. A node has no ``reset``."""
     if not _is_dense(others):
+        _warn_unrolled()
         return reference.rnn_layer(
             x, weights, h0, relu=relu, directions=directions, lengths=lengths, **others
         )
@@ -78,6 +81,14 @@ def rnn_layer(
     groups = _groups(weights, directions)
     y, h_n = _node("RNN", x, groups, lengths, (h0,), activations=activations)
     return y, h_n
+
+
+def _warn_unrolled() -> None:
+    warnings.warn(
+        "ONNX has no node for this layer: it is written out step by step, for as many steps as "
+        "the example has, whatever dynamic_shapes says of T",
+        stacklevel=4,
+    )
 
 
 def _node(
