@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, draw_reset, noise_of
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.func import functional_call, grad, hessian, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
