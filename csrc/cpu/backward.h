@@ -777,8 +777,8 @@ class BackwardDirection {
 };
 
 constexpr i64 kChunkBytes = 1 << 20;  // gate gradients of a chunk: stay in L2/L3 until they are used
-constexpr i64 kNormalisedShare =
-    8;  // normalised cells keep much of a row: smaller chunks are memory that is paged in less often
+// Normalised cells keep several times as much of a row: less of it at once, in memory that need not be paged in anew.
+constexpr i64 kNormalisedShare = 8;
 constexpr i64 kChunkRows = 512;  // rows that amortise one pass over the weight gradients
 
 template <class S, Cell kCell>
