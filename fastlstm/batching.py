@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import autograd
+from .rows import layout
 
 Maybe = Sequence[Any]  # of tensors, or None where there is none
 
@@ -215,9 +216,6 @@ def _per_sample(
     found = [fold.apart(t) for t in dstates]
     if needed[0]:
         found.insert(0, fold.apart(dgates @ torch.cat(w_ihs)))
-
-    from .kernels.rows import layout
-
     rows = layout(x, call.batch_sizes, call.lengths, call.reset)
     if call.lengths is not None:  # whatever x holds there must not meet the zeros of dgates
         x = torch.where(rows.real().view(*x.shape[:-1], 1), x, 0)

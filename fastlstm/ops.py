@@ -15,7 +15,7 @@ B batch, I input, H hidden, P projected or H, D directions; packed rows replace 
   the backend; without them backward computes them again, all steps at once. Layer normalisation
   never keeps them;
 - ``c_all``: [T, B, D*H], float32 when the layer is 16-bit; so are ``gates`` and every gradient of
-  the CPU kernels, while those of the Triton kernels have the dtype of the layer;
+  the CPU kernels, while those of the GPU kernels have the dtype of the layer;
 - outputs are passed in and written completely.
 
 The CPU operators run an ensemble of E layers in one call with ``members=E``: every tensor then has
@@ -26,9 +26,11 @@ but y for backward.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library, impl, register_fake
 
 _INPUTS = (
@@ -71,6 +73,31 @@ for _operator, _schema in _SCHEMAS.items():
     _library.define(f"{_operator}_triton{_schema}")
     _with_members = _schema.replace(") -> ()", ", int members=0) -> ()")
     _library.define(f"{_operator}_cpu{_with_members}")
+# The CUDA kernels, and of them the recurrence alone: see cuda.py.
+for _operator in ("lstm_fwd", "lstm_bwd"):
+    _library.define(f"{_operator}_cuda{_SCHEMAS[_operator]}")
+_ROWS = "Tensor? offsets, Tensor? lengths, Tensor? reset, int T, int B"
+_LAUNCH = (
+    "Tensor(x!)? exchange, Tensor(y!)? arrived, Tensor(z!)? rest, "
+    "int[] plan, bool tf32, int device, int stream"
+)
+_library.define(
+    f"lstm_recur_fwd(Tensor projected, Tensor[] w_hh, Tensor[] biases, Tensor? h0, Tensor? c0, "
+    f"{_ROWS}, Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!)? c_all, "
+    f"Tensor(e!)? gates, {_LAUNCH}) -> ()"
+)
+_library.define(
+    f"lstm_recur_bwd(Tensor y, Tensor[] w_hh, {_ROWS}, Tensor gates, Tensor c_all, Tensor? c0, "
+    "Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, "
+    f"Tensor(a!) dgates, Tensor(b!)? dh0, Tensor(c!)? dc0, {_LAUNCH}) -> ()"
+)
+_library.define("cuda_device(int device) -> int[]")
+_library.define(
+    "cuda_plan(int kind, bool backward, int B, int H, int D, int[] device, int[] wish) -> int[]"
+)
+_library.define(
+    "cuda_obstacle(int kind, bool backward, int B, int H, int D, int[] device, int[] wish) -> str"
+)
 # A plain call without gradients, for latency: arguments that a call does not have take time too.
 _library.define(
     "lstm_infer_cpu(Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0, "
@@ -90,7 +117,8 @@ for _operator in _SCHEMAS:
     register_fake(f"fastlstm::{_operator}_cpu")(_writes_only_its_arguments)
     register_fake(f"fastlstm::{_operator}_triton")(_writes_only_its_arguments)
 
-register_fake("fastlstm::lstm_infer_cpu")(_writes_only_its_arguments)
+for _operator in ("lstm_infer_cpu", "lstm_fwd_cuda", "lstm_bwd_cuda"):
+    register_fake(f"fastlstm::{_operator}")(_writes_only_its_arguments)
 
 lstm_infer_cpu = torch.ops.fastlstm.lstm_infer_cpu.default
 lstm_fwd_cpu = torch.ops.fastlstm.lstm_fwd_cpu.default
@@ -101,6 +129,13 @@ rnn_fwd_cpu = torch.ops.fastlstm.rnn_fwd_cpu.default
 rnn_bwd_cpu = torch.ops.fastlstm.rnn_bwd_cpu.default
 rnn_fwd_triton = torch.ops.fastlstm.rnn_fwd_triton.default
 rnn_bwd_triton = torch.ops.fastlstm.rnn_bwd_triton.default
+lstm_fwd_cuda = torch.ops.fastlstm.lstm_fwd_cuda.default
+lstm_bwd_cuda = torch.ops.fastlstm.lstm_bwd_cuda.default
+lstm_recur_fwd = torch.ops.fastlstm.lstm_recur_fwd.default
+lstm_recur_bwd = torch.ops.fastlstm.lstm_recur_bwd.default
+cuda_device = torch.ops.fastlstm.cuda_device.default
+cuda_plan = torch.ops.fastlstm.cuda_plan.default
+cuda_obstacle = torch.ops.fastlstm.cuda_obstacle.default
 cpu_cache_bytes = torch.ops.fastlstm.cpu_cache_bytes.default
 cpu_isa = torch.ops.fastlstm.cpu_isa.default
 cpu_plan = torch.ops.fastlstm.cpu_plan.default
@@ -114,6 +149,35 @@ def triton_keeps_gates(hidden: int) -> bool:
     large, that product is not small.
     """
     return hidden > 128
+
+
+def plainly(operator: Callable[..., None]) -> Callable[..., None]:
+    """An operator written in Python, on the device of x, without autograd and autocast.
+
+    An exported program calls operators with gradients on, and backward may run within autocast.
+    """
+
+    @wraps(operator)
+    def run(x: Tensor, *arguments: Any, **options: Any) -> None:
+        with torch.no_grad(), torch.cuda.device_of(x):
+            if not torch._C._is_any_autocast_enabled():
+                return operator(x, *arguments, **options)
+            with torch.autocast(x.device.type, enabled=False):
+                return operator(x, *arguments, **options)
+
+    return run
+
+
+def zero(*gradients: Tensor | None) -> None:
+    """Set to zero what there is."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """The same numbers, contiguous."""
+    return None if t is None else t.contiguous()
 
 
 def load_on_first_use(operators: tuple[Any, ...], load: Callable[[], None]) -> None:

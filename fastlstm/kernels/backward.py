@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.operands import (
+    Normalised,
+    gates_again,
+    input_gradient,
+    product_into,
+    products,
+    project,
+    weight_gradients,
+)
 from fastlstm.reference import Cell, Weights
+from fastlstm.rows import Rows
 
 from .backward_steps import launch_lstm_bwd_steps
 from .cells import (
@@ -33,9 +43,7 @@ from .cells import (
 )
 from .config import Plan, backward_plan, padded
 from .launch import device_of, dot_precision, is_fast, launch, shape_of
-from .operands import Normalised, input_gradient, product, product_into, products, project
 from .primitives import first_row, load_bias, operand, stack_gates, stacked_rows
-from .rows import Rows
 
 
 @triton.jit(
@@ -305,7 +313,7 @@ def launch_lstm_bwd(
         h_side = Normalised.of(products(h_before, [group.w_hh for group in groups]))
         saved = _join_normalised(x_side, h_side, groups)
     else:
-        saved = _recompute(x_rows, groups, h_before) if gates is None else gates
+        saved = gates_again(x_rows, groups, h_before) if gates is None else gates
     # Padding adds nothing to sums over rows.
     empty = torch.zeros if rows.padded else torch.empty
     dgates = empty(D, rows.count, 4 * H, dtype=dtype, device=x.device)
@@ -340,10 +348,7 @@ def launch_lstm_bwd(
     if dweights is None:
         return
     for d, target in enumerate(dweights):
-        product_into(target.w_ih, through_x[d].T, x_rows)
-        product_into(target.w_hh, through_h[d].T, h_before[d])
-        if target.b_ih is not None:
-            torch.sum(dgates[d], 0, out=target.b_ih)  # adds up in float32
+        weight_gradients(target, dgates[d], x_rows, h_before[d], through_x[d], through_h[d])
         if target.w_hr is not None:
             assert dprojected is not None and hidden is not None
             d_out = dprojected[:, d * P : (d + 1) * P]
@@ -362,14 +367,6 @@ def launch_lstm_bwd(
 def _set(target: Tensor | None, value: Tensor) -> None:
     if target is not None:
         target.copy_(value)
-
-
-def _recompute(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor]) -> Tensor:
-    """float32 [D, rows, 4H]: the gates before activation, without biases, of all steps at once."""
-    saved = project(x, groups)
-    for target, group, h in zip(saved, groups, h_before, strict=True):
-        target += product(h, group.w_hh.T)
-    return saved
 
 
 def _join_normalised(x: Normalised, h: Normalised, groups: Sequence[Weights]) -> Tensor:

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.operands import product
 from fastlstm.reference import Cell, Weights
+from fastlstm.rows import Rows
 
 from .cells import (
     cell_arguments,
@@ -26,7 +28,6 @@ from .cells import (
 )
 from .config import Plan
 from .launch import dot_precision, is_fast, launch
-from .operands import product
 from .primitives import (
     activate,
     arrive,
@@ -38,7 +39,6 @@ from .primitives import (
     stacked_rows,
     wait_for,
 )
-from .rows import Rows
 
 
 @triton.jit

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.operands import Normalised, project
 from fastlstm.reference import Cell, Weights
+from fastlstm.rows import Rows
 
 from .cells import (
     cell_arguments,
@@ -31,7 +33,6 @@ from .cells import (
 from .config import Plan, forward_plan, padded
 from .forward_steps import launch_lstm_fwd_steps
 from .launch import device_of, dot_precision, is_fast, launch, shape_of
-from .operands import Normalised, project
 from .primitives import (
     first_row,
     load_bias,
@@ -39,7 +40,6 @@ from .primitives import (
     stacked_rows,
     tanh,
 )
-from .rows import Rows
 
 
 @triton.jit(

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.operands import product, product_into, project
 from fastlstm.reference import Cell, Weights
+from fastlstm.rows import Rows
 
 from .cells import (
     cell_arguments,
@@ -25,7 +27,6 @@ from .cells import (
 )
 from .config import Plan
 from .launch import dot_precision, is_fast, launch
-from .operands import product, product_into, project
 from .primitives import (
     activate,
     arrive,
@@ -39,7 +40,6 @@ from .primitives import (
     tanh,
     wait_for,
 )
-from .rows import Rows
 
 
 @triton.jit(

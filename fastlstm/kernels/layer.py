@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.library import impl
 
+from fastlstm.operands import gradient_groups, groups
+from fastlstm.ops import contiguous, plainly, zero
 from fastlstm.reference import Cell, Weights
+from fastlstm.rows import Rows, layout
 
 from .backward import launch_lstm_bwd
 from .config import Shape, backward_plan, forward_plan, rnn_plan
 from .config import obstacle as obstacle_of
 from .forward import launch_lstm_fwd
 from .launch import INTERPRETED, device_of, kind_of, precision_of, shape_of
-from .operands import gradient_groups, groups
 from .rnn import launch_rnn_bwd, launch_rnn_fwd
-from .rows import Rows, layout
-
-Operator = Callable[..., None]
-
-
-def _plainly(operator: Operator) -> Operator:
-    """On the device of x, without autograd and autocast.
-
-    An exported program calls operators with gradients on, and backward may run within autocast.
-    """
-
-    @wraps(operator)
-    def run(x: Tensor, *arguments: Any, **options: Any) -> None:
-        with torch.no_grad(), torch.cuda.device_of(x):
-            if not torch._C._is_any_autocast_enabled():
-                return operator(x, *arguments, **options)
-            with torch.autocast(x.device.type, enabled=False):
-                return operator(x, *arguments, **options)
-
-    return run
-
 
 _DISPATCH_KEYS = ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]
 
 
-@_plainly
+@plainly
 def lstm_fwd(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -70,12 +49,12 @@ def lstm_fwd(
     found = groups(weights, directions, cell)
     _refuse(x, found, rows, cell)
     launch_lstm_fwd(
-        x, found, cell, rows, _contiguous(h0), _contiguous(c0),
+        x, found, cell, rows, contiguous(h0), contiguous(c0),
         y, h_n, c_n, c_all, gates,
     )  # fmt: skip
 
 
-@_plainly
+@plainly
 def lstm_bwd(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -103,18 +82,18 @@ def lstm_bwd(
     cell = _cell(**options)
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
-        _zero(dx, dh0, dc0, *dweights)
+        zero(dx, dh0, dc0, *dweights)
         return
     found = groups(weights, directions, cell)
     _refuse(x, found, rows, cell)
     launch_lstm_bwd(
-        x, found, cell, rows, _contiguous(h0), _contiguous(c0), y, c_all, gates,
-        dy, _contiguous(dh_n), _contiguous(dc_n), dc_all,
+        x, found, cell, rows, contiguous(h0), contiguous(c0), y, c_all, gates,
+        dy, contiguous(dh_n), contiguous(dc_n), dc_all,
         dx, dh0, dc0, gradient_groups(dweights, found),
     )  # fmt: skip
 
 
-@_plainly
+@plainly
 def rnn_fwd(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -131,10 +110,10 @@ def rnn_fwd(
     """Write the outputs of one layer of nn.RNN."""
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count > 0:
-        launch_rnn_fwd(x, groups(weights, directions), rows, _contiguous(h0), relu, y, h_n)
+        launch_rnn_fwd(x, groups(weights, directions), rows, contiguous(h0), relu, y, h_n)
 
 
-@_plainly
+@plainly
 def rnn_bwd(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -155,11 +134,11 @@ def rnn_bwd(
     """Write the gradients of one layer of nn.RNN."""
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
-        _zero(dx, dh0, *dweights)
+        zero(dx, dh0, *dweights)
         return
     found = groups(weights, directions)
     launch_rnn_bwd(
-        x, found, rows, _contiguous(h0), relu, y, dy, _contiguous(dh_n),
+        x, found, rows, contiguous(h0), relu, y, dy, contiguous(dh_n),
         dx, dh0, gradient_groups(dweights, found),
     )  # fmt: skip
 
@@ -199,17 +178,7 @@ def _cell(
     seed: Tensor | None = None,
 ) -> Cell:
     """The keywords of the operators."""
-    return Cell(peephole, layer_norm, _contiguous(h_mask), (zoneout_c, zoneout_h), seed)
-
-
-def _zero(*gradients: Tensor | None) -> None:
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.zero_()
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+    return Cell(peephole, layer_norm, contiguous(h_mask), (zoneout_c, zoneout_h), seed)
 
 
 for _function in (lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd):

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlstm.operands import input_gradient, project, weight_gradients
 from fastlstm.reference import Weights
+from fastlstm.rows import Rows
 
 from .backward_steps import start_gradient
 from .config import Plan, rnn_plan
 from .forward_steps import add_start, final_states
 from .launch import device_of, dot_precision, is_fast, launch, rnn_shape_of
-from .operands import input_gradient, product_into, project
 from .primitives import first_row, load_bias, multiply_add, operand, tanh
-from .rows import Rows
 
 
 @triton.jit
@@ -429,10 +429,7 @@ def launch_rnn_bwd(
         x_rows = torch.where(rows.real(), x_rows, 0)
     h_before = rows.states_before(y.view(rows.count, D * H), h0, D)
     for target, d, h in zip(dweights, d_total, h_before, strict=True):
-        product_into(target.w_ih, d.T, x_rows)
-        product_into(target.w_hh, d.T, h)
-        if target.b_ih is not None:
-            torch.sum(d, 0, out=target.b_ih)  # adds up in float32
+        weight_gradients(target, d, x_rows, h)
 
 
 def _grid(plan: Plan, groups: Sequence[Weights], rows: Rows) -> tuple[int, ...]:

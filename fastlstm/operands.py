@@ -1,4 +1,4 @@
-"""The weights of each direction, and what is computed of matrices outside the kernels."""
+"""The weights of each direction, and what GPU backends compute of matrices outside the kernels."""
 
 from __future__ import annotations
 
@@ -72,6 +72,32 @@ def input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Weights]) -> Non
         product_into(dx, dgates[0], groups[0].w_ih)
     else:
         dx.copy_(product(dgates[0], groups[0].w_ih) + product(dgates[1], groups[1].w_ih))
+
+
+def gates_again(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor]) -> Tensor:
+    """float32 [D, rows, 4H]: the gates before activation, without biases, of all steps at once."""
+    gates = project(x, groups)
+    for target, group, h in zip(gates, groups, h_before, strict=True):
+        target += product(h, group.w_hh.T)
+    return gates
+
+
+def weight_gradients(
+    target: Weights,
+    dgates: Tensor,
+    x: Tensor,
+    h_before: Tensor,
+    through_x: Tensor | None = None,
+    through_h: Tensor | None = None,
+) -> None:
+    """Write those of w_ih, w_hh and the biases from the gradients [rows, n] of the gates.
+
+    Where a product is normalised before it becomes part of a gate, its gradient is another one.
+    """
+    product_into(target.w_ih, (dgates if through_x is None else through_x).T, x)
+    product_into(target.w_hh, (dgates if through_h is None else through_h).T, h_before)
+    if target.b_ih is not None:
+        torch.sum(dgates, 0, out=target.b_ih)  # adds up in float32
 
 
 class Normalised(NamedTuple):
