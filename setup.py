@@ -1,18 +1,26 @@
-"""Builds the C++ kernels: csrc/ -> fastlstm/_C.so, a library for torch.ops.load_library.
+"""Builds the kernels: csrc/ -> libraries in fastlstm/, for torch.ops.load_library.
 
-Without torch or a working compiler the install still succeeds, on the reference backend: the
-reason goes to the terminal and to fastlstm/_build_error.txt, which fastlstm.backends() quotes.
-FASTLSTM_REQUIRE_EXTENSION=1 makes it an error.
+_C.so: of CPUs, and the plans of all. _cuda.so: of GPUs, wherever nvcc is; a GPU need not be there.
+_emulator.so, of a development install: the same on a CPU, for tests.
+
+The install succeeds without any of them, on a slower backend: the reason goes to the terminal,
+unless there simply is no nvcc, and to a file beside them, which fastlstm.backends() quotes.
+FASTLSTM_REQUIRE_EXTENSION=1 makes it an error, of _cuda.so FASTLSTM_CUDA=1; FASTLSTM_CUDA=0 leaves
+that out.
 """
 
 import importlib.util
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -30,6 +38,7 @@ FLAGS = [
 # first copy, so one compiled for a newer CPU must not come before one that runs everywhere.
 SOURCES = {
     "csrc/bindings.cpp": [],
+    "csrc/cuda/plan.cpp": [],
     "csrc/cpu/dispatch.cpp": [],
     "csrc/cpu/portable.cpp": [],
 }
@@ -41,19 +50,73 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     SOURCES["csrc/cpu/avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
     SOURCES["csrc/cpu/avx512.cpp"] = avx512.split()
 
+# The slowest first. Those of clusters need a GPU of compute capability 9.0.
+CUDA_KERNELS = {"csrc/cuda/block.cu": 80, "csrc/cuda/grid.cu": 80, "csrc/cuda/cluster.cu": 90}
+CUDA_HOST = ("csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp")
+GPUS = "8.0 9.0+PTX"  # +PTX: newer ones too
+
 
 class BuildError(Exception):
     """Why there is no library: a first line for the terminal, then the compiler's own words."""
 
 
-def run(command: list[str]) -> None:
+class Absent(BuildError):
+    """Nobody has to be told."""
+
+
+class Recipe(NamedTuple):
+    """How a library is built: `compiler` compiles each source with its flags, and links."""
+
+    compiler: list[str]
+    sources: dict[str, list[str]]
+    link: list[str]
+    advice: str  # for whom the compiler cannot be run
+
+
+class Library(NamedTuple):
+    """A library, and what follows where it cannot be built."""
+
+    name: str
+    recipe: Callable[[], Recipe]
+    report: str
+    required: str  # what makes it an error
+    loss: str = ""  # for the terminal
+
+    def build(self, folder: Path, scratch: Path, pool: Executor) -> None:
+        recipe = self.recipe()
+        torch = importlib.util.find_spec("torch")  # not imported: only its headers are needed
+        if torch is None or torch.origin is None:
+            raise BuildError(
+                "torch is not visible to the build: install torch first, then run "
+                "pip install with --no-build-isolation"
+            )
+        torch_root = Path(torch.origin).parent
+        include = ["-Icsrc", "-isystem", str(torch_root / "include")]
+
+        def compile_source(source: str) -> str:
+            target = scratch / self.name / Path(source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = [*recipe.sources[source], *include, "-c", source, "-o", str(target)]
+            run([*recipe.compiler, *flags], recipe.advice)
+            return str(target)
+
+        objects = list(pool.map(compile_source, recipe.sources))
+        # `import torch` does not make its symbols global, so the library has to name the one that
+        # has them; that one is in memory by then, hence no search path.
+        link = [*recipe.link, "-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        if sys.platform == "linux":
+            link += ["-Xlinker", "-zdefs"]  # what is missing fails here, not in the first call
+        target = str(folder / f"{self.name}.so")
+        run([*recipe.compiler, *objects, *link, "-o", target], recipe.advice)
+
+
+def run(command: list[str], advice: str) -> None:
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         sys.stderr.write(done.stderr)  # warnings
     except OSError as error:
         raise BuildError(
-            f"the C++ compiler {command[0]!r} cannot be run ({error.strerror}): install g++ or "
-            "clang++, or name one in the environment variable CXX"
+            f"the compiler {command[0]!r} cannot be run ({error.strerror}): {advice}"
         ) from error
     except subprocess.CalledProcessError as error:
         first = next((line for line in error.stderr.splitlines() if "error" in line), "no message")
@@ -62,32 +125,67 @@ def run(command: list[str]) -> None:
         ) from error
 
 
-def compile_library(library: Path, scratch: Path) -> None:
-    torch = importlib.util.find_spec("torch")  # found, not imported: only its headers are needed
-    if torch is None or torch.origin is None:
-        raise BuildError(
-            "torch is not visible to the build: install torch first, then run "
-            "pip install with --no-build-isolation"
-        )
-    torch_root = Path(torch.origin).parent
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    include = ["-Icsrc", "-isystem", str(torch_root / "include")]
+def of_host(sources: dict[str, list[str]]) -> Recipe:
+    advice = "install g++ or clang++, or name one in the environment variable CXX"
+    flags = {source: [*FLAGS, *own] for source, own in sources.items()}
+    return Recipe(shlex.split(os.environ.get("CXX", "c++")), flags, [], advice)
 
-    def compile_source(source: str) -> str:
-        target = scratch / Path(source).with_suffix(".o")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        run([*compiler, *FLAGS, *SOURCES[source], *include, "-c", source, "-o", str(target)])
-        return str(target)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_source, SOURCES))
-    # `import torch` does not make its symbols global, so the library has to name the one that has
-    # them; that one is in memory by then, hence no search path.
-    link = ["-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
-    if sys.platform == "linux":
-        link.append("-Wl,-z,defs")  # a missing symbol fails here and not in the user's first call
-    library.parent.mkdir(parents=True, exist_ok=True)
-    run([*compiler, *objects, *link, "-o", str(library)])
+def cpu() -> Recipe:
+    return of_host(SOURCES)
+
+
+def emulator() -> Recipe:
+    # The kernels unroll loops by a pragma of nvcc. -O2: less to wait for, and quick enough.
+    flags = ["-O2", "-DFASTLSTM_EMULATE", "-Wno-unknown-pragmas", "-x", "c++"]
+    return of_host(dict.fromkeys((*CUDA_KERNELS, "csrc/cuda/emulator.cpp", *CUDA_HOST), flags))
+
+
+def cuda() -> Recipe:
+    """By nvcc, which has a compiler of the host for what is not of the GPU, and links cudart."""
+    wanted = os.environ.get("FASTLSTM_CUDA")
+    if wanted == "0":
+        raise Absent("the CUDA kernels were left out of the build (FASTLSTM_CUDA=0)")
+    homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    path = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes)]
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(path))
+    advice = "install the CUDA toolkit, or name its nvcc in the environment variable CUDACXX"
+    if not nvcc:
+        raise Absent(f"there is no nvcc to compile the CUDA kernels: {advice}")
+    compiler = shlex.split(nvcc)
+    host = shlex.split(os.environ.get("CXX", ""))
+    if len(host) == 1:  # nvcc takes no more than a name
+        compiler += ["-ccbin", *host]
+    flags = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    sources = {
+        source: [*flags, *options]
+        for source, least in CUDA_KERNELS.items()
+        if (options := architectures(least))
+    }
+    flags = ["-Xcompiler=" + ",".join(FLAGS)]
+    if len(sources) < len(CUDA_KERNELS):
+        flags.append("-DFASTLSTM_NO_CLUSTER")
+    return Recipe(
+        compiler, sources | dict.fromkeys(CUDA_HOST, flags), architectures(least=80), advice
+    )
+
+
+def architectures(least: int) -> list[str]:
+    """nvcc's options for the GPUs of TORCH_CUDA_ARCH_LIST from capability `least` / 10 on."""
+    options = []
+    for word in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or GPUS):
+        named = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if named is None:
+            example = "write 8.0, 9.0a or 9.0+PTX"
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST has {word!r} for a GPU: {example}")
+        capability = int(named[1] + named[2])
+        gpu = f"{capability}{named[3]}"
+        code = f"[sm_{gpu},compute_{gpu}]" if named[4] else f"sm_{gpu}"
+        if capability >= least:
+            options.append(f"-gencode=arch=compute_{gpu},code={code}")
+    if least == 80 and not options:  # an older GPU next to newer ones is left to other backends
+        raise BuildError("TORCH_CUDA_ARCH_LIST has no GPU from 8.0 on, which the kernels need")
+    return options
 
 
 def tell_user(message: str) -> None:
@@ -98,26 +196,51 @@ def tell_user(message: str) -> None:
         sys.stderr.write(message)
 
 
-class BuildLibrary(build_ext):
+# In the order in which they start: the slowest first.
+LIBRARIES = [
+    Library("_cuda", cuda, "_cuda_error.txt", "FASTLSTM_CUDA", "its CUDA kernels"),
+    Library("_emulator", emulator, "_emulator_error.txt", "FASTLSTM_REQUIRE_EXTENSION"),
+    Library(
+        "_C",
+        cpu,
+        "_build_error.txt",
+        "FASTLSTM_REQUIRE_EXTENSION",
+        "its C++ kernels, on the slower reference backend",
+    ),
+]
+
+
+class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # not tied to one version of Python
 
     def run(self) -> None:
-        library = Path("" if self.inplace else self.build_lib, "fastlstm", "_C.so")
-        report = library.with_name("_build_error.txt")
-        library.unlink(missing_ok=True)  # an older library must not outlive a failed build
-        report.unlink(missing_ok=True)
-        try:
-            compile_library(library, Path(self.build_temp))
-        except BuildError as error:
-            if os.environ.get("FASTLSTM_REQUIRE_EXTENSION") == "1":
-                raise SystemExit(f"fastlstm: {error}") from error
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(f"{error}\n")
+        folder = Path("" if self.inplace else self.build_lib, "fastlstm")
+        folder.mkdir(parents=True, exist_ok=True)
+        for library in LIBRARIES:  # an older one must not outlive a failed build
+            (folder / f"{library.name}.so").unlink(missing_ok=True)
+            (folder / library.report).unlink(missing_ok=True)
+        wanted = [library for library in LIBRARIES if self.inplace or library.name != "_emulator"]
+        # Compilers share one pool; each library has a thread that waits for its own.
+        with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
+            scratch = Path(self.build_temp)
+            builds = [waiting.submit(each.build, folder, scratch, pool) for each in wanted]
+        for library, build in zip(wanted, builds, strict=True):
+            error = build.exception()
+            if isinstance(error, BuildError):
+                self.do_without(library, folder, error)
+            elif error is not None:
+                raise error
+
+    def do_without(self, library: Library, folder: Path, error: BuildError) -> None:
+        if os.environ.get(library.required) == "1":
+            raise SystemExit(f"fastlstm: {error}") from error
+        (folder / library.report).write_text(f"{error}\n")
+        if library.loss and not isinstance(error, Absent):
             tell_user(
-                "\nfastlstm: installed WITHOUT its C++ kernels, on the slower reference backend.\n"
+                f"\nfastlstm: installed WITHOUT {library.loss}.\n"
                 f"Reason: {str(error).splitlines()[0]}\n"
-                f"More: fastlstm/{report.name}. Then install again.\n"
+                f"More: fastlstm/{library.report}. Then install again.\n"
             )
 
 
@@ -125,9 +248,9 @@ setup(
     ext_modules=[
         Extension(
             "fastlstm._C",
-            sources=list(SOURCES),
+            sources=[str(source) for source in Path("csrc").rglob("*.c*") if source.is_file()],
             depends=[str(header) for header in Path("csrc").rglob("*.h")],
         )
     ],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build_ext": BuildLibraries},
 )

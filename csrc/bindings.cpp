@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "array.h"
+#include "cuda/plan.h"
 #include "lstm.h"
 
 namespace fastlstm {
@@ -636,6 +637,31 @@ std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 dir
   return text;
 }
 
+// device: arch, multiprocessors, bytes of shared memory of a block, blocks of a cluster; wish: regime, blocks, batch.
+cuda::Plan planned(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                   const std::vector<i64>& wish, const char** problem) {
+  STD_TORCH_CHECK(kind >= 0 && kind < 4 && device.size() == 4 && wish.size() == 3 && hidden > 0 && hidden < 1 << 20,
+                  "fastlstm: not the arguments of a plan");
+  return cuda::plan_of({cuda::Kind(kind), backward, int(hidden), int(directions), B},
+                       {int(device[0]), int(device[1]), int(device[2]), int(device[3])},
+                       {int(wish[0]), int(wish[1]), int(wish[2])}, problem);
+}
+
+std::vector<i64> cuda_plan(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                           const std::vector<i64>& wish) {
+  const char* problem;
+  const cuda::Plan p = planned(kind, backward, B, hidden, directions, device, wish, &problem);
+  if (problem) return {};
+  return {i64(p.regime), p.batch, p.blocks, p.tiles, p.parts, p.resident, i64(p.rest), p.shared, p.groups};
+}
+
+std::string cuda_obstacle(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                          const std::vector<i64>& wish) {
+  const char* problem;
+  planned(kind, backward, B, hidden, directions, device, wish, &problem);
+  return problem ? problem : "";
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
@@ -650,6 +676,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {
   m.impl("cpu_cache_bytes", TORCH_BOX(&cpu_cache_bytes));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_plan", TORCH_BOX(&cpu_plan));
+  m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
+  m.impl("cuda_obstacle", TORCH_BOX(&cuda_obstacle));
 }
 
 }  // namespace fastlstm

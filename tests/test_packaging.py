@@ -2,6 +2,7 @@
 
 import ast
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -16,48 +17,198 @@ tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-UNITS = ("dispatch", "portable", "avx2", "avx512")
+LIBRARIES = {"_C": "_build", "_cuda": "_cuda", "_emulator": "_emulator"}  # and their reports
+BINDINGS = """#include <torch/headeronly/version.h>
+#if defined(FASTLSTM_NO_CLUSTER)
+#define ANSWER 43
+#elif defined(FASTLSTM_EMULATE)
+#define ANSWER 44
+#else
+#define ANSWER 42
+#endif
+extern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }
+"""
+# Writes down how it is called, and leaves the work to the compiler that it was given.
+NVCC = f"""#!{sys.executable}
+import json, shlex, subprocess, sys
+with open("nvcc.log", "a") as log:
+    log.write(json.dumps(sys.argv[1:]) + "\\n")
+words = iter(sys.argv[1:])
+compiler, flags = "c++", []
+for word in words:
+    if word == "-ccbin":
+        compiler = next(words)
+    elif word.startswith("-Xcompiler="):
+        flags += word.partition("=")[2].split(",")
+    elif not word.startswith(("-gencode=", "--threads=")):
+        flags += ["-x", "c++", word] if word.endswith(".cu") else [word]
+sys.exit(subprocess.run([compiler, *flags]).returncode)
+"""
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the project with tiny sources, and the library of an older build."""
+    """A copy of the project with tiny sources, and the libraries of an older build."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc/cpu", "fastlstm"):
+    for name in ("csrc/cpu", "csrc/cuda", "fastlstm"):
         (tmp_path / name).mkdir(parents=True)
-    for unit in UNITS:
+    for unit in ("dispatch", "portable", "avx2", "avx512"):
         (tmp_path / "csrc/cpu" / f"{unit}.cpp").touch()
-    (tmp_path / "csrc/bindings.cpp").write_text(
-        "#include <torch/headeronly/version.h>\n"
-        'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
-    )
+    for unit in ("plan.cpp", "emulator.cpp", "block.cu", "cluster.cu", "grid.cu"):
+        (tmp_path / "csrc/cuda" / unit).touch()
+    for folder in ("csrc", "csrc/cuda"):
+        (tmp_path / folder / "bindings.cpp").write_text(BINDINGS)
     (tmp_path / "fastlstm/__init__.py").touch()
-    (tmp_path / "fastlstm/_C.so").write_text("of an older build")
+    for library, report in LIBRARIES.items():
+        (tmp_path / f"fastlstm/{library}.so").write_text("of an older build")
+        (tmp_path / f"fastlstm/{report}_error.txt").write_text("of an older build")
+    (tmp_path / "nvcc").write_text(NVCC)
+    (tmp_path / "nvcc").chmod(0o755)
     return tmp_path
 
 
-def build(tree: Path, before: str = "pass", **variables: str) -> subprocess.CompletedProcess[str]:
-    """`python setup.py build_ext --inplace`, after the statements `before`."""
-    code = f"import runpy, sys; {before}; sys.argv[1:] = ['-q', 'build_ext', '--inplace']; "
+def build(
+    tree: Path, before: str = "pass", *, inplace: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`python setup.py build_ext`, after the statements `before`; no CUDA, unless asked for."""
+    command = ["-q", "build_ext", *(["--inplace"] if inplace else [])]
+    code = f"import runpy, sys; {before}; sys.argv[1:] = {command}; "
+    ours = re.compile("FASTLSTM_.*|TORCH_CUDA_ARCH_LIST|CUDACXX|CUDA_HOME")
+    others = {name: value for name, value in os.environ.items() if not ours.fullmatch(name)}
     return subprocess.run(
         [sys.executable, "-c", code + "runpy.run_path('setup.py', run_name='__main__')"],
         cwd=tree,
-        env={k: v for k, v in os.environ.items() if k != "FASTLSTM_REQUIRE_EXTENSION"} | variables,
+        env=others | {"FASTLSTM_CUDA": "0"} | variables,
         capture_output=True,
         text=True,
         start_new_session=True,  # no terminal: the notice goes to stderr
     )
 
 
-def test_build(tree: Path) -> None:
+def answer(tree: Path, library: str) -> int:
+    """Of a library that was built; then it has no report."""
+    assert not (tree / f"fastlstm/{LIBRARIES[library]}_error.txt").exists()
+    return ctypes.CDLL(str(tree / f"fastlstm/{library}.so")).answer()
+
+
+def missing(tree: Path, library: str) -> str:
+    """The first line of why; then there is no library."""
+    assert not (tree / f"fastlstm/{library}.so").exists()
+    return (tree / f"fastlstm/{LIBRARIES[library]}_error.txt").read_text().partition("\n")[0]
+
+
+@pytest.fixture
+def compiler() -> None:
     if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
         pytest.skip("no C++ compiler here")
-    (tree / "fastlstm/_build_error.txt").write_text("of an older build")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_build(tree: Path) -> None:
     done = build(tree)
     assert done.returncode == 0, done.stderr
-    assert ctypes.CDLL(str(tree / "fastlstm/_C.so")).answer() == 42
-    assert not (tree / "fastlstm/_build_error.txt").exists()
+    assert answer(tree, "_C") == 42
+    assert answer(tree, "_emulator") == 44
+    assert "FASTLSTM_CUDA=0" in missing(tree, "_cuda")
+    assert "WITHOUT" not in done.stderr
+
+
+@pytest.mark.usefixtures("compiler")
+def test_build_to_be_packed(tree: Path) -> None:
+    done = build(tree, inplace=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = tree.glob("build/lib*/fastlstm")
+    assert {path.name for path in built.iterdir()} == {"_C.so", "_cuda_error.txt"}
+
+
+def gpus(tree: Path) -> dict[str, list[str]]:
+    """What nvcc was asked to compile for, by the name of the source or, last, of the library."""
+    found = {}
+    for line in (tree / "nvcc.log").read_text().splitlines():
+        call = json.loads(line)
+        name = next((word for word in call if word.endswith((".cu", ".cpp"))), call[-1])
+        options = [word.partition("-gencode=") for word in call]
+        found[Path(name).name] = [gpu for _, option, gpu in options if option]
+    return found
+
+
+SM80, SM86 = "arch=compute_80,code=sm_80", "arch=compute_86,code=[sm_86,compute_86]"
+SM90, SM90_PTX = "arch=compute_90a,code=sm_90a", "arch=compute_90,code=[sm_90,compute_90]"
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("wanted", "all_regimes", "clusters"),
+    [
+        (None, [SM80, SM90_PTX], [SM90_PTX]),
+        ("8.0;9.0a", [SM80, SM90], [SM90]),
+        ("8.0 8.6+PTX", [SM80, SM86], []),
+    ],
+)
+def test_cuda(tree: Path, wanted: str | None, all_regimes: list[str], clusters: list[str]) -> None:
+    """By whatever is given for nvcc, for the GPUs asked for; clusters only where GPUs have any."""
+    given = {"TORCH_CUDA_ARCH_LIST": wanted} if wanted else {}
+    done = build(tree, FASTLSTM_CUDA="1", CUDACXX=str(tree / "nvcc"), **given)
+    assert done.returncode == 0, done.stderr
+    assert answer(tree, "_cuda") == (42 if clusters else 43)
+    expected = dict.fromkeys(("block.cu", "grid.cu", "_cuda.so"), all_regimes)
+    expected |= {"bindings.cpp": [], "plan.cpp": []}
+    assert gpus(tree) == expected | ({"cluster.cu": clusters} if clusters else {})
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("where", ["PATH", "CUDA_HOME"])
+def test_cuda_is_built_wherever_there_is_nvcc(tree: Path, where: str) -> None:
+    (tree / "bin").mkdir()
+    (tree / "nvcc").rename(tree / "bin/nvcc")
+    path = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(folder for folder in path if not shutil.which("nvcc", path=folder))
+    if not shutil.which(os.environ.get("CXX", "c++").split()[0], path=path):
+        pytest.skip("nvcc and the C++ compiler are in one folder here")
+    places = {"PATH": f"{tree / 'bin'}{os.pathsep}{path}", "CUDA_HOME": str(tree)}
+    done = build(tree, FASTLSTM_CUDA="", **{"PATH": path, where: places[where]})
+    assert done.returncode == 0, done.stderr
+    assert answer(tree, "_cuda") == 42
+
+
+NO_CUDA = {
+    "no nvcc": ("import shutil; shutil.which = lambda *_, **__: None", {}, "there is no nvcc", 0),
+    "not nvcc": ("pass", {"CUDACXX": "no-such-nvcc"}, "'no-such-nvcc' cannot be run", 1),
+    "fails": ("pass", {"CUDACXX": "false"}, "false failed", 1),
+    "too old": ("pass", {"TORCH_CUDA_ARCH_LIST": "7.0 7.5"}, "has no GPU from 8.0 on", 1),
+    "no GPU": ("pass", {"TORCH_CUDA_ARCH_LIST": "Ampere"}, "has 'Ampere' for a GPU", 1),
+}
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("before", "variables", "reason", "told"), NO_CUDA.values(), ids=NO_CUDA)
+def test_cuda_that_cannot_be_built(
+    tree: Path, before: str, variables: dict[str, str], reason: str, told: int
+) -> None:
+    """Is missing and says why; only where nvcc was there and failed does the install say so."""
+    if "no nvcc" not in reason:
+        variables = {"CUDACXX": str(tree / "nvcc")} | variables
+    done = build(tree, before, **variables, FASTLSTM_CUDA="")
+    assert done.returncode == 0
+    assert reason in missing(tree, "_cuda")
+    assert done.stderr.count("WITHOUT its CUDA kernels") == told
+    assert answer(tree, "_C") == 42
+
+    required = build(tree, before, **variables, FASTLSTM_CUDA="1")
+    assert required.returncode == 1
+    assert reason in required.stderr
+
+
+@pytest.mark.usefixtures("compiler")
+def test_emulator_that_cannot_be_built(tree: Path) -> None:
+    """Is missed by the tests of this library alone."""
+    (tree / "csrc/cuda/emulator.cpp").write_text("int broken = no_such_name;")
+    done = build(tree)
+    assert done.returncode == 0
+    assert "no_such_name" in missing(tree, "_emulator")
+    assert "WITHOUT" not in done.stderr
+    assert build(tree, FASTLSTM_REQUIRE_EXTENSION="1").returncode == 1
 
 
 OBSTACLES = {
@@ -73,17 +224,15 @@ def test_build_that_cannot_work(tree: Path, before: str, compiler: str, reason: 
     assert done.returncode == 0
     assert done.stderr.count("WITHOUT its C++ kernels") == 1
     assert reason in done.stderr
-    assert reason in (tree / "fastlstm/_build_error.txt").read_text()
-    assert not (tree / "fastlstm/_C.so").exists()
+    assert reason in missing(tree, "_C")
 
     required = build(tree, before, CXX=compiler, CC=compiler, FASTLSTM_REQUIRE_EXTENSION="1")
     assert required.returncode == 1
     assert reason in required.stderr
 
 
+@pytest.mark.usefixtures("compiler")
 def test_build_of_broken_source(tree: Path) -> None:
-    if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
-        pytest.skip("no C++ compiler here")
     (tree / "csrc/cpu/portable.cpp").write_text("int broken = no_such_name;")
     assert build(tree).returncode == 0
     first, *rest = (tree / "fastlstm/_build_error.txt").read_text().splitlines()

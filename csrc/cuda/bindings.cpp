@@ -1,0 +1,180 @@
+// The recurrence of a layer on a GPU, as two operators; fastlstm/cuda.py computes what is around it. Compiled by the
+// host's compiler: it calls kernels, it has none. With FASTLSTM_EMULATE the same operators take CPU tensors.
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "../array.h"
+#include "launch.h"
+
+namespace fastlstm::cuda {
+namespace {
+
+using Handle = AtenTensorHandle;
+using OptionalHandle = std::optional<AtenTensorHandle>;
+using HandleList = std::vector<AtenTensorHandle>;
+
+Kind kind_of(const Array& t, bool tf32) {
+  if (t.dtype == aoti_torch_dtype_bfloat16()) return Kind::bf16;
+  if (t.dtype == aoti_torch_dtype_float16()) return Kind::f16;
+  STD_TORCH_CHECK(t.dtype == aoti_torch_dtype_float32(),
+                  "fastlstm: expected a float32, bfloat16 or float16 tensor for the cuda kernels");
+  return tf32 ? Kind::tf32 : Kind::exact;
+}
+
+// What is there has this shape and dtype and is dense.
+void* dense(const Array& t, const char* name, int32_t dtype, std::initializer_list<i64> shape) {
+  if (!t) return nullptr;
+  t.check_dtype(name, dtype);
+  t.check_shape(name, shape);
+  STD_TORCH_CHECK(t.contiguous(), "fastlstm: ", name, " must be contiguous");
+  return t.data;
+}
+
+int32_t* words(const Array& t, const char* name, i64 count) {
+  if (count == 0) return nullptr;
+  STD_TORCH_CHECK(t && t.dtype == aoti_torch_dtype_int32() && t.dim == 1 && t.sizes[0] >= count && t.contiguous(),
+                  "fastlstm: expected ", name, " of at least ", count, " int32");
+  return static_cast<int32_t*>(t.data);
+}
+
+// What both passes have: fills the arguments that they share and says how to launch.
+struct Call {
+  Kind kind;
+  int32_t type;
+  i64 rows, H, D, T, B;
+  bool packed;
+  Launch launch;
+
+  Call(const Array& y, const std::vector<Array>& w_hh, const Array& offsets, const Array& lengths, const Array& reset,
+       i64 T, i64 B, const std::vector<i64>& plan, bool tf32, bool backward, const Array& exchange,
+       const Array& arrived, const Array& rest, i64 device, i64 stream, Layer* p)
+      : kind(kind_of(y, tf32)), type(y.dtype), D(i64(w_hh.size())), T(T), B(B), packed(bool(offsets)) {
+    STD_TORCH_CHECK(D == 1 || D == 2, "fastlstm: expected W_hh of 1 or 2 directions, got ", D);
+    STD_TORCH_CHECK(y.dim == 2, "fastlstm: expected y [rows, D*H], got ", y.shape_text());
+    STD_TORCH_CHECK(T > 0 && B > 0 && T < (i64(1) << 31) && B < (i64(1) << 31),
+                    "fastlstm: expected 1 to 2^31 - 1 steps and sequences, got ", T, " and ", B);
+    rows = y.sizes[0];
+    H = y.last() / D;
+    STD_TORCH_CHECK(H > 0 && H < (1 << 20) && (packed || rows == T * B), "fastlstm: y ", y.shape_text(),
+                    " does not have the rows of ", T, " steps of ", B, " sequences");
+    p->T = int(T);
+    p->B = int(B);
+    p->H = int(H);
+    p->D = int(D);
+    p->rows = rows;
+    for (i64 d = 0; d < D; ++d) p->w_hh[d] = dense(w_hh[size_t(d)], "weight_hh", type, {4 * H, H});
+    p->offsets = static_cast<const int64_t*>(dense(offsets, "offsets", aoti_torch_dtype_int64(), {T}));
+    p->lengths = static_cast<const int64_t*>(dense(lengths, "lengths", aoti_torch_dtype_int64(), {B}));
+    p->reset = static_cast<const uint8_t*>(dense(reset, "reset", aoti_torch_dtype_uint8(), {T, B}));
+
+    STD_TORCH_CHECK(plan.size() == 9, "fastlstm: expected a plan of 9 numbers, got ", plan.size());
+    p->plan = {Regime(plan[0]), int(plan[1]),  int(plan[2]), int(plan[3]), int(plan[4]),
+               int(plan[5]),    Rest(plan[6]), int(plan[7]), plan[8]};
+    const Plan& q = p->plan;
+    STD_TORCH_CHECK(plan[0] >= 0 && plan[0] <= 2 && (q.batch == 8 || q.batch == 16) && q.tiles > 0 && q.parts > 0 &&
+                        q.tiles * q.parts <= kMaxWarps && q.blocks * q.tiles >= tiles_of(p->H) && q.groups > 0 &&
+                        (q.regime != Regime::block || (q.blocks == 1 && q.parts == 1)),
+                    "fastlstm: not a plan of this layer");
+    const int more = std::max(ceil_div(tiles_of(p->H), q.parts) - q.resident, 0);
+    STD_TORCH_CHECK(more == 0 || q.rest != Rest::none, "fastlstm: the plan has no place for all weights");
+    p->shared = Shared::of(q, kind, backward, p->H);
+    launch.groups = D * ((B + q.batch - 1) / q.batch);
+    const i64 together = std::min<i64>(q.groups, launch.groups);
+    if (q.regime == Regime::grid) {
+      const i64 buffer = Shared::buffer_words(kind, backward, p->H, q.batch);
+      p->exchange = reinterpret_cast<uint32_t*>(words(exchange, "exchange", together * 2 * buffer));
+      p->arrived = words(arrived, "arrived", launch.groups);
+    }
+    if (q.rest == Rest::global)
+      p->rest = reinterpret_cast<uint32_t*>(
+          words(rest, "rest", together * q.blocks * q.tiles * q.parts * more * kLanes * weight_words(kind)));
+    launch.device = int(device);
+    launch.stream = stream;
+    launch.kernel = find_kernel(q.regime, kind, q.batch, q.resident);
+    STD_TORCH_CHECK(launch.kernel, "fastlstm: this build has no kernel for the plan");
+  }
+  void* states(const Array& t, const char* name) const { return dense(t, name, type, {D, B, H}); }
+  void* steps(const Array& t, const char* name, int32_t dtype) const { return dense(t, name, dtype, {rows, D * H}); }
+  // [T, B, D*H], or packed rows [N, D*H], of any strides but that of the last dimension.
+  const void* strided(const Array& t, const char* name, int64_t* step, int64_t* sequence) const {
+    if (!t) return nullptr;
+    t.check_dtype(name, type);
+    packed ? t.check_shape(name, {rows, D * H}) : t.check_shape(name, {T, B, D * H});
+    STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
+    *step = t.strides[0];
+    *sequence = t.strides[packed ? 0 : 1];
+    return t.data;
+  }
+};
+
+void lstm_recur_fwd(Handle projected_, const HandleList& w_hh_, const HandleList& biases_, OptionalHandle h0_,
+                    OptionalHandle c0_, OptionalHandle offsets_, OptionalHandle lengths_, OptionalHandle reset_, i64 T,
+                    i64 B, Handle y_, Handle h_n_, Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_,
+                    OptionalHandle exchange_, OptionalHandle arrived_, OptionalHandle rest_,
+                    const std::vector<i64>& plan, bool tf32, i64 device, i64 stream) {
+  const std::vector<Array> w_hh = to_arrays(w_hh_), biases = to_arrays(biases_);
+  const Array projected(projected_), h0(h0_), c0(c0_), offsets(offsets_), lengths(lengths_), reset(reset_), y(y_),
+      h_n(h_n_), c_n(c_n_), c_all(c_all_), gates(gates_), exchange(exchange_), arrived(arrived_), rest(rest_);
+  Forward p{};
+  Call call(y, w_hh, offsets, lengths, reset, T, B, plan, tf32, false, exchange, arrived, rest, device, stream, &p);
+  const int32_t f32 = aoti_torch_dtype_float32();
+  const i64 H = call.H, D = call.D;
+  p.projected = static_cast<const float*>(dense(projected, "projected", f32, {D, call.rows, 4 * H}));
+  STD_TORCH_CHECK(biases.empty() || i64(biases.size()) == 2 * D, "fastlstm: expected 2 biases for each direction");
+  for (i64 d = 0; d < D && !biases.empty(); ++d) {
+    p.b_ih[d] = dense(biases[size_t(2 * d)], "bias_ih", call.type, {4 * H});
+    p.b_hh[d] = dense(biases[size_t(2 * d + 1)], "bias_hh", call.type, {4 * H});
+  }
+  p.h0 = call.states(h0, "h0");
+  p.c0 = call.states(c0, "c0");
+  p.y = call.steps(y, "y", call.type);
+  p.h_n = call.states(h_n, "h_n");
+  p.c_n = call.states(c_n, "c_n");
+  p.c_all = static_cast<float*>(call.steps(c_all, "c_all", f32));
+  p.gates = dense(gates, "gates", call.type, {D, call.rows, 4 * H});
+  call.launch.run(p);
+}
+
+void lstm_recur_bwd(Handle y_, const HandleList& w_hh_, OptionalHandle offsets_, OptionalHandle lengths_,
+                    OptionalHandle reset_, i64 T, i64 B, Handle gates_, Handle c_all_, OptionalHandle c0_,
+                    OptionalHandle dy_, OptionalHandle dh_n_, OptionalHandle dc_n_, OptionalHandle dc_all_,
+                    Handle dgates_, OptionalHandle dh0_, OptionalHandle dc0_, OptionalHandle exchange_,
+                    OptionalHandle arrived_, OptionalHandle rest_, const std::vector<i64>& plan, bool tf32, i64 device,
+                    i64 stream) {
+  const std::vector<Array> w_hh = to_arrays(w_hh_);
+  const Array y(y_), offsets(offsets_), lengths(lengths_), reset(reset_), gates(gates_), c_all(c_all_), c0(c0_),
+      dy(dy_), dh_n(dh_n_), dc_n(dc_n_), dc_all(dc_all_), dgates(dgates_), dh0(dh0_), dc0(dc0_), exchange(exchange_),
+      arrived(arrived_), rest(rest_);
+  Backward p{};
+  Call call(y, w_hh, offsets, lengths, reset, T, B, plan, tf32, true, exchange, arrived, rest, device, stream, &p);
+  const int32_t f32 = aoti_torch_dtype_float32();
+  const i64 H = call.H, D = call.D;
+  p.gates = dense(gates, "gates", call.type, {D, call.rows, 4 * H});
+  p.c_all = static_cast<const float*>(call.steps(c_all, "c_all", f32));
+  p.c0 = static_cast<const float*>(dense(c0, "c0", f32, {D, B, H}));
+  p.dy = call.strided(dy, "dy", &p.dy_t, &p.dy_b);
+  p.dc_all = call.strided(dc_all, "dc_all", &p.dc_t, &p.dc_b);
+  p.dh_n = call.states(dh_n, "dh_n");
+  p.dc_n = call.states(dc_n, "dc_n");
+  p.dgates = dense(dgates, "dgates", call.type, {D, call.rows, 4 * H});
+  p.dh0 = call.states(dh0, "dh0");
+  p.dc0 = call.states(dc0, "dc0");
+  call.launch.run(p);
+}
+
+}  // namespace
+
+#ifdef FASTLSTM_EMULATE
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
+#endif
+  m.impl("lstm_recur_fwd", TORCH_BOX(&lstm_recur_fwd));
+  m.impl("lstm_recur_bwd", TORCH_BOX(&lstm_recur_bwd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) { m.impl("cuda_device", TORCH_BOX(&device_facts)); }
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,40 @@
+// Defines the kernels of a regime and their table: see arguments.h.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace fastlstm::cuda {
+
+// One pair of kernels for 8 * NT sequences, and their line of the table.
+#define FASTLSTM_NAME(pass, regime, kind, NT, resident) lstm_##pass##_##regime##_##kind##_n##NT##_r##resident
+#define FASTLSTM_DEFINE(regime, X, kind, E, NT, resident)                                               \
+  KERNEL(kMaxWarps* kLanes) FASTLSTM_NAME(fwd, regime, kind, NT, resident)(const ARGUMENT Forward p) {  \
+    lstm_forward<E, NT, resident, X>(p);                                                                \
+  }                                                                                                     \
+  KERNEL(kMaxWarps* kLanes) FASTLSTM_NAME(bwd, regime, kind, NT, resident)(const ARGUMENT Backward p) { \
+    lstm_backward<E, NT, resident, X>(p);                                                               \
+  }
+#define FASTLSTM_LIST(regime, X, kind, E, NT, resident)                                 \
+  {E::kKind, NT * kSequences, resident, FASTLSTM_NAME(fwd, regime, kind, NT, resident), \
+   FASTLSTM_NAME(bwd, regime, kind, NT, resident)},
+
+// As many weights in registers as a thread has room for beside the sums of one or two tiles of sequences, without
+// spilling: see plan.cpp, which chooses among these.
+#define FASTLSTM_KERNELS(F, regime, X, tf32_resident, wide_resident) \
+  F(regime, X, bf16, Bf16, 1, 8)                                     \
+  F(regime, X, bf16, Bf16, 2, wide_resident)                         \
+  F(regime, X, f16, F16, 1, 8)                                       \
+  F(regime, X, f16, F16, 2, wide_resident)                           \
+  F(regime, X, tf32, Tf32, 1, tf32_resident)                         \
+  F(regime, X, tf32, Tf32, 2, 2)                                     \
+  F(regime, X, exact, Exact, 1, 0)                                   \
+  F(regime, X, exact, Exact, 2, 0)
+// For layers that need no more: several blocks then share a multiprocessor.
+#define FASTLSTM_NARROW_KERNELS(F, regime, X) \
+  F(regime, X, bf16, Bf16, 1, 4)              \
+  F(regime, X, bf16, Bf16, 2, 4)              \
+  F(regime, X, f16, F16, 1, 4)                \
+  F(regime, X, f16, F16, 2, 4)
+
+}  // namespace fastlstm::cuda

@@ -1,0 +1,145 @@
+// Starting a kernel: on a GPU, or in the emulator.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "arguments.h"
+
+#ifdef FASTLSTM_EMULATE
+#include "emulator.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+namespace fastlstm::cuda {
+
+// The kernel of a plan; null if this build has none.
+inline const Kernel* find_kernel(Regime regime, Kind kind, int batch, int resident) {
+#ifdef FASTLSTM_NO_CLUSTER
+  if (regime == Regime::cluster) return nullptr;
+  const Kernels all = regime == Regime::block ? block_kernels() : grid_kernels();
+#else
+  const Kernels all = regime == Regime::block     ? block_kernels()
+                      : regime == Regime::cluster ? cluster_kernels()
+                                                  : grid_kernels();
+#endif
+  for (const Kernel* k = all.begin; k != all.end; ++k)
+    if (k->kind == kind && k->batch == batch && k->resident == resident) return k;
+  return nullptr;
+}
+
+inline auto* entry(const Kernel& kernel, const Forward&) { return kernel.forward; }
+inline auto* entry(const Kernel& kernel, const Backward&) { return kernel.backward; }
+
+#ifndef FASTLSTM_EMULATE
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "fastlstm: ", what, " failed: ", cudaGetErrorString(error));
+}
+#endif
+
+struct Launch {
+  const Kernel* kernel;
+  int64_t groups;  // of all launches
+  int device;
+  int64_t stream;
+
+  // All groups, in as many launches as the plan says.
+  template <class Arguments>
+  void run(Arguments p) const {
+    for (p.first_group = 0; p.first_group < groups; p.first_group += p.plan.groups)
+      start(p, std::min(p.plan.groups, groups - p.first_group));
+  }
+
+ private:
+  template <class Arguments>
+  void start(const Arguments& p, int64_t now) const {
+    auto* const function = entry(*kernel, p);
+    const int threads = p.plan.tiles * p.plan.parts * kLanes;
+    const int64_t blocks = now * p.plan.blocks;
+#ifdef FASTLSTM_EMULATE
+    emulator::run([&] { function(p); }, blocks, p.plan.blocks, threads, p.shared.total);
+#else
+    STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "fastlstm: too many sequences for one launch: ", p.B);
+    int before;
+    check(cudaGetDevice(&before), "cudaGetDevice");
+    if (before != device) check(cudaSetDevice(device), "cudaSetDevice");
+    const auto* symbol = reinterpret_cast<const void*>(function);
+    check(cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared.total),
+          "setting the size of shared memory");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(p.shared.total);
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attribute{};
+    config.attrs = &attribute;
+    if (p.plan.regime == Regime::cluster) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {unsigned(p.plan.blocks), 1, 1};
+      config.numAttrs = 1;
+      if (p.plan.blocks > 8)
+        check(cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+              "allowing clusters of 16 blocks");
+    } else if (p.plan.regime == Regime::grid) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+      config.numAttrs = 1;
+    }
+    void* arguments[] = {const_cast<Arguments*>(&p)};
+    const cudaError_t error = cudaLaunchKernelExC(&config, symbol, arguments);
+    if (before != device) check(cudaSetDevice(before), "cudaSetDevice");
+    check(error, "starting a kernel");
+#endif
+  }
+};
+
+// {compute capability * 10, multiprocessors, bytes of shared memory of a block, blocks of the largest cluster}
+inline std::vector<int64_t> device_facts([[maybe_unused]] int64_t device) {
+#ifdef FASTLSTM_EMULATE
+  return {90, 132, 227 << 10, 16};  // of an H100
+#else
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, int(device)), "cudaDeviceGetAttribute");
+    return int64_t(value);
+  };
+  const int64_t arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  int cluster = 1;
+#ifndef FASTLSTM_NO_CLUSTER
+  if (arch >= 90 && attribute(cudaDevAttrClusterLaunch)) {
+    // Asked for as a launch would be: 16 need more multiprocessors side by side than some GPUs have, and this build may
+    // have no code of clusters for this one.
+    int before;
+    check(cudaGetDevice(&before), "cudaGetDevice");
+    check(cudaSetDevice(int(device)), "cudaSetDevice");
+    const auto* symbol = reinterpret_cast<const void*>(cluster_kernels().begin->forward);
+    for (int blocks = 16; cluster == 1 && blocks >= 8; blocks /= 2) {
+      cudaLaunchConfig_t config{};
+      cudaLaunchAttribute size{};
+      size.id = cudaLaunchAttributeClusterDimension;
+      size.val.clusterDim = {unsigned(blocks), 1, 1};
+      config.gridDim = dim3(unsigned(blocks));
+      config.blockDim = dim3(kMaxWarps * kLanes);
+      config.dynamicSmemBytes = size_t(shared);
+      config.attrs = &size;
+      config.numAttrs = 1;
+      int found = 0;
+      const bool fits =
+          cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) == cudaSuccess &&
+          cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, blocks > 8) == cudaSuccess &&
+          cudaOccupancyMaxActiveClusters(&found, symbol, &config) == cudaSuccess && found > 0;
+      if (fits) cluster = blocks;
+    }
+    cudaGetLastError();  // a refusal is an answer
+    check(cudaSetDevice(before), "cudaSetDevice");
+  }
+#endif
+  return {arch, attribute(cudaDevAttrMultiProcessorCount), shared, cluster};
+#endif
+}
+
+}  // namespace fastlstm::cuda
