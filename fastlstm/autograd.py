@@ -37,7 +37,7 @@ class _Kernels(NamedTuple):
 
     lstm_fwd: Any
     lstm_bwd: Any
-    rnn_fwd: Any
+    rnn_fwd: Any  # or None
     rnn_bwd: Any
     packs: bool  # whether it keeps weights in an order of its own
     wide: bool  # whether gates and gradients of 16-bit layers are float32
@@ -57,6 +57,14 @@ _KERNELS = {
         ops.lstm_bwd_triton,
         ops.rnn_fwd_triton,
         ops.rnn_bwd_triton,
+        packs=False,
+        wide=False,
+    ),
+    "cuda": _Kernels(
+        ops.lstm_fwd_cuda,
+        ops.lstm_bwd_cuda,
+        None,
+        None,
         packs=False,
         wide=False,
     ),
@@ -269,7 +277,7 @@ def _forward(call: Call, inputs: Maybe, save: bool) -> Tensors:
     if save or call.cell_states:
         c_all = torch.empty(*shape, D * H, dtype=_compute_dtype(dtype), device=device)
         outputs.append(c_all)
-    keeps = call.kernels == "cpu" or ops.triton_keeps_gates(H)
+    keeps = call.kernels != "triton" or ops.triton_keeps_gates(H)
     if save and keeps and not call.recompute and not cell.layer_norm:
         kept = _compute_dtype(dtype) if kernels.wide else dtype
         size = *lead, D, *shape[len(lead) :], gate_units

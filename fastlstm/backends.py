@@ -1,9 +1,9 @@
 """Which implementation computes a layer: how to choose it, what there is, and why.
 
-``auto`` takes the compiled CPU kernels on the CPU and the Triton kernels on CUDA devices wherever
-they can compute the call, and the reference everywhere else. A backend that is named explicitly
-computes every call or raises: it is never replaced silently. Derivatives that no kernel has (of
-second order, in forward mode) are the reference's on every backend.
+``auto`` takes the compiled CPU kernels on the CPU, on CUDA devices the Triton kernels or else the
+CUDA kernels, wherever they can compute the call, and the reference everywhere else. A backend that
+is named explicitly computes every call or raises: it is never replaced silently. Derivatives that
+no kernel has (of second order, in forward mode) are the reference's on every backend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["backend", "backends", "explain", "select"]
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_GPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _is_transformed = torch._C._are_functorch_transforms_active
 _TransformType = torch._C._functorch.TransformType
 
@@ -81,11 +81,13 @@ def backends() -> Report:
         cpu = Status(False, error)
     error = _triton_error()
     triton = Status(False, error) if error else Status(True, _triton_detail())
+    error = _cuda_error()
+    cuda = Status(False, error) if error else Status(True, _cuda_detail())
     return Report(
         reference=Status(True, "plain PyTorch: any device, any floating dtype, torch.func"),
         cpu=cpu,
         triton=triton,
-        cuda=Status(False, "not part of this version"),
+        cuda=cuda,
     )
 
 
@@ -154,7 +156,10 @@ def _obstacle(name: str, x: Tensor) -> str | None:
             return f"the input is on {x.device}, the cpu kernels need it on the CPU"
         if x.dtype not in _CPU_DTYPES:
             return f"the cpu kernels have no {x.dtype}"
-    return _extension_error() if name == "cpu" else _triton_error() or _triton_obstacle(x)
+        return _extension_error()
+    if name == "cuda":
+        return _cuda_error() or _cuda_obstacle(x)
+    return _triton_error() or _triton_obstacle(x)
 
 
 def _higher_derivative() -> str | None:
@@ -218,6 +223,62 @@ ops.load_on_first_use(
 )
 
 
+@torch.compiler.assume_constant_result
+def _cuda_error() -> str | None:
+    """Why there are no CUDA kernels here; None once they are loaded."""
+    return _load_cuda()
+
+
+@cache
+def _load_cuda() -> str | None:
+    emulated = os.environ.get("FASTLSTM_EMULATE") == "1"
+    if not emulated and torch.version.hip is not None:
+        return "the kernels are for CUDA, and this torch is built for ROCm"
+    error = extension.error() or extension.cuda_error(emulated)
+    if error is not None:
+        return error
+    if not emulated and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    import_module("fastlstm.cuda")
+    return None
+
+
+def _require_cuda() -> None:
+    error = _load_cuda()
+    if error is not None:
+        raise RuntimeError(f"the cuda kernels are not available here: {error}")
+
+
+ops.load_on_first_use((ops.lstm_fwd_cuda, ops.lstm_bwd_cuda), _require_cuda)
+
+
+def _cuda_detail() -> str:
+    from fastlstm import cuda
+
+    if cuda.EMULATED:
+        return "emulated on the CPU (FASTLSTM_EMULATE=1), to check the kernels"
+    return "compiled kernels: float32, bfloat16, float16 on CUDA devices from sm_80"
+
+
+def _cuda_obstacle(x: Tensor) -> str | None:
+    if x.dtype not in _GPU_DTYPES:
+        return f"the cuda kernels have no {x.dtype}"
+    if _cuda_emulated():
+        return (
+            None if x.is_cpu else f"the input is on {x.device}, the emulator needs it on the CPU"
+        )
+    if not x.is_cuda:
+        return f"the input is on {x.device}, the cuda kernels need it on a CUDA device"
+    return f"{x.device} is older than sm_80" if _capability(x.device) < (8, 0) else None
+
+
+@torch.compiler.assume_constant_result
+def _cuda_emulated() -> bool:
+    from fastlstm import cuda
+
+    return cuda.EMULATED
+
+
 def _triton_detail() -> str:
     from triton import __version__, knobs
 
@@ -227,7 +288,7 @@ def _triton_detail() -> str:
 
 
 def _triton_obstacle(x: Tensor) -> str | None:
-    if x.dtype not in _TRITON_DTYPES:
+    if x.dtype not in _GPU_DTYPES:
         return f"the triton kernels have no {x.dtype}"
     if _interpreted():
         if not x.is_cpu:
@@ -279,14 +340,10 @@ def select(x: Tensor, demand: Demand | None = None) -> str:
     derived = _is_transformed() or forward_ad._current_level >= 0
     if derived and _higher_derivative() is not None:
         return "reference"
-    kernels = ("triton" if x.is_cuda else "cpu") if name == "auto" else name
-    if kernels not in ("cpu", "triton"):
-        raise _missing(name)  # it comes from FASTLSTM_BACKEND: backend() would have refused it
-    obstacle = _obstacle(kernels, x)
-    if obstacle is None and demand is not None:
-        obstacle = _demand_obstacle(kernels, x, demand)
-    if obstacle is None:
-        return kernels
+    for kernels in _candidates(name, x):
+        obstacle = _obstacle(kernels, x) or _demand_obstacle(kernels, x, demand)
+        if obstacle is None:
+            return kernels
     if name == "auto":
         return "reference"
     raise RuntimeError(
@@ -295,11 +352,43 @@ def select(x: Tensor, demand: Demand | None = None) -> str:
     )
 
 
-def _demand_obstacle(name: str, x: Tensor, demand: Demand) -> str | None:
+def _candidates(name: str, x: Tensor) -> tuple[str, ...]:
+    """The kernels that a choice stands for, the best first."""
+    if name != "auto":
+        return (name,)
+    return ("triton", "cuda") if x.is_cuda else ("cpu",)
+
+
+def _demand_obstacle(name: str, x: Tensor, demand: Demand | None) -> str | None:
     """Why the kernels of that name have no such layers."""
-    if name == "cpu" or demand.kind == "RNN":
+    if name == "cpu" or demand is None:
+        return None
+    if name == "cuda":
+        return _cuda_layer_obstacle(x.dtype, x.device, *demand)
+    if demand.kind == "RNN":
         return None
     return _triton_cell_obstacle(x.dtype, x.device, *demand[1:])
+
+
+@torch.compiler.assume_constant_result
+def _cuda_layer_obstacle(
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: str,
+    peephole: bool,
+    layer_norm: bool,
+    masked: bool,
+    zoneout: tuple[float, float],
+    inputs: tuple[int, ...],
+    H: int,
+    P: int,
+    D: int,
+) -> str | None:
+    from fastlstm import cuda
+
+    x = torch.empty(0, dtype=dtype, device=device)
+    cell = Cell(peephole, layer_norm, x if masked else None, zoneout)
+    return cuda.obstacle(kind, H, P, D, cell, x)
 
 
 @torch.compiler.assume_constant_result
@@ -367,11 +456,11 @@ def explain(
         if derivative is not None:
             chosen = f"{derivative}, which is the reference's on every backend"
         elif auto:
-            kernels = "triton" if data.is_cuda else "cpu"
-            obstacle = _obstacle(kernels, data)
-            if obstacle is None and demand is not None:
-                obstacle = _demand_obstacle(kernels, data, demand)
-            chosen = f"auto: {obstacle}"
+            obstacles = (
+                _obstacle(kernels, data) or _demand_obstacle(kernels, data, demand)
+                for kernels in _candidates("auto", data)
+            )
+            chosen = f"auto: {'; '.join(filter(None, obstacles))}"
         plan = "one product for the input of all steps, then a step at a time"
         return Explanation("reference", "PyTorch operations", (plan,) * len(layers), chosen)
     if auto:
@@ -381,6 +470,11 @@ def explain(
         gates = 1 if isinstance(module, RNN) else 4
         plans = tuple(extension.plan(*layer, threads, gates) for layer in layers)
         return Explanation("cpu", extension.isa(), plans, chosen)
+    if backend == "cuda":
+        from fastlstm import cuda
+
+        plans = tuple(cuda.describe(data, *layer) for layer in layers)
+        return Explanation("cuda", _cuda_detail(), plans, chosen)
     from fastlstm import kernels as triton_kernels
 
     cell = None if demand is not None and demand.kind == "RNN" else _cell(demand, data)

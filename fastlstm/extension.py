@@ -16,28 +16,53 @@ class ExtensionError(RuntimeError):
 
 
 @functools.cache
-def error() -> str | None:
-    """Why the compiled kernels are missing; None if they are loaded, which the first call does."""
-    libraries = sorted(_FOLDER.glob("_C*.so")) + sorted(_FOLDER.glob("_C*.dylib"))
+def _error_of(library: str, report: str, what: str) -> str | None:
+    """Why a library cannot be used; None if it is loaded, which the first call does.
+
+    report: the file in which setup.py leaves the reason, then the details.
+    """
+    libraries = sorted(_FOLDER.glob(f"{library}*.so")) + sorted(_FOLDER.glob(f"{library}*.dylib"))
     if not libraries:
-        report = _FOLDER / "_build_error.txt"  # written by setup.py: the reason, then the details
-        why = "the extension has not been built"
-        if report.exists():
-            why = report.read_text().partition("\n")[0]
+        why = f"{what} has not been built"
+        if (_FOLDER / report).exists():
+            why = (_FOLDER / report).read_text().partition("\n")[0]
         return f"{why}; to build it, run: {_INSTALL}"
     try:
         torch.ops.load_library(libraries[0])
     except (OSError, RuntimeError) as failure:
         return f"{libraries[0].name} cannot be loaded: {failure}"
-    ops.cpu_isa()  # raises for a FASTLSTM_ISA that this machine does not have
     return None
+
+
+def _load(error: str | None) -> None:
+    if error is not None:
+        raise ExtensionError(error)
+
+
+@functools.cache
+def error() -> str | None:
+    """Why the compiled kernels are missing; None if they are loaded, which the first call does."""
+    reason = _error_of("_C", "_build_error.txt", "the extension")
+    if reason is None:
+        ops.cpu_isa()  # raises for a FASTLSTM_ISA that this machine does not have
+    return reason
+
+
+def cuda_error(emulated: bool) -> str | None:
+    """The same of the CUDA kernels, or of the library that emulates them."""
+    if emulated:
+        return _error_of("_emulator", "_emulator_error.txt", "the emulator of the CUDA kernels")
+    return _error_of("_cuda", "_cuda_error.txt", "the CUDA library")
 
 
 def load() -> None:
     """Loads the compiled kernels, or raises ExtensionError with the reason why it cannot."""
-    reason = error()
-    if reason is not None:
-        raise ExtensionError(reason)
+    _load(error())
+
+
+def load_cuda(emulated: bool) -> None:
+    """The same of the CUDA kernels, or of the library that emulates them."""
+    _load(cuda_error(emulated))
 
 
 def isa() -> str:

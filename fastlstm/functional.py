@@ -36,6 +36,7 @@ __all__ = ["lstm", "rnn", "sequence_loss"]
 
 _AUTOCAST_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 State = tuple[Tensor, Tensor]
+_plain_lstm = partial(Demand, "LSTM", False, False, False, (0.0, 0.0))
 
 
 def lstm(
@@ -276,11 +277,12 @@ def _recur(
     hidden = units if kind == "RNN" else units // 4
     if onnx.is_exporting():
         backend = "onnx"
-    elif special is None:
-        backend = select(x)
     else:
-        inputs = (features, *(directions * projected,) * (num_layers - 1))
-        backend = select(x, special(inputs, hidden, projected, directions))
+        backend = "" if special else select(x)
+        if backend in ("", "cuda"):  # the cuda kernels do not have every plain layer either
+            inputs = (features, *(directions * projected,) * (num_layers - 1))
+            demand = (special or _plain_lstm)(inputs, hidden, projected, directions)
+            backend = select(x, demand)
     if steps == 0:
         raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
 
@@ -402,6 +404,8 @@ def lstm_cell(
     backend = "onnx" if onnx.is_exporting() else select(input)
     check_weights(weights, input)
     hidden = weights[1].shape[1]
+    if backend == "cuda":
+        backend = select(input, _plain_lstm((input.shape[-1],), hidden, hidden, 1))
     shape = (*input.shape[:-1], hidden)
     batch = shape[0] if dims == 2 else 1
     h0 = c0 = None

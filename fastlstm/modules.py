@@ -221,11 +221,9 @@ class LSTM(_Layers):
             elif name.startswith("bias") and self.forget_bias is not None:
                 parameter[H : 2 * H] = self.forget_bias if "_ih_" in name else 0.0
 
-    def demand(self) -> Demand | None:
-        """What the layers need of a backend; None if those of an nn.LSTM do."""
+    def demand(self) -> Demand:
+        """What the layers need of a backend."""
         masked = self.training and self.recurrent_dropout > 0
-        if not (self.peephole or self.layer_norm or masked or any(self.zoneout)):
-            return None
         cell = self.peephole, self.layer_norm, masked, self.zoneout
         projected = self.proj_size or self.hidden_size
         return Demand("LSTM", *cell, self._inputs(projected), self.hidden_size, projected, self._D)

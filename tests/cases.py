@@ -21,7 +21,9 @@ import fastlstm
 
 Results = dict[str, Tensor]
 
-EVERY_BACKEND = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"], indirect=True)
+EVERY_BACKEND = pytest.mark.parametrize(
+    "backend", ["reference", "cpu", "triton", "cuda"], indirect=True
+)
 
 # The same values at other strides; the "alike" ones repeat the first row, step or element.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,9 +1,9 @@
 """Fixtures of every test: which backend runs, poisoned memory, fixed seeds, thread count.
 
 `backend` runs a test once on each backend of this machine; the tests of numbers (EVERY_BACKEND)
-run on the Triton kernels too, interpreted where there is no GPU. A machine without the compiled
-extension skips the "cpu" half, unless FASTLSTM_REQUIRE_EXTENSION=1 says that it has to be there
-(CI does): then those tests fail with the reason.
+run on the Triton and CUDA kernels too, interpreted and emulated where there is no GPU. A machine
+without a compiled library skips its share, unless FASTLSTM_REQUIRE_EXTENSION=1 says that it has to
+be there (CI does): then those tests fail with the reason.
 """
 
 import os
@@ -15,6 +15,7 @@ import torch
 
 if not torch.cuda.is_available():  # before Triton reads it: the kernels run on the CPU then
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FASTLSTM_EMULATE", "1")
 
 import fastlstm
 from fastlstm import extension
@@ -25,15 +26,47 @@ BACKENDS = ("reference", "cpu")
 _INTERPRETABLE = {torch.float32, torch.float16}  # its bfloat16 products are wrong, float64 is ours
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what the interpreted Triton kernels cannot compute, or not within seconds."""
-    items[:] = [item for item in items if _can_run(getattr(item, "callspec", None))]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Whose kernels the tests marked `gpu` run."""
+    parser.addoption(
+        "--backend", choices=("triton", "cuda"), default="triton", help="of tests marked gpu"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the kernels for GPUs cannot compute on a CPU, or not within seconds.
+
+    And of the tests on a GPU those of the other backend, and those of what this one has not.
+    """
+    backend = config.getoption("--backend")
+    items[:] = [
+        item
+        for item in items
+        if _can_run(getattr(item, "callspec", None)) and _is_for(backend, item)
+    ]
+
+
+def _is_for(backend: str, item: pytest.Item) -> bool:
+    if item.get_closest_marker("gpu") is None:
+        return True
+    only = item.get_closest_marker("only")
+    if only is not None and backend not in only.args:
+        return False
+    case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+    return backend == "triton" or case is None or _is_plain(case)
+
+
+def _is_plain(case: Any) -> bool:
+    return case.kind == "LSTM" and not (case.proj or case.regularised)
 
 
 def _can_run(call: Any) -> bool:
-    if call is None or call.params.get("backend") != "triton":
+    backend = call and call.params.get("backend")
+    if backend not in ("triton", "cuda"):
         return True
     dtype, case = (call.params.get(name) for name in ("dtype", "case"))
+    if backend == "cuda":
+        return (case is None or _is_plain(case)) and dtype is not torch.float64
     if dtype is not None and dtype not in _INTERPRETABLE:
         return False
     return case is None or case.T * case.B < 1000 or dtype is torch.float32
@@ -42,13 +75,15 @@ def _can_run(call: Any) -> bool:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the backend that serves every LSTM call of the test."""
-    if request.param == "triton" and torch.cuda.is_available():
+    if request.param in ("triton", "cuda") and torch.cuda.is_available():
         pytest.skip("these are CPU tensors; on this machine `-m gpu` tests the compiled kernels")
-    missing = extension.error() if request.param == "cpu" else None
-    if missing is not None:
+    missing = None
+    if request.param in ("cpu", "cuda"):
+        missing = extension.error() or (request.param == "cuda" and extension.cuda_error(True))
+    if missing:
         if os.environ.get("FASTLSTM_REQUIRE_EXTENSION") == "1":
-            pytest.fail(f"FASTLSTM_REQUIRE_EXTENSION=1, but the extension is missing: {missing}")
-        pytest.skip(f"the extension is missing: {missing}")
+            pytest.fail(f"FASTLSTM_REQUIRE_EXTENSION=1, but a library is missing: {missing}")
+        pytest.skip(f"a library is missing: {missing}")
     with fastlstm.backend(request.param):
         yield request.param
 

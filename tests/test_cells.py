@@ -62,7 +62,7 @@ RNN = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", WIDE_NORMALISED, ids=str)
 def test_without_a_gpu_kernel(backend: str, case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype)
+    check(case, dtype, backend)
 
 
 @EVERY_BACKEND
@@ -70,4 +70,4 @@ def test_without_a_gpu_kernel(backend: str, case: Case, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("case", EACH + TOGETHER + WIDE + RECOMPUTED + RNN, ids=str)
 def test_error_is_that_of_the_book(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Of the equations in tests/textbook.py, and of nn.RNN, computed in the same dtype."""
-    check(case, dtype)
+    check(case, dtype, backend)

@@ -96,7 +96,7 @@ LARGE = [
 @pytest.mark.parametrize("case", SIZES + FEATURES + MEMORY + EXTREMES + GRADIENTS, ids=str)
 def test_error_is_that_of_pytorch(backend: str, case: Case, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)  # for the BLAS of the reference; the kernels do not care
-    check(case, dtype)
+    check(case, dtype, backend)
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)

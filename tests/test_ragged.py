@@ -52,7 +52,7 @@ RESET = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PACKED + PADDED + RESET, ids=str)
 def test_error_is_that_of_pytorch(backend: str, case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype)
+    check(case, dtype, backend)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
