@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from . import BenchmarkError
+from . import BenchmarkError, cuda_kernels
 from .environment import environment
 from .machine_code import compile_variant
 from .variants import DTYPES, PROCESSORS, Variant, layers, variants
@@ -57,6 +57,8 @@ COLUMNS = {
     "barriers_per_step": "barriers",
     "mma_per_step": "mma",
     "wgmma_per_step": "wgmma",
+    "waits_per_step": "waits",
+    "remote_stores_per_step": "remote stores",
     "compile_seconds": "compiled, s",
 }
 
@@ -64,18 +66,24 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `kernels`."""
     add = parser.add_argument
-    add("--backend", choices=["triton"], default="triton", help="whose kernels (default: triton)")
+    add(
+        "--backend", choices=["triton", "cuda"], default="triton",
+        help="whose kernels (default: triton)",
+    )  # fmt: skip
     add(
         "--arch", nargs="+", type=int, choices=PROCESSORS, default=[80, 90],
         help="compute capability, 10 * major + minor (default: 80 90)",
     )  # fmt: skip
     add("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    add("--quick", action="store_true", help="the shapes that are timed, and one of each kind")
+    add(
+        "--quick", action="store_true",
+        help="the shapes that are timed, and one of each kind; CUDA kernels take any shape",
+    )  # fmt: skip
     add(
         "--json", nargs="?", type=Path, const=STDOUT, metavar="FILE",
         help="write the rows to FILE; without one, to the standard output instead of the table",
     )  # fmt: skip
-    add("--asm", type=Path, metavar="DIR", help="leave PTX and machine code of every kernel there")
+    add("--asm", type=Path, metavar="DIR", help="leave (PTX and) machine code of kernels there")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -84,17 +92,14 @@ def main(args: argparse.Namespace) -> int:
     if args.asm:
         args.asm.mkdir(parents=True, exist_ok=True)
     facts = environment()
-    wanted = layers(args.dtype, args.quick)
-    with fresh_compiler(), ExitStack() as stack:
-        workers = [stack.enter_context(Worker(probe=int)) for _ in range(PROCESSES)]
-        found = workers[0].run(variants, wanted, args.arch, timeout=TIMEOUT)
-        rows: list[Row] = []
-        failures: list[str] = []
-        for variant, outcome in _progress(_compile(found, workers, args.asm), len(found)):
-            if isinstance(outcome, Failed):
-                failures.append(f"{variant}: {outcome}")
-            else:
-                rows.append(variant.facts | outcome)
+    compiled = _cuda(args) if args.backend == "cuda" else _triton(args)
+    rows: list[Row] = []
+    failures: list[str] = []
+    for what, outcome in compiled:
+        if isinstance(outcome, Failed):
+            failures.append(f"{what}: {outcome}")
+        else:
+            rows += outcome
     if args.json != STDOUT:
         print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
         print(table(rows))
@@ -106,6 +111,30 @@ def main(args: argparse.Namespace) -> int:
     if failures:
         raise BenchmarkError("\n".join([f"{len(failures)} did not compile:", *failures]))
     return 0
+
+
+def _triton(args: argparse.Namespace) -> Iterator[tuple[Variant, list[Row] | Failed]]:
+    wanted = layers(args.dtype, args.quick)
+    with fresh_compiler(), ExitStack() as stack:
+        workers = [stack.enter_context(Worker(probe=int)) for _ in range(PROCESSES)]
+        found = workers[0].run(variants, wanted, args.arch, timeout=TIMEOUT)
+        for variant, outcome in _progress(_compile(found, workers, args.asm), len(found)):
+            failed = isinstance(outcome, Failed)
+            yield variant, outcome if failed else [variant.facts | outcome]
+
+
+def _cuda(args: argparse.Namespace) -> Iterator[tuple[str, list[Row] | Failed]]:
+    wanted = cuda_kernels.compilations(args.arch)
+
+    def run(source: str, arch: int) -> tuple[str, list[Row] | Failed]:
+        try:
+            rows = cuda_kernels.compile_source(source, arch, args.asm)
+        except Failed as error:
+            return f"{source}.cu, arch {arch}", error
+        return source, [row for row in rows if row["dtype"] in args.dtype]
+
+    with ThreadPoolExecutor(PROCESSES) as threads:
+        yield from _progress(threads.map(run, *zip(*wanted, strict=True)), len(wanted), "file")
 
 
 def _check() -> None:
@@ -162,23 +191,24 @@ def _quietly(variant: Variant, keep: Path | None) -> Row:
     return compile_variant(variant, keep)
 
 
-def _progress(results: Iterable[Any], total: int) -> Iterable[Any]:
+def _progress(results: Iterable[Any], total: int, unit: str = "kernel") -> Iterable[Any]:
     if find_spec("tqdm") is None:
         return results
     from tqdm import tqdm
 
-    return tqdm(results, "kernels", total, unit="kernel", disable=None, leave=False)
+    return tqdm(results, "kernels", total, unit=unit, disable=None, leave=False)
 
 
 def table(rows: list[Row]) -> str:
     """One line for each kernel, and what it comes to."""
     if not rows:
         return "no kernels"
-    lines = [list(COLUMNS.values())]
-    lines += [[_cell(name, row[name]) for name in COLUMNS] for row in rows]
+    columns = [name for name in COLUMNS if name in rows[0]]
+    lines = [[COLUMNS[name] for name in columns]]
+    lines += [[_cell(name, row[name]) for name in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     justify: list[Callable[[str, int], str]] = [
-        str.rjust if isinstance(rows[0][name], int) else str.ljust for name in COLUMNS
+        str.rjust if isinstance(rows[0][name], int) else str.ljust for name in columns
     ]
     text = [
         "  ".join(f(cell, width) for f, cell, width in zip(justify, line, widths, strict=True))

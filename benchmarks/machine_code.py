@@ -1,4 +1,4 @@
-"""Compiling a Triton kernel for a GPU that need not be there, and reading what came out."""
+"""Compiling a Triton kernel for a GPU that need not be there, and reading machine code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     start = perf_counter()
     compiled = triton.compile(source, target, dict(variant.options))
     seconds = perf_counter() - start
-    text = _disassembled(compiled.asm["cubin"])
+    text = disassembled(compiled.asm["cubin"])
     if keep:
         keep.with_suffix(".ptx").write_text(compiled.asm["ptx"])
         keep.with_suffix(".sass").write_text(text)
@@ -47,15 +47,33 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     steps = variant.facts["regime"] != "steps" or "end" in names
     loop = time_loop(text) if steps else instructions(text)
     return {
-        "registers": _resource("REG", text),
-        "spill_bytes": _resource("STACK", text),
+        **resources(text),
         "shared_bytes": compiled.metadata.shared,
-        "barriers_per_step": _count(r"\bBAR\.(SYNC|RED)", loop),
-        "mma_per_step": _count(r"\bH(G)?MMA\b", loop),
-        "spills_per_step": _count(r"\b(LDL|STL)\b", loop),
-        "wgmma_per_step": _count(r"\bHGMMA\b", loop),
-        "instructions_per_step": len(loop),
+        **counts(loop),
         "compile_seconds": round(seconds, 3),
+    }
+
+
+def resources(text: str) -> dict[str, int]:
+    """From the line of resource usage. A stack frame is where spilled registers are kept."""
+
+    def resource(name: str) -> int:
+        found = re.search(rf"\b{name}:(\d+)", text)
+        if found is None:
+            raise ValueError(f"cuobjdump does not say {name}")
+        return int(found[1])
+
+    return {"registers": resource("REG"), "spill_bytes": resource("STACK")}
+
+
+def counts(loop: list[str]) -> dict[str, int]:
+    """Of the instructions of a step, as they stand in the code."""
+    return {
+        "barriers_per_step": count(r"\bBAR\.(SYNC|RED)", loop),
+        "mma_per_step": count(r"\bH(G)?MMA\b", loop),
+        "spills_per_step": count(r"\b(LDL|STL)\b", loop),
+        "wgmma_per_step": count(r"\bHGMMA\b", loop),
+        "instructions_per_step": len(loop),
     }
 
 
@@ -65,32 +83,32 @@ def instructions(sass: str) -> list[str]:
 
 
 def time_loop(sass: str) -> list[str]:
-    """The instructions of the longest loop of a kernel, those of loops inside it included."""
+    """The instructions of the longest loop of a kernel, those of loops inside it included.
+
+    What is seldom done, as the second try of a wait, is put behind the end of the kernel: a jump
+    from there back into a loop is not its end.
+    """
     code = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    ends = [address for address, text in code if text == "EXIT"]
     loops = [
         (int(jump[1], 16), address)
         for address, text in code
         if (jump := _JUMP.search(text)) and int(jump[1], 16) < address
     ]
+    loops = [(first, last) for first, last in loops if not any(first < end < last for end in ends)]
     if not loops:
         raise ValueError("the machine code has no loop")
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])
     return [text for address, text in code if first <= address <= last]
 
 
-def _count(pattern: str, instructions: list[str]) -> int:
+def count(pattern: str, instructions: list[str]) -> int:
+    """How many match."""
     return sum(re.search(pattern, text) is not None for text in instructions)
 
 
-def _resource(name: str, text: str) -> int:
-    """From the line of resource usage. A stack frame is where spilled registers are kept."""
-    found = re.search(rf"\b{name}:(\d+)", text)
-    if found is None:
-        raise ValueError(f"cuobjdump does not say {name}")
-    return int(found[1])
-
-
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
+    """Resource usage, then machine code, of all kernels."""
     from triton import knobs
 
     with TemporaryDirectory() as folder:
