@@ -17,6 +17,8 @@ Row = dict[str, Any]
 class Bar:
     """`statistic` of the rows of a group, mode and way to call, and the `limit` it has to keep.
 
+    Of all shapes, or those of H units, or at most so many sequences.
+
     "lowest" and "mean" (geometric) are of the ratios to cuDNN, and at least `limit`; "step" is the
     longest time a step in microseconds, and at most `limit`.
     """
@@ -26,11 +28,19 @@ class Bar:
     graph: bool
     statistic: str
     limit: float
+    H: int | None = None
+    most: int | None = None
 
     def __str__(self) -> str:
         how = "graph" if self.graph else "eager"
         direction = "forward + backward" if self.mode == "train" else "forward"
-        return f"{self.group}, {how}, {direction}"
+        width = f", H = {self.H}" if self.H else ""
+        return f"{self.group}, {how}, {direction}{width}"
+
+    def covers(self, shape: str) -> bool:
+        """Whether it is about this shape, I,H,L,D,B,T."""
+        _, H, _, _, B, _ = map(int, shape.split(","))
+        return self.H in (None, H) and (self.most is None or self.most >= B)
 
 
 BARS = (
@@ -55,6 +65,23 @@ BARS = (
 )
 
 
+# Those of the CUDA kernels where they are not the same.
+CUDA_BARS = (
+    *(bar for bar in BARS if bar.group != "wide"),
+    *(
+        Bar("wide", mode, graph, "mean", 2, most=64)
+        for mode in ("infer", "train")
+        for graph in (False, True)
+    ),
+    Bar("wide", "infer", True, "step", 1.2, H=512, most=64),
+)
+
+
+def of(backend: str) -> tuple[Bar, ...]:
+    """The bars of a backend."""
+    return CUDA_BARS if backend == "cuda" else BARS
+
+
 def verdicts(jobs: Iterable[Job], rows: list[Row], bars: Iterable[Bar] = BARS) -> Iterator[str]:
     """A line for every bar and precision: met, missed, or not measured in full."""
     jobs = list(jobs)
@@ -63,6 +90,7 @@ def verdicts(jobs: Iterable[Job], rows: list[Row], bars: Iterable[Bar] = BARS) -
             job.precision.name
             for job in jobs
             if (job.group, job.mode, job.graph) == (bar.group, bar.mode, bar.graph)
+            and bar.covers(job.case.shape)
         )
         for precision, count in expected.items():
             yield _verdict(bar, precision, count, list(_values(bar, precision, rows)))
@@ -74,7 +102,8 @@ def _values(bar: Bar, precision: str, rows: list[Row]) -> Iterator[float]:
     names = ("group", "mode", "graph", "precision", "provider")
     key = (bar.group, bar.mode, bar.graph, precision, provider)
     for row in rows:
-        if tuple(row[name] for name in names) == key and row.get(figure) is not None:
+        same = tuple(row[name] for name in names) == key and bar.covers(row["shape"])
+        if same and row.get(figure) is not None:
             yield row[figure]
 
 

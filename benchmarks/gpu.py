@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: the Triton backend beside cuDNN, tested, recorded and timed.
+"""`python -m benchmarks gpu`: the kernels of a backend beside cuDNN, tested, recorded and timed.
 
 First the tests that need a GPU, then the cuDNN results that machines without one are tested
 against, then the timings, most important first, until the budget is spent. What the library does
@@ -34,7 +34,8 @@ from .grid import GROUPS, Job, plan
 from .worker import Worker
 
 ROOT = Path(__file__).parents[1]
-DEVICE, BACKEND = "cuda", "triton"
+DEVICE = "cuda"
+BACKENDS = ("triton", "cuda", "reference")
 
 PROCESSES = 12  # of the tests, at most: each one has a share of the GPU's memory
 TESTS_SHARE = 0.5  # of the budget, at most: what the tests leave is for the timings
@@ -49,12 +50,13 @@ QUICKLY = 4  # --quick: so many times less of both
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gpu`."""
     add = parser.add_argument
+    add("--backend", choices=BACKENDS, default="triton", help="whose kernels (default: triton)")
     add(
         "--out",
         type=Path,
         default=Path("benchmarks/results"),
         metavar="DIR",
-        help="folder of gpu-speed.json and the logs (default: %(default)s)",
+        help="folder of gpu-BACKEND-speed.json and the logs (default: %(default)s)",
     )
     add(
         "--fixtures",
@@ -88,13 +90,15 @@ def main(args: argparse.Namespace) -> int:
     tests = "skipped"
     if not args.skip_tests:
         timeout = args.budget * TESTS_SHARE
-        tests = run_tests(args.out / "gpu-tests.log", timeout, f"--ignore={FORCED_TESTS}")
+        log = args.out / f"gpu-{args.backend}-tests.log"
+        tests = run_tests(log, timeout, "--backend", args.backend, f"--ignore={FORCED_TESTS}")
     recorded = run_recorder(args.fixtures, args.out / "gpu-recording.log")
 
     jobs = [job for job in plan() if job.group in args.groups]
     chosen = [job for job in jobs if job.regime is None]
-    imposed = [job for job in jobs if job.regime is not None]
-    target = args.out / "gpu-speed.json"
+    # The CUDA kernels have no regime that they have to be told to take.
+    imposed = [job for job in jobs if job.regime is not None and args.backend == "triton"]
+    target = args.out / f"gpu-{args.backend}-speed.json"
     rows: list[Row] = []
 
     def save(tests: str, new: Sequence[Row]) -> None:
@@ -111,18 +115,19 @@ def main(args: argparse.Namespace) -> int:
         print(f"\nmeasured: {machine}\n", flush=True)
 
         def perform(job: Job, timeout: float) -> list[Row]:
-            how = (machine, DEVICE, BACKEND, SECONDS / quickly, ROUNDS // quickly)
+            how = (machine, DEVICE, args.backend, SECONDS / quickly, ROUNDS // quickly)
             return worker.run(measure, job, *how, timeout=timeout)
 
-        left_out = work_through(chosen, perform, partial(save, tests), deadline=deadline)
+        limits = {"deadline": deadline, "backend": args.backend}
+        left_out = work_through(chosen, perform, partial(save, tests), **limits)
         proven = "skipped"
         if imposed and not args.skip_tests and (left := deadline - monotonic()) > 0:
             log = args.out / "gpu-forced-tests.log"
             proven = run_tests(log, min(FORCED_SECONDS, left), FORCED_TESTS)
-        left_out += work_through(imposed, perform, partial(save, proven), deadline=deadline)
+        left_out += work_through(imposed, perform, partial(save, proven), **limits)
 
     print(f"\nrows: {target}; tests: {tests}; of forced regimes: {proven}")
-    print("\n".join(bars.verdicts(chosen, rows)))
+    print("\n".join(bars.verdicts(chosen, rows, bars.of(args.backend))))
     if left_out:
         print(f"left out, for want of time: {len(left_out)} of {len(jobs)} measurements:")
         print("\n".join(f"  {job}" for job in left_out))

@@ -21,7 +21,7 @@ from .timing import on_host, take_turns
 from .worker import Failed, describe
 
 Row = dict[str, Any]
-PROVIDERS = {"fastlstm": "triton", "torch": "cudnn"}  # and the backend of each
+PROVIDERS = ("fastlstm", "torch")
 LONGEST = 60  # seconds for one measurement, compilation included; what takes longer hangs
 
 
@@ -31,6 +31,7 @@ def work_through(
     save: Callable[[list[Row]], None],
     *,
     deadline: float,
+    backend: str = "triton",
     clock: Callable[[], float] = monotonic,
 ) -> list[Job]:
     """Performs and saves one job after the other until the deadline; returns those left out.
@@ -46,7 +47,7 @@ def work_through(
         try:
             rows = perform(job, LONGEST)
         except Failed as error:
-            rows = [{**describe_job(job, "fastlstm"), "error": str(error)}]
+            rows = [{**describe_job(job, "fastlstm", backend), "error": str(error)}]
         save(rows)
     return left_out
 
@@ -85,7 +86,7 @@ def measure(
     least = floor(case, job.precision, job.mode, machine)
     rows: list[Row] = []
     for name in PROVIDERS:
-        row = describe_job(job, name)
+        row = describe_job(job, name, backend)
         if name in errors:
             rows.append({**row, "error": errors[name]})
             continue
@@ -122,7 +123,7 @@ def forced(contender: Contender, regime: str) -> Contender:
     return Contender(call, results)
 
 
-def describe_job(job: Job, provider: str) -> Row:
+def describe_job(job: Job, provider: str, backend: str) -> Row:
     """The part of a row that says what was measured."""
     return {
         "group": job.group,
@@ -135,7 +136,7 @@ def describe_job(job: Job, provider: str) -> Row:
         "graph": job.graph,
         "regime": job.regime,
         "provider": provider,
-        "backend": PROVIDERS[provider],
+        "backend": backend if provider == "fastlstm" else "cudnn",
     }
 
 

@@ -1,4 +1,7 @@
-"""What the tests of the Triton backend on a GPU share: when they run, and how they judge."""
+"""What the tests of the kernels on a GPU share: when they run, and how they judge.
+
+`pytest -m gpu` runs the Triton kernels, `pytest -m gpu --backend cuda` the CUDA kernels.
+"""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from benchmarks.precision import PRECISIONS, Precision
 # The tests run deterministically, and there cuBLAS wants a workspace of a fixed size.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-DEVICE, BACKEND = "cuda", "triton"
+DEVICE = "cuda"
 MARKS = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -26,9 +29,9 @@ every_precision = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=
 
 
 @pytest.fixture(autouse=True)
-def triton() -> Iterator[None]:
-    """The Triton kernels serve every call of a module that takes this fixture over."""
-    with fastlstm.backend(BACKEND):
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The chosen kernels serve every call of a module that takes this fixture over."""
+    with fastlstm.backend(request.config.getoption("--backend")):
         yield
     torch.cuda.empty_cache()  # the tests run in many processes, which share the memory
 
@@ -38,10 +41,12 @@ def numbers_of(case: Case, dtype: torch.dtype) -> Results:
     return {name: value.to(DEVICE) for name, value in draw(case, dtype).items()}
 
 
-def check(case: Case, precision: Precision, regime: str | None = None) -> None:
+def check(
+    case: Case, precision: Precision, forced: AbstractContextManager[None] | None = None
+) -> None:
     """Assert that fastlstm, training and inferring, is as close to float64 as cuDNN is.
 
-    `regime` is forced upon the kernels, not upon the yardsticks.
+    `forced` is forced upon the kernels, not upon the yardsticks.
     What cuDNN cannot do it does one step at a time. TF32 is a permission that cuDNN does not use
     at every size: there the reference, whose products may round to TF32 as well, is a second
     yardstick, and the numbers that go in are known to TF32's spacing only.
@@ -60,14 +65,12 @@ def check(case: Case, precision: Precision, regime: str | None = None) -> None:
             with fastlstm.backend("reference"):
                 _, second = judge(lambda d, n: evaluate(case, d, n, fast), dtype, numbers, truth)
             allowed = {name: max(bound, second[name]) for name, bound in allowed.items()}
-        with forced(regime):
+        with forced or nullcontext():
             hold(case, dtype, numbers, truth, allowed)
 
 
-def forced(regime: str | None) -> AbstractContextManager[None]:
-    """The kernels' configuration restricted to a regime; None leaves the choice to it."""
-    if regime is None:
-        return nullcontext()
+def forced(regime: str) -> AbstractContextManager[None]:
+    """The configuration of the Triton kernels restricted to a regime."""
     from fastlstm.kernels.config import override
 
     return override(regime=regime)

@@ -13,7 +13,7 @@ from benchmarks.grid import Job, plan
 from benchmarks.precision import PRECISIONS, Precision
 
 pytestmark = gpu.MARKS
-triton = gpu.triton
+kernels = gpu.kernels
 
 # Every H beside every B, T and I somewhere: below, at and just past the width of a tile.
 SIZES = [

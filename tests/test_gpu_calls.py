@@ -17,7 +17,7 @@ from benchmarks.cuda import capture
 from benchmarks.precision import PRECISIONS, Precision
 
 pytestmark = gpu.MARKS
-triton = gpu.triton
+kernels = gpu.kernels
 
 CALLS = {
     "small": Case(T=20, B=7, I=28, H=64, directions=2, layers=2),
@@ -163,6 +163,7 @@ def nothing(pointer) -> None:  # a kernel; Triton takes no annotation for a tens
     pass
 
 
+@pytest.mark.only("triton")
 def test_compilations_are_seen() -> None:
     """The test below counts; this one sees that there is something to count with."""
     from triton import jit
@@ -172,6 +173,7 @@ def test_compilations_are_seen() -> None:
     assert len(found) == 1
 
 
+@pytest.mark.only("triton")
 @every_precision
 @pytest.mark.parametrize("H", [64, 512])
 def test_no_length_and_no_batch_compiles_again(H: int, precision: Precision) -> None:

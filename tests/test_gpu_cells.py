@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, hessian, stack_module_state, vmap
 import fastlstm
 from benchmarks.precision import PRECISIONS, Precision
 
-pytestmark = gpu.MARKS
+pytestmark = [*gpu.MARKS, pytest.mark.only("triton")]
 
 MORE = [
     Case(T=50, B=64, I=28, H=64, peephole=True, layer_norm=True, directions=2),

@@ -78,7 +78,7 @@ def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
 @pytest.mark.parametrize("case", [TINY, PACKED], ids=["tiny", "packed"])
 def test_rows(case: Case, mode: str, precision: str) -> None:
     ours, theirs = measure(job(case, precision, mode))
-    assert (ours["provider"], ours["backend"]) == ("fastlstm", "triton")
+    assert (ours["provider"], ours["backend"]) == ("fastlstm", "reference")
     assert (theirs["provider"], theirs["backend"]) == ("torch", "cudnn")
     for row in (ours, theirs):
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
@@ -182,7 +182,7 @@ def test_budget_ends_the_run_and_names_what_is_left() -> None:
         now += 10
         if one is jobs[1]:
             raise Failed("the process died with exit status -11")
-        return [gpu_rows.describe_job(one, "fastlstm")]
+        return [gpu_rows.describe_job(one, "fastlstm", "triton")]
 
     left = gpu_rows.work_through(jobs, perform, saved.append, deadline=30, clock=lambda: now)
     assert left == jobs[3:]
@@ -191,8 +191,15 @@ def test_budget_ends_the_run_and_names_what_is_left() -> None:
 
 
 def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[gpu_rows.Row]:
-    own = {**gpu_rows.describe_job(of, "fastlstm"), "ratio": 1.0, "us_per_step": us_per_step}
-    return [own, {**gpu_rows.describe_job(of, "torch"), "ratio": ratio, "us_per_step": 9.0}]
+    own = {
+        **gpu_rows.describe_job(of, "fastlstm", "triton"),
+        "ratio": 1.0,
+        "us_per_step": us_per_step,
+    }
+    return [
+        own,
+        {**gpu_rows.describe_job(of, "torch", "triton"), "ratio": ratio, "us_per_step": 9.0},
+    ]
 
 
 def test_bars_are_computed_from_the_rows() -> None:
@@ -329,17 +336,16 @@ def test_the_command(
     """From start to end, on the CPU, with two jobs."""
     jobs = [job(mode=mode) for mode in ("infer", "train")]
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "BACKEND", "reference")
     monkeypatch.setattr(gpu, "SECONDS", 0.01)
     monkeypatch.setattr(gpu, "Worker", Inline)
     monkeypatch.setattr(gpu, "plan", lambda: jobs)
-    monkeypatch.setattr(gpu, "run_tests", lambda log, timeout, selection: tests)
+    monkeypatch.setattr(gpu, "run_tests", lambda log, timeout, *selection: tests)
     monkeypatch.setattr(gpu, "run_recorder", lambda folder, log: True)
     monkeypatch.setattr(floor, "measure", lambda device: MACHINE)
-    options = ["--out", str(tmp_path), "--quick", "--commit", "abc"]
+    options = ["--out", str(tmp_path), "--quick", "--commit", "abc", "--backend", "reference"]
     status = command.main(["gpu", *options, *["--skip-tests"] * (tests == "skipped")])
     assert status == (tests == "failed")
-    rows = json.loads((tmp_path / "gpu-speed.json").read_text())
+    rows = json.loads((tmp_path / "gpu-reference-speed.json").read_text())
     assert len(rows) == 4
     for row in rows:
         assert row["tests"] == tests

@@ -12,8 +12,8 @@ from gpu import assert_same_bits, check, every_precision, forced, numbers_of
 
 from benchmarks.precision import PRECISIONS, Precision
 
-pytestmark = gpu.MARKS
-triton = gpu.triton
+pytestmark = [*gpu.MARKS, pytest.mark.only("triton")]
+kernels = gpu.kernels
 
 PERSISTENT = [
     Case(T=1, B=1, I=28, H=256),
@@ -37,13 +37,13 @@ STEPS = [
 @every_precision
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_one_launch_a_step(case: Case, precision: Precision) -> None:
-    check(case, precision, "steps")
+    check(case, precision, forced("steps"))
 
 
 @every_precision
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 def test_persistent(case: Case, precision: Precision) -> None:
-    check(case, precision, "persistent")
+    check(case, precision, forced("persistent"))
 
 
 @pytest.mark.parametrize("name", ["bf16", "exact"])
@@ -51,7 +51,7 @@ def test_persistent_for_many_steps(name: str) -> None:
     """The state of a step travels between processors 2,000 times and never arrives stale."""
     precision = PRECISIONS[name]
     case = Case(T=2000, B=64, I=64, H=512, hx=False)
-    check(case, precision, "persistent")
+    check(case, precision, forced("persistent"))
     numbers = numbers_of(case, precision.dtype)
     with precision.applied(), forced("persistent"):
         want = evaluate(case, precision.dtype, numbers, fast)

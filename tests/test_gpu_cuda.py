@@ -1,0 +1,58 @@
+"""Plans of the CUDA kernels that they do not choose by themselves at these shapes, on a GPU.
+
+`compute-sanitizer --tool racecheck python -m pytest -m gpu --backend cuda tests/test_gpu_cuda.py`
+looks for races between threads of a block, `--tool memcheck` for what lies outside of memory.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import gpu
+import pytest
+import torch
+from cases import Case, evaluate, fast
+from cuda_cases import CASES, REGIMES, WIDE, WIDE_CASE, named, override
+from gpu import assert_same_bits, check, every_precision, numbers_of
+
+from benchmarks.precision import PRECISIONS, Precision
+
+pytestmark = [*gpu.MARKS, pytest.mark.only("cuda")]
+kernels = gpu.kernels
+
+
+def skip_without_clusters(wishes: dict[str, Any]) -> None:
+    from fastlstm import cuda
+
+    largest = cuda.device_of(torch.empty(0, device=gpu.DEVICE)).cluster
+    if wishes.get("regime") == "cluster" and largest < wishes.get("blocks", 2):
+        pytest.skip(f"the largest cluster of this GPU has {largest} blocks")
+
+
+@every_precision
+@pytest.mark.parametrize("wishes", REGIMES, ids=named)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_regime(case: Case, wishes: dict[str, Any], precision: Precision) -> None:
+    skip_without_clusters(wishes)
+    check(case, precision, override(**wishes))
+
+
+@every_precision
+@pytest.mark.parametrize(("H", "wishes"), WIDE, ids=lambda value: str(value)[:40])
+def test_wide_layers(H: int, wishes: dict[str, Any], precision: Precision) -> None:
+    skip_without_clusters(wishes)
+    check(replace(WIDE_CASE, H=H), precision, override(**wishes))
+
+
+@pytest.mark.parametrize("wishes", REGIMES, ids=named)
+def test_many_steps_end_with_the_same_bits(wishes: dict[str, Any]) -> None:
+    """The state of a step travels 2,000 times and never arrives stale."""
+    skip_without_clusters(wishes)
+    precision = PRECISIONS["bf16"]
+    H = {"block": 128, "cluster": 192, "grid": 512}[wishes["regime"]]
+    numbers = numbers_of(case := Case(T=2000, B=64, I=32, H=H, hx=False), precision.dtype)
+    if wishes.get("blocks") == 2 and wishes["regime"] == "grid":
+        wishes = wishes | {"blocks": 16}
+    with precision.applied(), override(**wishes):
+        want = evaluate(case, precision.dtype, numbers, fast)
+        for _ in range(9):
+            assert_same_bits(evaluate(case, precision.dtype, numbers, fast), want)
