@@ -102,7 +102,8 @@ def _row(name: str, arch: int, text: str) -> Row:
     way, regime, kind, tiles, resident = named.groups()
     dtype, precision = KINDS[kind]
     N = 8 * int(tiles)
-    shared_bytes, warps = largest(arch).get((regime, kind, way, N, int(resident)), (None, None))
+    block = largest(arch).get((regime, kind, way, N, int(resident)))
+    shared_bytes, warps, H = block or (None, None, None)
     loop = time_loop(text)
     return {
         "kernel": name,
@@ -110,6 +111,7 @@ def _row(name: str, arch: int, text: str) -> Row:
         "regime": regime,
         "dtype": dtype,
         "precision": precision,
+        "H": H,
         "N": N,
         "resident": int(resident),
         "warps": warps,
@@ -124,8 +126,8 @@ def _row(name: str, arch: int, text: str) -> Row:
 
 
 @cache
-def largest(arch: int) -> dict[tuple[str, str, str, int, int], tuple[int, int]]:
-    """Shared memory and warps of the largest block that any plan gives to a kernel.
+def largest(arch: int) -> dict[tuple[str, str, str, int, int], tuple[int, int, int]]:
+    """Shared memory and warps of the largest block that any plan gives to a kernel, and H.
 
     By regime, kind, pass, sequences and tiles of weights in registers; of all H, whether a regime
     is the planner's own choice or forced upon it.
@@ -134,7 +136,7 @@ def largest(arch: int) -> dict[tuple[str, str, str, int, int], tuple[int, int]]:
     clusters = 16 if arch >= SOURCES["cluster"] else 1
     device = [arch, PROCESSORS[arch], SHARED_BYTES[arch], clusters]
     wishes = product(range(-1, len(REGIMES)), (8, 16))
-    found: dict[tuple[str, str, str, int, int], tuple[int, int]] = {}
+    found: dict[tuple[str, str, str, int, int], tuple[int, int, int]] = {}
     calls = product(enumerate(KINDS), (False, True), range(16, WIDEST + 1, 16), wishes)
     for (number, kind), backward, H, (regime, N) in calls:
         plan = ops.cuda_plan(number, backward, 1, H, 1, device, [regime, 0, N])
@@ -143,6 +145,7 @@ def largest(arch: int) -> dict[tuple[str, str, str, int, int], tuple[int, int]]:
         way = "bwd" if backward else "fwd"
         used, batch, _, tiles, parts, resident, _, shared_bytes, _ = plan
         key = REGIMES[used], kind, way, batch, resident
-        before = found.get(key, (0, 0))
-        found[key] = max(before[0], shared_bytes), max(before[1], tiles * parts)
+        before = found.get(key, (0, 0, 0))
+        now = shared_bytes, tiles * parts, H
+        found[key] = max(before[0], now[0]), max(before[1], now[1]), max(before[2], now[2])
     return found

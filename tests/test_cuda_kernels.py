@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_kernels import KEYS
 
 from benchmarks import BenchmarkError, cuda_kernels
 from benchmarks import __main__ as command
@@ -51,6 +52,7 @@ def test_every_regime_and_type_is_there(rows: list[Row]) -> None:
         for r in rows
     }
     assert found == set(wanted)
+    assert all(row.keys() >= set(KEYS) for row in rows)
 
 
 def test_nothing_spills(rows: list[Row]) -> None:

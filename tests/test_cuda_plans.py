@@ -121,6 +121,29 @@ def test_what_an_h100_runs(kind: str, H: int, regime: int) -> None:
         assert wider is not None and wider.regime != CLUSTER
 
 
+# The last H of each regime on an H100, forward and backward, and the last whose weights stay on
+# the multiprocessors: what the README says.
+LIMITS = {
+    "bf16": ((128, 128), (704, 576), 2112),
+    "tf32": ((96, 96), (512, 384), 1024),
+    "exact": ((64, 64), (320, 256), 640),
+}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_where_regimes_end(kind: str) -> None:
+    block, cluster, on_chip = LIMITS[kind]
+    for backward in (False, True):
+        found = {
+            H: plan_of(kind, backward, 16, H, 1, DEVICES["sm_90"]) for H in range(16, 17000, 16)
+        }
+        assert max(H for H, plan in found.items() if plan) == 8 * 16 * 132
+        for regime, limits in ((BLOCK, block), (CLUSTER, cluster)):
+            last = max(H for H, plan in found.items() if plan and plan.regime == regime)
+            assert last == limits[backward]
+        assert max(H for H, plan in found.items() if plan and plan.rest != GLOBAL) == on_chip
+
+
 def test_more_sequences_share_a_block_when_the_gpu_is_full() -> None:
     few = plan_of("bf16", False, 8 * 132, 64, 1, DEVICES["sm_90"])
     many = plan_of("bf16", False, 8 * 132 + 1, 64, 1, DEVICES["sm_90"])
