@@ -143,7 +143,7 @@ def largest(arch: int) -> dict[tuple[str, str, str, int, int], tuple[int, int, i
         if not plan:
             continue  # no room
         way = "bwd" if backward else "fwd"
-        used, batch, _, tiles, parts, resident, _, shared_bytes, _ = plan
+        used, batch, _, tiles, parts, resident, _, shared_bytes, *_ = plan
         key = REGIMES[used], kind, way, batch, resident
         before = found.get(key, (0, 0, 0))
         now = shared_bytes, tiles * parts, H

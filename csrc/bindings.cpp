@@ -652,7 +652,8 @@ std::vector<i64> cuda_plan(i64 kind, bool backward, i64 B, i64 hidden, i64 direc
   const char* problem;
   const cuda::Plan p = planned(kind, backward, B, hidden, directions, device, wish, &problem);
   if (problem) return {};
-  return {i64(p.regime), p.batch, p.blocks, p.tiles, p.parts, p.resident, i64(p.rest), p.shared, p.groups};
+  return {i64(p.regime), p.batch,        p.blocks, p.tiles,          p.parts,     p.resident,
+          i64(p.rest),   p.shared_bytes, p.groups, p.exchange_words, p.rest_words};
 }
 
 std::string cuda_obstacle(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,

@@ -326,6 +326,7 @@ class Demand(NamedTuple):
     hidden: int
     projected: int
     directions: int
+    projects: bool  # whether there is a projection, which may be to as many
 
 
 def select(x: Tensor, demand: Demand | None = None) -> str:
@@ -364,31 +365,20 @@ def _demand_obstacle(name: str, x: Tensor, demand: Demand | None) -> str | None:
     if name == "cpu" or demand is None:
         return None
     if name == "cuda":
-        return _cuda_layer_obstacle(x.dtype, x.device, *demand)
+        plain = not (demand.peephole or demand.layer_norm or demand.masked or any(demand.zoneout))
+        lacks = ops.cuda_lacks(demand.kind, plain, demand.projects)
+        if lacks or torch.compiler.is_compiling():  # sizes may be symbols: the operator sees them
+            return lacks
+        return _cuda_room(x, demand)
     if demand.kind == "RNN":
         return None
-    return _triton_cell_obstacle(x.dtype, x.device, *demand[1:])
+    return _triton_cell_obstacle(x.dtype, x.device, *demand[1:-1])
 
 
-@torch.compiler.assume_constant_result
-def _cuda_layer_obstacle(
-    dtype: torch.dtype,
-    device: torch.device,
-    kind: str,
-    peephole: bool,
-    layer_norm: bool,
-    masked: bool,
-    zoneout: tuple[float, float],
-    inputs: tuple[int, ...],
-    H: int,
-    P: int,
-    D: int,
-) -> str | None:
+def _cuda_room(x: Tensor, demand: Demand) -> str | None:
     from fastlstm import cuda
 
-    x = torch.empty(0, dtype=dtype, device=device)
-    cell = Cell(peephole, layer_norm, x if masked else None, zoneout)
-    return cuda.obstacle(kind, H, P, D, cell, x)
+    return cuda.obstacle(demand.hidden, demand.directions, x)
 
 
 @torch.compiler.assume_constant_result
@@ -447,7 +437,7 @@ def explain(
         )
     data = x.data if isinstance(x, PackedSequence) else x
     layers = list(_layers(module, x))
-    demand = None if isinstance(module, LSTMCell) else module.demand()
+    demand = module.demand()
     backend = select(data, demand)
     auto = _choice.name == "auto"
     chosen = f'backend("{_choice.name}") asks for it'
@@ -473,7 +463,7 @@ def explain(
     if backend == "cuda":
         from fastlstm import cuda
 
-        plans = tuple(cuda.describe(data, *layer) for layer in layers)
+        plans = tuple(cuda.describe(data, B, H, D) for _, B, _, H, _, D in layers)
         return Explanation("cuda", _cuda_detail(), plans, chosen)
     from fastlstm import kernels as triton_kernels
 

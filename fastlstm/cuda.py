@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.library import impl
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastlstm import extension, ops
 from fastlstm.operands import (
@@ -40,8 +41,6 @@ KINDS = ("bf16", "f16", "tf32", "exact")
 REGIMES = ("block", "cluster", "grid")
 RESTS = ("none", "shared", "global")  # memory: where weights lie that do not fit registers
 _KIND_OF = {torch.bfloat16: "bf16", torch.float16: "f16"}
-_WORDS = {"bf16": (64, 16), "f16": (64, 16), "tf32": (128, 32), "exact": (128, 32)}
-_UNITS, _SEQUENCES, _LANES = 16, 8, 32  # as in csrc/cuda/plan.h
 
 
 class Device(NamedTuple):
@@ -65,6 +64,8 @@ class Plan(NamedTuple):
     rest: str  # where the others are
     shared_bytes: int  # of a block
     groups: int  # of a launch
+    exchange_words: int  # of a launch: 32-bit words of work space in global memory
+    rest_words: int
 
     @property
     def numbers(self) -> list[int]:
@@ -120,18 +121,28 @@ def override(**wishes: Any) -> Iterator[None]:
         tf32: whether factors of float32 are rounded to TF32.
 
     Raises:
-        ValueError: there is no such field or regime.
+        ValueError: there is no such field, or no such value of it.
     """
     unknown = wishes.keys() - set(_Wish._fields)
     if unknown:
         raise ValueError(f"override(): a plan has no {', '.join(sorted(unknown))}")
-    if wishes.get("regime") not in (None, *REGIMES):
-        raise ValueError(
-            f"override(): {wishes['regime']!r} is not a regime, choose one of {', '.join(REGIMES)}"
-        )
     global _wish
     before = _wish
-    _wish = before._replace(**wishes)
+    wish = before._replace(**wishes)
+    if wish.device is not None:
+        wish = wish._replace(device=Device(*wish.device))
+    for name, choices in (
+        ("regime", (None, *REGIMES)),
+        ("blocks", range(1 << 16)),
+        ("batch", (0, 8, 16)),
+        ("tf32", (None, False, True)),
+    ):
+        if getattr(wish, name) not in choices:
+            raise ValueError(
+                f"override(): {getattr(wish, name)!r} is not a {name}, choose one of "
+                f"{', '.join(map(str, choices)) if name != 'blocks' else '0 to 65535'}"
+            )
+    _wish = wish
     try:
         yield
     finally:
@@ -164,13 +175,13 @@ def _plan_of(
     kind: int, backward: bool, B: int, H: int, D: int, device: Device, wish: _Wish
 ) -> Plan:
     arguments = kind, backward, B, H, D, list(device), wish.numbers
-    found = ops.cuda_plan(*arguments)
-    if not found:
-        raise ValueError(f"{ops.cuda_obstacle(*arguments)} (H = {H} in {KINDS[kind]})")
-    regime, batch, blocks, tiles, parts, resident, rest, shared_bytes, together = found
-    return Plan(
-        REGIMES[regime], batch, blocks, tiles, parts, resident, RESTS[rest], shared_bytes, together
-    )
+    with _disable_current_modes():  # a plan is no part of a program that is traced
+        found = ops.cuda_plan(*arguments)
+        problem = "" if found else ops.cuda_obstacle(*arguments)
+    if problem:
+        raise ValueError(f"{problem} (H = {H} in {KINDS[kind]})")
+    regime, batch, blocks, tiles, parts, resident, rest, *sizes = found
+    return Plan(REGIMES[regime], batch, blocks, tiles, parts, resident, RESTS[rest], *sizes)
 
 
 def device_of(x: Tensor) -> Device:
@@ -182,35 +193,32 @@ def device_of(x: Tensor) -> Device:
 
 @cache
 def _device(index: int) -> Device:
-    return Device(*ops.cuda_device(index))
+    with _disable_current_modes():
+        return Device(*ops.cuda_device(index))
 
 
-def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int) -> str:
+def describe(x: Tensor, B: int, H: int, D: int) -> str:
     """How a layer of these sizes would run on the device of x."""
     arguments = B, H, D, device_of(x)
     forward, backward = (plan_of(kind_of(x), back, *arguments) for back in (False, True))
     return f"forward {forward}; backward {backward}"
 
 
-def obstacle(kind: str, H: int, P: int, D: int, cell: Cell, x: Tensor) -> str | None:
-    """Why these kernels cannot compute a layer on the device of x; None if they can."""
-    if kind != "LSTM":
-        return "the cuda kernels have no nn.RNN"
-    if not cell.is_plain:
-        return "the cuda kernels have the plain cell only"
-    if P != H:
-        return "the cuda kernels have no projection"
+def obstacle(H: int, D: int, x: Tensor) -> str | None:
+    """Why these kernels have no room for a layer on the device of x; None if they have."""
     try:
         for backward in (False, True):
             plan_of(kind_of(x), backward, 1, H, D, device_of(x))
-    except ValueError as error:
-        return str(error)
+    except (ValueError, RuntimeError) as error:  # no room; a GPU that the library cannot use
+        return str(error).partition("\n")[0]
     return None
 
 
 def _refuse(x: Tensor, found: Sequence[Weights], cell: Cell) -> None:
-    gate_units, P = found[0].w_hh.shape
-    error = obstacle("LSTM", gate_units // 4, P, len(found), cell, x)
+    projects = found[0].w_hr is not None
+    error = ops.cuda_lacks("LSTM", cell.is_plain, projects) or obstacle(
+        found[0].w_hh.shape[1], len(found), x
+    )
     if error:
         raise ValueError(f"the cuda kernels cannot compute this layer: {error}")
 
@@ -219,18 +227,13 @@ def _launch(x: Tensor, rows: Rows, H: int, D: int, backward: bool) -> tuple[Any,
     """What the recurrence takes besides the layer's numbers: work space, its plan and place."""
     kind = kind_of(x)
     plan = plan_of(kind, backward, rows.B, H, D, device_of(x))
-    tiles, groups = -(-H // _UNITS), D * -(-rows.B // plan.batch)
-    together = min(groups, plan.groups)
-    operand, weight = _WORDS[kind]
+    words = torch.empty(0, dtype=torch.int32, device=x.device)
     exchange = arrived = rest = None
-    if plan.regime == "grid":
-        words = (4 if backward else 1) * tiles * (plan.batch // _SEQUENCES) * operand
-        exchange = torch.empty(together * 2 * words, dtype=torch.int32, device=x.device)
-        arrived = torch.zeros(groups, dtype=torch.int32, device=x.device)
-    if plan.rest == "global":
-        more = max(-(-tiles // plan.parts) - plan.resident, 0)
-        warps = together * plan.blocks * plan.tiles * plan.parts
-        rest = torch.empty(warps * more * _LANES * weight, dtype=torch.int32, device=x.device)
+    if plan.exchange_words:
+        exchange = words.new_empty(plan.exchange_words)
+        arrived = words.new_zeros(D * -(-rows.B // plan.batch))
+    if plan.rest_words:
+        rest = words.new_empty(plan.rest_words)
     index = x.device.index if x.is_cuda else 0
     stream = torch._C._cuda_getCurrentRawStream(index) if x.is_cuda else 0
     return exchange, arrived, rest, plan.numbers, kind == "tf32", index, stream

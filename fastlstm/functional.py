@@ -281,7 +281,9 @@ def _recur(
         backend = "" if special else select(x)
         if backend in ("", "cuda"):  # the cuda kernels do not have every plain layer either
             inputs = (features, *(directions * projected,) * (num_layers - 1))
-            demand = (special or _plain_lstm)(inputs, hidden, projected, directions)
+            own = len(weights) // (num_layers * directions) - cell.peephole - 4 * cell.layer_norm
+            sizes = inputs, hidden, projected, directions
+            demand = (special or _plain_lstm)(*sizes, own % 2 == 1)
             backend = select(x, demand)
     if steps == 0:
         raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
@@ -405,7 +407,7 @@ def lstm_cell(
     check_weights(weights, input)
     hidden = weights[1].shape[1]
     if backend == "cuda":
-        backend = select(input, _plain_lstm((input.shape[-1],), hidden, hidden, 1))
+        backend = select(input, _plain_lstm((input.shape[-1],), hidden, hidden, 1, False))
     shape = (*input.shape[:-1], hidden)
     batch = shape[0] if dims == 2 else 1
     h0 = c0 = None

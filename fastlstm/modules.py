@@ -226,7 +226,8 @@ class LSTM(_Layers):
         masked = self.training and self.recurrent_dropout > 0
         cell = self.peephole, self.layer_norm, masked, self.zoneout
         projected = self.proj_size or self.hidden_size
-        return Demand("LSTM", *cell, self._inputs(projected), self.hidden_size, projected, self._D)
+        sizes = self._inputs(projected), self.hidden_size, projected, self._D
+        return Demand("LSTM", *cell, *sizes, self.proj_size > 0)
 
     def forward(
         self,
@@ -417,7 +418,8 @@ class RNN(_Layers):
     def demand(self) -> Demand:
         """What the layers need of a backend."""
         H = self.hidden_size
-        return Demand("RNN", False, False, False, (0.0, 0.0), self._inputs(H), H, H, self._D)
+        sizes = self._inputs(H), H, H, self._D
+        return Demand("RNN", False, False, False, (0.0, 0.0), *sizes, projects=False)
 
     def forward(
         self,
@@ -498,6 +500,12 @@ class LSTMCell(nn.RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
         self._cache = Cache()
+
+    def demand(self) -> Demand:
+        """What a step needs of a backend."""
+        H = self.hidden_size
+        sizes = (self.input_size,), H, H, 1
+        return Demand("LSTM", False, False, False, (0.0, 0.0), *sizes, projects=False)
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         """Take one step.

@@ -180,6 +180,15 @@ def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def cuda_lacks(kind: str, plain: bool, projects: bool) -> str | None:
+    """Why the CUDA kernels have no such layers, of any size; None if they have."""
+    if kind != "LSTM":
+        return "the cuda kernels have no nn.RNN"
+    if not plain:
+        return "the cuda kernels have the plain cell only"
+    return "the cuda kernels have no projection" if projects else None
+
+
 def load_on_first_use(operators: tuple[Any, ...], load: Callable[[], None]) -> None:
     """Let the operators call `load`, which registers their kernels, where they have none yet.
 

@@ -116,6 +116,10 @@ def layout(
         flags = None if reset is None else reset.contiguous().view(torch.uint8)
         return Rows(T, B, T * B, x.device, None, None, lengths, flags)
     sizes = batch_sizes.tolist()
+    if not sizes or sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
+        raise ValueError(f"batch_sizes must be positive and never increase, got {sizes}")
+    if sum(sizes) != x.shape[0]:
+        raise ValueError(f"batch_sizes add up to {sum(sizes)} rows, the input has {x.shape[0]}")
     T, B = len(sizes), sizes[0]
     starts = batch_sizes.cumsum(0) - batch_sizes
     # Sizes never grow, so a sequence is as long as there are steps of more sequences than precede

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +169,49 @@ def test_what_it_has_not_is_refused_with_a_reason(module: Any, x: Any, reason: s
         module(x)
 
 
+def test_a_square_projection_is_one() -> None:
+    """nn.LSTM has none, but lstm() takes it."""
+    weights = [torch.randn(32, 3), torch.randn(32, 8), torch.randn(8, 8)]
+    with pytest.raises(RuntimeError, match="no projection"):
+        fastlstm.functional.lstm(torch.randn(5, 2, 3), None, weights)
+
+
+def test_compiled_for_any_size() -> None:
+    lstm = fastlstm.LSTM(3, 6, bidirectional=True)
+    cell = fastlstm.LSTMCell(3, 6)
+    options = {"fullgraph": True, "dynamic": True, "backend": "aot_eager"}
+    call = torch.compile(lambda x: lstm(x)[0], **options)
+    for T, B in ((5, 4), (3, 2)):
+        x = torch.randn(T, B, 3, requires_grad=True)
+        torch.testing.assert_close(call(x), lstm(x)[0])
+    step = torch.compile(cell, **options)
+    torch.testing.assert_close(step(x[0]), cell(x[0]))
+
+
+def test_exported_programs_have_no_plan_in_them(tmp_path: Path) -> None:
+    T, B = torch.export.Dim("T"), torch.export.Dim("B")
+    lstm, x = fastlstm.LSTM(3, 7), torch.randn(5, 4, 3)
+    program = torch.export.export(lstm, (x,), dynamic_shapes=[{0: T, 1: B}])
+    torch.export.save(program, tmp_path / "lstm.pt2")
+    loaded = torch.export.load(tmp_path / "lstm.pt2").module()
+    torch.testing.assert_close(loaded(x[:3, :2])[0], lstm(x[:3, :2])[0])
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [2, 4], [4, 10**9], [4, 1], [4, 4, -2]], ids=str)
+def test_wrong_batch_sizes_never_reach_a_kernel(sizes: list[int]) -> None:
+    """Compiled code cannot check them before."""
+    from fastlstm import ops
+
+    x, y, state = torch.randn(6, 5), torch.empty(6, 20), torch.empty(1, 4, 20)
+    weights = [torch.randn(80, 5), torch.randn(80, 20)]
+    batch_sizes = torch.tensor(sizes)
+    with pytest.raises(ValueError, match="batch_sizes"):
+        ops.lstm_fwd_cuda(
+            x, weights, 1, None, None, batch_sizes, None, None,
+            y, state, state.clone(), None, None, None,
+        )  # fmt: skip
+
+
 def test_the_cell() -> None:
     cell, x = fastlstm.LSTMCell(3, 20), torch.randn(5, 3)
     with torch.no_grad():
@@ -190,6 +234,9 @@ def test_overrides_refuse_what_there_is_not() -> None:
     for wishes, message in (
         ({"tile": 1, "warps": 2}, r"a plan has no tile, warps$"),
         ({"regime": "fast"}, "'fast' is not a regime"),
+        ({"batch": 24}, "24 is not a batch, choose one of 0, 8, 16"),
+        ({"blocks": -1}, "-1 is not a blocks, choose one of 0 to 65535"),
+        ({"tf32": "no"}, "'no' is not a tf32"),
     ):
         with pytest.raises(ValueError, match=message), override(**wishes):
             pass
@@ -216,12 +263,18 @@ def test_bad_plans_never_reach_a_kernel() -> None:
         )  # fmt: skip
 
     small, counter = torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="expected exchange of at least"):
+    with pytest.raises(RuntimeError, match=r"expected exchange of \d+ int32"):
         run(plan.numbers, small, counter)
     with pytest.raises(RuntimeError, match="not a plan of this layer"):
         run(plan._replace(tiles=1, blocks=1).numbers, small, counter)
     with pytest.raises(RuntimeError, match="no place for all weights"):
         run(plan._replace(rest="none").numbers, small, counter)
+    with pytest.raises(RuntimeError, match="of 11 numbers"):
+        run(plan.numbers[:-1], small, counter)
+    with pytest.raises(RuntimeError, match="bytes of shared memory, got"):
+        run(plan._replace(shared_bytes=16).numbers, small, counter)
+    with pytest.raises(RuntimeError, match="too little space for the exchange"):
+        run(plan._replace(exchange_words=1).numbers, small, counter)
 
 
 def test_the_oracle_is_that_of_other_backends() -> None:

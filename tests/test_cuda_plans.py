@@ -42,7 +42,7 @@ class Plan:
     def __init__(self, numbers: list[int]) -> None:
         (
             self.regime, self.batch, self.blocks, self.tiles, self.parts,
-            self.resident, self.rest, self.shared, self.groups,
+            self.resident, self.rest, self.shared, self.groups, self.exchange, self.rest_words,
         ) = numbers  # fmt: skip
 
     @property
@@ -85,6 +85,8 @@ def test_every_layer_has_a_plan_that_fits(device: tuple[int, ...]) -> None:
         terms = -(-tiles // plan.parts)
         assert (plan.rest != NONE) == (terms > plan.resident), case
         assert plan.rest != GLOBAL or plan.regime == GRID, case
+        assert (plan.exchange > 0) == (plan.regime == GRID), case
+        assert (plan.rest_words > 0) == (plan.rest == GLOBAL), case
 
 
 @each_device

@@ -22,7 +22,9 @@ struct Layer {
 
   FASTLSTM_BOTH int64_t row(int t) const { return offsets ? offsets[t] : int64_t(t) * B; }
   FASTLSTM_BOTH int steps_of(int64_t sequence) const {
-    return sequence >= B ? 0 : lengths ? int(lengths[sequence]) : T;
+    if (sequence >= B) return 0;
+    const int64_t length = lengths ? lengths[sequence] : T;
+    return length < 0 ? 0 : length > T ? T : int(length);  // no length reads past the end of memory
   }
 };
 

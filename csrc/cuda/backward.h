@@ -11,14 +11,14 @@ DEVICE void lstm_backward(const Backward& p) {
   using Storage = typename E::Storage;
   constexpr int kColumns = 2 * NT, kSums = 2 * kColumns, kGateBytes = kGates * int(sizeof(Storage));
   const Place at(p, NT * kSequences);
-  const int words = int(Shared::buffer_words(E::kKind, true, p.H, NT * kSequences)), d = at.direction;
-  int H = p.H;  // see `opaque`
+  const int words = int(Shared::buffer_words(E::kKind, true, p.H, NT * kSequences));
+  int H = p.H, d = at.direction;  // see `opaque`
   const int tile_words = at.tile * NT * E::kOperandWords, gate_words = words / kGates;
   const int parts = X::parts(p);
   X exchange(p, at, words);
   if (X::idles(p, at)) return exchange.end();
   const WarpWeights<E, resident, true, X> weights(p, at);
-  Partial partial(p, at, kSums);
+  Partial<kSums> partial(p, at);
 
   const auto* gates = static_cast<const Storage*>(p.gates);
   const auto* dy = static_cast<const Storage*>(p.dy);
@@ -106,6 +106,7 @@ DEVICE void lstm_backward(const Backward& p) {
     const int t = time(s);
     const bool last = s == steps;
     H = opaque(H);
+    d = opaque(d);
     prefetch(s + kStages - 1);
     bool restart[kColumns];
 #pragma unroll
@@ -122,7 +123,7 @@ DEVICE void lstm_backward(const Backward& p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           total[0][nt][i] = (total[0][nt][i] + total[1][nt][i]) + (total[2][nt][i] + total[3][nt][i]);
-          if (parts > 1) partial.put(at.part, kSums, nt * 4 + i, total[0][nt][i]);
+          if (parts > 1) partial.put(at.part, nt * 4 + i, total[0][nt][i]);
         }
       if (parts > 1) sync_block();
     }
@@ -141,7 +142,7 @@ DEVICE void lstm_backward(const Backward& p) {
       for (int half = 0; half < 2; ++half) {
         const int number = column / 2 * 4 + 2 * half + column % 2;
         if (follows) {
-          dh[half] = parts > 1 ? partial.total(kSums, number) : total[0][column / 2][2 * half + column % 2];
+          dh[half] = parts > 1 ? partial.total(number) : total[0][column / 2][2 * half + column % 2];
         } else {
           dh[half] = active ? final(dh_n, column, half) : 0.0f;
         }
@@ -149,7 +150,6 @@ DEVICE void lstm_backward(const Backward& p) {
       }
       float d_gate[kGates][2] = {};
       if (active) {
-        const int64_t row = p.row(t) + n;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (at.unit(half) >= H) continue;
@@ -166,17 +166,22 @@ DEVICE void lstm_backward(const Backward& p) {
           d_gate[2][half] = d_c * i * (1.0f - g * g);
           d_gate[3][half] = d_h * tanh_c * o * (1.0f - o);
           dc[column][half] = restart[column] ? 0.0f : d_c * f;
-#pragma unroll
-          for (int k = 0; k < kGates; ++k)
-            dgates[((int64_t(d) * p.rows + row) * kGates + k) * H + at.unit(half)] = E::narrow(d_gate[k][half]);
         }
       }
-      if (!sends) continue;
-      // Where the state was reset, nothing goes back to the one before.
+      // First what others wait for. Where the state was reset, nothing goes back to the one before.
+      if (sends)
 #pragma unroll
-      for (int k = 0; k < kGates; ++k)
-        E::put(exchange, k * gate_words + tile_words + column / 2 * E::kOperandWords, at.q, 2 * at.pair + column % 2,
-               restart[column] ? 0.0f : d_gate[k][0], restart[column] ? 0.0f : d_gate[k][1], s);
+        for (int k = 0; k < kGates; ++k)
+          E::put(exchange, k * gate_words + tile_words + column / 2 * E::kOperandWords, at.q, 2 * at.pair + column % 2,
+                 restart[column] ? 0.0f : d_gate[k][0], restart[column] ? 0.0f : d_gate[k][1], s);
+      if (!active) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int k = 0; k < kGates; ++k)
+          if (at.unit(half) < H)
+            dgates[((int64_t(d) * p.rows + p.row(t) + n) * kGates + k) * H + at.unit(half)] =
+                E::narrow(d_gate[k][half]);
     }
     if (sends) exchange.sent(s);
     fetch(s + 1);

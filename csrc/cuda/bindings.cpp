@@ -24,20 +24,25 @@ Kind kind_of(const Array& t, bool tf32) {
 }
 
 // What is there has this shape and dtype and is dense.
-void* dense(const Array& t, const char* name, int32_t dtype, std::initializer_list<i64> shape) {
+void* dense(const Array& t, const char* name, int32_t dtype, std::initializer_list<i64> shape, uintptr_t align = 1) {
   if (!t) return nullptr;
   t.check_dtype(name, dtype);
   t.check_shape(name, shape);
   STD_TORCH_CHECK(t.contiguous(), "fastlstm: ", name, " must be contiguous");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data) % align == 0, "fastlstm: ", name, " must be aligned to ", align,
+                  " bytes");
   return t.data;
 }
 
+// Work space of so many 32-bit words.
 int32_t* words(const Array& t, const char* name, i64 count) {
   if (count == 0) return nullptr;
-  STD_TORCH_CHECK(t && t.dtype == aoti_torch_dtype_int32() && t.dim == 1 && t.sizes[0] >= count && t.contiguous(),
-                  "fastlstm: expected ", name, " of at least ", count, " int32");
-  return static_cast<int32_t*>(t.data);
+  STD_TORCH_CHECK(t && t.dim == 1 && t.sizes[0] == count, "fastlstm: expected ", name, " of ", count, " int32");
+  return static_cast<int32_t*>(dense(t, name, aoti_torch_dtype_int32(), {count}, 16));
 }
+
+// Of steps and of sequences: what is counted in 32 bits is a few more than either.
+constexpr i64 kMost = (i64(1) << 31) - 64;
 
 // What both passes have: fills the arguments that they share and says how to launch.
 struct Call {
@@ -53,8 +58,8 @@ struct Call {
       : kind(kind_of(y, tf32)), type(y.dtype), D(i64(w_hh.size())), T(T), B(B), packed(bool(offsets)) {
     STD_TORCH_CHECK(D == 1 || D == 2, "fastlstm: expected W_hh of 1 or 2 directions, got ", D);
     STD_TORCH_CHECK(y.dim == 2, "fastlstm: expected y [rows, D*H], got ", y.shape_text());
-    STD_TORCH_CHECK(T > 0 && B > 0 && T < (i64(1) << 31) && B < (i64(1) << 31),
-                    "fastlstm: expected 1 to 2^31 - 1 steps and sequences, got ", T, " and ", B);
+    STD_TORCH_CHECK(T > 0 && B > 0 && T < kMost && B < kMost, "fastlstm: expected 1 to ", kMost - 1,
+                    " steps and sequences, got ", T, " and ", B);
     rows = y.sizes[0];
     H = y.last() / D;
     STD_TORCH_CHECK(H > 0 && H < (1 << 20) && (packed || rows == T * B), "fastlstm: y ", y.shape_text(),
@@ -69,27 +74,37 @@ struct Call {
     p->lengths = static_cast<const int64_t*>(dense(lengths, "lengths", aoti_torch_dtype_int64(), {B}));
     p->reset = static_cast<const uint8_t*>(dense(reset, "reset", aoti_torch_dtype_uint8(), {T, B}));
 
-    STD_TORCH_CHECK(plan.size() == 9, "fastlstm: expected a plan of 9 numbers, got ", plan.size());
-    p->plan = {Regime(plan[0]), int(plan[1]),  int(plan[2]), int(plan[3]), int(plan[4]),
-               int(plan[5]),    Rest(plan[6]), int(plan[7]), plan[8]};
+    STD_TORCH_CHECK(plan.size() == 11 && *std::min_element(plan.begin(), plan.end()) >= 0 && plan[0] <= 2 &&
+                        plan[6] <= 2 && *std::max_element(plan.begin() + 1, plan.begin() + 8) < kTooMuch,
+                    "fastlstm: expected a plan of 11 numbers, of cuda_plan");
+    p->plan = {Regime(plan[0]), int(plan[1]), int(plan[2]), int(plan[3]), int(plan[4]), int(plan[5]),
+               Rest(plan[6]),   int(plan[7]), plan[8],      plan[9],      plan[10]};
     const Plan& q = p->plan;
-    STD_TORCH_CHECK(plan[0] >= 0 && plan[0] <= 2 && (q.batch == 8 || q.batch == 16) && q.tiles > 0 && q.parts > 0 &&
-                        q.tiles * q.parts <= kMaxWarps && q.blocks * q.tiles >= tiles_of(p->H) && q.groups > 0 &&
-                        (q.regime != Regime::block || (q.blocks == 1 && q.parts == 1)),
+    const bool whole = q.regime == Regime::block ? q.blocks == 1 && q.parts == 1 : q.blocks > 0;
+    STD_TORCH_CHECK((q.batch == 8 || q.batch == 16) && q.tiles > 0 && q.parts > 0 && q.tiles <= kMaxWarps &&
+                        q.parts <= kMaxParts && q.tiles * q.parts <= kMaxWarps && q.groups > 0 && whole &&
+                        i64(q.blocks) * q.tiles >= tiles_of(p->H),
                     "fastlstm: not a plan of this layer");
-    const int more = std::max(ceil_div(tiles_of(p->H), q.parts) - q.resident, 0);
-    STD_TORCH_CHECK(more == 0 || q.rest != Rest::none, "fastlstm: the plan has no place for all weights");
+    STD_TORCH_CHECK(
+        rest_tiles(q, p->H) == 0 || q.rest == Rest::shared || (q.rest == Rest::global && q.regime == Regime::grid),
+        "fastlstm: the plan has no place for all weights");
     p->shared = Shared::of(q, kind, backward, p->H);
+    STD_TORCH_CHECK(p->shared.total == q.shared_bytes, "fastlstm: expected a plan of ", p->shared.total,
+                    " bytes of shared memory, got ", q.shared_bytes);
     launch.groups = D * ((B + q.batch - 1) / q.batch);
     const i64 together = std::min<i64>(q.groups, launch.groups);
     if (q.regime == Regime::grid) {
-      const i64 buffer = Shared::buffer_words(kind, backward, p->H, q.batch);
-      p->exchange = reinterpret_cast<uint32_t*>(words(exchange, "exchange", together * 2 * buffer));
+      STD_TORCH_CHECK(T < kMost / q.blocks, "fastlstm: too many steps for ", q.blocks, " blocks: ", T);
+      STD_TORCH_CHECK(q.exchange_words >= together * 2 * Shared::buffer_words(kind, backward, p->H, q.batch),
+                      "fastlstm: the plan has too little space for the exchange");
+      p->exchange = reinterpret_cast<uint32_t*>(words(exchange, "exchange", q.exchange_words));
       p->arrived = words(arrived, "arrived", launch.groups);
     }
-    if (q.rest == Rest::global)
-      p->rest = reinterpret_cast<uint32_t*>(
-          words(rest, "rest", together * q.blocks * q.tiles * q.parts * more * kLanes * weight_words(kind)));
+    if (q.rest == Rest::global) {
+      STD_TORCH_CHECK(q.rest_words >= together * q.blocks * rest_words_of_a_block(q, kind, p->H),
+                      "fastlstm: the plan has too little space for weights");
+      p->rest = reinterpret_cast<uint32_t*>(words(rest, "rest", q.rest_words));
+    }
     launch.device = int(device);
     launch.stream = stream;
     launch.kernel = find_kernel(q.regime, kind, q.batch, q.resident);
@@ -133,7 +148,7 @@ void lstm_recur_fwd(Handle projected_, const HandleList& w_hh_, const HandleList
   p.h_n = call.states(h_n, "h_n");
   p.c_n = call.states(c_n, "c_n");
   p.c_all = static_cast<float*>(call.steps(c_all, "c_all", f32));
-  p.gates = dense(gates, "gates", call.type, {D, call.rows, 4 * H});
+  p.gates = dense(gates, "gates", call.type, {D, call.rows, 4 * H}, 16);
   call.launch.run(p);
 }
 
@@ -151,7 +166,7 @@ void lstm_recur_bwd(Handle y_, const HandleList& w_hh_, OptionalHandle offsets_,
   Call call(y, w_hh, offsets, lengths, reset, T, B, plan, tf32, true, exchange, arrived, rest, device, stream, &p);
   const int32_t f32 = aoti_torch_dtype_float32();
   const i64 H = call.H, D = call.D;
-  p.gates = dense(gates, "gates", call.type, {D, call.rows, 4 * H});
+  p.gates = dense(gates, "gates", call.type, {D, call.rows, 4 * H}, 16);
   p.c_all = static_cast<const float*>(call.steps(c_all, "c_all", f32));
   p.c0 = static_cast<const float*>(dense(c0, "c0", f32, {D, B, H}));
   p.dy = call.strided(dy, "dy", &p.dy_t, &p.dy_b);

@@ -174,6 +174,9 @@ DEVICE void store_remote(uint32_t* target, uint32_t first, uint32_t second, uint
 DEVICE void store_global(uint32_t* target, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(target), "r"(value) : "memory");
 }
+DEVICE void store_global(uint32_t* target, uint32_t first, uint32_t second) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(target), "r"(first), "r"(second) : "memory");
+}
 // Two words, past L1, which other multiprocessors do not update.
 DEVICE uint2 load_global2(const uint32_t* source) {
   uint2 v;

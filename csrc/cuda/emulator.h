@@ -139,6 +139,10 @@ DEVICE void store_remote(uint32_t* target, uint32_t first, uint32_t second, uint
 }
 
 DEVICE void store_global(uint32_t* target, uint32_t value) { *target = value; }
+DEVICE void store_global(uint32_t* target, uint32_t first, uint32_t second) {
+  target[0] = first;
+  target[1] = second;
+}
 DEVICE uint2 load_global2(const uint32_t* source) { return {source[0], source[1]}; }
 DEVICE uint4 load_global4(const uint32_t* source) { return {source[0], source[1], source[2], source[3]}; }
 

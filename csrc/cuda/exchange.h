@@ -2,7 +2,10 @@
 //
 // Why two are enough: a thread sends its part of step s + 1 only after its block has read all of step s (the numbers
 // that it sends depend on them), and a wait for step s + 1 ends only when every part of it has been sent. So whoever
-// writes for step s + 2, over step s, has waited until all had read step s.
+// writes for step s + 2, over step s, has waited until all had read step s. (In a cluster that is more than the memory
+// model says, which orders the bytes that arrive, and not what their sender had read before. But a number that is read
+// is in its register before one that is computed after it can leave, and the next one comes from another
+// multiprocessor.)
 //
 //   put    stores part of the factor of step s
 //   sent   this thread has put all that it has for step s; called by every thread, also one that has nothing
@@ -43,7 +46,7 @@ struct InBlock : SharedLoads {
 #if defined(FASTLSTM_EMULATE) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 // The blocks of a cluster store into each other's shared memory. The bytes that arrive are counted by a barrier of each
-// buffer, in every block, so that a step costs one trip between multiprocessors and no barrier among threads.
+// buffer, in every block, so that a step costs one trip between multiprocessors and no barrier among threads for it.
 struct InCluster : SharedLoads {
   uint32_t* buffers;
   uint64_t* barriers;
@@ -109,8 +112,7 @@ struct InGrid {
   MEMBER const uint32_t* operand(int s) const { return buffers + s % 2 * words; }
   MEMBER void put(int at, uint32_t value, int s) { store_global(buffers + s % 2 * words + at, value); }
   MEMBER void put(int at, uint32_t first, uint32_t second, int s) {
-    put(at, first, s);
-    put(at + 1, second, s);
+    store_global(buffers + s % 2 * words + at, first, second);
   }
   // The barrier collects what the block has stored, the release publishes it.
   MEMBER void sent(int) {

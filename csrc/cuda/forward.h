@@ -17,7 +17,7 @@ DEVICE void lstm_forward(const Forward& p) {
   X exchange(p, at, words);
   if (X::idles(p, at)) return exchange.end();
   const WarpWeights<E, resident, false, X> weights(p, at);
-  Partial partial(p, at, kSums);
+  Partial<kSums> partial(p, at);
 
   const auto* b_ih = static_cast<const Storage*>(p.b_ih[d]);
   const auto* b_hh = static_cast<const Storage*>(p.b_hh[d]);
@@ -121,7 +121,7 @@ DEVICE void lstm_forward(const Forward& p) {
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) partial.put(at.part, kSums, (m * NT + nt) * 4 + i, total[m][nt][i]);
+          for (int i = 0; i < 4; ++i) partial.put(at.part, (m * NT + nt) * 4 + i, total[m][nt][i]);
       sync_block();
     }
     wait_copies<kStages - 1>();
@@ -131,35 +131,43 @@ DEVICE void lstm_forward(const Forward& p) {
       const int nt = column / 2, e = column % 2;
       // Where a sequence begins at the next step it is its initial state that this one multiplies. Units and sequences
       // that there are not stay 0, whatever comes of them.
-      float h[2] = {};
-      if (t < length[column]) {
-        const int64_t row = p.row(t) + at.column(column);
-        const bool ends = t == (d == 0 ? length[column] - 1 : 0);
+      const bool active = t < length[column];
+      float h[2] = {}, gate[2][kGates];
+      if (active) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (at.unit(half) >= H) continue;
-          float gate[kGates];
 #pragma unroll
           for (int k = 0; k < kGates; ++k) {
             const int m = 2 * half + k / 2, i = 2 * (k % 2) + e;
-            const float sum = parts > 1 ? partial.total(kSums, (m * NT + nt) * 4 + i) : total[m][nt][i];
-            gate[k] = ring_at(s, column, half)[k * threads] + bias[half][k] + sum;
+            const float sum = parts > 1 ? partial.total((m * NT + nt) * 4 + i) : total[m][nt][i];
+            const float x = ring_at(s, column, half)[k * threads] + bias[half][k] + sum;
+            gate[half][k] = k == 2 ? E::tanh(x) : E::sigmoid(x);
           }
-          const float i = E::sigmoid(gate[0]), f = E::sigmoid(gate[1]), g = E::tanh(gate[2]), o = E::sigmoid(gate[3]);
           const float before = restart[column] ? 0.0f : c[column][half];
-          c[column][half] = multiply_add(f, before, i * g);
-          h[half] = o * E::tanh(c[column][half]);
-          const int64_t out = row * (int64_t(p.D) * H) + d * H + at.unit(half);
-          y[out] = E::narrow(h[half]);
-          if (ends) h_n[state_at(column, half)] = E::narrow(h[half]);
-          if (p.c_all) p.c_all[out] = c[column][half];
-          if (gates) E::keep(gates + ((int64_t(d) * p.rows + row) * H + at.unit(half)) * kGates, i, f, g, o);
+          c[column][half] = multiply_add(gate[half][1], before, gate[half][0] * gate[half][2]);
+          h[half] = gate[half][3] * E::tanh(c[column][half]);
         }
       } else if (!last && time(s + 1) == begins_at(column)) {
         h[0] = initial(h0, column, 0);
         h[1] = initial(h0, column, 1);
       }
+      // First what others wait for.
       if (!last) put(column, restarts_next[column] ? 0.0f : h[0], restarts_next[column] ? 0.0f : h[1], s + 1);
+      if (!active) continue;
+      const int64_t row = p.row(t) + at.column(column);
+      const bool ends = t == (d == 0 ? length[column] - 1 : 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (at.unit(half) >= H) continue;
+        const int64_t out = row * (int64_t(p.D) * H) + d * H + at.unit(half);
+        y[out] = E::narrow(h[half]);
+        if (ends) h_n[state_at(column, half)] = E::narrow(h[half]);
+        if (p.c_all) p.c_all[out] = c[column][half];
+        if (gates)
+          E::keep(gates + ((int64_t(d) * p.rows + row) * H + at.unit(half)) * kGates, gate[half][0], gate[half][1],
+                  gate[half][2], gate[half][3]);
+      }
     }
     if (!last) exchange.sent(s + 1);
   }

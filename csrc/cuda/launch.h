@@ -38,6 +38,34 @@ inline auto* entry(const Kernel& kernel, const Backward&) { return kernel.backwa
 inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastlstm: ", what, " failed: ", cudaGetErrorString(error));
 }
+
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// The device that is current meanwhile.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// Lets a kernel use what the device has. Always the same, for threads that launch the same kernel: it is a limit of the
+// function, not of a launch.
+inline cudaError_t allow(const void* kernel, int shared_bytes, bool cluster) {
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess || !cluster) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);  // of 16 blocks
+}
 #endif
 
 struct Launch {
@@ -63,12 +91,10 @@ struct Launch {
     emulator::run([&] { function(p); }, blocks, p.plan.blocks, threads, p.shared.total);
 #else
     STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "fastlstm: too many sequences for one launch: ", p.B);
-    int before;
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    if (before != device) check(cudaSetDevice(device), "cudaSetDevice");
+    const OnDevice current(device);
     const auto* symbol = reinterpret_cast<const void*>(function);
-    check(cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared.total),
-          "setting the size of shared memory");
+    const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    check(allow(symbol, most, p.plan.regime == Regime::cluster), "setting the limits of a kernel");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
@@ -80,18 +106,13 @@ struct Launch {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim = {unsigned(p.plan.blocks), 1, 1};
       config.numAttrs = 1;
-      if (p.plan.blocks > 8)
-        check(cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-              "allowing clusters of 16 blocks");
     } else if (p.plan.regime == Regime::grid) {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
       config.numAttrs = 1;
     }
     void* arguments[] = {const_cast<Arguments*>(&p)};
-    const cudaError_t error = cudaLaunchKernelExC(&config, symbol, arguments);
-    if (before != device) check(cudaSetDevice(before), "cudaSetDevice");
-    check(error, "starting a kernel");
+    check(cudaLaunchKernelExC(&config, symbol, arguments), "starting a kernel");
 #endif
   }
 };
@@ -101,23 +122,20 @@ inline std::vector<int64_t> device_facts([[maybe_unused]] int64_t device) {
 #ifdef FASTLSTM_EMULATE
   return {90, 132, 227 << 10, 16};  // of an H100
 #else
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, int(device)), "cudaDeviceGetAttribute");
-    return int64_t(value);
-  };
-  const int64_t arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  const int64_t shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int index = int(device), shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  const int arch =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
+  const OnDevice current(index);
+  cudaFuncAttributes found;
+  check(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(block_kernels().begin->forward)),
+        "looking for code for this GPU");
   int cluster = 1;
 #ifndef FASTLSTM_NO_CLUSTER
-  if (arch >= 90 && attribute(cudaDevAttrClusterLaunch)) {
-    // Asked for as a launch would be: 16 need more multiprocessors side by side than some GPUs have, and this build may
-    // have no code of clusters for this one.
-    int before;
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    check(cudaSetDevice(int(device)), "cudaSetDevice");
+  if (arch >= 90 && attribute(cudaDevAttrClusterLaunch, index)) {
+    // Asked for as a launch would be: large ones need more multiprocessors side by side than some GPUs have, and this
+    // build may have no code of clusters for this one.
     const auto* symbol = reinterpret_cast<const void*>(cluster_kernels().begin->forward);
-    for (int blocks = 16; cluster == 1 && blocks >= 8; blocks /= 2) {
+    for (int blocks = 16; cluster == 1 && blocks > 1; blocks /= 2) {
       cudaLaunchConfig_t config{};
       cudaLaunchAttribute size{};
       size.id = cudaLaunchAttributeClusterDimension;
@@ -127,18 +145,15 @@ inline std::vector<int64_t> device_facts([[maybe_unused]] int64_t device) {
       config.dynamicSmemBytes = size_t(shared);
       config.attrs = &size;
       config.numAttrs = 1;
-      int found = 0;
-      const bool fits =
-          cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) == cudaSuccess &&
-          cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, blocks > 8) == cudaSuccess &&
-          cudaOccupancyMaxActiveClusters(&found, symbol, &config) == cudaSuccess && found > 0;
-      if (fits) cluster = blocks;
+      int active = 0;
+      if (allow(symbol, shared, true) == cudaSuccess &&
+          cudaOccupancyMaxActiveClusters(&active, symbol, &config) == cudaSuccess && active > 0)
+        cluster = blocks;
     }
     cudaGetLastError();  // a refusal is an answer
-    check(cudaSetDevice(before), "cudaSetDevice");
   }
 #endif
-  return {arch, attribute(cudaDevAttrMultiProcessorCount), shared, cluster};
+  return {arch, attribute(cudaDevAttrMultiProcessorCount, index), shared, cluster};
 #endif
 }
 

@@ -73,7 +73,8 @@ struct WarpWeights {
   // is either into shared memory or not, so that the compiler takes the instructions of that.
   template <class F>
   MEMBER void each_rest_tile(const Layer& p, const Place& at, const F& f) const {
-    const int more = ceil_div(tiles_of(p.H), p.plan.parts) - resident, size = kLanes * kWords;
+    if (at.count <= resident) return;
+    const int more = rest_tiles(p.plan, p.H), size = kLanes * kWords;
     if (!X::kMayRestGlobally || p.plan.rest == Rest::shared) {
       auto* words = reinterpret_cast<uint32_t*>(shared_memory() + p.shared.rest) + at.warp * more * size;
 #pragma unroll 1  // several at once would need registers
@@ -128,17 +129,18 @@ struct WarpWeights {
   }
 };
 
-// Sums of the parts of a tile of units, added up in shared memory in a fixed order. `count` numbers a lane and part.
+// Sums of the parts of a tile of units, added up in shared memory in a fixed order: `count` numbers a lane and part.
+template <int count>
 struct Partial {
   float* sums;  // [part][number][lane] of this tile of units
   int parts;
 
-  MEMBER Partial(const Layer& p, const Place& at, int count) : parts(p.plan.parts) {
+  MEMBER Partial(const Layer& p, const Place& at) : parts(p.plan.parts) {
     sums = reinterpret_cast<float*>(shared_memory() + p.shared.partial) + at.warp / parts * (parts * count * kLanes) +
            at.lane;
   }
-  MEMBER void put(int part, int count, int number, float value) { sums[(part * count + number) * kLanes] = value; }
-  MEMBER float total(int count, int number) const {
+  MEMBER void put(int part, int number, float value) { sums[(part * count + number) * kLanes] = value; }
+  MEMBER float total(int number) const {
     float sum = sums[number * kLanes];
     for (int part = 1; part < parts; ++part) sum += sums[(part * count + number) * kLanes];
     return sum;

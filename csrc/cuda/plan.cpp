@@ -37,20 +37,17 @@ struct Chooser {
     p.parts = regime == Regime::block ? 1 : std::max(std::min({kMaxWarps / tiles, kMaxParts, units()}), 1);
     const int part_tiles = ceil_div(units(), p.parts);
     p.resident = resident(regime, part_tiles, batch);
-    p.rest = part_tiles > p.resident ? Rest::shared : Rest::none;
-    p.shared = Shared::of(p, shape.kind, shape.backward, shape.H).total;
-    if (p.shared > device.shared_bytes && regime == Regime::grid) {
+    p.rest = rest_tiles(p, shape.H) ? Rest::shared : Rest::none;
+    p.shared_bytes = Shared::of(p, shape.kind, shape.backward, shape.H).total;
+    if (p.shared_bytes > device.shared_bytes && regime == Regime::grid) {
       p.rest = Rest::global;
-      p.shared = Shared::of(p, shape.kind, shape.backward, shape.H).total;
+      p.shared_bytes = Shared::of(p, shape.kind, shape.backward, shape.H).total;
     }
-    *fits = p.shared <= device.shared_bytes && tiles <= kMaxWarps && device.arch >= 80;
+    *fits = p.shared_bytes <= device.shared_bytes && tiles <= kMaxWarps && device.arch >= 80;
     return p;
   }
 
-  int64_t rest_bytes(const Plan& p) const {
-    const int64_t left = ceil_div(units(), p.parts) - p.resident;
-    return std::max<int64_t>(left, 0) * p.tiles * p.parts * kLanes * 4 * weight_words(shape.kind);
-  }
+  int64_t rest_bytes(const Plan& p) const { return 4 * rest_words_of_a_block(p, shape.kind, shape.H); }
 
   bool allows(Regime regime) const { return wish.regime < 0 || wish.regime == int(regime); }
 
@@ -101,7 +98,11 @@ struct Chooser {
       if (fits && (wide.rest != Rest::global || p->rest == Rest::global)) *p = wide;
     }
     p->groups = shape.D * ((shape.B + p->batch - 1) / p->batch);
-    if (p->regime == Regime::grid) p->groups = std::min<int64_t>(p->groups, device.processors / p->blocks);
+    if (p->regime == Regime::grid) {
+      p->groups = std::min<int64_t>(p->groups, device.processors / p->blocks);
+      p->exchange_words = p->groups * 2 * Shared::buffer_words(shape.kind, shape.backward, shape.H, p->batch);
+    }
+    if (p->rest == Rest::global) p->rest_words = p->groups * p->blocks * rest_words_of_a_block(*p, shape.kind, shape.H);
   }
 };
 

@@ -42,14 +42,15 @@ struct Shape {
 
 struct Plan {
   Regime regime;
-  int batch;       // sequences of a group: 8 or 16
-  int blocks;      // of a group
-  int tiles;       // of 16 units, of a block
-  int parts;       // warps that share the terms of one tile of units
-  int resident;    // tiles of 16 terms whose weights a warp keeps in registers, at most; a constant of the kernel
-  Rest rest;       // where the others are
-  int shared;      // bytes of a block
-  int64_t groups;  // of a launch: all, or as many as fit the GPU together if the regime is grid
+  int batch;         // sequences of a group: 8 or 16
+  int blocks;        // of a group
+  int tiles;         // of 16 units, of a block
+  int parts;         // warps that share the terms of one tile of units
+  int resident;      // tiles of 16 terms whose weights a warp keeps in registers, at most; a constant of the kernel
+  Rest rest;         // where the others are
+  int shared_bytes;  // of a block
+  int64_t groups;    // of a launch: all, or as many as fit the GPU together if the regime is grid
+  int64_t exchange_words, rest_words;  // of a launch: 32-bit words of work space in global memory
 };
 
 constexpr int kUnits = 16;     // of a tile; also the terms of a tile of products
@@ -70,6 +71,15 @@ FASTLSTM_BOTH constexpr int operand_words(Kind kind) { return kind < Kind::tf32 
 FASTLSTM_BOTH constexpr int weight_words(Kind kind) { return kind < Kind::tf32 ? 16 : 32; }
 FASTLSTM_BOTH constexpr int element_bytes(Kind kind) { return kind < Kind::tf32 ? 2 : 4; }
 
+// Tiles of terms whose weights a warp does not keep in registers.
+FASTLSTM_BOTH constexpr int rest_tiles(const Plan& plan, int H) {
+  const int more = ceil_div(tiles_of(H), plan.parts) - plan.resident;
+  return more > 0 ? more : 0;
+}
+FASTLSTM_BOTH constexpr int64_t rest_words_of_a_block(const Plan& plan, Kind kind, int H) {
+  return int64_t(rest_tiles(plan, H)) * plan.tiles * plan.parts * kLanes * weight_words(kind);
+}
+
 // Where things lie in the shared memory of a block; offsets in bytes, each a multiple of 16.
 struct Shared {
   int operand;   // 2 buffers: the state, in backward the gradients of the gates, of all units for all sequences
@@ -88,7 +98,6 @@ struct Shared {
   static FASTLSTM_BOTH constexpr Shared of(const Plan& plan, Kind kind, bool backward, int H) {
     const int columns = plan.batch / kSequences * 2, warps = plan.tiles * plan.parts, threads = warps * kLanes;
     const int own_cells = 2 * ceil_div(columns, plan.parts);  // of a thread, at most
-    const int part_tiles = ceil_div(tiles_of(H), plan.parts);
     int64_t at = 0;
     const auto take = [&](int64_t bytes) {
       const int64_t begin = at;
@@ -100,8 +109,7 @@ struct Shared {
     s.partial = take(plan.parts > 1 ? int64_t(warps) * kLanes * 4 * columns * 2 * (backward ? 1 : kGates) : 0);
     s.ring = take(int64_t(kStages) * own_cells * threads * kGates * (backward ? element_bytes(kind) : 4));
     s.cells = take(backward ? int64_t(kStages) * own_cells * threads * 8 : 0);
-    const bool rests = plan.rest == Rest::shared && part_tiles > plan.resident;
-    s.rest = take(rests ? int64_t(part_tiles - plan.resident) * warps * kLanes * 4 * weight_words(kind) : 0);
+    s.rest = take(plan.rest == Rest::shared ? 4 * rest_words_of_a_block(plan, kind, H) : 0);
     s.barriers = take(plan.regime == Regime::cluster ? 16 : 0);
     s.total = at < kTooMuch ? int(at) : kTooMuch;
     return s;
