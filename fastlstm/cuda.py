@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastlstm import extension, ops
 from fastlstm.operands import (
+    cell_of,
     gates_again,
     gradient_groups,
     groups,
@@ -31,7 +32,7 @@ from fastlstm.operands import (
     weight_gradients,
 )
 from fastlstm.ops import contiguous, plainly, zero
-from fastlstm.reference import PLAIN, Cell, Weights
+from fastlstm.reference import Cell, Weights
 from fastlstm.rows import Rows, layout
 
 __all__ = ["Device", "Plan", "describe", "obstacle", "override", "plan_of"]
@@ -263,7 +264,7 @@ def lstm_fwd(
 ) -> None:
     """Write the outputs of one layer; shapes as in :mod:`fastlstm.ops`."""
     rows, D, H = layout(x, batch_sizes, lengths, reset), directions, c_n.shape[-1]
-    cell = _cell(**options)
+    cell = cell_of(**options)
     if rows.count == 0:
         return
     found = groups(weights, D, cell)
@@ -315,7 +316,7 @@ def lstm_bwd(
     **options: Any,
 ) -> None:
     """Write the gradients of one layer; shapes as in :mod:`fastlstm.ops`."""
-    rows, D, cell = layout(x, batch_sizes, lengths, reset), directions, _cell(**options)
+    rows, D, cell = layout(x, batch_sizes, lengths, reset), directions, cell_of(**options)
     if rows.count == 0:
         zero(dx, dh0, dc0, *dweights)
         return
@@ -367,20 +368,6 @@ def _gates(x: Tensor, found: Sequence[Weights], h_before: Sequence[Tensor]) -> T
             target += group.b_ih.float() + group.b_hh.float()
     i, f, g, o = gates.chunk(4, -1)
     return torch.stack([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], -1).to(x.dtype)
-
-
-def _cell(
-    peephole: bool = False,
-    layer_norm: bool = False,
-    h_mask: Tensor | None = None,
-    zoneout_c: float = 0.0,
-    zoneout_h: float = 0.0,
-    seed: Tensor | None = None,
-) -> Cell:
-    """The keywords of the operators."""
-    if not (peephole or layer_norm or h_mask is not None or zoneout_c or zoneout_h):
-        return PLAIN
-    return Cell(peephole, layer_norm, h_mask, (zoneout_c, zoneout_h), seed)
 
 
 extension.load()  # the plans

@@ -11,6 +11,19 @@ from torch import Tensor
 from fastlstm.reference import PLAIN, Cell, Weights
 
 
+def cell_of(
+    peephole: bool = False,
+    layer_norm: bool = False,
+    h_mask: Tensor | None = None,
+    zoneout_c: float = 0.0,
+    zoneout_h: float = 0.0,
+    seed: Tensor | None = None,
+) -> Cell:
+    """The cell that the keywords of the operators describe."""
+    mask = None if h_mask is None else h_mask.contiguous()
+    return Cell(peephole, layer_norm, mask, (zoneout_c, zoneout_h), seed)
+
+
 def groups(weights: Sequence[Tensor], directions: int, cell: Cell = PLAIN) -> list[Weights]:
     """The flat list of the layer contract, taken apart by direction."""
     each = len(weights) // directions

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.library import impl
 
-from fastlstm.operands import gradient_groups, groups
+from fastlstm.operands import cell_of, gradient_groups, groups
 from fastlstm.ops import contiguous, plainly, zero
 from fastlstm.reference import Cell, Weights
 from fastlstm.rows import Rows, layout
@@ -42,7 +42,7 @@ def lstm_fwd(
     **options: Any,
 ) -> None:
     """Write the outputs of one layer."""
-    cell = _cell(**options)
+    cell = cell_of(**options)
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
         return
@@ -79,7 +79,7 @@ def lstm_bwd(
     **options: Any,
 ) -> None:
     """Write the gradients of one layer."""
-    cell = _cell(**options)
+    cell = cell_of(**options)
     rows = layout(x, batch_sizes, lengths, reset)
     if rows.count == 0:
         zero(dx, dh0, dc0, *dweights)
@@ -167,18 +167,6 @@ def _refuse(x: Tensor, found: Sequence[Weights], rows: Rows, cell: Cell) -> None
     error = obstacle_of(shape_of(x, found, rows.T, rows.B, cell), device_of(x), cell)
     if error:
         raise ValueError(f"the triton kernels cannot compute this layer: {error}")
-
-
-def _cell(
-    peephole: bool = False,
-    layer_norm: bool = False,
-    h_mask: Tensor | None = None,
-    zoneout_c: float = 0.0,
-    zoneout_h: float = 0.0,
-    seed: Tensor | None = None,
-) -> Cell:
-    """The keywords of the operators."""
-    return Cell(peephole, layer_norm, contiguous(h_mask), (zoneout_c, zoneout_h), seed)
 
 
 for _function in (lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd):
