@@ -51,7 +51,7 @@ def test_steps_regime(case: Case) -> None:
     """Shapes that one program could hold, with their units spread over launches of one step."""
     torch.set_num_threads(1)
     with override(regime="steps"):
-        check(case, torch.float32)
+        check(case, torch.float32, "triton")
 
 
 SPREAD = [
@@ -67,7 +67,7 @@ SPREAD = [
 def test_hidden_sizes_beyond_one_program(case: Case, dtype: torch.dtype) -> None:
     """Above H = 128 the gates are kept for backward, which smaller layers compute again."""
     torch.set_num_threads(1)
-    check(case, dtype)
+    check(case, dtype, "triton")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_hidden_sizes_beyond_one_program(case: Case, dtype: torch.dtype) -> None
 def test_tiles_do_not_matter(changes: dict[str, Any]) -> None:
     case = Case(T=5, B=20, I=11, H=33, directions=2)
     with override(regime="sequence", **changes):
-        check(case, torch.float32)
+        check(case, torch.float32, "triton")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_tiles_do_not_matter(changes: dict[str, Any]) -> None:
 def test_tiles_of_steps_do_not_matter(changes: dict[str, Any]) -> None:
     case = Case(T=3, B=20, I=11, H=50, directions=2)
     with override(regime="steps", **changes):
-        check(case, torch.float32)
+        check(case, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("regime", ["sequence", "steps"])
