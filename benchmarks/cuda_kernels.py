@@ -58,9 +58,26 @@ def nvcc() -> list[str]:
 def compilations(archs: list[int]) -> list[tuple[str, int]]:
     """Each source and GPU that there is a compilation for."""
     nvcc()
+    check_plans()
+    return [(source, arch) for arch in archs for source, least in SOURCES.items() if arch >= least]
+
+
+def check_plans() -> None:
+    """Raises BenchmarkError where there is nobody to ask for plans."""
     if extension.error() is not None:
         raise BenchmarkError(f"plans are in the compiled extension: {extension.error()}")
-    return [(source, arch) for arch in archs for source, least in SOURCES.items() if arch >= least]
+
+
+def read_library(arch: int, keep: Path | None) -> list[Row]:
+    """A row for each kernel for that GPU in the library that is installed. Raises Failed."""
+    library = extension.cuda_library()
+    if library is None:
+        raise Failed("no library has been built: leave out --library, to compile")
+    text = disassembled(library, f"--gpu-architecture=sm_{arch}")
+    rows = _rows(dict(_kernels(text)), arch, None, keep)
+    if not rows:
+        raise Failed("the library that is installed has no code for it")
+    return rows
 
 
 def compile_source(source: str, arch: int, keep: Path | None) -> list[Row]:
@@ -77,10 +94,16 @@ def compile_source(source: str, arch: int, keep: Path | None) -> list[Row]:
         if done.returncode != 0:
             errors = (line for line in done.stderr.splitlines() if "error" in line)
             raise Failed(next(errors, f"nvcc: exit status {done.returncode}"))
-        kernels = dict(_kernels(disassembled(cubin.read_bytes())))
+        kernels = dict(_kernels(disassembled(cubin)))
+    return _rows(kernels, arch, round(seconds / len(kernels), 3), keep)
+
+
+def _rows(
+    kernels: dict[str, str], arch: int, seconds: float | None, keep: Path | None
+) -> list[Row]:
     rows = []
     for name, text in kernels.items():
-        rows.append(_row(name, arch, text) | {"compile_seconds": round(seconds / len(kernels), 3)})
+        rows.append(_row(name, arch, text) | {"compile_seconds": seconds})
         if keep:
             rows[-1]["asm"] = f"{name}.sm_{arch}"
             (keep / f"{name}.sm_{arch}.sass").write_text(text)

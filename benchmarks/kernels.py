@@ -83,6 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", nargs="?", type=Path, const=STDOUT, metavar="FILE",
         help="write the rows to FILE; without one, to the standard output instead of the table",
     )  # fmt: skip
+    add(
+        "--library", action="store_true",
+        help="cuda: read the library that is installed instead of compiling",
+    )  # fmt: skip
     add("--asm", type=Path, metavar="DIR", help="leave (PTX and) machine code of kernels there")
 
 
@@ -124,14 +128,22 @@ def _triton(args: argparse.Namespace) -> Iterator[tuple[Variant, list[Row] | Fai
 
 
 def _cuda(args: argparse.Namespace) -> Iterator[tuple[str, list[Row] | Failed]]:
-    wanted = cuda_kernels.compilations(args.arch)
+    if args.library:
+        cuda_kernels.check_plans()
+        wanted = [("", arch) for arch in args.arch]
+    else:
+        wanted = cuda_kernels.compilations(args.arch)
 
     def run(source: str, arch: int) -> tuple[str, list[Row] | Failed]:
+        what = f"{source}.cu, arch {arch}" if source else f"arch {arch}"
         try:
-            rows = cuda_kernels.compile_source(source, arch, args.asm)
+            if source:
+                rows = cuda_kernels.compile_source(source, arch, args.asm)
+            else:
+                rows = cuda_kernels.read_library(arch, args.asm)
         except Failed as error:
-            return f"{source}.cu, arch {arch}", error
-        return source, [row for row in rows if row["dtype"] in args.dtype]
+            return what, error
+        return what, [row for row in rows if row["dtype"] in args.dtype]
 
     with ThreadPoolExecutor(PROCESSES) as threads:
         yield from _progress(threads.map(run, *zip(*wanted, strict=True)), len(wanted), "file")
@@ -215,8 +227,10 @@ def table(rows: list[Row]) -> str:
         for line in lines
     ]
     spilled = sum(row["spill_bytes"] > 0 for row in rows)
-    seconds = sum(row["compile_seconds"] for row in rows)
-    end = f"{len(rows)} kernels, {spilled} that spill; compiled in {seconds:,.0f} s of a processor"
+    end = f"{len(rows)} kernels, {spilled} that spill"
+    if all(row["compile_seconds"] is not None for row in rows):
+        seconds = sum(row["compile_seconds"] for row in rows)
+        end += f"; compiled in {seconds:,.0f} s of a processor"
     return "\n".join(line.rstrip() for line in [*text, "", end])
 
 

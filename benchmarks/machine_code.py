@@ -39,7 +39,10 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     start = perf_counter()
     compiled = triton.compile(source, target, dict(variant.options))
     seconds = perf_counter() - start
-    text = disassembled(compiled.asm["cubin"])
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(compiled.asm["cubin"])
+        text = disassembled(file)
     if keep:
         keep.with_suffix(".ptx").write_text(compiled.asm["ptx"])
         keep.with_suffix(".sass").write_text(text)
@@ -107,12 +110,10 @@ def count(pattern: str, instructions: list[str]) -> int:
     return sum(re.search(pattern, text) is not None for text in instructions)
 
 
-def disassembled(cubin: bytes) -> str:
-    """Resource usage, then machine code, of all kernels."""
+def disassembled(file: Path, *options: str) -> str:
+    """Resource usage, then machine code, of all kernels in a file."""
     from triton import knobs
 
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dump = ["--dump-resource-usage", "--dump-sass"]
+    command = [knobs.nvidia.cuobjdump.path, *dump, *options, str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

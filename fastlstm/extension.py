@@ -15,22 +15,27 @@ class ExtensionError(RuntimeError):
     """The compiled kernels are missing on this machine; says why and what to do."""
 
 
+def _find(library: str) -> Path | None:
+    found = [*_FOLDER.glob(f"{library}*.so"), *_FOLDER.glob(f"{library}*.dylib")]
+    return min(found) if found else None
+
+
 @functools.cache
 def _error_of(library: str, report: str, what: str) -> str | None:
     """Why a library cannot be used; None if it is loaded, which the first call does.
 
     report: the file in which setup.py leaves the reason, then the details.
     """
-    libraries = sorted(_FOLDER.glob(f"{library}*.so")) + sorted(_FOLDER.glob(f"{library}*.dylib"))
-    if not libraries:
+    file = _find(library)
+    if file is None:
         why = f"{what} has not been built"
         if (_FOLDER / report).exists():
             why = (_FOLDER / report).read_text().partition("\n")[0]
         return f"{why}; to build it, run: {_INSTALL}"
     try:
-        torch.ops.load_library(libraries[0])
+        torch.ops.load_library(file)
     except (OSError, RuntimeError) as failure:
-        return f"{libraries[0].name} cannot be loaded: {failure}"
+        return f"{file.name} cannot be loaded: {failure}"
     return None
 
 
@@ -53,6 +58,11 @@ def cuda_error(emulated: bool) -> str | None:
     if emulated:
         return _error_of("_emulator", "_emulator_error.txt", "the emulator of the CUDA kernels")
     return _error_of("_cuda", "_cuda_error.txt", "the CUDA library")
+
+
+def cuda_library() -> Path | None:
+    """The file of the CUDA kernels; None where it has not been built. Loads nothing."""
+    return _find("_cuda")
 
 
 def load() -> None:
