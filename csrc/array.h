@@ -16,6 +16,11 @@
 
 namespace fastlstm {
 
+// A tensor that an operator returns. TORCH_BOX copies a torch::stable::Tensor twice on its way, and its ownership.
+struct Output {
+  AtenTensorHandle handle;
+};
+
 class Array {
  public:
   void* data = nullptr;
@@ -35,6 +40,15 @@ class Array {
     sizes = n;
     strides = s;
   }
+  // A new tensor, contiguous and uninitialised, on the CPU.
+  static Array empty(std::initializer_list<i64> shape, int32_t dtype) {
+    i64 strides[3], step = 1;
+    for (size_t k = shape.size(); k-- > 0; step *= std::max(shape.begin()[k], i64(1))) strides[k] = step;
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(i64(shape.size()), shape.begin(), strides, dtype,
+                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    return Array(handle);
+  }
   explicit Array(std::optional<AtenTensorHandle> handle) : Array(handle ? Array(*handle) : Array()) {}
   Array(Array&& other) noexcept { *this = std::move(other); }
   Array& operator=(Array&& other) noexcept {
@@ -49,6 +63,9 @@ class Array {
   ~Array() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
+
+  // Gives the tensor away; the array stays readable while the tensor is there.
+  Output release() { return {std::exchange(handle_, nullptr)}; }
 
   // One of what lies along the first dimension, as a view into this one, which has to outlive it.
   Array at(i64 k) const {

@@ -1,6 +1,5 @@
 // The operators: checks, parameter structs and registration, on LibTorch's stable ABI.
-// Schemas live in fastlstm/ops.py; outputs are passed in (returning a tensor through the stable ABI costs more
-// than allocating it in Python).
+// Schemas live in fastlstm/ops.py; outputs are passed in, but for those of calls for latency.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -12,6 +11,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "array.h"
@@ -394,18 +394,24 @@ struct Forward {
           const Array& batch_sizes, const Array& lengths, const Array& reset, const Array& y, const Array& h_n,
           const Array& c_n, const Array& c_all, const Array& gates, bool peephole, bool layer_norm, const Array& h_mask,
           double zoneout_c, double zoneout_h, const Array& seed)
-      : Forward(Call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm), x, h0, reset, y, h_n) {
+      : Forward(Call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm), x, h0, c0, y, h_n, c_n) {
     STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
-    const Sizes& s = call.sizes;
-    p.c_all = call.rows_of(c_all, "c_all", s.H, call.compute_type);
+    call.set_reset(reset, p);
+    p.c_all = call.rows_of(c_all, "c_all", call.sizes.H, call.compute_type);
     p.gates = call.gates_of(gates);
-    p.c0 = call.states_of(c0, "c0", s.H, call.type);
-    p.c_n = call.states_of(c_n, "c_n", s.H, call.type);
     p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
+  }
+  // A plain LSTM.
+  Forward(Call&& call_, const Array& x, const Array& h0, const Array& c0, const Array& y, const Array& h_n,
+          const Array& c_n)
+      : Forward(std::move(call_), x, h0, y, h_n) {
+    p.c0 = call.states_of(c0, "c0", call.sizes.H, call.type);
+    p.c_n = call.states_of(c_n, "c_n", call.sizes.H, call.type);
   }
   Forward(const Array& x, const std::vector<Array>& weights, i64 directions, const Array& h0, const Array& batch_sizes,
           const Array& lengths, const Array& reset, bool relu, const Array& y, const Array& h_n)
-      : Forward(Call(x, weights, directions, batch_sizes, lengths, 1), x, h0, reset, y, h_n) {
+      : Forward(Call(x, weights, directions, batch_sizes, lengths, 1), x, h0, y, h_n) {
+    call.set_reset(reset, p);
     p.cell.relu = relu;
   }
   Forward(const Forward&) = delete;
@@ -416,10 +422,10 @@ struct Forward {
     p.threads = threads;
     cpu_kernels().forward(p);
   }
+  void run(const Array& cache) { run(PackedWeights(call, kind(), cache), torch_threads()); }
 
  private:
-  Forward(Call&& call_, const Array& x, const Array& h0, const Array& reset, const Array& y, const Array& h_n)
-      : call(std::move(call_)) {
+  Forward(Call&& call_, const Array& x, const Array& h0, const Array& y, const Array& h_n) : call(std::move(call_)) {
     const Sizes& s = call.sizes;
     p.sizes = s;
     p.dtype = call.dtype;
@@ -428,7 +434,6 @@ struct Forward {
     p.y = call.rows_of(y, "y", s.P, call.type);
     p.h0 = call.states_of(h0, "h0", s.P, call.type);
     p.h_n = call.states_of(h_n, "h_n", s.P, call.type);
-    call.set_reset(reset, p);
     p.weights = call.weights;
   }
 };
@@ -563,14 +568,32 @@ void lstm_fwd_cpu(Handle x_, const HandleList& weights_, i64 directions, Optiona
                     gates, peephole, layer_norm, h_mask, zoneout_c, zoneout_h, seed);
 }
 
-// One plain call for latency: every argument that a call does not have takes its time too.
-void lstm_infer_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
-                    Handle y_, Handle h_n_, Handle c_n_, OptionalHandle cache_) {
+// Plain calls for latency. An argument that a call does not have takes its time too, and a tensor that Python makes and
+// passes in takes several times that of one made here.
+std::tuple<Output, Output, Output> lstm_infer_cpu(Handle x_, const HandleList& weights_, i64 directions,
+                                                  OptionalHandle h0_, OptionalHandle c0_, OptionalHandle cache_) {
   const std::vector<Array> weights = to_arrays(weights_);
-  const Array x(x_), h0(h0_), c0(c0_), y(y_), h_n(h_n_), c_n(c_n_), cache(cache_), none;
-  Forward forward(x, weights, directions, h0, c0, none, none, none, y, h_n, c_n, none, none, false, false, none, 0, 0,
-                  none);
-  forward.run(PackedWeights(forward.call, forward.kind(), cache), torch_threads());
+  const Array x(x_), h0(h0_), c0(c0_), cache(cache_);
+  Call call(x, weights, directions, Array(), Array(), 4);
+  const Sizes s = call.sizes;
+  STD_TORCH_CHECK(x.dim == 3 && s.T > 0, "fastlstm: expected input [T, B, I] with T > 0, got ", x.shape_text());
+  Array y = Array::empty({s.T, s.B, s.D * s.P}, x.dtype), h_n = Array::empty({s.D, s.B, s.P}, x.dtype),
+        c_n = Array::empty({s.D, s.B, s.H}, x.dtype);
+  Forward(std::move(call), x, h0, c0, y, h_n, c_n).run(cache);
+  return {y.release(), h_n.release(), c_n.release()};
+}
+
+// One step of a cell: its output is its hidden state.
+std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x_, const HandleList& weights_, OptionalHandle h0_,
+                                               OptionalHandle c0_, OptionalHandle cache_) {
+  const std::vector<Array> weights = to_arrays(weights_);
+  const Array x(x_), h0(h0_), c0(c0_), cache(cache_);
+  STD_TORCH_CHECK(x.dim == 2, "fastlstm: expected input [B, I], got ", x.shape_text());
+  Call call(x, weights, 1, Array(), Array(), 4);
+  const Sizes s = call.sizes;
+  Array h = Array::empty({s.B, s.P}, x.dtype), c = Array::empty({s.B, s.H}, x.dtype);
+  Forward(std::move(call), x, h0, c0, h, h, c).run(cache);
+  return {h.release(), c.release()};
 }
 
 void lstm_bwd_cpu(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
@@ -669,6 +692,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("lstm_fwd_cpu", TORCH_BOX(&lstm_fwd_cpu));
   m.impl("lstm_bwd_cpu", TORCH_BOX(&lstm_bwd_cpu));
   m.impl("lstm_infer_cpu", TORCH_BOX(&lstm_infer_cpu));
+  m.impl("lstm_cell_infer_cpu", TORCH_BOX(&lstm_cell_infer_cpu));
   m.impl("rnn_fwd_cpu", TORCH_BOX(&rnn_fwd_cpu));
   m.impl("rnn_bwd_cpu", TORCH_BOX(&rnn_bwd_cpu));
 }

@@ -8,7 +8,6 @@ slower, and right to any order. What ``torch.func.vmap`` makes of a layer is in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ Tensors = tuple[Tensor, ...]
 Maybe = Sequence[Any]  # of tensors, or None where there is none
 
 _CPU = torch.device("cpu")  # named at every allocation: a default device may be another one
-_is_cpu = attrgetter("is_cpu")
 _is_transformed = torch._C._are_functorch_transforms_active
 
 
@@ -171,7 +169,7 @@ def lstm_layer(
     if not cell_states:
         return y, h_n, c_n, None
     c_all = more[0]
-    return y, h_n, c_n, c_all if c_all.dtype is x.dtype else c_all.to(x.dtype)
+    return y, h_n, c_n, _as(c_all, x.dtype)
 
 
 def rnn_layer(
@@ -192,46 +190,6 @@ def rnn_layer(
     call = Call(kernels, kind, directions, batch_sizes, lengths, reset, cache=cache)
     y, h_n, *_ = _run(call, (x, h0, None, *weights))
     return y, h_n
-
-
-def infer(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    sizes: tuple[int, int, int],
-    cache: Cache,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The shortest way to the kernel, for streaming without gradients.
-
-    x is ``[T, B, I]``, or ``[B, I]`` for one step of one direction with states ``[B, n]``.
-
-    What the operator checks itself is not checked before; None stands for a call that it refused,
-    which the caller then takes the long way, to an answer or a better message.
-    """
-    D, H, P = sizes
-    if not all(map(_is_cpu, weights)):  # a meta tensor would bypass the kernel
-        return None
-    if h0 is not None and c0 is not None and not (h0.is_cpu and c0.is_cpu):
-        return None
-    try:
-        if x.dim() == 3:
-            T, B, _ = x.shape
-            if T == 0:
-                return None
-            y = torch.empty(T, B, D * P, dtype=x.dtype, device=_CPU)
-            h_n = torch.empty(D, B, P, dtype=x.dtype, device=_CPU)
-            c_n = torch.empty(D, B, H, dtype=x.dtype, device=_CPU)
-        else:
-            B, _ = x.shape
-            y = torch.empty(B, P, dtype=x.dtype, device=_CPU)
-            h_n = torch.empty(B, P, dtype=x.dtype, device=_CPU)
-            c_n = torch.empty(B, H, dtype=x.dtype, device=_CPU)
-        buffer = _packed(cache, "forward", weights, D)
-        ops.lstm_infer_cpu(x, weights, D, h0, c0, y, h_n, c_n, buffer)
-    except (RuntimeError, ValueError):
-        return None
-    return y, h_n, c_n
 
 
 def _run(call: Call, inputs: Maybe) -> Tensors:
@@ -260,7 +218,7 @@ def _forward(call: Call, inputs: Maybe, save: bool) -> Tensors:
     lead = shape[:1] if call.members else ()
     B = shape[-1] if call.batch_sizes is None else _batch(call, h0)
     rows = _rows(call)
-    packed = _packed(call.cache, "forward", weights, D, cell) if kernels.packs else None
+    packed = pack_buffer(call.cache, "forward", weights, D, cell) if kernels.packs else None
     # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
     y = torch.empty(*shape, D * P, dtype=dtype, device=device)
     h_n = torch.empty(*lead, D, B, P, dtype=dtype, device=device)
@@ -338,11 +296,16 @@ def _contiguous(tensors: Sequence[Tensor], call: Call) -> Sequence[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes its time to find that there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _packed(
+def pack_buffer(
     cache: Cache | None, kind: str, weights: Sequence[Tensor], D: int, cell: Cell = PLAIN
 ) -> Tensor | None:
     """The buffer in which the kernels keep these weights in their own order.
@@ -445,7 +408,7 @@ def _gradient(
     dtype = _compute_dtype(x.dtype) if kernels.wide else x.dtype
 
     def arriving(grad: Tensor | None) -> Tensor | None:
-        return None if grad is None else _dense(grad.to(dtype))
+        return None if grad is None else _dense(_as(grad, dtype))
 
     def empty(like: Tensor) -> Tensor:
         return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
@@ -465,7 +428,7 @@ def _gradient(
     packed = None
     if kernels.packs:
         again = call.kind == "LSTM" and len(kept) < 3
-        packed = _packed(call.cache, "both" if again else "backward", weights, D, cell)
+        packed = pack_buffer(call.cache, "both" if again else "backward", weights, D, cell)
     rows = _rows(call)
     if call.kind == "LSTM":
         y, c_all, *gates = kept
@@ -490,7 +453,7 @@ def _gradient(
             group.insert(3, group[2].clone())
         grads += group
     return tuple(
-        grad.to(x.dtype)
+        _as(grad, x.dtype)
         for grad, wanted in zip(grads, needed, strict=False)
         if wanted and grad is not None
     )

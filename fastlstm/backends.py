@@ -31,6 +31,7 @@ __all__ = ["backend", "backends", "explain", "select"]
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _GPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
 _TransformType = torch._C._functorch.TransformType
 
@@ -350,6 +351,20 @@ def select(x: Tensor, demand: Demand | None = None) -> str:
     raise RuntimeError(
         f'the "{name}" backend cannot compute this call: {obstacle}. '
         'Use fastlstm.backend("auto") or "reference"'
+    )
+
+
+def runs_as_is(x: Tensor) -> bool:
+    """Whether the cpu kernels get x as it is: no compiler, transform or autocast is at work.
+
+    For calls without gradients and no time to lose; it leaves the dtype to the kernels.
+    """
+    return (
+        x.is_cpu
+        and not (torch.compiler.is_compiling() or _is_transformed() or _is_autocast())
+        and forward_ad._current_level < 0
+        and _choice.name in ("auto", "cpu")
+        and extension.error() is None
     )
 
 

@@ -124,7 +124,7 @@ def _obstacle(source: nn.Module) -> str:
 
 def _rebuild(source: nn.Module, state: dict[str, Any], target: type[M]) -> M:
     """An instance of target that holds state, parametrized as source is."""
-    for private in ("_caches", "_cache"):  # of this library's modules, which make their own
+    for private in ("_caches", "_cache", "_stream"):  # this library's modules make their own
         state.pop(private, None)
     if parametrize.is_parametrized(source):
         # Parametrizing gave source a class of its own, with a property for each parametrized

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fastlstm import autograd, onnx, reference
-from fastlstm.autograd import Cache
+from fastlstm import autograd, onnx, ops, reference
+from fastlstm.autograd import Cache, pack_buffer
 from fastlstm.backends import Demand, select
 from fastlstm.checks import (
     check_cell_state,
@@ -386,9 +386,6 @@ def lstm_cell(
         RuntimeError: a wrong size, dtype or device, or a backend that was asked for and cannot
             compute the call.
     """
-    quick = infer_cell(input, hx, weights, cache)
-    if quick is not None:
-        return quick
     dims = input.dim()
     if dims not in (1, 2):
         raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {size(input)}")
@@ -425,33 +422,32 @@ def lstm_cell(
     return h.reshape(shape), c.reshape(shape)
 
 
-def infer_cell(
-    x: Tensor, hx: State | None, weights: Sequence[Tensor], cache: Cache | None
-) -> State | None:
-    """One step of a cell without gradients, for latency; None for what needs a closer look."""
-    if (
-        torch.is_grad_enabled()
-        or cache is None
-        or x.dim() != 2
-        or select(x) != "cpu"
-        or not is_plain(hx)
-    ):
+def infer(x: Tensor, hx: Any, weights: Sequence[Tensor], cache: Cache, directions: int = 0) -> Any:
+    """The shortest way to the kernel, for streaming without gradients; x as in `runs_as_is`.
+
+    Returns:
+        ``(y, h_n, c_n)`` of a layer, x ``[T, B, I]``; without directions ``(h, c)`` of a cell, x
+        ``[B, I]``. What the operator checks itself is not checked before: None stands for a call
+        that it refused, which then takes the long way, to an answer or a better message.
+    """
+    h0 = c0 = None
+    if hx is not None:
+        if type(hx) is not tuple or len(hx) != 2:
+            return None
+        h0, c0 = hx
+        if type(h0) is not Tensor or type(c0) is not Tensor:
+            return None
+    try:
+        buffer = cache.get(("forward", weights[0].dtype))
+        if buffer is None:
+            buffer = pack_buffer(cache, "forward", weights, directions or 1)
+        if directions:
+            found = ops.lstm_infer_cpu(x, weights, directions, h0, c0, buffer)
+        else:
+            found = ops.lstm_cell_infer_cpu(x, weights, h0, c0, buffer)
+    except (RuntimeError, ValueError):
         return None
-    H = weights[1].shape[1]
-    h0, c0 = hx or (None, None)
-    result = autograd.infer(x, weights, h0, c0, (1, H, H), cache)
-    return result and result[1:]
-
-
-def is_plain(hx: Any) -> bool:
-    """Whether hx can go to a kernel as it is: no autocast, compiler or transform is at work."""
-    if torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    if hx is None:
-        return True
-    return type(hx) is tuple and len(hx) == 2 and type(hx[0]) is Tensor and type(hx[1]) is Tensor
+    return found if type(found[0]) is Tensor else None  # as it always is after the long way
 
 
 def sequence_loss(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
-from fastlstm.autograd import Cache, infer
-from fastlstm.backends import Demand, select
+from fastlstm.autograd import Cache
+from fastlstm.backends import Demand, runs_as_is
 from fastlstm.checks import check_input, check_noise, check_pair, check_states
-from fastlstm.functional import State, is_plain, lstm, lstm_cell, rnn
+from fastlstm.functional import State, infer, lstm, lstm_cell, rnn
 
 __all__ = ["LSTM", "RNN", "LSTMCell"]
 
@@ -81,6 +83,7 @@ class _Layers(nn.RNNBase):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state.pop("_caches", None)
+        state.pop("_stream", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -260,21 +263,12 @@ class LSTM(_Layers):
         Raises:
             ValueError, RuntimeError, TypeError: see :func:`fastlstm.functional.lstm`.
         """
-        weights = _tensors(self, self._flat_weights_names)
-        if (
-            self.num_layers == 1
-            and not torch.is_grad_enabled()
-            and lengths is None
-            and reset is None
-            and not return_cell_states
-            and not (self.peephole or self.layer_norm or self.recurrent_dropout)
-            and not (self.weight_dropout or self.zoneout != (0.0, 0.0))
-            and isinstance(input, Tensor)
-            and select(input) == "cpu"
-        ):
-            result = self._infer(input, hx, weights)
+        more = lengths is not None or reset is not None or return_cell_states
+        if not (more or torch.is_grad_enabled()) and isinstance(input, Tensor):
+            result = self._infer(input, hx)
             if result is not None:
                 return result
+        weights = _tensors(self, self._flat_weights_names)
         settings = self._settings()
         settings.update(
             return_cell_states=return_cell_states,
@@ -307,23 +301,35 @@ class LSTM(_Layers):
         packed = (PackedSequence(t, batch_sizes, order, restore) for t in (y, *c_all))
         return next(packed), (h_n, c_n), *packed
 
-    def _infer(
-        self, x: Tensor, hx: State | None, weights: list[Tensor]
-    ) -> tuple[Tensor, State] | None:
-        """One layer without gradients, for latency; None for what `lstm` should look at first."""
-        if x.dim() != 3 or not is_plain(hx):
+    def _infer(self, x: Tensor, hx: Any) -> tuple[Tensor, State] | None:
+        """One plain layer without gradients, for latency; None for what `lstm` has to look at."""
+        if not runs_as_is(x) or x.dim() != 3 or (stream := self._stream) is None:
             return None
-        h0, c0 = hx or (None, None)
-        batch_first = self.batch_first
-        H = self.hidden_size
-        sizes = self._D, H, self.proj_size or H
-        result = infer(
-            x.transpose(0, 1) if batch_first else x, weights, h0, c0, sizes, self._caches[0]
-        )
+        take, directions, cache, batch_first = stream
+        try:
+            weights = take(self._parameters)
+        except KeyError:
+            weights = _tensors(self, self._flat_weights_names)
+        if batch_first:
+            x = x.transpose(0, 1)
+        result = infer(x, hx, weights, cache, directions)
         if result is None:
             return None
         y, h_n, c_n = result
         return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
+
+    @cached_property
+    def _stream(self) -> tuple[Any, int, Cache, bool] | None:
+        """What `_infer` has to know of the settings, None if it cannot compute them."""
+        regular = not (self.recurrent_dropout or self.weight_dropout or any(self.zoneout))
+        if self.num_layers > 1 or self.peephole or self.layer_norm or not regular:
+            return None
+        take = itemgetter(*self._flat_weights_names)
+        return take, self._D, self._caches[0], self.batch_first
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_stream", None)  # every setting is looked at again
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The arguments of nn.LSTM, then those of this class that are not at their defaults."""
@@ -520,9 +526,13 @@ class LSTMCell(nn.RNNCellBase):
         Raises:
             ValueError, RuntimeError: see :func:`fastlstm.functional.lstm_cell`.
         """
-        names = _CELL_NAMES if self.bias else _CELL_NAMES[:2]
+        weights = _tensors(self, _CELL_NAMES if self.bias else _CELL_NAMES[:2])
+        if not torch.is_grad_enabled() and input.dim() == 2 and runs_as_is(input):
+            result = infer(input, hx, weights, self._cache)
+            if result is not None:
+                return result
         cache = None if torch.compiler.is_compiling() else self._cache  # as in _settings
-        return lstm_cell(input, hx, _tensors(self, names), cache=cache)
+        return lstm_cell(input, hx, weights, cache=cache)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -98,11 +98,14 @@ _library.define(
 _library.define(
     "cuda_obstacle(int kind, bool backward, int B, int H, int D, int[] device, int[] wish) -> str"
 )
-# A plain call without gradients, for latency: arguments that a call does not have take time too.
+# A plain call without gradients, for latency: they make their outputs, (y, h_n, c_n) or (h, c).
+# There is no fake kernel: what is not a plain tensor is refused, and its call takes the long way.
+_STATES = "Tensor? h0, Tensor? c0, Tensor(a!)? cache"
 _library.define(
-    "lstm_infer_cpu(Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0, "
-    "Tensor(a!) y, Tensor(b!) h_n, Tensor(c!) c_n, Tensor(d!)? cache) -> ()"
+    f"lstm_infer_cpu(Tensor x, Tensor[] weights, int directions, {_STATES}) "
+    "-> (Tensor, Tensor, Tensor)"
 )
+_library.define(f"lstm_cell_infer_cpu(Tensor x, Tensor[] weights, {_STATES}) -> (Tensor, Tensor)")
 _SIZES = "int input, int hidden, int projected, int directions"
 _library.define(f"cpu_cache_bytes({_SIZES}, bool double) -> int")
 _library.define("cpu_isa() -> str")
@@ -117,10 +120,11 @@ for _operator in _SCHEMAS:
     register_fake(f"fastlstm::{_operator}_cpu")(_writes_only_its_arguments)
     register_fake(f"fastlstm::{_operator}_triton")(_writes_only_its_arguments)
 
-for _operator in ("lstm_infer_cpu", "lstm_fwd_cuda", "lstm_bwd_cuda"):
+for _operator in ("lstm_fwd_cuda", "lstm_bwd_cuda"):
     register_fake(f"fastlstm::{_operator}")(_writes_only_its_arguments)
 
 lstm_infer_cpu = torch.ops.fastlstm.lstm_infer_cpu.default
+lstm_cell_infer_cpu = torch.ops.fastlstm.lstm_cell_infer_cpu.default
 lstm_fwd_cpu = torch.ops.fastlstm.lstm_fwd_cpu.default
 lstm_bwd_cpu = torch.ops.fastlstm.lstm_bwd_cpu.default
 lstm_fwd_triton = torch.ops.fastlstm.lstm_fwd_triton.default

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlstm
 
@@ -117,3 +118,63 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "FASTLSTM_ISA=bogus" in done.stderr
+
+
+class Marked(torch.Tensor):
+    """A subclass that marks whatever is computed from it."""
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_quick_calls_see_every_setting_and_every_kind_of_tensor(backend, mode):
+    """The shortest way of a call without gradients is kept apart: nothing may be missed there."""
+    lstm, x = fastlstm.LSTM(3, 4), torch.randn(5, 2, 3)
+    hx = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    with mode():
+        plain = lstm(x, hx)[0]
+        lstm.zoneout = 0.3, 0.2  # any setting, after a call
+        lstm.eval()
+        other = fastlstm.LSTM(3, 4, zoneout=(0.3, 0.2)).eval()
+        other.load_state_dict(lstm.state_dict())
+        assert torch.equal(lstm(x, hx)[0], other(x, hx)[0])
+        assert not torch.equal(lstm(x, hx)[0], plain)
+        lstm.zoneout, lstm.batch_first = (0.0, 0.0), True
+        assert torch.equal(lstm(x.transpose(0, 1).contiguous(), hx)[0], plain.transpose(0, 1))
+        lstm.batch_first = False
+        for result in (lstm(x.as_subclass(Marked), hx), lstm(x, [t.clone() for t in hx])):
+            y, (h_n, c_n) = result
+            assert torch.equal(y, plain) and {type(t) for t in (y, h_n, c_n)} == {torch.Tensor}
+        y, (h_n, c_n) = lstm(x, hx)
+        assert len({t.untyped_storage().data_ptr() for t in (y, h_n, c_n)}) == 3
+        assert [t._base for t in (y, h_n, c_n)] == [None] * 3
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_modes_and_the_profiler_see_quick_calls(backend, lstm, x):
+    """They go through the dispatcher, so whoever looks on from there sees them."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with torch.no_grad():
+        expected = lstm(x)[0]
+        with Seen():
+            assert torch.equal(lstm(x)[0], expected)
+        with torch.profiler.profile() as profile:
+            lstm(x)
+    assert any("fastlstm" in name for name in names)
+    assert any("fastlstm" in event.name for event in profile.events())
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_fake_tensors_have_the_shapes_of_a_step(backend):
+    lstm, cell = fastlstm.LSTM(3, 4, bidirectional=True), fastlstm.LSTMCell(3, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        y, (h_n, c_n) = lstm(torch.randn(1, 2, 3))
+        h, c = cell(torch.randn(2, 3))
+    assert all(type(t) is FakeTensor for t in (y, h_n, c_n, h, c))
+    assert [tuple(t.shape) for t in (y, h_n, c_n)] == [(1, 2, 8), (2, 2, 4), (2, 2, 4)]
+    assert tuple(h.shape) == tuple(c.shape) == (2, 4)

@@ -149,13 +149,15 @@ inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeight
 // Tells whether weights changed since they were packed (a version counter would miss edits through .data).
 // Each 64-bit word, keyed by its position, contributes the product of its halves, as in NH/XXH3; it also adds
 // itself, so that a zero half cannot hide a change of the other.
-typedef uint64_t Words __attribute__((vector_size(64)));
-typedef uint64_t LooseWords __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t LooseWords __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 
-// Products of the low halves of 64-bit lanes.
+// Products of the low halves of 64-bit lanes, one instruction that compilers do not find.
 FASTLSTM_INLINE Words multiply_low(const Words& a, const Words& b) {
 #if defined(__AVX512F__)
   return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
@@ -166,29 +168,35 @@ FASTLSTM_INLINE void absorb(const Words& words, const Words& key, Words& sum) {
   sum += multiply_low(mixed, mixed >> 32) + words;
 }
 
+FASTLSTM_INLINE uint64_t mix(uint64_t hash, uint64_t word) {
+  hash = (hash ^ word) * 0x9fb21c651e98df25u;
+  return hash ^ hash >> 29;
+}
+
 inline uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
-  Words key = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu, 0xd6e8feb86659fd93u,
-               0xa0761d6478bd642fu, 0xe7037ed1a0b428dbu, 0x8ebc6af09c88c6e3u, 0x589965cc75374cc3u};
-  key ^= seed;
+  constexpr size_t kBytes = kVectorBytes;
+  constexpr int kSums = 4, kWords = kVectorBytes / 8;
+  constexpr uint64_t kKeys[8] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu, 0xd6e8feb86659fd93u,
+                                 0xa0761d6478bd642fu, 0xe7037ed1a0b428dbu, 0x8ebc6af09c88c6e3u, 0x589965cc75374cc3u};
   const Words step = Words{} + 0x632be59bd9b4e019u;
-  Words sum[2] = {};
+  Words key, sum[kSums] = {};
+  std::memcpy(&key, kKeys, kBytes);
+  key ^= seed;
   const char* p = static_cast<const char*>(data);
   const char* end = p + bytes;
-  for (; p + 128 <= end; p += 128, key += step) {
-    absorb((Words) * reinterpret_cast<const LooseWords*>(p), key, sum[0]);
-    absorb((Words) * reinterpret_cast<const LooseWords*>(p + 64), key, sum[1]);
-  }
-  for (; p < end; p += 64, key += step) {
+  for (; p + kSums * kBytes <= end; p += kSums * kBytes, key += step)
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) absorb((Words) * reinterpret_cast<const LooseWords*>(p + s * kBytes), key, sum[s]);
+  for (; p < end; p += kBytes, key += step) {
     Words tail = {};
-    std::memcpy(&tail, p, end - p < 64 ? size_t(end - p) : 64);
+    std::memcpy(&tail, p, size_t(end - p) < kBytes ? size_t(end - p) : kBytes);
     absorb(tail, key, sum[0]);
   }
+  uint64_t hashes[kSums] = {};  // chains side by side: each one waits for its own products
+  for (int k = 0; k < kWords; ++k)
+    for (int s = 0; s < kSums; ++s) hashes[s] = mix(hashes[s], sum[s][k]);
   uint64_t result = seed ^ bytes;
-  for (int s = 0; s < 2; ++s)
-    for (int k = 0; k < 8; ++k) {
-      result = (result ^ sum[s][k]) * 0x9fb21c651e98df25u;
-      result ^= result >> 29;
-    }
+  for (int s = 0; s < kSums; ++s) result = mix(result, hashes[s]);
   return result;
 }
 
