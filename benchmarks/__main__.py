@@ -15,7 +15,8 @@ COMMANDS = {
     "mnist": "MNIST by rows: lstm, lstm128 or blstm",
     "binary": "binary increment: x and x + 1 as 20 bits",
     "hello": 'small recipes, and "hihell" -> "ihello"',
-    "speed": "paired timings of single calls",
+    "speed": "paired timings of single calls, beside every other LSTM on this machine",
+    "report": "tables and pictures of all results, and the README's own tables",
     "cells": "what each option of a cell costs, and RNN beside nn.RNN",
     "kernels": "what the GPU kernels compile to, without a GPU",
     "gpu": "tests, cuDNN records and timings of the Triton backend on a GPU",
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main_job(args: argparse.Namespace) -> int:
     """Short versions of the tasks, with both providers."""
-    from . import binary, data, mnist, report, train
+    from . import binary, data, mnist, records, train
 
     providers = train.prepare(args)
     print(SHORTENED)
@@ -81,12 +82,13 @@ def main_job(args: argparse.Namespace) -> int:
         mnist.Mnist(digits, "lstm", lstm, seed=args.seed),
         mnist.Mnist(digits, "blstm", blstm, seed=args.seed),
     ]
-    records = []
+    found = []
     for task in tasks:
         task.log_every, task.test_every = LOG_EVERY, task.steps
         trainees = train.train(task, providers, quiet=True)
-        records += [trainee.record() for trainee in trainees]
-    report.finish(records, json_file=args.out / "results.json", plot_file=args.out / "curves.png")
+        found += [trainee.record() for trainee in trainees]
+    files = {"json_file": args.out / "results.json", "plot_file": args.out / "curves.png"}
+    records.finish(found, **files)
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
 
-from .grid import Job
+from .jobs import Job
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from . import report, train
+from . import records, train
 from .task import Score, Task, add_forget_bias, count_steps, evaluate, shuffled
 
 BITS = 20
@@ -189,7 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print N wrong test rows at most (default: %(default)s)",
     )
     train.add_arguments(parser)
-    report.add_arguments(parser)
+    records.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> int:
     trainees = train.train(task, providers, tensorboard=args.tensorboard)
     for trainee in trainees:
         print_failures(trainee, task.test_numbers, args.failures)
-    report.finish(
+    records.finish(
         [trainee.record() for trainee in trainees], json_file=args.json, plot_file=args.plot
     )
     return 0

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import fastlstm
 from .cases import CASES, Case, parse
 from .environment import environment
 from .timing import take_turns
+from .work import on_host
 
 Row = dict[str, Any]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -76,7 +78,8 @@ def measure(case: Case, mode: str, seconds: float, repeat: int) -> list[Row]:
     modules |= {name: _module(fastlstm.LSTM, case, **o) for name, o in OPTIONS.items()}
     modules |= {"RNN": _module(fastlstm.RNN, case), "nn.RNN": _module(nn.RNN, case)}
     calls = {name: _call(module, x, mode) for name, module in modules.items()}
-    timings = take_turns(calls, seconds=seconds, repeat=repeat)
+    timers = {name: partial(on_host, call) for name, call in calls.items()}
+    timings = take_turns(timers, seconds=seconds, repeat=repeat)
     rows = []
     for name in (*OPTIONS, "RNN"):
         peer = "nn.RNN" if name == "RNN" else "plain"

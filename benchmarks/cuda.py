@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .contenders import Contender
+from .memory import gpu_peak
+from .work import Contender
 
 WARM_UPS = 3  # on a side stream, before a capture, as PyTorch asks: lazy set-up is no graph node
 
@@ -36,6 +39,14 @@ def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         work()
     return graph
+
+
+def on_events(contender: Contender) -> Contender:
+    """The contender on the clock and the memory of the GPU, unless it has its own."""
+    timer = contender.timer or partial(on_gpu, contender.call)
+    return replace(
+        contender, timer=timer, peak=contender.peak or partial(gpu_peak, contender.call)
+    )
 
 
 def captured(contender: Contender) -> Contender:

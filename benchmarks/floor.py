@@ -2,52 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .cases import Case
 from .cuda import capture, on_gpu
 from .precision import PRECISIONS, Precision
-from .timing import on_host, take_turns
+from .timing import take_turns
+from .work import on_host
 
-MATRIX = 8192  # rows and columns of the products: large enough to fill any GPU of today
-COPY = 2**31  # bytes, many times any cache
+MATRIX = {"cuda": 8192, "cpu": 1024}  # rows and columns of the products, large enough for the rate
+# Bytes of the copies: on a GPU many times any cache; a CPU has a rate for each of its caches.
+COPIES = {"cuda": (2**31,), "cpu": (2**16, 2**20, 2**24, 2**28)}
 NODES = 100  # kernels of the graph that measures what one of them costs
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured: `flops` a second of a large product in each precision, `bandwidth` of a large copy
-    in bytes read plus written a second, and `launch`, seconds for the smallest kernel of a graph.
+    """Measured: `flops` a second of a large product in each precision, `bandwidth` in bytes read
+    plus written a second of a copy of so many bytes, and `launch`, seconds for the smallest kernel
+    of a graph; on a CPU, for the smallest operation.
     """
 
     flops: dict[str, float]
-    bandwidth: float
+    bandwidth: dict[int, float]
     launch: float
+
+    def rate(self, size: int) -> float:
+        """The bandwidth for `size` bytes: of the smallest copy that is no smaller."""
+        fitting = [copied for copied in self.bandwidth if copied >= size]
+        return self.bandwidth[min(fitting) if fitting else max(self.bandwidth)]
 
 
 def measure(
-    device: str = "cuda", matrix: int = MATRIX, copy: int = COPY, seconds: float = 0.2
+    device: str = "cuda", precisions: Iterable[Precision] | None = None, seconds: float = 0.2
 ) -> Machine:
-    """Measures this machine; on a CPU, `launch` is that of the smallest operation."""
-    cuda = torch.device(device).type == "cuda"
+    """Measures this machine, on as many threads as torch has."""
+    kind = torch.device(device).type
+    cuda = kind == "cuda"
+    stopwatch = on_gpu if cuda else on_host
 
     def once(call: Callable[[], object]) -> float:
-        stopwatch = on_gpu if cuda else on_host
-        timing = take_turns({"": call}, seconds=seconds, repeat=20, stopwatch=stopwatch)[""]
-        return timing.percentiles[1] / 1e6
+        timer = {"": partial(stopwatch, call)}
+        return take_turns(timer, seconds=seconds, repeat=20)[""].percentiles[1] / 1e6
 
-    flops = {}
-    for name, precision in PRECISIONS.items():
-        a, b = (torch.randn(matrix, matrix, device=device).to(precision.dtype) for _ in range(2))
+    flops, n = {}, MATRIX[kind]
+    for precision in precisions or PRECISIONS.values():
+        a, b = (torch.randn(n, n, device=device).to(precision.dtype) for _ in range(2))
         out = torch.empty_like(a)
         with precision.applied():
-            flops[name] = 2 * matrix**3 / once(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
-    source = torch.ones(copy, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * copy / once(lambda: target.copy_(source))
+            rate = 2 * n**3 / once(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        flops[precision.name] = rate
+    bandwidth = {}
+    for size in COPIES[kind]:
+        source = torch.ones(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        bandwidth[size] = 2 * size / once(lambda s=source, t=target: t.copy_(s))
     small = torch.zeros(1, device=device)
     if not cuda:
         return Machine(flops, bandwidth, once(lambda: small.add_(1)))
@@ -77,5 +90,5 @@ def floor(case: Case, precision: Precision, mode: str, machine: Machine) -> floa
     if mode == "train":
         values += y + parameters  # the incoming gradient, and those of the parameters
     arithmetic = 2 * steps * products / machine.flops[precision.name]
-    memory = values * precision.dtype.itemsize / machine.bandwidth
-    return 1e6 * max(arithmetic, memory, machine.launch)
+    size = values * precision.dtype.itemsize
+    return 1e6 * max(arithmetic, size / machine.rate(size), machine.launch)

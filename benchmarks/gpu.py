@@ -12,7 +12,6 @@ fastlstm): above 1 fastlstm is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -29,13 +28,15 @@ import torch
 
 from . import BenchmarkError, bars, floor
 from .environment import environment
-from .gpu_rows import Row, line, measure, synchronize, work_through
-from .grid import GROUPS, Job, plan
+from .jobs import GPU_GROUPS, Job, plan_of_gpu
+from .measure import Row, describe_job, line, measure, synchronize, work_through
+from .results import Results
 from .worker import Worker
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda"
 BACKENDS = ("triton", "cuda", "reference")
+PROVIDERS = ("fastlstm", "torch")
 
 PROCESSES = 12  # of the tests, at most: each one has a share of the GPU's memory
 TESTS_SHARE = 0.5  # of the budget, at most: what the tests leave is for the timings
@@ -74,7 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--quick", action="store_true", help="a quarter of the time for every measurement")
     add("--skip-tests", action="store_true", help='time untested code; the rows say "skipped"')
-    add("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of timings (default: all)")
+    add(
+        "--groups",
+        nargs="+",
+        choices=GPU_GROUPS,
+        default=GPU_GROUPS,
+        help="of timings (default: all)",
+    )
     add("--commit", help="of this copy, where it has no git")
 
 
@@ -94,31 +101,31 @@ def main(args: argparse.Namespace) -> int:
         tests = run_tests(log, timeout, "--backend", args.backend, f"--ignore={FORCED_TESTS}")
     recorded = run_recorder(args.fixtures, args.out / "gpu-recording.log")
 
-    jobs = [job for job in plan() if job.group in args.groups]
+    jobs = [job for job in plan_of_gpu() if job.group in args.groups]
     chosen = [job for job in jobs if job.regime is None]
     # The CUDA kernels have no regime that they have to be told to take.
     imposed = [job for job in jobs if job.regime is not None and args.backend == "triton"]
-    target = args.out / f"gpu-{args.backend}-speed.json"
-    rows: list[Row] = []
+    results = Results(args.out / f"gpu-{args.backend}-speed.json", facts)
 
     def save(tests: str, new: Sequence[Row]) -> None:
-        rows.extend({**row, "tests": tests, **facts} for row in new)
-        part = target.with_suffix(".part")
-        part.write_text(json.dumps(rows, indent=1) + "\n")
-        part.replace(target)  # a run that is killed leaves the rows before, whole
+        results.add({**row, "tests": tests} for row in new)
         print("\n".join(map(line, new)), flush=True)
+
+    def failed(job: Job) -> Row:
+        return describe_job(job, "fastlstm", DEVICE, args.backend)
 
     quickly = QUICKLY if args.quick else 1
     with Worker(partial(synchronize, DEVICE)) as worker:
         machine = worker.run(floor.measure, DEVICE, timeout=MACHINE)
-        facts["machine"] = asdict(machine)
+        results.environment["machine"] = asdict(machine)
         print(f"\nmeasured: {machine}\n", flush=True)
 
         def perform(job: Job, timeout: float) -> list[Row]:
-            how = (machine, DEVICE, args.backend, SECONDS / quickly, ROUNDS // quickly)
-            return worker.run(measure, job, *how, timeout=timeout)
+            how = (machine, DEVICE, PROVIDERS, SECONDS / quickly, ROUNDS // quickly)
+            timed = partial(measure, backend=args.backend)
+            return worker.run(timed, job, *how, timeout=timeout)
 
-        limits = {"deadline": deadline, "backend": args.backend}
+        limits = {"failed": failed, "deadline": deadline}
         left_out = work_through(chosen, perform, partial(save, tests), **limits)
         proven = "skipped"
         if imposed and not args.skip_tests and (left := deadline - monotonic()) > 0:
@@ -126,14 +133,14 @@ def main(args: argparse.Namespace) -> int:
             proven = run_tests(log, min(FORCED_SECONDS, left), FORCED_TESTS)
         left_out += work_through(imposed, perform, partial(save, proven), **limits)
 
-    print(f"\nrows: {target}; tests: {tests}; of forced regimes: {proven}")
-    print("\n".join(bars.verdicts(chosen, rows, bars.of(args.backend))))
+    print(f"\nrows: {results.file}; tests: {tests}; of forced regimes: {proven}")
+    print("\n".join(bars.verdicts(chosen, results.rows, bars.of(args.backend))))
     if left_out:
         print(f"left out, for want of time: {len(left_out)} of {len(jobs)} measurements:")
         print("\n".join(f"  {job}" for job in left_out))
     if tests != "passed":
         print(f"Not to be published: tests {tests}.")
-    failures = sum("error" in row and row["regime"] is None for row in rows)
+    failures = sum("error" in row and row["regime"] is None for row in results.rows)
     if failures:
         print(f"{failures} rows are errors.")
     return int(tests == "failed" or not recorded or failures > 0)

@@ -1,48 +1,18 @@
-"""What a forward pass keeps for the backward pass, in values of H a step and direction."""
+"""Memory: what a forward pass keeps for the backward pass, and what a call takes at its peak."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
-import fastlstm
-
-from .cases import Case
-from .contenders import rows as rows_of
-
-Row = dict[str, Any]
-MODULES: dict[str, Callable[..., nn.RNNBase]] = {"fastlstm": fastlstm.LSTM, "torch": nn.LSTM}
+from torch import Tensor
 
 
-def measure(cases: Iterable[Case], dtype: str) -> list[Row]:
-    """Bytes kept by each module, and how many values of H that is a step, layer and direction."""
-    rows = []
-    for case in cases:
-        for name, kind in MODULES.items():
-            x = case.input(getattr(torch, dtype))
-            module = kind(case.I, case.H, case.L, bidirectional=case.D == 2).to(rows_of(x).dtype)
-            size = kept_bytes(module, x)
-            steps = int(case.lengths.sum()) * case.L * case.D
-            values = size / (steps * case.H * rows_of(x).element_size())
-            rows.append(
-                {
-                    "case": case.name,
-                    "shape": case.shape,
-                    "mode": "memory",
-                    "dtype": dtype,
-                    "provider": name,
-                    "bytes": size,
-                    "values_of_H": values,
-                }
-            )
-    return rows
-
-
-def kept_bytes(module: nn.RNNBase, x: Any) -> int:
-    """Bytes of all storages that autograd keeps, without those of the parameters and of x."""
+def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """Bytes of all storages that autograd keeps, without those of the tensors `own`."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -51,18 +21,43 @@ def kept_bytes(module: nn.RNNBase, x: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = module(x)  # held, so that no address is used twice
-    for own in (*module.parameters(), rows_of(x)):
-        kept.pop(own.untyped_storage().data_ptr(), None)
+        output = forward()  # held, so that no address is used twice
+    for tensor in own:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
     del output
     return sum(kept.values())
 
 
-def table(rows: list[Row]) -> str:
-    """One line per case and module."""
-    width = max(len(row["case"]) for row in rows)
-    return "\n".join(
-        f"{row['case']:{width}}  {row['provider']:8}  {row['values_of_H']:6.2f} H a step "
-        f"({row['bytes'] / 2**20:.2f} MiB)"
-        for row in rows
-    )
+def peak(call: Callable[[], object]) -> int | None:
+    """Bytes that a call adds to the resident memory of this process, at most; None if unknown.
+
+    Linux tells the highest mark since it was set back. Pages are what it counts, so kilobytes are
+    noise, and what an allocator had kept from earlier calls is given back first.
+    """
+    own = Path("/proc/self")
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        (own / "clear_refs").write_text("5")
+        before = _status(own, "VmRSS")
+        call()
+        return max(0, _status(own, "VmHWM") - before)
+    except (OSError, AttributeError):  # another system, or no leave to write there
+        return None
+
+
+def gpu_peak(call: Callable[[], object]) -> int:
+    """Bytes that a call adds to what PyTorch has allocated on the current GPU, at most."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _status(process: Path, name: str) -> int:
+    for line in (process / "status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {name} in the status of a process")

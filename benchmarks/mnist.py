@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from . import BenchmarkError, data, report, train
+from . import BenchmarkError, data, distributed, records, train
+from .distributed import ALONE, Processes
 from .task import Score, Task, add_forget_bias, count_steps, evaluate, shuffled
 
 CLASSES = 10
@@ -86,7 +87,9 @@ class Mnist(Task):
         protocol: Protocol,
         head: str = "last",
         seed: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
+        processes.check(protocol.batch)
         rows, _, self.inputs = digits.train_images.shape
         self.name = f"mnist {model}"
         if protocol.bidirectional:
@@ -95,6 +98,8 @@ class Mnist(Task):
         self.protocol = protocol
         self.head = head
         self.seed = seed
+        self.processes = processes
+        self.batch_size = protocol.batch
         self.device = digits.train_images.device
         self.steps = count_steps(rows, protocol.batch, protocol.epochs, protocol.samples)
         epoch = rows // protocol.batch
@@ -130,9 +135,9 @@ class Mnist(Task):
         return self.digits.train_images[rows], self.digits.train_labels[rows]
 
     def test(self, model: nn.Module, *, last: bool) -> Score:
-        images = self.digits.test_images.split(TEST_BATCH)
-        labels = self.digits.test_labels.split(TEST_BATCH)
-        return evaluate(model, zip(images, labels, strict=True))
+        images = self.processes.share(self.digits.test_images).split(TEST_BATCH)
+        labels = self.processes.share(self.digits.test_labels).split(TEST_BATCH)
+        return evaluate(model, zip(images, labels, strict=True), self.processes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +168,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_arguments(parser)
     train.add_arguments(parser)
-    report.add_arguments(parser)
+    distributed.add_arguments(parser)
+    records.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -178,12 +184,14 @@ def main(args: argparse.Namespace) -> int:
             f"--head {args.head} is for --model blstm: with one direction, the last output is the "
             "final state"
         )
-    providers = train.prepare(args)
-    digits = data.load(args.data).to(args.device)
-    records = []
-    for head in HEADS if args.head == "both" else (args.head or "last",):
-        task = Mnist(digits, args.model, protocol, head, args.seed)
-        trainees = train.train(task, providers, tensorboard=args.tensorboard)
-        records += [trainee.record() for trainee in trainees]
-    report.finish(records, json_file=args.json, plot_file=args.plot)
+    with distributed.processes(args) as processes:
+        providers = train.prepare(args)
+        digits = processes.once(lambda: data.load(args.data)).to(args.device)
+        found = []
+        for head in HEADS if args.head == "both" else (args.head or "last",):
+            task = Mnist(digits, args.model, protocol, head, args.seed, processes)
+            trainees = train.train(task, providers, tensorboard=args.tensorboard)
+            found += [trainee.record() for trainee in trainees]
+        if processes.leads:
+            records.finish(found, json_file=args.json, plot_file=args.plot)
     return 0

@@ -44,7 +44,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         for panel, (label, _) in zip(axes[:, 0], PANELS, strict=True):
             panel.set_ylabel(label)
         axes[0, 0].legend(loc="lower left")
-        figure.supxlabel(_caption(records[0]), fontsize=9, color="#666666")
+        figure.supxlabel(_caption(records[0]), fontsize=9, color="#666666", wrap=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         pyplot.close(figure)
@@ -99,8 +99,10 @@ def _scale(column: Any) -> None:
 def _caption(record: Record) -> str:
     facts = record.environment
     threads = facts["threads"]
+    processes = f"{record.processes} processes of " if record.processes > 1 else ""
     return (
-        f"{facts.get('gpu') or facts['cpu']}, {threads} thread{'s' if threads > 1 else ''}, "
+        f"{facts.get('gpu') or facts['cpu']}, "
+        f"{processes}{threads} thread{'s' if threads > 1 else ''}, "
         f"torch {facts['torch']}: same weights, batches and dropout for both"
     )
 

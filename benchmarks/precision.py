@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """`tf32` says whether products may round their factors to TF32; None for 16-bit dtypes."""
+    """`tf32` says whether products may round their factors to TF32; None for other dtypes."""
 
     name: str
     dtype: torch.dtype
@@ -50,3 +50,4 @@ PRECISIONS = {
         Precision("exact", torch.float32, tf32=False),
     )
 }
+ALL_PRECISIONS = {**PRECISIONS, "fp64": Precision("fp64", torch.float64)}  # the last on CPUs only

@@ -1,77 +1,110 @@
-"""What a training run leaves behind: a table, a JSON file and a picture of the curves."""
+"""`python -m benchmarks report`: tables and pictures of all results, and the README's own tables.
+
+Everything comes from the files of `speed`, `cells`, `gpu` and `mnist --distributed` in
+benchmarks/results. With --check nothing is written: the command fails if anything is stale.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from .plot import plot
-from .train import LABELS, Record, speed_up
+from . import BenchmarkError, charts, tables
+from .results import FOLDER, Results, load
 
-HEADER = (
-    "task", "provider", "test loss", "accuracy", "exact", "steps", "time, s", "ms/step", "speed-up"
-)  # fmt: skip
+README = Path(__file__).parents[1] / "README.md"
+ALL = "README.md"  # in the folder of results: every table
+# What stands between <!-- report: KIND FILE --> and <!-- end of report --> in the README.
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "caption": tables.caption,
+    "speed": tables.main_table,
+    "means": tables.means,
+    "losses": tables.losses,
+    "peers": tables.peers,
+    "cells": tables.cells,
+}
+_MARKED = re.compile(r"(<!-- report: (\w+) (\S+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options for what one command leaves behind."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there, as PNG")
-    parser.add_argument(
-        "--tensorboard", type=Path, metavar="DIR", help="write TensorBoard summaries below DIR"
-    )
+    """The options of `report`."""
+    add = parser.add_argument
+    add("--results", type=Path, default=FOLDER, metavar="DIR", help="default: %(default)s")
+    add("--readme", type=Path, default=README, metavar="FILE", help="default: %(default)s")
+    add("--check", action="store_true", help="write nothing; 1 if anything is stale")
 
 
-def finish(records: Sequence[Record], *, json_file: Path | None, plot_file: Path | None) -> None:
-    """Prints the table; writes the files and says where they are."""
-    print(f"\n{table(records)}\n")
-    if json_file:
-        write_json(records, json_file)
-        print(f"results: {json_file}")
-    if plot_file:
-        plot(records, plot_file)
-        print(f"curves:  {plot_file}")
+def main(args: argparse.Namespace) -> int:
+    """Write what has changed, or with --check name it."""
+    stale = []
+    for file, text in texts(args.results, args.readme).items():
+        if not file.exists() or file.read_text() != text:
+            stale.append(file)
+            if not args.check:
+                file.write_text(text)
+    for results in speed_results(args.results):
+        for name, (rows, draw) in charts.charts(results).items():
+            file = picture(results, name)
+            if charts.drawn_from(file) != charts.digest(rows):
+                stale.append(file)
+                if not args.check:
+                    charts.save(file, rows, draw, results)
+    for file in stale:
+        print(f"{'stale' if args.check else 'written'}: {file}")
+    if args.check and stale:
+        print("python -m benchmarks report brings them up to date")
+    return int(args.check and bool(stale))
 
 
-def table(records: Sequence[Record]) -> str:
-    """One row for each record.
+def texts(folder: Path, readme: Path) -> dict[Path, str]:
+    """The text that each file should have."""
+    return {folder / ALL: overview(folder), readme: refreshed(readme.read_text(), folder)}
 
-    Loss, accuracy and exact rows are those of the test set after training; the time is that
-    inside training steps, and the speed-up that over ``nn.LSTM`` in the same task.
-    """
-    rows = [HEADER]
-    for record in records:
-        gain = speed_up(record, records)
-        rows.append(
-            (
-                record.task,
-                LABELS[record.provider],
-                f"{record.loss:.5f}",
-                f"{record.accuracy:.3%}",
-                f"{record.exact:,} of {record.rows:,}",
-                f"{record.steps:,}",
-                f"{record.seconds:.1f}",
-                f"{record.step_ms['p50']:.2f}",
-                f"{gain:.2f}x" if gain else "",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+
+def speed_results(folder: Path) -> list[Results]:
+    """Of `speed` and of `gpu`."""
+    return [load(file) for file in sorted(folder.glob("*-speed.json"))]
+
+
+def picture(results: Results, name: str) -> Path:
+    """The file of a picture beside that of its results."""
+    assert results.file is not None
+    return results.file.with_name(f"{results.file.stem.removesuffix('-speed')}-{name}.svg")
+
+
+def refreshed(text: str, folder: Path) -> str:
+    """The README with new contents between its markers."""
+
+    def content(match: re.Match[str]) -> str:
+        head, kind, name, end = match.groups()
+        if kind == "scaling":
+            made = tables.scaling(json.loads((folder / name).read_text()))
+        elif kind in SECTIONS:
+            made = SECTIONS[kind](load(folder / name))
+        else:
+            expected = ", ".join([*SECTIONS, "scaling"])
+            raise BenchmarkError(f"the README asks for a report of {kind}; there are: {expected}")
+        return f"{head}{made}\n{end}"
+
+    return _MARKED.sub(content, text)
+
+
+def overview(folder: Path) -> str:
+    """Every table, of every machine."""
+    parts = [
+        "# Results",
+        "Made by `python -m benchmarks report` from the files beside it. Times are medians, in "
+        "microseconds a call; a peer's column says how many times as long it takes in the same "
+        "rounds, in bold where it is faster. The floor is the time of the multiplications at the "
+        "rate of a large product, or of the bytes at the rate of a copy, both measured in the "
+        "same run. The error is the largest against float64, as a share of the largest value.",
     ]
-    lines.insert(1, "-" * len(lines[0]))
-    lines.append("accuracy: images or bits that are right; exact: images or numbers all right")
-    return "\n".join(lines)
-
-
-def write_json(records: Sequence[Record], path: Path) -> None:
-    """The records as a JSON list."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    for results in speed_results(folder):
+        assert results.file is not None
+        parts += [f"## {results.file.name}", tables.caption(results)]
+        parts += [f"![{name}]({picture(results, name).name})" for name in charts.charts(results)]
+        parts += [tables.everything(results), "### Peers", tables.peers(results)]
+    return "\n\n".join(parts) + "\n"

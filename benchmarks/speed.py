@@ -1,33 +1,43 @@
-"""`python -m benchmarks speed`: fastlstm beside nn.LSTM and ONNX Runtime, in one process.
+"""`python -m benchmarks speed`: fastlstm beside every other LSTM on this machine.
 
 A figure is a median over short blocks in which the contenders take turns on the same inputs and
-weights, after their results have been checked. A ratio is the median over the rounds of (time of
-the peer / time of fastlstm) in the same round: above 1 fastlstm is faster.
+weights, after the results of each have been checked against float64. A ratio is the median over
+the rounds of (time of the peer / time of fastlstm) in the same round: above 1 fastlstm is faster.
+With --json, what has been measured is kept: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import geometric_mean
+from time import monotonic
 from typing import Any
 
 import torch
 
-from . import memory
-from .cases import CASES, Case, parse
-from .contenders import MODES, PROVIDERS, build, unsuited
+from . import BenchmarkError, floor
+from .cases import ALL, CASES, GROUPS, Case, parse
 from .environment import environment
-from .timing import take_turns
+from .jobs import Job, of_cases
+from .measure import describe_job, line, measure
+from .precision import ALL_PRECISIONS, Precision
+from .providers import PROVIDERS, provider
+from .providers.remote import Remotes
+from .results import Results
+from .work import MODES
 
 Row = dict[str, Any]
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-DENSE = "fastlstm, dense"  # on the dense batch of a packed case, for as many real steps
+QUICK = ("binary", "mnist-lstm", "mnist-lstm128", "mnist-blstm", "step", "one-sequence")
+QUICK_PROVIDERS = ("fastlstm", "torch", "onnxruntime")
+QUICK_SECONDS = 45  # after which no measurement starts
+# What a job takes: so many calls by every provider, if all were at the floor, where nobody is.
+CALLS = 40
+JOB = ("group", "case", "shape", "mode", "precision", "graph", "threads", "device")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,29 +45,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, metavar="NAME", help=f"of: {', '.join(CASES)}")
     add("--case", action="append", type=_case, metavar="I,H,L,D,B,T", help="any shape; repeatable")
+    add("--groups", nargs="+", choices=(*GROUPS, "all"), help="of cases (default: tasks users)")
     add("--modes", nargs="+", choices=MODES, help="default: step where T is 1, else infer, train")
-    add("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--threads", type=int, help="default: torch's own choice")
-    add("--seconds", type=float, default=2.0, help="for one case in one mode (default: 2)")
-    add("--repeat", type=int, default=40, help="most rounds of one block each (default: 40)")
-    add("--quick", action="store_true", help="a tenth of the time, a quarter of the rounds")
+    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
+    add("--precision", choices=ALL_PRECISIONS, help="default: exact on a CPU, tf32 on a GPU")
+    add("--device", default="cpu", help="cpu or cuda[:N] (default: %(default)s)")
+    add("--graph", action="store_true", help="on a GPU: replayed from a CUDA graph as well")
+    add("--threads", nargs="+", type=int, metavar="N", help="each in turn (default: torch's own)")
+    add("--seconds", type=float, default=1.5, help="for one case in one mode (default: 1.5)")
+    add("--repeat", type=int, default=30, help="most rounds of one block each (default: 30)")
+    add("--budget", type=float, metavar="SECONDS", help="after which no measurement starts")
+    add("--longest", type=float, default=60, metavar="SECONDS", help="for a case (default: 60)")
+    add("--quick", action="store_true", help="six cases, three providers, within a minute")
     add("--input-gradient", action="store_true", help="train: also the gradient of x")
-    add("--memory", action="store_true", help="what is kept for backward instead of the time")
-    add("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    add("--json", type=Path, metavar="FILE", help="write the rows to FILE, and go on from there")
+    add("--fresh", action="store_true", help="start FILE again")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure, print the table and write the rows; raises Mismatch if a result is wrong."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    facts = environment()
-    rows = memory.measure(_cases(args), args.dtype) if args.memory else _measure(args)
-    print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
-    print(memory.table(rows) if args.memory else table(rows))
-    if args.json:
-        args.json.write_text(json.dumps([row | facts for row in rows], indent=1) + "\n")
-    return 0
+    """Measure what is not in the file yet, print the table; 1 if a result of ours is wrong."""
+    if args.quick:
+        args.seconds, args.repeat = min(args.seconds, 0.3), min(args.repeat, 8)
+        args.budget = args.budget or QUICK_SECONDS
+    if any(count < 1 for count in args.threads or ()):
+        raise BenchmarkError(f"--threads must be 1 or more, not {args.threads}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise BenchmarkError(f"--device {args.device} cannot be used: {error}") from error
+    cuda = torch.device(args.device).type == "cuda"
+    precision = ALL_PRECISIONS[args.precision or ("tf32" if cuda else "exact")]
+    results = Results(args.json, environment(args.device))
+    if not args.fresh:
+        results.resume()
+    print(", ".join(f"{k} {v}" for k, v in results.environment.items() if v is not None))
+    names = args.providers or (QUICK_PROVIDERS if args.quick else PROVIDERS)
+    graphs = (False, True) if args.graph and cuda else (False,)
+    counts = args.threads or (None,)
+    jobs = of_cases(_cases(args), args.modes, precision, graphs, counts)
+    missing = {name: reason for name in names if (reason := provider(name).missing())}
+    results.environment["missing"] = missing
+    names = [name for name in names if name not in missing]
+    left_out, too_long = work_off(args, jobs, names, precision, results)
+    results.add([])
+    wanted = {key(describe_job(job, name, args.device)) for job in jobs for name in names[:1]}
+    rows = [row for row in results.rows if key(row) in wanted and row["provider"] in names]
+    print(table(rows))
+    for name, reason in missing.items():
+        print(f"without {name}: {reason}")
+    for what, where in (("for want of time", left_out), ("longer than --longest", too_long)):
+        if where:
+            print(f"left out, {what}: {', '.join(f'{j.case.name} {j.mode}' for j in where)}")
+    return int(any("error" in row and row["provider"].startswith("fastlstm") for row in rows))
+
+
+def work_off(
+    args: argparse.Namespace,
+    jobs: Sequence[Job],
+    names: Sequence[str],
+    precision: Precision,
+    results: Results,
+) -> tuple[list[Job], list[Job]]:
+    """Adds what is missing to the results; returns the jobs for which there was no time."""
+    deadline = monotonic() + (args.budget or float("inf"))
+    done = {(key(row), row["provider"]) for row in results.rows}
+    machines: dict[int, floor.Machine] = {}
+    left_out, too_long = [], []
+    with Remotes() as remotes:
+        options = {"input_gradient": args.input_gradient, "remotes": remotes}
+        for job in _progress(jobs):
+            described = [describe_job(job, name, args.device) for name in names]
+            if all((key(row), row["provider"]) in done for row in described):
+                continue
+            if monotonic() > deadline:
+                left_out.append(job)
+                continue
+            threads = described[0]["threads"]
+            if threads not in machines:
+                machines[threads] = _machine(args.device, precision, threads)
+                of_threads = results.environment.setdefault("machine", {})
+                of_threads[str(threads)] = asdict(machines[threads])
+            least = floor.floor(job.case, precision, job.mode, machines[threads]) / 1e6
+            if least * len(names) * CALLS > args.longest:
+                too_long.append(job)
+                continue
+            how = (machines[threads], args.device, names, args.seconds, args.repeat)
+            found = measure(job, *how, **options)
+            # Rows of fewer providers did not take their turns with these.
+            results.rows = [row for row in results.rows if key(row) != key(described[0])]
+            results.add(found)
+            for row in found:
+                if "error" in row:
+                    print(line(row))
+    return left_out, too_long
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row is about, whoever it is of."""
+    return tuple(row[name] for name in JOB)
 
 
 def _case(text: str) -> Case:
@@ -69,84 +154,46 @@ def _case(text: str) -> Case:
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     named = [CASES[name] for name in args.cases or ()] + (args.case or [])
-    return named or list(CASES.values())
+    groups = args.groups or ([] if named else ["tasks", "users"])
+    if args.quick and not named and not args.groups:
+        return [CASES[name] for name in QUICK]
+    return named + [case for case in ALL if case.group in groups or "all" in groups]
 
 
-def _measure(args: argparse.Namespace) -> list[Row]:
-    dtype = getattr(torch, args.dtype)
-    seconds, repeat = args.seconds, args.repeat
-    if args.quick:
-        seconds, repeat = seconds / 10, max(2, repeat // 4)
-    plan = [
-        (case, mode)
-        for case in _cases(args)
-        for mode in args.modes or (("step",) if case.T == 1 else ("infer", "train"))
-    ]
-    rows: list[Row] = []
-    skipped: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for case, mode in _progress(plan):
-        providers = []
-        for provider in args.providers:
-            reason = unsuited(provider, case, mode, dtype)
-            if reason is None:
-                providers.append(provider)
-            else:
-                skipped[provider, reason].append(f"{case.name} {mode}")
-        if not providers:
-            continue
-        contenders = build(providers, case, mode, dtype, args.input_gradient)
-        if case.packed and "fastlstm" in providers:
-            whole = replace(case, packed=False)
-            dense = build(["fastlstm"], whole, mode, dtype, args.input_gradient)
-            contenders[DENSE] = dense["fastlstm"]
-        with torch.inference_mode(mode != "train"):
-            calls = {name: contender.call for name, contender in contenders.items()}
-            timings = take_turns(calls, seconds=seconds, repeat=repeat)
-        real_steps = int(case.lengths.sum())
-        if DENSE in timings:
-            timings[DENSE] = timings[DENSE].scaled(real_steps / (case.B * case.T))
-        for name, timing in timings.items():
-            rows.append(
-                {
-                    "case": case.name,
-                    "shape": case.shape,
-                    "real_steps": real_steps,
-                    "mode": mode,
-                    "dtype": args.dtype,
-                    "provider": name,
-                    **timing.figures,
-                    "ratio": timing.ratio(timings["fastlstm"]) if "fastlstm" in timings else None,
-                }
-            )
-    for (provider, reason), where in skipped.items():
-        print(f"without {provider} ({reason}): {', '.join(where)}")
-    return rows
+def _machine(device: str, precision: Precision, threads: int) -> floor.Machine:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return floor.measure(device, [precision])
+    finally:
+        torch.set_num_threads(before)
 
 
-def _progress(plan: list[tuple[Case, str]]) -> Iterable[tuple[Case, str]]:
+def _progress(jobs: Sequence[Job]) -> Iterable[Job]:
     if find_spec("tqdm") is None:
-        return plan
+        return jobs
     from tqdm import tqdm
 
-    return tqdm(plan, desc="speed", unit="measurement", disable=None, leave=False)
+    return tqdm(jobs, desc="speed", unit="case", disable=None, leave=False)
 
 
 def table(rows: list[Row]) -> str:
-    """One line per case and mode, a column per provider, and what it comes to."""
-    groups: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    """One line per case and mode: our time, and how many times as long the others take."""
+    groups: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        groups[row["case"], row["mode"], row["shape"]][row["provider"]] = row
-    providers = [name for name in PROVIDERS if any(name in group for group in groups.values())]
-    lines = [["case", "mode", "I,H,L,D,B,T"]]
-    for name in providers:
-        lines[0] += [f"{name} µs (p20-p80)"] + ["ratio "] * (name != "fastlstm")
-    for key, group in groups.items():
-        lines.append([*key])
-        for name in providers:
-            found = group.get(name)
-            lines[-1].append(_time(found) if found else "-")
-            if name != "fastlstm":
-                lines[-1].append(_ratio(found["ratio"]) if found and found["ratio"] else "- ")
+        groups[key(row)][row["provider"]] = row
+    names = [
+        name for name in PROVIDERS if any("p50_us" in g.get(name, ()) for g in groups.values())
+    ]
+    others = [name for name in names if name != "fastlstm"]
+    ours = ["fastlstm µs (p20-p80)"] if "fastlstm" in names else []
+    lines = [["case", "mode", "I,H,L,D,B,T", *ours, *others]]
+    for group in groups.values():
+        row = next(iter(group.values()))
+        how = row["mode"] + " graph" * row["graph"]
+        lines.append([row["case"], how, row["shape"]])
+        for name in names:
+            lines[-1].append(_cell(group.get(name), timed=name == "fastlstm" or not ours))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
@@ -158,6 +205,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(line.rstrip() for line in [*text, "", *_summary(rows)])
 
 
+def _cell(row: Row | None, timed: bool) -> str:
+    if row is None or "skipped" in row:
+        return "- "
+    if "error" in row:
+        return "error "
+    return _time(row) if timed or row["ratio"] is None else _ratio(row["ratio"])
+
+
 def _time(row: Row) -> str:
     p20, p50, p80 = (
         f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
@@ -166,24 +221,21 @@ def _time(row: Row) -> str:
     return f"{p50} ({p20}-{p80})"
 
 
-def _behind(ratio: float) -> bool:
+def behind(ratio: float) -> bool:
+    """Whether the peer is faster, as far as two decimals show it."""
     return round(ratio, 2) < 1
 
 
 def _ratio(ratio: float) -> str:
-    return f"{ratio:.2f}x" + ("*" if _behind(ratio) else " ")
+    return f"{ratio:.2f}x" + ("*" if behind(ratio) else " ")
 
 
 def _summary(rows: list[Row]) -> Iterator[str]:
     ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        if row["provider"] == DENSE:
-            gain = _ratio(row["ratio"]).strip()
-            what = f"{row['case']} {row['mode']}"
-            yield f"{what}: a real step is {gain} as fast as one of the dense batch"
-        elif row["provider"] != "fastlstm" and row["ratio"]:
+        if row["provider"] != "fastlstm" and row.get("ratio"):
             ratios[row["mode"], row["provider"]].append(row["ratio"])
     for (mode, peer), values in ratios.items():
         yield f"{mode}: {geometric_mean(values):.2f}x {peer} (geometric mean, n={len(values)})"
-    if any(_behind(row["ratio"]) for row in rows if row["ratio"]):
+    if any(behind(value) for values in ratios.values() for value in values):
         yield "* the other one is faster"

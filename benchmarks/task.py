@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import BenchmarkError
+from .distributed import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class Task(ABC):
     settings: dict[str, Any]  # what it takes to run the task again, for the record
     device: torch.device
     seed: int
+    batch_size: int  # rows, over all processes
     steps: int
     log_every: int  # steps between two points of the curve
     test_every: int  # steps between two tests, a multiple of log_every
     stop_when_exact: bool = False
+    processes: Processes = ALONE  # which share every batch, and the test set
 
     @abstractmethod
     def build(self, lstm: type[nn.Module]) -> nn.Module:
@@ -62,8 +65,13 @@ class Task(ABC):
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
-    """Scores the model, in evaluation mode, over batches of inputs and targets."""
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = ALONE
+) -> Score:
+    """Scores the model, in evaluation mode, over batches of inputs and targets.
+
+    Those of all processes, if there are several.
+    """
     model.eval()
     loss = 0.0
     answers = correct = exact = rows = 0
@@ -75,6 +83,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scor
         correct += int(hits.sum())
         exact += int(hits.all(1).sum())
         rows += len(hits)
+    loss, *counts = processes.sum((loss, answers, correct, exact, rows))
+    answers, correct, exact, rows = map(int, counts)
     return Score(loss / answers, correct / answers, exact, rows)
 
 

@@ -6,9 +6,8 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
-from time import perf_counter
 
-Stopwatch = Callable[[Callable[[], object], int], float]
+Timer = Callable[[int], float]
 
 FEWEST_ROUNDS = 5  # a median of fewer blocks means little, so a slow case takes longer than asked
 
@@ -38,62 +37,44 @@ class Timing:
             "calls_per_block": self.calls,
         }
 
-    def scaled(self, factor: float) -> Timing:
-        """As if every call had taken `factor` times as long."""
-        return Timing(tuple(block * factor for block in self.blocks), self.calls)
-
     def ratio(self, other: Timing) -> float:
         """How many times as long as `other` a call takes: the median over the rounds."""
         return median(a / b for a, b in zip(self.blocks, other.blocks, strict=True))
 
 
-def on_host(call: Callable[[], object], times: int) -> float:
-    """Seconds that so many calls take on the host."""
-    start = perf_counter()
-    for _ in range(times):
-        call()
-    return perf_counter() - start
+def take_turns(timers: Mapping[str, Timer], *, seconds: float, repeat: int) -> dict[str, Timing]:
+    """Time everybody in about `seconds`, in at most `repeat` rounds of one block each.
 
-
-def take_turns(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    seconds: float,
-    repeat: int,
-    stopwatch: Stopwatch = on_host,
-) -> dict[str, Timing]:
-    """Time all of `calls` in about `seconds`, in at most `repeat` rounds of one block each.
-
-    Every round runs one block of every contender, in turn forwards and backwards. `stopwatch`
-    makes the calls of a block and returns their seconds.
+    Every round runs one block of every contender, in turn forwards and backwards. A timer makes so
+    many calls and returns their seconds.
     """
-    once = {name: _warm_up(call, stopwatch) for name, call in calls.items()}
+    once = {name: _warm_up(timer) for name, timer in timers.items()}
     rounds = min(repeat, max(FEWEST_ROUNDS, int(seconds / sum(once.values()))))
-    block = seconds / rounds / len(calls)
-    counts = {name: max(1, round(block / once[name])) for name in calls}
-    blocks: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    block = seconds / rounds / len(timers)
+    counts = {name: max(1, round(block / once[name])) for name in timers}
+    blocks: dict[str, list[float]] = {name: [] for name in timers}
+    order = list(timers)
     collecting = gc.isenabled()
     gc.disable()  # a collection would land on whoever runs at the time
     gc.freeze()  # and the one after every round need not look at what was there before
     try:
         for _ in range(rounds):
             for name in order:
-                calls[name]()  # brings its code, weights and threads back
-                blocks[name].append(stopwatch(calls[name], counts[name]) / counts[name] * 1e6)
+                timers[name](1)  # brings its code, weights and threads back
+                blocks[name].append(timers[name](counts[name]) / counts[name] * 1e6)
             order.reverse()
             gc.collect()
     finally:
         gc.unfreeze()
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(blocks[name]), counts[name]) for name in calls}
+    return {name: Timing(tuple(blocks[name]), counts[name]) for name in timers}
 
 
-def _warm_up(call: Callable[[], object], stopwatch: Stopwatch) -> float:
+def _warm_up(timer: Timer) -> float:
     """Seconds a call takes once lazy initialisation is behind it."""
-    call()
+    timer(1)
     times = 1
-    while (elapsed := stopwatch(call, times)) < 0.01:
+    while (elapsed := timer(times)) < 0.01:
         times *= 2
     return elapsed / times

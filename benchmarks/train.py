@@ -2,6 +2,8 @@
 
 All providers start from the same weights, see the same batches and draw the same dropout masks.
 They take turns every few steps, so that a machine that slows down for a while slows all of them.
+Where several processes train one task, a copy of each model that rank 0 trains alone takes turns
+too: the time of its steps is what the efficiency compares with.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,12 +24,14 @@ from torch import Tensor, nn
 import fastlstm
 
 from . import BenchmarkError, extra
+from .distributed import ALONE
 from .environment import environment
 from .task import Score, Task, cross_entropy, right
 
 PROVIDERS: dict[str, type[nn.Module]] = {"fastlstm": fastlstm.LSTM, "torch": nn.LSTM}
 LABELS = {"fastlstm": "fastlstm.LSTM", "torch": "torch.nn.LSTM"}
 TURN = 10  # training steps of one provider before the next one takes its turn
+ALONE_EVERY = 4  # turns of all processes to one turn of the copy that rank 0 trains alone
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Record:
     `seconds` is the time inside training steps: batch, forward, loss, backward, optimizer.
     `step_ms` has the 20th, 50th and 80th percentile of the time of a step, in milliseconds, where
     a step's time is the mean of its turn. `loss`, `accuracy`, `exact` and `rows` are those of the
-    test set after the last step.
+    test set after the last step. `samples_per_second` is of each of the `processes`, in a median
+    step; `efficiency` is the median step of one process alone, by that of all and by their number,
+    or None where there is only one.
     """
 
     task: str
@@ -63,34 +69,45 @@ class Record:
     steps: int
     environment: dict[str, Any]
     curve: tuple[Point, ...]
+    processes: int = 1
+    samples_per_second: float | None = None
+    efficiency: float | None = None
 
 
 class Trainee:
-    """One provider at work: its model, optimizer, clock and curve."""
+    """One provider at work: its model, optimizer, clock and curve.
+
+    `alone` is a copy that this process trains without the others, on whole batches.
+    """
 
     def __init__(self, task: Task, provider: str, model: nn.Module) -> None:
         self.task = task
         self.provider = provider
         self.model = model
+        self.alone: Trainee | None = None
         self.optimizer = task.optimizer(model)
         self.schedule = task.schedule(self.optimizer)
         self.seconds = 0.0
         self.steps = 0
         self.curve: list[Point] = []
+        self._replica = task.processes.replicate(model)
         self._step_ms: list[float] = []
         self._losses: list[float] = []
         self._accuracies: list[float] = []
 
     def run(self, batches: Sequence[Tensor]) -> None:
         """Trains on these batches. The clock runs here only."""
-        # The same seed for every provider, so that they share their dropout masks.
-        torch.manual_seed(self.task.seed + self.steps)
+        processes = self.task.processes
+        # The same seed for every provider, so that they share their dropout masks; another one in
+        # every process, because each has rows of its own.
+        torch.manual_seed(self.task.seed + processes.rank * self.task.steps + self.steps)
         self.model.train()
         outcomes = []
+        processes.wait()
         start = _now(self.task.device)
         for rows in batches:
-            inputs, targets = self.task.batch(rows)
-            logits = self.model(inputs)
+            inputs, targets = self.task.batch(processes.share(rows))
+            logits = self._replica(inputs)
             loss = cross_entropy(logits, targets)
             self.optimizer.zero_grad()
             loss.backward()
@@ -101,14 +118,19 @@ class Trainee:
         self.seconds += seconds
         self._step_ms.append(1000 * seconds / len(batches))
         self.steps += len(batches)
-        for loss, logits, targets in outcomes:
-            self._losses.append(loss.item())
-            self._accuracies.append(right(logits, targets).double().mean().item())
+        losses = [loss.item() for loss, _, _ in outcomes]
+        accuracies = [
+            right(logits, targets).double().mean().item() for _, logits, targets in outcomes
+        ]
+        self._losses += processes.mean(losses)
+        self._accuracies += processes.mean(accuracies)
         if not math.isfinite(self._losses[-1]):
             raise FloatingPointError(
                 f"{self.task.name}, {self.provider}: the loss is {self._losses[-1]} after "
                 f"{self.steps} steps"
             )
+        if self.alone and len(self._step_ms) % ALONE_EVERY == 1:
+            self.alone.run(batches)
 
     def log(self, test: Score | None) -> Point:
         """Adds to the curve the means since its last point."""
@@ -123,7 +145,10 @@ class Trainee:
         """The result so far; the last point of the curve must have a test."""
         test = self.curve[-1].test
         assert test is not None
-        percentiles = torch.tensor(self._step_ms).quantile(torch.tensor((0.2, 0.5, 0.8))).tolist()
+        step_ms, processes = self.step_ms(), self.task.processes.count
+        efficiency = None
+        if self.alone:
+            efficiency = self.alone.step_ms()["p50"] / (processes * step_ms["p50"])
         return Record(
             task=self.task.name,
             provider=self.provider,
@@ -133,11 +158,19 @@ class Trainee:
             exact=test.exact,
             rows=test.rows,
             seconds=self.seconds,
-            step_ms=dict(zip(("p20", "p50", "p80"), percentiles, strict=True)),
+            step_ms=step_ms,
             steps=self.steps,
             environment=environment(str(self.task.device)),
             curve=tuple(self.curve),
+            processes=processes,
+            samples_per_second=1000 * self.task.batch_size / (processes * step_ms["p50"]),
+            efficiency=efficiency,
         )
+
+    def step_ms(self) -> dict[str, float]:
+        """The 20th, 50th and 80th percentile of the time of a step so far, in milliseconds."""
+        percentiles = torch.tensor(self._step_ms).quantile(torch.tensor((0.2, 0.5, 0.8))).tolist()
+        return dict(zip(("p20", "p50", "p80"), percentiles, strict=True))
 
 
 def start(task: Task, providers: Sequence[str]) -> list[Trainee]:
@@ -149,7 +182,13 @@ def start(task: Task, providers: Sequence[str]) -> list[Trainee]:
     for provider, model in zip(providers, models, strict=True):
         # The first steps load code and build caches: a copy of the model takes them off the clock.
         Trainee(task, provider, deepcopy(model)).run(list(islice(task.batches(), 2)))
-    return [Trainee(task, *pair) for pair in zip(providers, models, strict=True)]
+    trainees = [Trainee(task, *pair) for pair in zip(providers, models, strict=True)]
+    if task.processes.count > 1 and task.processes.leads:
+        alone = copy(task)
+        alone.processes = ALONE
+        for trainee, copied in zip(trainees, start(alone, providers), strict=True):
+            trainee.alone = copied
+    return trainees
 
 
 def train(
@@ -166,10 +205,15 @@ def train(
     """
     tqdm = extra("tqdm").tqdm
     trainees = start(task, providers)
-    writers = {t: _writer(tensorboard / task.name / t.provider) for t in trainees if tensorboard}
+    leads = task.processes.leads
+    writers = {
+        t: _writer(tensorboard / task.name / t.provider) for t in trainees if tensorboard and leads
+    }
     batches = task.batches()
     running, step = list(trainees), 0
-    with tqdm(total=task.steps, desc=task.name, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=task.steps, desc=task.name, unit="step", dynamic_ncols=True, disable=not leads
+    ) as bar:
         while running and step < task.steps:
             next_log = step - step % task.log_every + task.log_every
             stop = min(step + TURN, next_log, task.steps)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import CASES
-from .grid import BATCHES, TASKS, WIDTHS
+from .jobs import BATCHES, TASK_SHAPES, WIDTHS
 
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}  # of A100, RTX 3090, RTX 4090 and H100
 DTYPES = ("bfloat16", "float16", "float32")
@@ -78,7 +78,7 @@ def layers(dtypes: Iterable[str], quick: bool) -> list[Layer]:
         else:
             few = dtype == "float16"
         layer = partial(Layer, dtype, precision if dtype == "float32" else None)
-        found += _cases(layer, TASKS if few else CASES)
+        found += _cases(layer, TASK_SHAPES if few else CASES)
         if few:
             continue
         found += _examples(layer) if quick else _everything(layer)

@@ -7,6 +7,7 @@ be there (CI does): then those tests fail with the reason.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend", choices=("triton", "cuda"), default="triton", help="of tests marked gpu"
     )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` means: a process for each core, but no more than there are long files."""
+    return min(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1, 8)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

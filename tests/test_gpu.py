@@ -9,7 +9,7 @@ from oracle import compare, judge, measure
 from torch import Tensor, nn
 
 import fastlstm
-from benchmarks.grid import Job, plan
+from benchmarks.jobs import Job, plan_of_gpu
 from benchmarks.precision import PRECISIONS, Precision
 
 pytestmark = gpu.MARKS
@@ -99,7 +99,7 @@ def test_error_is_that_of_cudnn(case: Case, precision: Precision) -> None:
 
 @pytest.mark.parametrize(
     ("case", "precision"),
-    dict.fromkeys((shortened(job), job.precision) for job in plan()),
+    dict.fromkeys((shortened(job), job.precision) for job in plan_of_gpu()),
     ids=str,
 )
 def test_timed_shapes(case: Case, precision: Precision) -> None:

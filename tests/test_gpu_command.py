@@ -1,6 +1,5 @@
 """`python -m benchmarks gpu` as far as a machine without a GPU can tell: all but the figures."""
 
-import json
 import os
 import sys
 import time
@@ -15,26 +14,28 @@ from typing import Any
 import pytest
 import torch
 
+import fastlstm
 from benchmarks import __main__ as command
-from benchmarks import bars, floor, gpu, gpu_rows
+from benchmarks import bars, floor, gpu
+from benchmarks import measure as rows_of
 from benchmarks.cases import CASES, Case
-from benchmarks.contenders import Contender
-from benchmarks.grid import GROUPS, TASKS, Job, plan
+from benchmarks.jobs import GPU_GROUPS, TASK_SHAPES, Job, plan_of_gpu
 from benchmarks.precision import PRECISIONS
+from benchmarks.results import load
 from benchmarks.timing import take_turns
 from benchmarks.worker import Failed, Worker
 
 TINY = Case("tiny", 3, 5, 2, 2, 2, 4)
 PACKED = Case("packed", 3, 5, 1, 2, 4, 6, packed=True)
-MACHINE = floor.Machine({name: 1e12 for name in PRECISIONS}, bandwidth=1e12, launch=1e-6)
+MACHINE = floor.Machine({name: 1e12 for name in PRECISIONS}, {1: 1e12}, launch=1e-6)
 
 
 def job(case: Case = TINY, precision: str = "exact", mode: str = "infer", **other: Any) -> Job:
     return Job(other.get("group", "tasks"), case, PRECISIONS[precision], mode, False)
 
 
-def measure(of: Job) -> list[gpu_rows.Row]:
-    return gpu_rows.measure(of, MACHINE, "cpu", "reference", seconds=0.001, repeat=2)
+def measure(of: Job) -> list[rows_of.Row]:
+    return rows_of.measure(of, MACHINE, "cpu", gpu.PROVIDERS, 0.001, 2, backend="reference")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -47,9 +48,9 @@ def test_no_gpu_is_an_honest_error(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
-    jobs = plan()
+    jobs = plan_of_gpu()
     assert len(set(jobs)) == len(jobs)
-    assert {j.group for j in jobs} == set(GROUPS)
+    assert {j.group for j in jobs} == set(GPU_GROUPS)
     assert [j.group for j in jobs] == sorted((j.group for j in jobs), key="tasks".__ne__)
     assert [j.regime for j in jobs] == sorted(
         (j.regime for j in jobs), key=bool
@@ -58,7 +59,7 @@ def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
     both = (False, True)
     assert tasks == {
         (CASES[name], precision, mode, graph)
-        for name in TASKS
+        for name in TASK_SHAPES
         for precision in PRECISIONS
         for mode in ("infer", "train")
         for graph in both
@@ -79,13 +80,13 @@ def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
 def test_rows(case: Case, mode: str, precision: str) -> None:
     ours, theirs = measure(job(case, precision, mode))
     assert (ours["provider"], ours["backend"]) == ("fastlstm", "reference")
-    assert (theirs["provider"], theirs["backend"]) == ("torch", "cudnn")
+    assert (theirs["provider"], theirs["version"]) == ("torch", torch.__version__)
     for row in (ours, theirs):
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
         assert row["us_per_step"] == row["p50_us"] / case.T
         assert row["times_floor"] == row["p50_us"] / row["floor_us"]
         assert row["precision"] == precision and row["graph"] is False
-        assert case.name in gpu_rows.line(row)
+        assert case.name in rows_of.line(row)
     assert ours["ratio"] == 1
     assert theirs["ratio"] > 0
 
@@ -100,7 +101,7 @@ def test_what_one_provider_cannot_do_is_a_row_with_the_reason(
     ours, theirs = measure(job())
     assert ours["error"] == "RuntimeError: too wide\nfor this machine"
     assert theirs["p50_us"] > 0 and theirs["ratio"] is None
-    assert gpu_rows.line(ours).endswith("RuntimeError: too wide")
+    assert rows_of.line(ours).endswith("RuntimeError: too wide")
 
 
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +132,10 @@ def test_precision_sets_and_restores_tf32() -> None:
 def test_floor_is_the_largest_of_three() -> None:
     case, exact = Case("", I=4, H=8, L=1, D=1, B=2, T=16), PRECISIONS["exact"]
     weights = 4 * 8 * (4 + 8)
-    slow = {"flops": {"exact": 1e6}, "bandwidth": 1e6, "launch": 1.0}
+    slow = {"flops": {"exact": 1e6}}
 
     def least(mode: str, **machine: Any) -> float:
-        instant = {"flops": {"exact": 1e30}, "bandwidth": 1e30, "launch": 0.0}
+        instant = {"flops": {"exact": 1e30}, "bandwidth": {1: 1e30}, "launch": 0.0}
         return floor.floor(case, exact, mode, floor.Machine(**instant | machine)) / 1e6
 
     assert least("infer", flops=slow["flops"]) == pytest.approx(2 * 32 * weights / 1e6)
@@ -143,26 +144,30 @@ def test_floor_is_the_largest_of_three() -> None:
         2 * 32 * (weights + backward) / 1e6
     )
     values = 32 * 4 + 32 * 8 + 2 * 2 * 8 + weights + 2 * 4 * 8
-    assert least("infer", bandwidth=1e6) == pytest.approx(4 * values / 1e6)
+    caches = {1: 1e30, 2**20: 1e6, 2**30: 1.0}
+    assert least("infer", bandwidth=caches) == pytest.approx(4 * values / 1e6)
     assert least("infer", launch=1.0) == pytest.approx(1.0)
 
 
-def test_machine_is_measured() -> None:
-    machine = floor.measure("cpu", matrix=32, copy=2**16, seconds=0.01)
+def test_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(floor.MATRIX, "cpu", 32)
+    monkeypatch.setitem(floor.COPIES, "cpu", (2**10, 2**16))
+    machine = floor.measure("cpu", seconds=0.01)
     assert machine.flops.keys() == PRECISIONS.keys()
-    assert all(value > 0 for value in (*machine.flops.values(), machine.bandwidth, machine.launch))
+    assert machine.bandwidth.keys() == {2**10, 2**16}
+    rates = (*machine.flops.values(), *machine.bandwidth.values(), machine.launch)
+    assert all(value > 0 for value in rates)
+    assert machine.rate(2**10 + 1) == machine.rate(2**20) == machine.bandwidth[2**16]
 
 
-def test_stopwatch_of_the_caller() -> None:
-    """The timings are what the stopwatch says, and it makes the calls."""
+def test_timings_are_what_the_timer_says() -> None:
     made = []
 
-    def stopwatch(call: Callable[[], object], times: int) -> float:
-        for _ in range(times):
-            call()
+    def timer(times: int) -> float:
+        made.extend([1] * times)
         return times * 0.5
 
-    timings = take_turns({"a": lambda: made.append(1)}, seconds=4, repeat=5, stopwatch=stopwatch)
+    timings = take_turns({"a": timer}, seconds=4, repeat=5)
     assert timings["a"].figures == {
         "p20_us": 5e5,
         "p50_us": 5e5,
@@ -174,36 +179,41 @@ def test_stopwatch_of_the_caller() -> None:
 
 
 def test_budget_ends_the_run_and_names_what_is_left() -> None:
-    jobs, now, saved = plan()[:5], 0.0, []
+    jobs, now, saved = plan_of_gpu()[:5], 0.0, []
 
-    def perform(one: Job, timeout: float) -> list[gpu_rows.Row]:
+    def perform(one: Job, timeout: float) -> list[rows_of.Row]:
         nonlocal now
-        assert timeout == gpu_rows.LONGEST
+        assert timeout == rows_of.LONGEST
         now += 10
         if one is jobs[1]:
             raise Failed("the process died with exit status -11")
-        return [gpu_rows.describe_job(one, "fastlstm", "triton")]
+        return [failed(one)]
 
-    left = gpu_rows.work_through(jobs, perform, saved.append, deadline=30, clock=lambda: now)
+    def failed(one: Job) -> rows_of.Row:
+        return rows_of.describe_job(one, "fastlstm", "cuda", "triton")
+
+    left = rows_of.work_through(
+        jobs, perform, saved.append, failed=failed, deadline=30, clock=lambda: now
+    )
     assert left == jobs[3:]
     assert [rows[0]["case"] for rows in saved] == [one.case.name for one in jobs[:3]]
     assert saved[1][0]["error"] == "the process died with exit status -11"
 
 
-def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[gpu_rows.Row]:
+def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[rows_of.Row]:
     own = {
-        **gpu_rows.describe_job(of, "fastlstm", "triton"),
+        **rows_of.describe_job(of, "fastlstm", "cuda", "triton"),
         "ratio": 1.0,
         "us_per_step": us_per_step,
     }
     return [
         own,
-        {**gpu_rows.describe_job(of, "torch", "triton"), "ratio": ratio, "us_per_step": 9.0},
+        {**rows_of.describe_job(of, "torch", "cuda"), "ratio": ratio, "us_per_step": 9.0},
     ]
 
 
 def test_bars_are_computed_from_the_rows() -> None:
-    jobs = [job(CASES[name], "bf16") for name in TASKS[:2]]
+    jobs = [job(CASES[name], "bf16") for name in TASK_SHAPES[:2]]
     rows = result(jobs[0], 4.0, 0.5) + result(jobs[1], 9.0, 0.7)
     lowest, mean, step = (
         bars.Bar("tasks", "infer", False, statistic, limit)
@@ -217,7 +227,7 @@ def test_bars_are_computed_from_the_rows() -> None:
 
 
 def test_a_bar_is_not_met_by_what_was_not_measured() -> None:
-    jobs = [job(CASES[name], "bf16") for name in TASKS[:2]]
+    jobs = [job(CASES[name], "bf16") for name in TASK_SHAPES[:2]]
     (bar,) = bars.BARS[:1]
     (nothing,) = bars.verdicts(jobs, [], [bar])
     assert nothing.startswith("not measured") and "0 of 2" in nothing
@@ -228,8 +238,8 @@ def test_a_bar_is_not_met_by_what_was_not_measured() -> None:
 
 
 def test_every_bar_has_its_measurements() -> None:
-    lines = list(bars.verdicts(plan(), []))
-    kinds = {(j.group, j.mode, j.graph) for j in plan() if j.regime is None}
+    lines = list(bars.verdicts(plan_of_gpu(), []))
+    kinds = {(j.group, j.mode, j.graph) for j in plan_of_gpu() if j.regime is None}
     assert kinds == {(bar.group, bar.mode, bar.graph) for bar in bars.BARS}
     assert len(lines) > len(bars.BARS)
 
@@ -256,9 +266,9 @@ def test_a_process_past_use_is_replaced() -> None:
 
 
 def test_measures_in_another_process() -> None:
-    with Worker(partial(gpu_rows.synchronize, "cpu")) as worker:
-        arguments = (job(), MACHINE, "cpu", "reference", 0.001, 2)
-        rows = worker.run(gpu_rows.measure, *arguments, timeout=60)
+    with Worker(partial(rows_of.synchronize, "cpu")) as worker:
+        arguments = (job(), MACHINE, "cpu", gpu.PROVIDERS, 0.001, 2)
+        rows = worker.run(rows_of.measure, *arguments, timeout=60)
     assert [row["provider"] for row in rows] == ["fastlstm", "torch"]
     assert not any("error" in row for row in rows)
 
@@ -305,14 +315,17 @@ def test_a_forced_regime_holds_in_calls_and_in_checks(monkeypatch: pytest.Monkey
     kernels["fastlstm.kernels.config"].override = override
     for name, module in kernels.items():
         monkeypatch.setitem(sys.modules, name, module)
-    contender = gpu_rows.forced(
-        Contender(regimes.copy, lambda: {"y": torch.ones(len(regimes))}), "x"
-    )
-    assert contender.call() == ["x"]
-    assert contender.results()["y"].numel() == 1
-    assert not regimes
+    seen = []
+    forward = fastlstm.LSTM.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(list(regimes))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(fastlstm.LSTM, "forward", watched)
     rows = measure(replace(job(), regime="x"))
     assert [row["regime"] for row in rows] == ["x", "x"] and not regimes
+    assert len(seen) > 2 and all(inside == ["x"] for inside in seen)
 
 
 class Inline:
@@ -338,20 +351,21 @@ def test_the_command(
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "SECONDS", 0.01)
     monkeypatch.setattr(gpu, "Worker", Inline)
-    monkeypatch.setattr(gpu, "plan", lambda: jobs)
+    monkeypatch.setattr(gpu, "plan_of_gpu", lambda: jobs)
     monkeypatch.setattr(gpu, "run_tests", lambda log, timeout, *selection: tests)
     monkeypatch.setattr(gpu, "run_recorder", lambda folder, log: True)
     monkeypatch.setattr(floor, "measure", lambda device: MACHINE)
     options = ["--out", str(tmp_path), "--quick", "--commit", "abc", "--backend", "reference"]
     status = command.main(["gpu", *options, *["--skip-tests"] * (tests == "skipped")])
     assert status == (tests == "failed")
-    rows = json.loads((tmp_path / "gpu-reference-speed.json").read_text())
-    assert len(rows) == 4
-    for row in rows:
+    results = load(tmp_path / "gpu-reference-speed.json")
+    assert results.environment["commit"] == "abc"
+    assert results.environment["machine"]["launch"] == MACHINE.launch
+    assert {"torch", "triton", "date"} <= results.environment.keys()
+    assert len(results.rows) == 4
+    for row in results.rows:
         assert row["tests"] == tests
-        assert row["commit"] == "abc"
-        assert row["machine"]["bandwidth"] == MACHINE.bandwidth
-        assert {"torch", "triton", "date", "p50_us", "floor_us"} <= row.keys()
+        assert {"p50_us", "floor_us"} <= row.keys()
     printed = capsys.readouterr().out
     assert "tasks, eager, forward, exact" in printed
     assert ("Not to be published" in printed) == (tests != "passed")

@@ -1,6 +1,9 @@
 """`python -m benchmarks speed`: its rows, its turns, and that it refuses to time wrong results."""
 
 import json
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,79 +12,196 @@ import torch
 from torch import Tensor
 
 import fastlstm
+from benchmarks import BenchmarkError, floor, memory, results
 from benchmarks import __main__ as command
-from benchmarks import contenders, memory
-from benchmarks.cases import CASES, Case, parse
+from benchmarks.cases import ALL, CASES, GROUPS, Case, parse
+from benchmarks.check import Judge
+from benchmarks.providers import PROVIDERS, Provider, provider
 from benchmarks.timing import Timing, take_turns
+from benchmarks.work import MODES, Contender, Work, of, on_host
 
+Row = dict[str, Any]
 TINY = ("--case", "3,5,2,1,2,4")
+ROOT = Path(__file__).parent.parent
 QUICKLY = ("--repeat", "2", "--seconds", "0.01")
+THREE = ("--providers", "fastlstm", "torch", "onnxruntime")
 
 
-def speed(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the rates of the machine."""
+    rates = floor.Machine({"exact": 1e12, "bf16": 1e12, "fp64": 1e12}, {1: 1e12}, launch=1e-6)
+    monkeypatch.setattr(floor, "measure", lambda *_: rates)
+
+
+def run(*options: str) -> int:
+    return command.main(["speed", *QUICKLY, *options])
+
+
+def speed(tmp_path: Path, *options: str) -> list[Row]:
     """The rows that the command writes."""
     target = tmp_path / "rows.json"
-    assert command.main(["speed", *options, *QUICKLY, "--json", str(target)]) == 0
-    return json.loads(target.read_text())
+    assert run(*options, "--json", str(target)) == 0
+    return results.load(target).rows
 
 
 def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = speed(tmp_path, *TINY, "--modes", "infer", "train", "step")
-    modes = {
-        mode: {r["provider"]: r for r in rows if r["mode"] == mode} for mode in contenders.MODES
-    }
-    assert set(modes["infer"]) == set(modes["step"]) == {"fastlstm", "torch", "onnxruntime"}
-    assert set(modes["train"]) == {"fastlstm", "torch"}
-    for row in rows:
-        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
-        assert row["blocks"] == 2
-        assert row["shape"] == "3,5,2,1,2,4"
-        assert row["cpu"] and row["threads"] == torch.get_num_threads()
-        assert row["torch"] == torch.__version__
-        assert {"python", "numpy", "triton", "fastlstm", "isa", "commit", "date"} <= row.keys()
-        assert row["ratio"] > 0
-        assert row["ratio"] == 1 or row["provider"] != "fastlstm"
+    rows = speed(tmp_path, *TINY, *THREE, "--modes", *MODES)
+    modes = {mode: {r["provider"]: r for r in rows if r["mode"] == mode} for mode in MODES}
+    assert modes["train"]["onnxruntime"]["skipped"] == "forward only"
+    for mode, found in modes.items():
+        assert set(found) == {"fastlstm", "torch", "onnxruntime"}
+        for row in found.values():
+            assert row["shape"] == "3,5,2,1,2,4"
+            assert row["threads"] == torch.get_num_threads()
+            assert row["version"]
+            if "skipped" in row:
+                continue
+            assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+            assert row["blocks"] == 2
+            assert row["ratio"] > 0
+            assert row["ratio"] == 1 or row["provider"] != "fastlstm"
+            assert 0 < row["max_error"] < 1e-5
+            assert row["first_call_s"] > 0
+            assert row["times_floor"] > 0
+            assert ("kept_bytes" in row) == (mode == "train")
+    environment = results.load(tmp_path / "rows.json").environment
+    assert {"cpu", "isa", "python", "torch", "numpy", "commit", "date"} <= environment.keys()
     printed = capsys.readouterr().out
-    assert "without onnxruntime (forward only)" in printed
     assert "infer: " in printed and "geometric mean, n=1" in printed
 
 
-@pytest.mark.parametrize("shape", ["5,7,1,2,4,6", "5,7,3,2,4,6", "5,7,3,1,4,6"])
-def test_onnx_peer_agrees(shape: str) -> None:
-    peers = ["torch", "onnxruntime"]
-    assert list(contenders.build(peers, parse(shape), "infer", torch.float32)) == peers
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_other_dtypes(tmp_path: Path, dtype: str) -> None:
-    rows = speed(tmp_path, *TINY, "--dtype", dtype, "--input-gradient")
-    assert {(r["mode"], r["provider"], r["dtype"]) for r in rows} == {
-        (mode, provider, dtype)
-        for mode in ("infer", "train")
-        for provider in ("fastlstm", "torch")
-    }
-
-
-def test_packed_case_is_compared_with_the_dense_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = speed(tmp_path, "--cases", "mnist-blstm-packed", "--modes", "infer")
-    assert {row["provider"] for row in rows} == {"fastlstm", "torch", "fastlstm, dense"}
-    case = CASES["mnist-blstm-packed"]
-    assert {row["real_steps"] for row in rows} == {int(case.lengths.sum())}
-    assert case.lengths.min() == 1 and case.lengths.max() == case.T
-    assert "as fast as one of the dense batch" in capsys.readouterr().out
+    one = (*TINY, "--providers", "fastlstm", "--modes", "infer")
+    first = speed(tmp_path, *one)
+    assert speed(tmp_path, *one) == first
+    both = speed(tmp_path, *TINY, "--providers", "fastlstm", "torch", "--modes", "infer")
+    assert [row["provider"] for row in both] == ["fastlstm", "torch"]  # paired again
+    assert both[0] != first[0]
+    assert speed(tmp_path, *one) == both
+    target = tmp_path / "rows.json"
+    written = json.loads(target.read_text())
+    written["environment"]["commit"] = "another"
+    target.write_text(json.dumps(written))
+    assert run(*one, "--json", str(target)) == 1
+    assert "rows of commit another, and this is" in capsys.readouterr().err
+    assert speed(tmp_path, *one, "--fresh") != both
 
 
-def test_one_mode_has_no_place_for_a_case(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["speed", "--case", "3,5,1,2,2,4", "--modes", "step", *QUICKLY]) == 0
-    assert "a stream has one direction" in capsys.readouterr().out
+def test_budget_leaves_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed(tmp_path, *TINY, "--providers", "torch", "--budget", "1e-9") == []
+    assert "left out, for want of time: 3,5,2,1,2,4 infer, 3,5,2,1,2,4 train" in (
+        capsys.readouterr().out
+    )
 
 
-def test_memory(tmp_path: Path) -> None:
-    rows = speed(tmp_path, *TINY, "--memory")
-    assert [row["provider"] for row in rows] == ["fastlstm", "torch"]
-    assert all(row["bytes"] > 0 and row["values_of_H"] > 0 for row in rows)
+def test_what_is_too_long_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed(tmp_path, *TINY, "--providers", "torch", "--longest", "1e-9") == []
+    assert "longer than --longest: 3,5,2,1,2,4 infer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"environment": {}}', "\0"])
+def test_file_that_is_none_of_ours(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "rows.json"
+    target.write_text(content)
+    assert run(*TINY, "--json", str(target)) == 1
+    assert "is not a file of results" in capsys.readouterr().err
+    assert target.read_text() == content
+
+
+@pytest.mark.parametrize("shape", ["5,7,1,2,4,6", "5,7,3,2,4,6", "5,7,3,1,4,6"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_onnx_runtime_agrees(shape: str, packed: bool) -> None:
+    case = parse(shape)
+    work = of(Case("", case.I, case.H, case.L, case.D, case.B, case.T, packed), "infer", F32)
+    contender = provider("onnxruntime").contender(work)
+    assert Judge(work).error("onnxruntime", contender, ours=True) < 1e-5
+
+
+F32 = torch.float32
+WAYS = [
+    Case("dense", 3, 5, 2, 2, 2, 4),
+    Case("packed", 3, 5, 2, 2, 3, 4, packed=True),
+    Case("reset", 3, 5, 2, 1, 2, 40, reset=True),
+    Case("step", 3, 5, 2, 1, 2, 1),
+]
+
+
+@pytest.mark.parametrize("case", WAYS, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["fastlstm-reference", "fastlstm-cpu", "cell-compiled"])
+def test_ways_to_compute_the_same(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for mode in ("step",) if case.T == 1 else ("infer", "train"):
+        work = of(case, mode, F32, input_gradient=True)
+        who = provider(name)
+        if who.missing() or who.refuses(work):
+            continue
+        with torch.inference_mode(mode != "train"):
+            contender = who.contender(work)
+            assert Judge(work).error(name, contender, ours=True) < 1e-5
+            first = contender.results()
+            contender.call()
+            again = contender.results()
+        assert all(torch.equal(first[what], again[what]) for what in first), "no memory of calls"
+
+
+def test_resets_restart_and_lengths_end() -> None:
+    """What the truth of the check is: nn.LSTM itself, called as its users have to call it."""
+    work = of(WAYS[2], "infer", F32)
+    assert work.reset is not None and work.reset.any() and not work.reset.all()
+    y = provider("torch").contender(work).results()["y"]
+    whole, _ = work.lstm(work.x)
+    first = int(work.reset.any(1).nonzero()[0])
+    assert torch.allclose(y[:first], whole[:first]) and not torch.allclose(
+        y[first:], whole[first:]
+    )
+    packed = of(WAYS[1], "infer", F32)
+    assert packed.lengths is not None
+    y = provider("torch").contender(packed).results()["y"]
+    for row, length in enumerate(packed.lengths.tolist()):
+        assert y[:length, row].all() and not y[length:, row].any()
+
+
+def test_every_provider_says_whether_it_is_there() -> None:
+    for name in PROVIDERS:
+        who = provider(name)
+        assert who.name == name and who.label
+        if who.missing() is None:
+            assert who.version()
+
+
+def test_cases() -> None:
+    assert len({(case.group, case.name) for case in ALL}) == len(ALL)
+    assert {"tasks", "users", "deepbench", "flashrnn", "map"} < set(GROUPS)
+    assert all(case.who for case in CASES.values())
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_other_precisions(tmp_path: Path, precision: str) -> None:
+    options = ("--precision", precision, "--input-gradient", "--providers", "fastlstm", "torch")
+    rows = speed(tmp_path, *TINY, *options)
+    assert {(r["mode"], r["provider"], r["precision"]) for r in rows} == {
+        (mode, name, precision) for mode in ("infer", "train") for name in ("fastlstm", "torch")
+    }
+    assert all("error" not in row for row in rows)
+
+
+def test_threads_are_set_and_given_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    rows = speed(
+        tmp_path, *TINY, "--providers", "torch", "--modes", "infer", "--threads", "1", "2"
+    )
+    assert [row["threads"] for row in rows] == [1, 2]
+    assert torch.get_num_threads() == before
+
+
+def test_a_step_has_one_direction(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = speed(tmp_path, "--case", "3,5,1,2,2,1", "--providers", "fastlstm", "torch")
+    assert rows[0]["skipped"] == "a stream has one direction and no lengths"
 
 
 def test_memory_counts_storages_once_and_neither_parameters_nor_input() -> None:
@@ -94,7 +214,14 @@ def test_memory_counts_storages_once_and_neither_parameters_nor_input() -> None:
             product = x * self.weight  # keeps x and weight, which are not counted
             return product * product.view(2, 2).flatten()  # keeps one storage of 16 bytes twice
 
-    assert memory.kept_bytes(Product(), torch.ones(4)) == 16
+    module, x = Product(), torch.ones(4)
+    assert memory.kept_bytes(lambda: module(x), [x, module.weight]) == 16
+
+
+def test_peak_of_memory() -> None:
+    size = 64 * 2**20
+    found = memory.peak(lambda: torch.ones(size, dtype=torch.uint8))
+    assert found is None or 0.9 * size < found < 1.5 * size  # it counts pages
 
 
 class Wrong(fastlstm.LSTM):
@@ -103,13 +230,77 @@ class Wrong(fastlstm.LSTM):
         return y + 1e-4, state
 
 
-@pytest.mark.parametrize("mode", contenders.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_wrong_results_are_not_timed(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fastlstm, "LSTM", Wrong)
-    assert command.main(["speed", *TINY, "--modes", mode]) == 1
-    assert f"{mode}: y from fastlstm is off float64 by 0.0001" in capsys.readouterr().err
+    assert run(*TINY, "--modes", mode, "--providers", "fastlstm", "torch") == 1
+    assert f"{mode}: y from fastlstm is off float64 by 0.0001" in capsys.readouterr().out
+
+
+def test_a_peer_may_be_less_exact_but_not_wrong() -> None:
+    work = of(WAYS[0], "infer", F32)
+    right = provider("torch").contender(work)
+
+    def off(by: float) -> Contender:
+        return Contender(right.call, lambda: {k: v + by for k, v in right.results().items()})
+
+    assert Judge(work).error("peer", off(1e-5), ours=False) > 1e-6
+    with pytest.raises(BenchmarkError, match="half of the digits"):
+        Judge(work).error("peer", off(1e-2), ours=False)
+    with pytest.raises(BenchmarkError, match="twice the error"):
+        Judge(work).error("ours", off(1e-5), ours=True)
+    with pytest.raises(BenchmarkError, match="nan"):
+        Judge(work).error("peer", off(float("nan")), ours=False)
+
+
+def test_entries_of_pytest_benchmark() -> None:
+    """`pytest benchmarks`, of one case, without timing it."""
+    quick = ["--benchmark-disable", "-p", "no:cacheprovider", "-q", "-k", "hello-infer or step"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", *quick]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "failed" not in done.stdout
+
+
+def test_a_process_of_its_own() -> None:
+    """A remote provider's calls, results and memory come from there, and its failure is told."""
+    from benchmarks.providers.remote import Remote
+    from benchmarks.worker import Failed
+
+    work = of(WAYS[1], "train", F32, input_gradient=True)
+    with Remote("torch") as remote:
+        contender = remote.contender(work)
+        assert Judge(work).error("torch", contender, ours=True) < 1e-5
+        assert 0 < contender.seconds(3) < 10
+        peak = contender.peak_bytes()
+        assert peak is None or peak >= 0
+    with Remote("no such provider") as remote, pytest.raises(Failed, match="KeyError"):
+        remote.contender(work)
+
+
+class Broken(Provider):
+    name = label = "torch"
+    packages = ("torch",)
+
+    def refuses(self, work: Work) -> str | None:
+        return None
+
+    def contender(self, work: Work) -> Contender:
+        raise RuntimeError("out of order")
+
+
+def test_a_peer_that_fails_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "benchmarks.measure.provider", lambda name: Broken() if name == "torch" else provider(name)
+    )
+    rows = speed(tmp_path, *TINY, "--modes", "infer", "--providers", "fastlstm", "torch")
+    assert rows[0]["p50_us"] > 0
+    assert rows[1]["error"] == "RuntimeError: out of order"
+    assert "out of order" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "28,64,1,3,8,5", "28,64,1,1,8,0", "a,b,c,d,e,f", ""])
@@ -124,8 +315,8 @@ def test_case() -> None:
 
 def test_contenders_take_turns() -> None:
     turns: list[str] = []
-    calls = {name: (lambda name=name: turns.append(name)) for name in "ab"}
-    timings = take_turns(calls, seconds=0.001, repeat=4)
+    timers = {name: partial(on_host, partial(turns.append, name)) for name in "ab"}
+    timings = take_turns(timers, seconds=0.001, repeat=4)
     assert all(len(timing.blocks) == 4 for timing in timings.values())
     counts = {name: timing.calls + 1 for name, timing in timings.items()}  # one to warm up
     expected = [
@@ -138,4 +329,3 @@ def test_statistics() -> None:
     timing = Timing((5.0, 1.0, 3.0, 2.0, 4.0, 6.0), calls=1)
     assert timing.percentiles == (2.0, 3.5, 5.0)
     assert timing.ratio(Timing((5.0, 2.0, 6.0, 4.0, 8.0, 12.0), calls=7)) == 0.5
-    assert timing.scaled(2).percentiles == (4.0, 7.0, 10.0)

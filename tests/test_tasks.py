@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import binary, data, hello, mnist, report, train
+from benchmarks import binary, data, hello, mnist, records, train
 from benchmarks.task import Score, add_forget_bias
 
 PROVIDERS = tuple(train.PROVIDERS)
@@ -198,8 +198,8 @@ def test_the_speed_up_is_the_ratio_of_median_steps() -> None:
         seconds=9.0, step_ms={"p50": 3.0}, steps=3, environment={}, curve=(),
     )  # fmt: skip
     ours = replace(record, provider="fastlstm", step_ms={"p50": 2.0})
-    lines = report.table([ours, record]).splitlines()
+    lines = records.table([ours, record]).splitlines()
     assert lines[2].endswith("1.50x")
     assert lines[3].endswith("1.00x")
     assert "75.000%  1 of 4" in lines[2]
-    assert report.table([ours]).splitlines()[2].rstrip().endswith("2.00")
+    assert records.table([ours]).splitlines()[2].rstrip().endswith("2.00")

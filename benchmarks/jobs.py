@@ -1,15 +1,15 @@
-"""What `gpu` times: shapes x precisions x modes, most important first."""
+"""What is timed: shapes x precisions x modes, most important first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .cases import CASES, Case
 from .precision import PRECISIONS, Precision
 
-TASKS = ("mnist-lstm", "mnist-lstm128", "mnist-blstm", "binary")
-GROUPS = ("tasks", "wide", "packed", "float32", "persistent")
+TASK_SHAPES = ("mnist-lstm", "mnist-lstm128", "mnist-blstm", "binary")
+GPU_GROUPS = ("tasks", "wide", "packed", "float32", "persistent")
 MODES = ("infer", "train")
 WIDTHS, BATCHES = (256, 512, 1024), (1, 16, 64, 256)
 
@@ -18,30 +18,51 @@ WIDTHS, BATCHES = (256, 512, 1024), (1, 16, 64, 256)
 class Job:
     """One measurement: `graph` replays a CUDA graph instead of calling the module.
 
-    `regime` is forced upon the kernels' configuration; None leaves the choice to it.
+    `regime` is forced upon the configuration of the Triton kernels; None leaves the choice to it.
+    `threads` is of the CPU; None is as many as torch has.
     """
 
     group: str
     case: Case
     precision: Precision
     mode: str
-    graph: bool
+    graph: bool = False
     regime: str | None = None
+    threads: int | None = None
 
     def __str__(self) -> str:
         how = "graph" if self.graph else "eager"
         return f"{self.group} {self.case.name} {self.precision} {self.mode} {how}"
 
 
-def plan() -> list[Job]:
-    """Every measurement. What comes last is what a short budget leaves out.
+def of_cases(
+    cases: Iterable[Case],
+    modes: Iterable[str] | None,
+    precision: Precision,
+    graphs: Iterable[bool] = (False,),
+    threads: Iterable[int | None] = (None,),
+) -> list[Job]:
+    """The jobs of `speed`; by default cases of one step are streamed, others infer and train."""
+    return [
+        Job(case.group, case, precision, mode, graph, threads=count)
+        for case in cases
+        for count in threads
+        for mode in modes or (("step",) if case.T == 1 else MODES)
+        for graph in graphs
+        # A graph of a packed batch would be one of its lengths, and of no others.
+        if not (graph and case.packed)
+    ]
+
+
+def plan_of_gpu() -> list[Job]:
+    """Every measurement of `gpu`. What comes last is what a short budget leaves out.
 
     The persistent kernels, which only those get who ask for them, take the wide shapes again.
 
     Packed input is only timed eagerly: its lengths are on the CPU, so a graph would be one of
     these lengths and no others.
     """
-    shapes = [CASES[name] for name in TASKS]
+    shapes = [CASES[name] for name in TASK_SHAPES]
     wide = [Case(f"H={H} B={B}", H, H, 1, 1, B, 256) for H in WIDTHS for B in BATCHES]
     narrow = [Case(f"H={H}", H, H, 1, 1, 64, 128) for H in (64, 128, 256, 512)]
     both, eager = (False, True), (False,)

@@ -1,0 +1,79 @@
+"""Who can be timed. A provider makes a contender of any work it can do, with the same weights.
+
+All of them are optional but PyTorch and this library: where a package is not installed, or cannot
+do some work, the provider says why.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from ..work import Contender, Work
+
+
+class Provider(ABC):
+    """One way to compute an LSTM.
+
+    `packages` are those it needs; the version of the first is reported. `remote` says that it
+    brings a runtime, with threads and a global state, that has no place in the process of others.
+    """
+
+    name: str  # on the command line and in results
+    label: str  # in tables
+    packages: tuple[str, ...]
+    remote = False
+
+    def missing(self) -> str | None:
+        """Why it cannot run on this machine at all; None if it can."""
+        absent = [name for name in self.packages if find_spec(name) is None]
+        return f"{' and '.join(absent)} not installed" if absent else None
+
+    def version(self) -> str | None:
+        """The version of its first package."""
+        try:
+            return version(next(iter(self.packages)))
+        except PackageNotFoundError:
+            return None
+
+    @abstractmethod
+    def refuses(self, work: Work) -> str | None:
+        """Why it has no part in this work; None if it has. Reads no numbers."""
+
+    @abstractmethod
+    def contender(self, work: Work) -> Contender:
+        """Its way to do the work. `work` is not to be changed."""
+
+
+# Where each provider is. A module is imported when its provider is asked for.
+_PLACES = {
+    "fastlstm": "ours:Ours",
+    "fastlstm-cpu": "ours:Cpu",
+    "fastlstm-triton": "ours:Triton",
+    "fastlstm-cuda": "ours:Cuda",
+    "fastlstm-reference": "ours:Reference",
+    "fastlstm-compiled": "ours:Compiled",
+    "torch": "pytorch:Plain",
+    "torch-compiled": "pytorch:Compiled",
+    "cell-compiled": "pytorch:CellLoop",
+    "onnxruntime": "onnx_runtime:OnnxRuntime",
+    "jax": "jax_scan:JaxScan",
+    "flax": "flax_rnn:FlaxRNN",
+    "keras-torch": "keras_lstm:KerasTorch",
+    "keras-jax": "keras_lstm:KerasJax",
+    "torchrl": "torchrl_lstm:TorchRL",
+    "flashrnn": "flash_rnn:FlashRNN",
+    "haste": "haste_lstm:Haste",
+}
+PROVIDERS = tuple(_PLACES)
+
+
+@cache
+def provider(name: str) -> Provider:
+    """The provider of that name."""
+    module, _, kind = _PLACES[name].partition(":")
+    made: Provider = getattr(import_module(f".{module}", __package__), kind)()
+    return made

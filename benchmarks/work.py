@@ -1,0 +1,160 @@
+"""What is timed: the same work on the same numbers, done by every contender in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from . import BenchmarkError, memory
+from .cases import Case
+
+MODES = ("infer", "train", "step")
+
+
+class Mismatch(BenchmarkError):
+    """A contender's numbers are not those of nn.LSTM, so its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Run over x, run and go back, or take one step from the last state; all with one `lstm`.
+
+    `x` [T, B, I] is zero past the `lengths` [B], int64 on the CPU, of a ragged case. `reset`
+    [T, B], bool, is True where a row starts again. `state` is h and c [L*D, B, H] in mode "step",
+    whose x is one step. `dy` [T, B, D*H] is what comes back into y in mode "train".
+    """
+
+    case: Case
+    mode: str
+    lstm: nn.LSTM
+    x: Tensor
+    lengths: Tensor | None
+    reset: Tensor | None
+    state: tuple[Tensor, Tensor] | None
+    dy: Tensor | None
+    input_gradient: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all floating point numbers."""
+        return self.x.dtype
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the numbers are in the memory of the CPU."""
+        return self.x.device.type == "cpu"
+
+    def to(self, dtype: torch.dtype) -> Work:
+        """The same numbers in another dtype."""
+        return of(
+            self.case, self.mode, dtype, str(self.x.device), self.input_gradient, self.lstm, self
+        )
+
+    def rows(self, padded: Tensor) -> Tensor | PackedSequence:
+        """A tensor [T, B, features] as nn.LSTM takes it: packed if the case is ragged."""
+        if self.lengths is None:
+            return padded
+        return pack_padded_sequence(padded, self.lengths, enforce_sorted=False)
+
+    def padded(self, rows: Tensor | PackedSequence) -> Tensor:
+        """The reverse of `rows`, zero past the lengths."""
+        if isinstance(rows, Tensor):
+            return rows
+        return pad_packed_sequence(rows, total_length=len(self.x))[0]
+
+
+def of(
+    case: Case,
+    mode: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    input_gradient: bool = False,
+    weights: nn.LSTM | None = None,
+    numbers: Work | None = None,
+) -> Work:
+    """The work of a case: seeded numbers in `dtype`, or those of other `weights` and `numbers`."""
+    torch.manual_seed(0)
+    size = (case.I, case.H, case.L)
+    lstm = nn.LSTM(*size, bidirectional=case.D == 2, dtype=dtype, device=device)
+    if weights is not None:
+        lstm.load_state_dict(weights.state_dict())
+    if numbers is not None:
+        x, dy = numbers.x.to(dtype), numbers.dy
+    else:
+        x, dy = case.x().to(device, dtype), None
+        if mode == "step":
+            x = x[:1]
+        elif mode == "train":
+            generator = torch.Generator().manual_seed(2)
+            dy = torch.randn(case.T, case.B, case.D * case.H, generator=generator).to(
+                device, dtype
+            )
+    state = None
+    if mode == "step":
+        half = torch.full((case.L * case.D, case.B, case.H), 0.5, dtype=dtype, device=device)
+        state = half, half
+    return Work(
+        case,
+        mode,
+        lstm,
+        x,
+        case.lengths if case.packed else None,
+        case.starts().to(device) if case.reset else None,
+        state,
+        None if dy is None else dy.to(dtype),
+        input_gradient,
+    )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`call` does the work once; `results` does it from the start and names what came out.
+
+    The names are y [T, B, D*H] (zero past the lengths), h and c [L*D, B, H]; in training y and
+    "gradient of NAME" for x [T, B, I] and every parameter of nn.LSTM. `timer` and `peak` are for
+    those whose calls are not timed, and whose memory is not found, in this process and on the CPU.
+    `kept` tells the bytes that a forward pass keeps for backward, where that can be known.
+    """
+
+    call: Callable[[], object]
+    results: Callable[[], dict[str, Tensor]]
+    timer: Callable[[int], float] | None = None
+    peak: Callable[[], int | None] | None = None
+    kept: Callable[[], int] | None = None
+
+    def seconds(self, times: int) -> float:
+        """Seconds that so many calls take."""
+        return self.timer(times) if self.timer else on_host(self.call, times)
+
+    def peak_bytes(self) -> int | None:
+        """How much more memory than before a call takes at its peak; None if unknown."""
+        return self.peak() if self.peak else memory.peak(self.call)
+
+
+def around(contender: Contender, context: Callable[[], AbstractContextManager[Any]]) -> Contender:
+    """The contender with everything it does in such a context."""
+
+    def within(call: Callable[[], Any]) -> Callable[[], Any]:
+        def inside() -> Any:
+            with context():
+                return call()
+
+        return inside
+
+    kept = contender.kept and within(contender.kept)
+    return Contender(within(contender.call), within(contender.results), kept=kept)
+
+
+def on_host(call: Callable[[], object], times: int) -> float:
+    """Seconds that so many calls take on the host."""
+    start = perf_counter()
+    for _ in range(times):
+        call()
+    return perf_counter() - start
