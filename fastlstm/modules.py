@@ -321,8 +321,8 @@ class LSTM(_Layers):
     @cached_property
     def _stream(self) -> tuple[Any, int, Cache, bool] | None:
         """What `_infer` has to know of the settings, None if it cannot compute them."""
-        regular = not (self.recurrent_dropout or self.weight_dropout or any(self.zoneout))
-        if self.num_layers > 1 or self.peephole or self.layer_norm or not regular:
+        noisy = self.recurrent_dropout or self.weight_dropout or self.zoneout != (0.0, 0.0)
+        if self.num_layers > 1 or self.peephole or self.layer_norm or noisy:
             return None
         take = itemgetter(*self._flat_weights_names)
         return take, self._D, self._caches[0], self.batch_first

@@ -19,13 +19,15 @@ class Provider(ABC):
     """One way to compute an LSTM.
 
     `packages` are those it needs; the version of the first is reported. `remote` says that it
-    brings a runtime, with threads and a global state, that has no place in the process of others.
+    brings a runtime, with threads and a global state, that has no place in the process of others,
+    `own_kernels` that it is to be as exact as this library promises.
     """
 
     name: str  # on the command line and in results
     label: str  # in tables
     packages: tuple[str, ...]
     remote = False
+    own_kernels = False
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine at all; None if it can."""

@@ -20,6 +20,7 @@ class Ours(Provider):
 
     name, label = "fastlstm", "fastlstm"
     packages = ("fastlstm",)
+    own_kernels = True
     backend: str | None = None
 
     def missing(self) -> str | None:
@@ -72,6 +73,7 @@ class Reference(Ours):
     """Plain PyTorch operations, a step at a time."""
 
     name, label, backend = "fastlstm-reference", "fastlstm, reference", "reference"
+    own_kernels = False  # its products are PyTorch's, with sums as long as the BLAS makes them
 
 
 class Compiled(Ours):
