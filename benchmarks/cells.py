@@ -8,7 +8,6 @@ the option / time without) in the same round; of nn.RNN, of (its time / time of 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ import fastlstm
 
 from .cases import CASES, Case, parse
 from .environment import environment
+from .results import Results
 from .timing import take_turns
 from .work import on_host
 
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
                     f"{row['ratio']:5.2f}x {row['peer']}"
                 )
     if args.json:
-        args.json.write_text(json.dumps([row | facts for row in rows], indent=1) + "\n")
+        Results(args.json, facts).add(rows)
     return 0
 
 

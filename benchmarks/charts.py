@@ -29,6 +29,7 @@ PALETTE = {
     "keras-jax": "#b56576",
     "torchrl": "#444444",
 }
+LEAST = 2**20  # bytes worth a bar: pages are what is counted
 AXES = {"T": "time steps T", "B": "batch B", "H": "units H", "L": "layers L"}
 
 
@@ -175,14 +176,18 @@ def curves(pyplot: Any, rows: Sequence[Row], where: str) -> Any:
 
 def memory_bars(pyplot: Any, rows: Sequence[Row], where: str) -> Any:
     """What a training call takes at its peak, as a share of what nn.LSTM takes."""
-    found = [group for group in groups(rows) if group.get("torch", {}).get("peak_bytes")]
-    names = [name for name in PALETTE if any(name in group for group in found)]
+    found = [g for g in groups(rows) if g.get("torch", {}).get("peak_bytes", 0) >= LEAST]
+    names = [
+        name
+        for name in PALETTE
+        if any(group.get(name, {}).get("peak_bytes") is not None for group in found)
+    ]
     figure, panel = pyplot.subplots(figsize=(8, 1 + 0.42 * len(found)), layout="constrained")
     height = 0.8 / len(names)
     for number, name in enumerate(names):
         positions, values = [], []
         for place, group in enumerate(found):
-            if name in group:
+            if group.get(name, {}).get("peak_bytes") is not None:
                 positions.append(place + number * height)
                 values.append(group[name]["peak_bytes"] / group["torch"]["peak_bytes"])
         panel.barh(positions, values, height, color=PALETTE[name], label=provider(name).label)

@@ -38,22 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write what has changed, or with --check name it."""
+    """Write all of it, or with --check name what is stale."""
     stale = []
     for file, text in texts(args.results, args.readme).items():
         if not file.exists() or file.read_text() != text:
             stale.append(file)
-            if not args.check:
-                file.write_text(text)
+        if not args.check:
+            file.write_text(text)
     for results in speed_results(args.results):
         for name, (rows, draw) in charts.charts(results).items():
             file = picture(results, name)
             if charts.drawn_from(file) != charts.digest(rows):
                 stale.append(file)
-                if not args.check:
-                    charts.save(file, rows, draw, results)
+            if not args.check:
+                charts.save(file, rows, draw, results)
     for file in stale:
-        print(f"{'stale' if args.check else 'written'}: {file}")
+        print(f"{'stale' if args.check else 'new'}: {file}")
     if args.check and stale:
         print("python -m benchmarks report brings them up to date")
     return int(args.check and bool(stale))
@@ -106,5 +106,6 @@ def overview(folder: Path) -> str:
         assert results.file is not None
         parts += [f"## {results.file.name}", tables.caption(results)]
         parts += [f"![{name}]({picture(results, name).name})" for name in charts.charts(results)]
+        parts += ["### Where a peer is faster", tables.loss_table(tables.groups(results.rows))]
         parts += [tables.everything(results), "### Peers", tables.peers(results)]
     return "\n\n".join(parts) + "\n"

@@ -78,13 +78,14 @@ def main(args: argparse.Namespace) -> int:
     results = Results(args.json, environment(args.device))
     if not args.fresh:
         results.resume()
-    print(", ".join(f"{k} {v}" for k, v in results.environment.items() if v is not None))
+    facts = results.environment.items()
+    print(", ".join(f"{k} {v}" for k, v in facts if isinstance(v, str | int)))
     names = args.providers or (QUICK_PROVIDERS if args.quick else PROVIDERS)
     graphs = (False, True) if args.graph and cuda else (False,)
     counts = args.threads or (None,)
     jobs = of_cases(_cases(args), args.modes, precision, graphs, counts)
     missing = {name: reason for name in names if (reason := provider(name).missing())}
-    results.environment["missing"] = missing
+    results.environment.setdefault("missing", {}).update(missing)
     names = [name for name in names if name not in missing]
     left_out, too_long = work_off(args, jobs, names, precision, results)
     results.add([])

@@ -14,6 +14,7 @@ from .results import Results, Row
 
 Group = dict[str, Row]  # the rows of one measurement, by provider
 OURS = "fastlstm"
+NAMED = ("tasks", "users")  # the groups of cases that have names
 MODES = {"infer": "inference", "step": "inference", "train": "training"}
 
 
@@ -108,11 +109,27 @@ def _means(results: Results) -> Iterable[str]:
 
 
 def losses(results: Results) -> str:
+    """The named cases in which a peer is faster, and how many of the other measurements."""
+    named, others = [], []
+    for group in groups(results.rows):
+        row = next(iter(group.values()))
+        (named if row["group"] in NAMED else others).append(group)
+    text = loss_table(named)
+    slower = [row["ratio"] for group in others if (row := best_peer(group)) and behind(row)]
+    if slower:
+        text += (
+            f"\n\nOf {len(others)} measurements of other shapes, a peer is faster in "
+            f"{len(slower)}, the worst at {ratio(min(slower))}."
+        )
+    return text
+
+
+def loss_table(found: Iterable[Group]) -> str:
     """Every measurement in which a peer is faster."""
     lines = []
-    for group in groups(results.rows):
+    for group in found:
         for row in group.values():
-            if is_peer(row["provider"]) and row.get("ratio") and round(row["ratio"], 2) < 1:
+            if is_peer(row["provider"]) and row.get("ratio") and behind(row):
                 lines.append(
                     f"| {row['case']} | {row['shape'].replace(',', ', ')} | {_mode(row)} "
                     f"| {provider(row['provider']).label} | {time(row)} | {time(group[OURS])} "
@@ -122,6 +139,11 @@ def losses(results: Results) -> str:
         return "No peer is faster in any of these measurements."
     head = "| case | I, H, L, D, B, T | what | faster peer | its µs | ours | ratio |"
     return "\n".join([head, "|---|---|---|---|---:|---:|---:|", *lines])
+
+
+def behind(row: Row) -> bool:
+    """Whether this peer is faster, as far as two decimals show it."""
+    return round(row["ratio"], 2) < 1
 
 
 def everything(results: Results) -> str:
@@ -169,7 +191,7 @@ def _peer(row: Row | None) -> str:
 
 def peers(results: Results) -> str:
     """Who took part, in which version, and who could not, and why."""
-    lines = ["| provider | version | not in |", "|---|---|---|"]
+    lines = ["| provider | version | without what, and why |", "|---|---|---|"]
     rows: dict[str, list[Row]] = defaultdict(list)
     for row in results.rows:
         rows[row["provider"]].append(row)
@@ -260,7 +282,7 @@ def _default(results: Results) -> list[Row]:
     return [
         row
         for row in results.rows
-        if row["group"] in ("tasks", "users")
+        if row["group"] in NAMED
         and not row["graph"]
         and row["threads"] == results.environment["threads"]
     ]

@@ -39,7 +39,7 @@ def row(provider: str, ratio: float, **other: Any) -> dict[str, Any]:
         "times_floor": 2.0,
         "ratio": ratio,
         "max_error": 1e-7,
-        "peak_bytes": 2**20,
+        "peak_bytes": 2**21,
         "first_call_s": 0.5,
         **other,
     }

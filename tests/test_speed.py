@@ -274,8 +274,6 @@ def test_a_process_of_its_own() -> None:
         contender = remote.contender(work)
         assert Judge(work).error("torch", contender, ours=True) < 1e-5
         assert 0 < contender.seconds(3) < 10
-        peak = contender.peak_bytes()
-        assert peak is None or peak >= 0
     with Remote("no such provider") as remote, pytest.raises(Failed, match="KeyError"):
         remote.contender(work)
 
