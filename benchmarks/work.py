@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -53,8 +54,12 @@ class Work:
 
     def to(self, dtype: torch.dtype) -> Work:
         """The same numbers in another dtype."""
-        return of(
-            self.case, self.mode, dtype, str(self.x.device), self.input_gradient, self.lstm, self
+        return replace(
+            self,
+            lstm=deepcopy(self.lstm).to(dtype),
+            x=self.x.to(dtype),
+            state=self.state and (self.state[0].to(dtype), self.state[1].to(dtype)),
+            dy=None if self.dy is None else self.dy.to(dtype),
         )
 
     def rows(self, padded: Tensor) -> Tensor | PackedSequence:
@@ -76,39 +81,30 @@ def of(
     dtype: torch.dtype,
     device: str = "cpu",
     input_gradient: bool = False,
-    weights: nn.LSTM | None = None,
-    numbers: Work | None = None,
 ) -> Work:
-    """The work of a case: seeded numbers in `dtype`, or those of other `weights` and `numbers`."""
+    """The work of a case, the same numbers every time."""
     torch.manual_seed(0)
     size = (case.I, case.H, case.L)
     lstm = nn.LSTM(*size, bidirectional=case.D == 2, dtype=dtype, device=device)
-    if weights is not None:
-        lstm.load_state_dict(weights.state_dict())
-    if numbers is not None:
-        x, dy = numbers.x.to(dtype), numbers.dy
-    else:
-        x, dy = case.x().to(device, dtype), None
-        if mode == "step":
-            x = x[:1]
-        elif mode == "train":
-            generator = torch.Generator().manual_seed(2)
-            dy = torch.randn(case.T, case.B, case.D * case.H, generator=generator).to(
-                device, dtype
-            )
-    state = None
+    x = case.x().to(device, dtype)
+    state = dy = None
     if mode == "step":
+        x = x[:1]
         half = torch.full((case.L * case.D, case.B, case.H), 0.5, dtype=dtype, device=device)
         state = half, half
+    elif mode == "train":
+        generator = torch.Generator().manual_seed(2)
+        dy = torch.randn(case.T, case.B, case.D * case.H, generator=generator)
+        dy = dy.to(device, dtype)
     return Work(
         case,
         mode,
         lstm,
         x,
         case.lengths if case.packed else None,
-        case.starts().to(device) if case.reset else None,
+        case.starts()[: len(x)].to(device) if case.reset else None,
         state,
-        None if dy is None else dy.to(dtype),
+        dy,
         input_gradient,
     )
 
