@@ -47,12 +47,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        if name in argv:  # a command that is not asked for is not imported
+        if [name] == argv[:1]:  # a command that is not asked for is not imported
             module = import_module(f".{name}", __package__)
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(main=module.main)
-    if not set(COMMANDS) & set(argv):
+    if not set(COMMANDS) & set(argv[:1]):
         from . import data, train
 
         train.add_arguments(parser)
@@ -94,12 +94,15 @@ def main_job(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(sys.argv[1:] if argv is None else list(argv))
     try:
         status: int = args.main(args)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # what a shell says of a process that SIGINT ended
     return status
 
 

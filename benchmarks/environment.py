@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -19,13 +20,15 @@ PACKAGES = ("fastlstm", "torch", "triton", "numpy", "onnxruntime")
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Machine, thread count, versions, commit and time, ready for JSON.
 
-    None stands for a package that is not installed, for ``commit`` outside a git checkout and for
-    ``isa`` without the compiled extension. ``commit`` ends in ``-dirty`` if the tree has changes.
+    None stands for a package that is not installed, for ``commit`` outside a git checkout, for
+    ``isa`` without the compiled extension and for ``backend`` where FASTLSTM_BACKEND is not set.
+    ``commit`` ends in ``-dirty`` if the tree has changes.
     A CUDA device adds its name, multiprocessors, memory in GiB, and the driver, CUDA and cuDNN.
     """
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "backend": os.environ.get("FASTLSTM_BACKEND"),
         "isa": extension.isa() if extension.error() is None else None,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},

@@ -50,14 +50,17 @@ def measure(
         stack.enter_context(torch.inference_mode(job.mode != "train"))
         remotes = remotes or stack.enter_context(Remotes())
         work = of(job.case, job.mode, job.precision.dtype, device, input_gradient)
-        judge = Judge(work, job.precision.eps)
         rows: dict[str, Row] = {}
-        contenders: dict[str, Contender] = {}
         for name in providers:
-            row = rows[name] = describe_job(job, name, device, backend)
+            rows[name] = describe_job(job, name, device, backend, input_gradient)
             if reason := _refusal(name, job, work):
-                row["skipped"] = reason
-                continue
+                rows[name]["skipped"] = reason
+        taking_part = {name: row for name, row in rows.items() if "skipped" not in row}
+        if not taking_part:
+            return list(rows.values())
+        judge = Judge(work, job.precision.eps)
+        contenders: dict[str, Contender] = {}
+        for name, row in taking_part.items():
             try:
                 contender = _contender(name, job, work, backend, remotes)
                 row["first_call_s"] = contender.seconds(1)
@@ -130,7 +133,9 @@ def _contender(
     return cuda.on_events(cuda.captured(contender) if job.graph else contender)
 
 
-def describe_job(job: Job, name: str, device: str, backend: str | None = None) -> Row:
+def describe_job(
+    job: Job, name: str, device: str, backend: str | None = None, input_gradient: bool = False
+) -> Row:
     """The part of a row that says what was measured, and whose it is."""
     return {
         "group": job.group,
@@ -140,6 +145,7 @@ def describe_job(job: Job, name: str, device: str, backend: str | None = None) -
         "reset": job.case.reset,
         "real_steps": int(job.case.lengths.sum()),
         "mode": job.mode,
+        "input_gradient": input_gradient,
         "dtype": str(job.precision.dtype).removeprefix("torch."),
         "precision": job.precision.name,
         "graph": job.graph,

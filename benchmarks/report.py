@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import BenchmarkError, charts, tables
 from .results import FOLDER, Results, load
@@ -61,7 +62,11 @@ def main(args: argparse.Namespace) -> int:
 
 def texts(folder: Path, readme: Path) -> dict[Path, str]:
     """The text that each file should have."""
-    return {folder / ALL: overview(folder), readme: refreshed(readme.read_text(), folder)}
+    try:
+        text = readme.read_text()
+    except OSError as error:
+        raise BenchmarkError(f"{readme} cannot be read: {error}") from error
+    return {folder / ALL: overview(folder), readme: refreshed(text, folder)}
 
 
 def speed_results(folder: Path) -> list[Results]:
@@ -81,7 +86,7 @@ def refreshed(text: str, folder: Path) -> str:
     def content(match: re.Match[str]) -> str:
         head, kind, name, end = match.groups()
         if kind == "scaling":
-            made = tables.scaling(json.loads((folder / name).read_text()))
+            made = tables.scaling(_records(folder / name))
         elif kind in SECTIONS:
             made = SECTIONS[kind](load(folder / name))
         else:
@@ -89,7 +94,20 @@ def refreshed(text: str, folder: Path) -> str:
             raise BenchmarkError(f"the README asks for a report of {kind}; there are: {expected}")
         return f"{head}{made}\n{end}"
 
+    found = _MARKED.findall(text)
+    if not found or len(found) != text.count("<!-- report:"):
+        raise BenchmarkError(
+            f"the README has {text.count('<!-- report:')} markers of a report, and an end for "
+            f"{len(found)} of them"
+        )
     return _MARKED.sub(content, text)
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise BenchmarkError(f"{file} cannot be read: {error}") from error
 
 
 def overview(folder: Path) -> str:

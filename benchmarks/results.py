@@ -11,6 +11,7 @@ from . import BenchmarkError
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
+NEEDED = ("cpu", "threads", "torch", "commit", "date")  # of an environment
 DIGITS = 5  # of a figure; no timing has more
 
 
@@ -30,8 +31,8 @@ class Results:
         if self.file is None or not self.file.exists():
             return
         before = load(self.file)
-        for name, value in before.environment.items():
-            now = self.environment.get(name)
+        for name in before.environment.keys() | self.environment.keys():
+            value, now = before.environment.get(name), self.environment.get(name)
             if name not in ("date", "machine", "missing") and now != value:
                 raise BenchmarkError(
                     f"{self.file} has rows of {name} {value}, and this is {now}: start again with "
@@ -44,10 +45,13 @@ class Results:
         self.rows += [{name: _rounded(value) for name, value in row.items()} for row in rows]
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
-        part.write_text(self.text())
-        part.replace(self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(self.text())
+            part.replace(self.file)
+        except OSError as error:
+            raise BenchmarkError(f"{self.file} cannot be written: {error}") from error
 
     def text(self) -> str:
         """What is written: JSON, with one row a line."""
@@ -61,13 +65,16 @@ def load(file: Path) -> Results:
     try:
         found = json.loads(file.read_text())
         results = Results(file, found["environment"])
-        results.rows = list(found["rows"])
+        results.rows = [dict(row.items()) for row in found["rows"]]
+        absent = [name for name in NEEDED if name not in results.environment]
     except OSError as error:
         raise BenchmarkError(f"{file} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BenchmarkError(
             f"{file} is not a file of results: expected a JSON object with environment and rows"
         ) from error
+    if absent:
+        raise BenchmarkError(f"{file}: its environment says nothing of {', '.join(absent)}")
     return results
 
 

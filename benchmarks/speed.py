@@ -9,6 +9,7 @@ With --json, what has been measured is kept: the same command goes on where it s
 from __future__ import annotations
 
 import argparse
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -37,7 +38,11 @@ QUICK_PROVIDERS = ("fastlstm", "torch", "onnxruntime")
 QUICK_SECONDS = 45  # after which no measurement starts
 # What a job takes: so many calls by every provider, if all were at the floor, where nobody is.
 CALLS = 40
-JOB = ("group", "case", "shape", "mode", "precision", "graph", "threads", "device")
+JOB = (
+    *("group", "case", "shape", "mode", "precision", "graph", "threads", "device"),
+    "input_gradient",
+)
+BUSY = 0.5  # of the cores, by others: what is timed then has to wait for them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="cpu or cuda[:N] (default: %(default)s)")
     add("--graph", action="store_true", help="on a GPU: replayed from a CUDA graph as well")
     add("--threads", nargs="+", type=int, metavar="N", help="each in turn (default: torch's own)")
-    add("--seconds", type=float, default=1.5, help="for one case in one mode (default: 1.5)")
-    add("--repeat", type=int, default=30, help="most rounds of one block each (default: 30)")
-    add("--budget", type=float, metavar="SECONDS", help="after which no measurement starts")
-    add("--longest", type=float, default=60, metavar="SECONDS", help="for a case (default: 60)")
+    add("--seconds", type=_positive, default=1.5, help="for one case in one mode (default: 1.5)")
+    add("--repeat", type=_several, default=30, help="most rounds of one block each (default: 30)")
+    add("--budget", type=_positive, metavar="SECONDS", help="after which no measurement starts")
+    add(
+        "--longest", type=_positive, default=60, metavar="SECONDS", help="for a case (default: 60)"
+    )
     add("--quick", action="store_true", help="six cases, three providers, within a minute")
     add("--input-gradient", action="store_true", help="train: also the gradient of x")
-    add("--json", type=Path, metavar="FILE", help="write the rows to FILE, and go on from there")
+    add("--json", type=Path, metavar="FILE", help="write the rows to FILE; go on from those there")
     add("--fresh", action="store_true", help="start FILE again")
 
 
@@ -78,8 +85,11 @@ def main(args: argparse.Namespace) -> int:
     results = Results(args.json, environment(args.device))
     if not args.fresh:
         results.resume()
+    results.add([])  # a file that cannot be written is no surprise at the end
     facts = results.environment.items()
     print(", ".join(f"{k} {v}" for k, v in facts if isinstance(v, str | int)))
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > BUSY * (os.cpu_count() or 1):
+        print(f"the machine is busy (load {load:.1f}): these figures mean little")
     names = args.providers or (QUICK_PROVIDERS if args.quick else PROVIDERS)
     graphs = (False, True) if args.graph and cuda else (False,)
     counts = args.threads or (None,)
@@ -89,7 +99,11 @@ def main(args: argparse.Namespace) -> int:
     names = [name for name in names if name not in missing]
     left_out, too_long = work_off(args, jobs, names, precision, results)
     results.add([])
-    wanted = {key(describe_job(job, name, args.device)) for job in jobs for name in names[:1]}
+    wanted = {
+        key(describe_job(job, name, args.device, input_gradient=args.input_gradient))
+        for job in jobs
+        for name in names[:1]
+    }
     rows = [row for row in results.rows if key(row) in wanted and row["provider"] in names]
     print(table(rows))
     for name, reason in missing.items():
@@ -109,13 +123,20 @@ def work_off(
 ) -> tuple[list[Job], list[Job]]:
     """Adds what is missing to the results; returns the jobs for which there was no time."""
     deadline = monotonic() + (args.budget or float("inf"))
-    done = {(key(row), row["provider"]) for row in results.rows}
+    done = {
+        (key(row), row.get("provider"))
+        for row in results.rows
+        if row.keys() & {"p50_us", "skipped", "error"}
+    }
     machines: dict[int, floor.Machine] = {}
     left_out, too_long = [], []
     with Remotes() as remotes:
         options = {"input_gradient": args.input_gradient, "remotes": remotes}
         for job in _progress(jobs):
-            described = [describe_job(job, name, args.device) for name in names]
+            described = [
+                describe_job(job, name, args.device, input_gradient=args.input_gradient)
+                for name in names
+            ]
             if all((key(row), row["provider"]) in done for row in described):
                 continue
             if monotonic() > deadline:
@@ -130,10 +151,13 @@ def work_off(
             if least * len(names) * CALLS > args.longest:
                 too_long.append(job)
                 continue
-            how = (machines[threads], args.device, names, args.seconds, args.repeat)
+            # Who was there before takes turns with the new ones: rows of two runs are no pair.
+            same = [row for row in results.rows if key(row) == key(described[0])]
+            earlier = [row["provider"] for row in same if row.get("provider") in PROVIDERS]
+            everybody = list(dict.fromkeys([*names, *earlier]))
+            how = (machines[threads], args.device, everybody, args.seconds, args.repeat)
             found = measure(job, *how, **options)
-            # Rows of fewer providers did not take their turns with these.
-            results.rows = [row for row in results.rows if key(row) != key(described[0])]
+            results.rows = [row for row in results.rows if row not in same]
             results.add(found)
             for row in found:
                 if "error" in row:
@@ -143,7 +167,21 @@ def work_off(
 
 def key(row: Row) -> tuple[Any, ...]:
     """What a row is about, whoever it is of."""
-    return tuple(row[name] for name in JOB)
+    return tuple(row.get(name) or False for name in JOB)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def _several(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected 2 or more")
+    return value
 
 
 def _case(text: str) -> Case:
@@ -192,6 +230,7 @@ def table(rows: list[Row]) -> str:
     for group in groups.values():
         row = next(iter(group.values()))
         how = row["mode"] + " graph" * row["graph"]
+        how += f", {row['threads']} threads" * (len({row["threads"] for row in rows}) > 1)
         lines.append([row["case"], how, row["shape"]])
         for name in names:
             lines[-1].append(_cell(group.get(name), timed=name == "fastlstm" or not ours))
@@ -233,9 +272,11 @@ def _ratio(ratio: float) -> str:
 
 def _summary(rows: list[Row]) -> Iterator[str]:
     ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+    several = len({row["threads"] for row in rows}) > 1
     for row in rows:
         if row["provider"] != "fastlstm" and row.get("ratio"):
-            ratios[row["mode"], row["provider"]].append(row["ratio"])
+            mode = row["mode"] + f", {row['threads']} threads" * several
+            ratios[mode, row["provider"]].append(row["ratio"])
     for (mode, peer), values in ratios.items():
         yield f"{mode}: {geometric_mean(values):.2f}x {peer} (geometric mean, n={len(values)})"
     if any(behind(value) for values in ratios.values() for value in values):

@@ -283,6 +283,8 @@ def _default(results: Results) -> list[Row]:
         row
         for row in results.rows
         if row["group"] in NAMED
+        and row["mode"] in ("train", "step" if row["shape"].endswith(",1") else "infer")
+        and row["precision"] in ("exact", "tf32")
         and not row["graph"]
         and row["threads"] == results.environment["threads"]
     ]

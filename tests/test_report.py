@@ -156,6 +156,21 @@ def test_unknown_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "there are: caption, speed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", README.replace("<!-- end of report -->", "", 1)])
+def test_lost_markers_are_no_success(
+    text: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "TOP.md").write_text(text)
+    assert report(folder, "--check") == 1
+    assert "markers of a report, and an end for" in capsys.readouterr().err
+
+
+def test_missing_readme_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "TOP.md").unlink()
+    assert report(folder) == 1
+    assert "TOP.md cannot be read" in capsys.readouterr().err
+
+
 def test_missing_results_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.move(folder / "cpu-x-speed.json", folder / "elsewhere.json")
     assert report(folder) == 1
