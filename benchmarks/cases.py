@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 RESET_EVERY = 32  # steps of an episode, on average
 
@@ -57,13 +56,6 @@ class Case:
         """bool [T, B], the same at every call: episodes end after RESET_EVERY steps on average."""
         generator = torch.Generator().manual_seed(3)
         return torch.rand(self.T, self.B, generator=generator) < 1 / RESET_EVERY
-
-    def input(self, dtype: torch.dtype) -> Tensor | PackedSequence:
-        """x as nn.LSTM takes it; packed if the case is."""
-        x = self.x().to(dtype)
-        if not self.packed:
-            return x
-        return pack_padded_sequence(x, self.lengths, enforce_sorted=False)
 
 
 def _group(name: str, *cases: tuple[Any, ...]) -> list[Case]:

@@ -23,7 +23,7 @@ from .cases import CASES, Case, parse
 from .environment import environment
 from .results import Results
 from .timing import take_turns
-from .work import on_host
+from .work import of, on_host
 
 Row = dict[str, Any]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,8 @@ def main(args: argparse.Namespace) -> int:
 
 def measure(case: Case, mode: str, seconds: float, repeat: int) -> list[Row]:
     """One row for each option, and one for RNN."""
-    x = case.input(torch.float32)
+    work = of(case, mode, torch.float32)
+    x = work.rows(work.x)
     modules: dict[str, nn.Module] = {"plain": _module(fastlstm.LSTM, case)}
     modules |= {name: _module(fastlstm.LSTM, case, **o) for name, o in OPTIONS.items()}
     modules |= {"RNN": _module(fastlstm.RNN, case), "nn.RNN": _module(nn.RNN, case)}

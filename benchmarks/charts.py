@@ -14,7 +14,7 @@ from . import extra
 from .plot import COLORS, STYLE
 from .providers import provider
 from .results import Results, Row
-from .tables import OURS, caption, groups, is_peer
+from .tables import OURS, best_peer, caption, groups
 
 Draw = Callable[[Any, Sequence[Row], str], Any]
 PALETTE = {
@@ -88,9 +88,7 @@ def heat_map(pyplot: Any, rows: Sequence[Row], where: str) -> Any:
     for panel, mode in zip(panels[0], modes, strict=True):
         cells = {}
         for group in groups(row for row in rows if row["mode"] == mode):
-            peers = [row for name, row in group.items() if is_peer(name) and row["ratio"]]
-            if peers:
-                best = min(peers, key=lambda row: row["ratio"])
+            if best := best_peer(group):
                 _, H, _, _, B, _ = map(int, best["shape"].split(","))
                 cells[H, B] = best
         heights = sorted({H for H, _ in cells})

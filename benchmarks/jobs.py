@@ -19,7 +19,8 @@ class Job:
     """One measurement: `graph` replays a CUDA graph instead of calling the module.
 
     `regime` is forced upon the configuration of the Triton kernels; None leaves the choice to it.
-    `threads` is of the CPU; None is as many as torch has.
+    `threads` is of the CPU; None is as many as torch has. `input_gradient` asks training for the
+    gradient of x too.
     """
 
     group: str
@@ -29,6 +30,7 @@ class Job:
     graph: bool = False
     regime: str | None = None
     threads: int | None = None
+    input_gradient: bool = False
 
     def __str__(self) -> str:
         how = "graph" if self.graph else "eager"
@@ -41,10 +43,11 @@ def of_cases(
     precision: Precision,
     graphs: Iterable[bool] = (False,),
     threads: Iterable[int | None] = (None,),
+    input_gradient: bool = False,
 ) -> list[Job]:
     """The jobs of `speed`; by default cases of one step are streamed, others infer and train."""
     return [
-        Job(case.group, case, precision, mode, graph, threads=count)
+        Job(case.group, case, precision, mode, graph, None, count, input_gradient)
         for case in cases
         for count in threads
         for mode in modes or (("step",) if case.T == 1 else MODES)

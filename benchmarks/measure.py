@@ -36,7 +36,6 @@ def measure(
     seconds: float,
     repeat: int,
     *,
-    input_gradient: bool = False,
     backend: str | None = None,
     remotes: Remotes | None = None,
 ) -> list[Row]:
@@ -46,13 +45,13 @@ def measure(
     provider "fastlstm"; by default its own choice. `remotes` are processes that are kept for the
     next job.
     """
-    with _threads(job.threads), job.precision.applied(), ExitStack() as stack:
+    with threads(job.threads), job.precision.applied(), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(job.mode != "train"))
         remotes = remotes or stack.enter_context(Remotes())
-        work = of(job.case, job.mode, job.precision.dtype, device, input_gradient)
+        work = of(job.case, job.mode, job.precision.dtype, device, job.input_gradient)
         rows: dict[str, Row] = {}
         for name in providers:
-            rows[name] = describe_job(job, name, device, backend, input_gradient)
+            rows[name] = describe_job(job, name, device, backend)
             if reason := _refusal(name, job, work):
                 rows[name]["skipped"] = reason
         taking_part = {name: row for name, row in rows.items() if "skipped" not in row}
@@ -62,18 +61,12 @@ def measure(
         contenders: dict[str, Contender] = {}
         for name, row in taking_part.items():
             try:
-                contender = _contender(name, job, work, backend, remotes)
-                row["first_call_s"] = contender.seconds(1)
-                row["max_error"] = judge.error(name, contender, ours=provider(name).own_kernels)
-                row["peak_bytes"] = contender.peak_bytes()
-                if contender.kept:
-                    row["kept_bytes"] = contender.kept()
-                    row["kept_values_of_H"] = row["kept_bytes"] / _values(job)
+                contenders[name] = _contender(name, job, work, backend, remotes)
+                row |= _first_figures(contenders[name], judge, name, job)
             except Exception as error:  # of a kernel, its compiler or the check: into the row
                 synchronize(device)  # raises after a fault of the GPU, which ends this process
+                contenders.pop(name, None)
                 row["error"] = describe(error)
-            else:
-                contenders[name] = contender
         timers = {name: contender.seconds for name, contender in contenders.items()}
         timings = take_turns(timers, seconds=seconds, repeat=repeat) if timers else {}
         least = floor(job.case, job.precision, job.mode, machine)
@@ -94,6 +87,17 @@ def measure(
     return list(rows.values())
 
 
+def _first_figures(contender: Contender, judge: Judge, name: str, job: Job) -> Row:
+    """What is known before the turns; raises Mismatch for wrong results."""
+    row: Row = {"first_call_s": contender.seconds(1)}
+    row["max_error"] = judge.error(name, contender, ours=provider(name).own_kernels)
+    row["peak_bytes"] = contender.peak_bytes()
+    if contender.kept:
+        row["kept_bytes"] = contender.kept()
+        row["kept_values_of_H"] = row["kept_bytes"] / _values(job)
+    return row
+
+
 def _values(job: Job) -> int:
     """Bytes of one value for each unit, direction, layer and real step."""
     case = job.case
@@ -101,7 +105,8 @@ def _values(job: Job) -> int:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch in the block; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -133,9 +138,7 @@ def _contender(
     return cuda.on_events(cuda.captured(contender) if job.graph else contender)
 
 
-def describe_job(
-    job: Job, name: str, device: str, backend: str | None = None, input_gradient: bool = False
-) -> Row:
+def describe_job(job: Job, name: str, device: str, backend: str | None = None) -> Row:
     """The part of a row that says what was measured, and whose it is."""
     return {
         "group": job.group,
@@ -145,7 +148,7 @@ def describe_job(
         "reset": job.case.reset,
         "real_steps": int(job.case.lengths.sum()),
         "mode": job.mode,
-        "input_gradient": input_gradient,
+        "input_gradient": job.input_gradient,
         "dtype": str(job.precision.dtype).removeprefix("torch."),
         "precision": job.precision.name,
         "graph": job.graph,

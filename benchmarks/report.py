@@ -124,6 +124,6 @@ def overview(folder: Path) -> str:
         assert results.file is not None
         parts += [f"## {results.file.name}", tables.caption(results)]
         parts += [f"![{name}]({picture(results, name).name})" for name in charts.charts(results)]
-        parts += ["### Where a peer is faster", tables.loss_table(tables.groups(results.rows))]
+        parts += ["### Where a peer is faster", tables.loss_table(results)]
         parts += [tables.everything(results), "### Peers", tables.peers(results)]
     return "\n\n".join(parts) + "\n"

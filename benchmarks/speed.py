@@ -25,11 +25,12 @@ from . import BenchmarkError, floor
 from .cases import ALL, CASES, GROUPS, Case, parse
 from .environment import environment
 from .jobs import Job, of_cases
-from .measure import describe_job, line, measure
+from .measure import describe_job, line, measure, threads
 from .precision import ALL_PRECISIONS, Precision
 from .providers import PROVIDERS, provider
 from .providers.remote import Remotes
 from .results import Results
+from .tables import behind, number
 from .work import MODES
 
 Row = dict[str, Any]
@@ -93,18 +94,15 @@ def main(args: argparse.Namespace) -> int:
     names = args.providers or (QUICK_PROVIDERS if args.quick else PROVIDERS)
     graphs = (False, True) if args.graph and cuda else (False,)
     counts = args.threads or (None,)
-    jobs = of_cases(_cases(args), args.modes, precision, graphs, counts)
+    wanted = (_cases(args), args.modes, precision, graphs, counts, args.input_gradient)
+    jobs = of_cases(*wanted)
     missing = {name: reason for name in names if (reason := provider(name).missing())}
     results.environment.setdefault("missing", {}).update(missing)
     names = [name for name in names if name not in missing]
     left_out, too_long = work_off(args, jobs, names, precision, results)
     results.add([])
-    wanted = {
-        key(describe_job(job, name, args.device, input_gradient=args.input_gradient))
-        for job in jobs
-        for name in names[:1]
-    }
-    rows = [row for row in results.rows if key(row) in wanted and row["provider"] in names]
+    keys = {key(describe_job(job, name, args.device)) for job in jobs for name in names[:1]}
+    rows = [row for row in results.rows if key(row) in keys and row["provider"] in names]
     print(table(rows))
     for name, reason in missing.items():
         print(f"without {name}: {reason}")
@@ -131,23 +129,20 @@ def work_off(
     machines: dict[int, floor.Machine] = {}
     left_out, too_long = [], []
     with Remotes() as remotes:
-        options = {"input_gradient": args.input_gradient, "remotes": remotes}
         for job in _progress(jobs):
-            described = [
-                describe_job(job, name, args.device, input_gradient=args.input_gradient)
-                for name in names
-            ]
+            described = [describe_job(job, name, args.device) for name in names]
             if all((key(row), row["provider"]) in done for row in described):
                 continue
             if monotonic() > deadline:
                 left_out.append(job)
                 continue
-            threads = described[0]["threads"]
-            if threads not in machines:
-                machines[threads] = _machine(args.device, precision, threads)
+            count = described[0]["threads"]
+            if count not in machines:
+                with threads(count):
+                    machines[count] = floor.measure(args.device, [precision])
                 of_threads = results.environment.setdefault("machine", {})
-                of_threads[str(threads)] = asdict(machines[threads])
-            least = floor.floor(job.case, precision, job.mode, machines[threads]) / 1e6
+                of_threads[str(count)] = asdict(machines[count])
+            least = floor.floor(job.case, precision, job.mode, machines[count]) / 1e6
             if least * len(names) * CALLS > args.longest:
                 too_long.append(job)
                 continue
@@ -155,8 +150,8 @@ def work_off(
             same = [row for row in results.rows if key(row) == key(described[0])]
             earlier = [row["provider"] for row in same if row.get("provider") in PROVIDERS]
             everybody = list(dict.fromkeys([*names, *earlier]))
-            how = (machines[threads], args.device, everybody, args.seconds, args.repeat)
-            found = measure(job, *how, **options)
+            how = (machines[count], args.device, everybody, args.seconds, args.repeat)
+            found = measure(job, *how, remotes=remotes)
             results.rows = [row for row in results.rows if row not in same]
             results.add(found)
             for row in found:
@@ -197,15 +192,6 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     if args.quick and not named and not args.groups:
         return [CASES[name] for name in QUICK]
     return named + [case for case in ALL if case.group in groups or "all" in groups]
-
-
-def _machine(device: str, precision: Precision, threads: int) -> floor.Machine:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return floor.measure(device, [precision])
-    finally:
-        torch.set_num_threads(before)
 
 
 def _progress(jobs: Sequence[Job]) -> Iterable[Job]:
@@ -254,16 +240,7 @@ def _cell(row: Row | None, timed: bool) -> str:
 
 
 def _time(row: Row) -> str:
-    p20, p50, p80 = (
-        f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-        for value in (row["p20_us"], row["p50_us"], row["p80_us"])
-    )
-    return f"{p50} ({p20}-{p80})"
-
-
-def behind(ratio: float) -> bool:
-    """Whether the peer is faster, as far as two decimals show it."""
-    return round(ratio, 2) < 1
+    return f"{number(row['p50_us'])} ({number(row['p20_us'])}-{number(row['p80_us'])})"
 
 
 def _ratio(ratio: float) -> str:

@@ -114,8 +114,10 @@ def losses(results: Results) -> str:
     for group in groups(results.rows):
         row = next(iter(group.values()))
         (named if row["group"] in NAMED else others).append(group)
-    text = loss_table(named)
-    slower = [row["ratio"] for group in others if (row := best_peer(group)) and behind(row)]
+    text = loss_table(results, named)
+    slower = [
+        row["ratio"] for group in others if (row := best_peer(group)) and behind(row["ratio"])
+    ]
     if slower:
         text += (
             f"\n\nOf {len(others)} measurements of other shapes, a peer is faster in "
@@ -124,14 +126,14 @@ def losses(results: Results) -> str:
     return text
 
 
-def loss_table(found: Iterable[Group]) -> str:
-    """Every measurement in which a peer is faster."""
+def loss_table(results: Results, found: Iterable[Group] | None = None) -> str:
+    """The measurements, all or those found, in which a peer is faster."""
     lines = []
-    for group in found:
+    for group in groups(results.rows) if found is None else found:
         for row in group.values():
-            if is_peer(row["provider"]) and row.get("ratio") and behind(row):
+            if is_peer(row["provider"]) and row.get("ratio") and behind(row["ratio"]):
                 lines.append(
-                    f"| {row['case']} | {row['shape'].replace(',', ', ')} | {_mode(row)} "
+                    f"| {row['case']} | {row['shape'].replace(',', ', ')} | {_what(row, results)} "
                     f"| {provider(row['provider']).label} | {time(row)} | {time(group[OURS])} "
                     f"| {ratio(row['ratio'])} |"
                 )
@@ -141,9 +143,9 @@ def loss_table(found: Iterable[Group]) -> str:
     return "\n".join([head, "|---|---|---|---|---:|---:|---:|", *lines])
 
 
-def behind(row: Row) -> bool:
-    """Whether this peer is faster, as far as two decimals show it."""
-    return round(row["ratio"], 2) < 1
+def behind(ratio: float) -> bool:
+    """Whether a peer is faster, as far as two decimals show it."""
+    return round(ratio, 2) < 1
 
 
 def everything(results: Results) -> str:
@@ -163,7 +165,7 @@ def everything(results: Results) -> str:
         ]
         for group in found:
             row = group.get(OURS) or next(iter(group.values()))
-            cells = [row["case"], row["shape"].replace(",", ", "), _mode(row)]
+            cells = [row["case"], row["shape"].replace(",", ", "), _what(row, results)]
             cells += _own(row) + [_peer(group.get(name)) for name in others]
             lines.append(f"| {' | '.join(cells)} |")
         parts.append(f"### {title}\n\n" + "\n".join(lines))
@@ -269,11 +271,13 @@ def ratio(value: float | None) -> str:
     if value is None:
         return ""
     text = f"{value:.2f}x"
-    return f"**{text}**" if round(value, 2) < 1 else text
+    return f"**{text}**" if behind(value) else text
 
 
-def _mode(row: Row) -> str:
-    threads = f", {row['threads']} threads" if row["group"] == "threads" else ""
+def _what(row: Row, results: Results) -> str:
+    """What was called, and on how many threads if not on those of the rest."""
+    others = row["threads"] != results.environment["threads"]
+    threads = f", threads: {row['threads']}" if others else ""
     return f"{row['mode']}{' graph' if row['graph'] else ''}{threads}"
 
 

@@ -178,3 +178,25 @@ def test_fake_tensors_have_the_shapes_of_a_step(backend):
     assert all(type(t) is FakeTensor for t in (y, h_n, c_n, h, c))
     assert [tuple(t.shape) for t in (y, h_n, c_n)] == [(1, 2, 8), (2, 2, 4), (2, 2, 4)]
     assert tuple(h.shape) == tuple(c.shape) == (2, 4)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "H", "T"), [(1, 5, 1), (3, 17, 4), (2, 64, 1)])
+def test_outputs_made_in_the_kernel_are_written_whole(backend, B, H, T, dtype):
+    """PyTorch's deterministic mode does not poison these; memory that was just freed does."""
+    lstm = fastlstm.LSTM(6, H, bidirectional=T > 1, dtype=dtype)
+    cell = fastlstm.LSTMCell(6, H, dtype=dtype)
+    x = torch.randn(T, B, 6, dtype=dtype)
+
+    def of_layer():
+        y, states = lstm(x)
+        return [y, *states]
+
+    for call in (of_layer, lambda: cell(x[0])):
+        expected = call()  # with gradients: the long way
+        with torch.no_grad():
+            for _ in range(5):
+                poison = [torch.full_like(t, torch.nan) for t in expected for _ in range(8)]
+                del poison
+                assert all(map(torch.equal, call(), expected))

@@ -37,7 +37,7 @@ class Provider(ABC):
     def version(self) -> str | None:
         """The version of its first package."""
         try:
-            return version(next(iter(self.packages)))
+            return version(self.packages[0])
         except PackageNotFoundError:
             return None
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ..work import Contender, Work
 from . import Provider
-from .pytorch import copy, from_module, refuses_step
+from .pytorch import copy, from_module, refuses_all_but_plain
 
 
 class FlashRNN(Provider):
@@ -31,13 +31,7 @@ class FlashRNN(Provider):
                 return "float32 as TF32 only"
             if work.case.H % 16:
                 return "H in steps of 16"
-        if work.case.D == 2:
-            return "one direction only"
-        if work.lengths is not None:
-            return "no ragged batches"
-        if work.reset is not None:
-            return "no resets"
-        return refuses_step(work)
+        return refuses_all_but_plain(work)
 
     def contender(self, work: Work) -> Contender:
         from flashrnn import FlashRNNConfig, flashrnn

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..work import Contender, Work
 from . import Provider
 from .jax_scan import ends, gradients
-from .pytorch import from_module, refuses_step
+from .pytorch import from_module, refuses_all_but_plain
 
 
 class Haste(Provider):
@@ -25,13 +25,7 @@ class Haste(Provider):
             return "for GPUs"
         if work.dtype not in (torch.float32, torch.float64):
             return "no 16-bit dtypes"
-        if work.case.D == 2:
-            return "one direction only"
-        if work.lengths is not None:
-            return "no ragged batches"
-        if work.reset is not None:
-            return "no resets"
-        return refuses_step(work)
+        return refuses_all_but_plain(work)
 
     def contender(self, work: Work) -> Contender:
         from haste_pytorch import LSTM

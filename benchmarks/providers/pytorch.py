@@ -80,6 +80,17 @@ def refuses_step(work: Work) -> str | None:
     return None
 
 
+def refuses_all_but_plain(work: Work) -> str | None:
+    """Why this work is too much for who has one direction, no lengths and no resets."""
+    if work.case.D == 2:
+        return "one direction only"
+    if work.lengths is not None:
+        return "no ragged batches"
+    if work.reset is not None:
+        return "no resets"
+    return refuses_step(work)
+
+
 def from_module(module: nn.RNNBase, work: Work, forward: Call | None = None) -> Contender:
     """The contender that calls `forward`, by default the module, as one calls nn.LSTM."""
     forward = module if forward is None else forward
