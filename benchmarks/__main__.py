@@ -21,7 +21,7 @@ COMMANDS = {
     "kernels": "what the GPU kernels compile to, without a GPU",
     "gpu": "tests, cuDNN records and timings of the Triton backend on a GPU",
 }
-# Enough to learn the tasks, in two minutes on two cores. In samples, so that the small digits do.
+# Enough to learn the tasks in a few minutes on two cores. In samples, so the small digits do.
 BINARY_EPOCHS = 8
 LSTM_SAMPLES = 180_000
 BLSTM_SAMPLES = 100_000
