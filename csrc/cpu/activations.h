@@ -10,12 +10,12 @@ namespace {
 // passes through; y must lie within [-126 ln 2, 127 ln 2].
 FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& fraction) {
   using Int = Simd<float>::Int;
-  constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer and leaves that integer in the low bits
+  constexpr float kMagic = 0x1.8p23f + 127;  // adding it rounds to an integer and leaves in the low bits its exponent
   const Vec<float> shifted = fma(y, splat(0x1.715476p+0f), splat(kMagic));
   const Vec<float> n = shifted - kMagic;
   Vec<float> r = fma(n, splat(-0x1.62e400p-1f), y);  // ln 2 in two parts: the first has trailing zeros
   r = fma(n, splat(-0x1.7f7d1cp-20f), r);
-  scale = (Vec<float>)(((Int)shifted << 23) + 0x3f800000);
+  scale = (Vec<float>)((Int)shifted << 23);
   // (exp(r) - 1 - r) / r^2, least maximum error over |r| <= ln 2 / 2: 3.4e-9 in exp(r)
   Vec<float> p = splat(0x1.6dbc66p-10f);
   p = fma(p, r, splat(0x1.124148p-7f));
@@ -29,6 +29,8 @@ FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& frac
 FASTLSTM_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), (__m512)x));
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), (__m256)x));
 #else
   x = x > high ? splat(high) : x;
   return x < low ? splat(low) : x;
@@ -49,7 +51,7 @@ FASTLSTM_INLINE Vec<float> divide(Vec<float> a, Vec<float> b) {
 
 FASTLSTM_INLINE Vec<float> sigmoid(Vec<float> x) {
   Vec<float> scale, fraction;
-  split_exp(clamp(-x, -87.0f, 86.0f), scale, fraction);  // sigmoid(-86) = 4e-38
+  split_exp(-clamp(x, -86.0f, 87.0f), scale, fraction);  // sigmoid(-86) = 4e-38
   return divide(splat(1.0f), fma(scale, fraction, scale) + 1.0f);
 }
 
