@@ -478,7 +478,7 @@ class BackwardDirection {
     }
     for (i64 tile = 0; tile < at.tiles; ++tile) {
       const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
-      for_row_tiles(n, [&](i64 first, auto height) {
+      for_row_tiles<kPanelVectors>(n, [&](i64 first, auto height) {
         constexpr int R = decltype(height)::value;
         Vec<S> acc[R][kPanelVectors];
         const S *x[R], *h[R];

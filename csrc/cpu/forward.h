@@ -15,6 +15,7 @@ template <class S, Cell cell>
 class ForwardLane {
   static constexpr bool kByRow = cell == Cell::regularised;
   static constexpr bool kHasCell = cell != Cell::rnn;
+  static constexpr i64 kGroup = 24;  // rows
   static constexpr i64 kTileUnits = kHasCell ? kLanes<S> : kPanel<S>;
 
  public:
@@ -70,7 +71,8 @@ class ForwardLane {
   // projected_[tile][row of the chunk][kPanel] = bias + x w_ih^T; or, where a step goes by rows, [row][gate_pitch_]
   void project_inputs(i64 tile_begin, i64 tile_end) {
     for (i64 tile = tile_begin; tile < tile_end; ++tile)
-      for_row_tiles(chunk_rows_, [&](i64 first, auto height) { project_block<decltype(height)::value>(first, tile); });
+      for_row_tiles<kPanelVectors>(
+          chunk_rows_, [&](i64 first, auto height) { project_block<decltype(height)::value>(first, tile); });
   }
 
   void begin_step(i64 step) {
@@ -97,23 +99,36 @@ class ForwardLane {
 
   // Gates, cell and hidden state of this step for a range of unit tiles; of cells that go by rows, the gate sums.
   void gates(i64 tile_begin, i64 tile_end) {
-    if (n_ <= kTileRows) {  // few rows: several unit tiles at once keep the multipliers busy
-      with_rows(n_, [&](auto height) {
-        constexpr int R = decltype(height)::value, P = R == 1 ? 2 : kTileRows / R;
+    alignas(64) S sums[kGroup][kPanel<S>];
+    if (n_ <= kTallestTile) {  // few rows: several unit tiles at once keep the multipliers busy
+      with_rows<kTallestTile>(n_, [&](auto height) {
+        constexpr int R = decltype(height)::value, P = R == 1 ? 2 : larger(1, kTileRows / R);
         if (n_ != R) return;  // no rows at all
         // Back and forth over the weights: what was read last is still in L1 when the next step begins.
         const i64 blocks = ceil_div(tile_end - tile_begin, P);
         for (i64 k = 0; k < blocks; ++k) {
           const i64 tile = tile_begin + P * (t_ % 2 ? blocks - 1 - k : k);
-          if (tile + P <= tile_end)
-            gates_block<R, P>(0, tile);
-          else
-            for (i64 single = tile; single < tile_end; ++single) gates_block<R, 1>(0, single);
+          if (tile + P <= tile_end) {
+            sum_gates<R, P>(0, tile, sums);
+            update<P>(0, R, tile, sums);
+          } else {
+            for (i64 single = tile; single < tile_end; ++single) {
+              sum_gates<R, 1>(0, single, sums);
+              update<1>(0, R, single, sums);
+            }
+          }
         }
       });
     } else {
+      const i64 groups = ceil_div(n_, kGroup);
       for (i64 tile = tile_begin; tile < tile_end; ++tile)
-        for_row_tiles(n_, [&](i64 first, auto height) { gates_block<decltype(height)::value, 1>(first, tile); });
+        for (i64 group = 0; group < groups; ++group) {
+          const i64 first = group * n_ / groups, last = (group + 1) * n_ / groups;
+          for_row_tiles<kPanelVectors>(last - first, [&](i64 k, auto height) {
+            sum_gates<decltype(height)::value, 1>(first + k, tile, sums + k);
+          });
+          update<1>(first, last - first, tile, sums);
+        }
     }
     if (!s_.projected && !stores_y_ && !kByRow)
       emit_hidden(tile_begin * kTileUnits, smaller(tile_end * kTileUnits, s_.H) - tile_begin * kTileUnits);
@@ -247,7 +262,7 @@ class ForwardLane {
   }
 
   template <int R, int P>
-  void gates_block(i64 first, i64 tile) {
+  void sum_gates(i64 first, i64 tile, S (*sums)[kPanel<S>]) {
     Vec<S> acc[R][P * kPanelVectors];
     if (kByRow && s_.layer_norm) {
 #pragma GCC unroll 8
@@ -279,25 +294,30 @@ class ForwardLane {
             store(z_row(first + r) + (tile + p) * kPanel<S> + v * gate_step(tile + p), acc[r][p * kPanelVectors + v]);
       return;
     }
-    // Through the stack and in two loops over rows: constants stay in registers, and each loop is a short chain
-    // of dependent instructions with many rows in flight, where one long chain a row would leave the core waiting.
-    alignas(64) S gates[R * P][kPanel<S>];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
       for (int v = 0; v < P * kPanelVectors; ++v)
-        store(&gates[r * P + v / kPanelVectors][v % kPanelVectors * kLanes<S>], acc[r][v]);
+        store(&sums[r * P + v / kPanelVectors][v % kPanelVectors * kLanes<S>], acc[r][v]);
+  }
+
+  // What follows the sums of P tiles of units, [rows * P], for `rows` rows. In two loops over rows: constants stay in
+  // registers, and each loop is a short chain of dependent instructions with many rows in flight, where one long chain
+  // a row would leave the core waiting.
+  template <int P>
+  void update(i64 first, i64 rows, i64 tile, S (*sums)[kPanel<S>]) {
+    if constexpr (kByRow) return;
     if constexpr (!kHasCell) {
 #pragma GCC unroll 1
-      for (int k = 0; k < R * P; ++k) activate_hidden(gates[k], first + k / P, (tile + k % P) * kPanel<S>);
+      for (i64 k = 0; k < rows * P; ++k) activate_hidden(sums[k], first + k / P, (tile + k % P) * kPanel<S>);
       return;
     }
 #pragma GCC unroll 1
-    for (int k = 0; k < R * P; ++k) activate(gates[k], kLanes<S>);
+    for (i64 k = 0; k < rows * P; ++k) activate(sums[k], kLanes<S>);
 #pragma GCC unroll 1
-    for (int r = 0; r < R; ++r)
+    for (i64 r = 0; r < rows; ++r)
 #pragma GCC unroll 1
-      for (int p = 0; p < P; ++p) update_units(gates[r * P + p], first + r, (tile + p) * kLanes<S>);
+      for (int p = 0; p < P; ++p) update_units(sums[r * P + p], first + r, (tile + p) * kLanes<S>);
   }
 
   // Hidden state of kPanel units of one row of an RNN, from their sums.

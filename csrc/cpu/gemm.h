@@ -18,91 +18,138 @@ constexpr int kPanel = kPanelVectors * kLanes<S>;
 template <class S, int R, int P, int V>
 FASTLSTM_INLINE void accumulate_chain(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
                                       i64 panel_stride, i64 row_stride, i64 K) {
-  i64 ak = 0;
-  for (i64 k = 0; k < K; ++k, ak += a_stride, panel += row_stride) {
-    if constexpr (R == 1) {
+  const auto term = [&](i64 k, const S* row) FASTLSTM_INLINE_LAMBDA {
+    // What there is less of stays in registers while the other passes by.
+    if constexpr (R <= V) {
+      Vec<S> s[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) s[r] = splat(a[r][k * a_stride]);
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v)
-          acc[0][p * V + v] = fma(splat(a[0][ak]), load(panel + p * panel_stride + v * kLanes<S>), acc[0][p * V + v]);
+        for (int v = 0; v < V; ++v) {
+          const Vec<S> w = load(row + p * panel_stride + v * kLanes<S>);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) acc[r][p * V + v] = add_product(acc[r][p * V + v], s[r], w);
+        }
     } else {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         Vec<S> w[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) w[v] = load(panel + p * panel_stride + v * kLanes<S>);
+        for (int v = 0; v < V; ++v) w[v] = load(row + p * panel_stride + v * kLanes<S>);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const Vec<S> s = splat(a[r][ak]);
+          const Vec<S> s = splat(a[r][k * a_stride]);
 #pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[r][p * V + v] = fma(s, w[v], acc[r][p * V + v]);
+          for (int v = 0; v < V; ++v) acc[r][p * V + v] = add_product(acc[r][p * V + v], s, w[v]);
         }
       }
     }
-  }
+  };
+  i64 k = 0;
+  for (; k + kUnroll <= K; k += kUnroll)
+#pragma GCC unroll 2
+    for (int u = 0; u < kUnroll; ++u, panel += row_stride) term(k + u, panel);
+  if constexpr (kUnroll > 1)
+    if (k < K) term(k, panel);
 }
 
 // The longest chain. Rounding errors of a chain grow with its length; sums of shorter chains are as accurate as
 // PyTorch's blocked products.
 constexpr i64 kChain = 128;
 
+// total[r * V + v] continues with one chain of C of V columns, or has it added.
+template <class S, int R, int V, int C>
+FASTLSTM_INLINE void add_chain(S (*total)[kLanes<S>], bool continues, const S* const (&a)[R], i64 a_stride,
+                               const S* panel, i64 row_stride, i64 K) {
+  Vec<S> sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) sum[r][v] = continues ? load(total[r * V + v]) : Vec<S>{};
+  accumulate_chain<S, R, 1, C>(sum, a, a_stride, panel, 0, row_stride, K);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) {
+      if (!continues) sum[r][v] += load(total[r * V + v]);
+      store(total[r * V + v], sum[r][v]);
+    }
+}
+
 // As accumulate_chain for any K: the first kChain terms continue acc, every further kChain are summed on their own.
 template <class S, int R, int P, int V>
 FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
                                 i64 panel_stride, i64 row_stride, i64 K) {
+  constexpr bool kTall = R > kTileRows && R * V > kTileRows * kPanelVectors;  // goes through a chain two columns a pass
+  static_assert(!kTall || P == 1, "tall tiles are of one panel");
   alignas(64) S total[R * P * V][kLanes<S>];
   const S* at[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) at[r] = a[r];
+  const auto put = [&]() FASTLSTM_INLINE_LAMBDA {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+      for (int v = 0; v < P * V; ++v) store(total[r * P * V + v], acc[r][v]);
+  };
+  if constexpr (kTall) put();
   for (i64 done = 0;;) {
     const i64 length = smaller(kChain, K - done);
-    accumulate_chain<S, R, P, V>(acc, at, a_stride, panel, panel_stride, row_stride, length);
-    if (done) {
+    if constexpr (kTall) {
+#pragma GCC unroll 1
+      for (int v = 0; v + 2 <= V; v += 2)
+        add_chain<S, R, V, 2>(total + v, done == 0, at, a_stride, panel + v * kLanes<S>, row_stride, length);
+      if constexpr (V % 2)
+        add_chain<S, R, V, 1>(total + V - 1, done == 0, at, a_stride, panel + (V - 1) * kLanes<S>, row_stride, length);
+    } else {
+      accumulate_chain<S, R, P, V>(acc, at, a_stride, panel, panel_stride, row_stride, length);
+    }
+    const bool last = done + length >= K;
+    if (kTall ? last : done > 0) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
-        for (int v = 0; v < P * V; ++v) acc[r][v] += load(total[r * P * V + v]);
+        for (int v = 0; v < P * V; ++v)
+          acc[r][v] = kTall ? load(total[r * P * V + v]) : acc[r][v] + load(total[r * P * V + v]);
     }
+    if (last) return;
     done += length;
-    if (done >= K) return;
     panel += length * row_stride;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      at[r] += length * a_stride;
+    for (int r = 0; r < R; ++r) at[r] += length * a_stride;
+    if constexpr (!kTall) {
+      put();
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
-      for (int v = 0; v < P * V; ++v) {
-        store(total[r * P * V + v], acc[r][v]);
-        acc[r][v] = Vec<S>{};
-      }
+        for (int v = 0; v < P * V; ++v) acc[r][v] = Vec<S>{};
     }
   }
 }
 
-// Calls f(integral_constant) for a register tile of 1..kTileRows rows.
+// Calls f(integral_constant) for a register tile of 1..most rows.
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
-template <class F>
+template <int most, class F>
 FASTLSTM_INLINE void with_rows(i64 rows, const F& f) {
-  if constexpr (kTileRows >= 6) {
-    if (rows == 6) return f(Constant<6>{});
-    if (rows == 5) return f(Constant<5>{});
-    if (rows == 4) return f(Constant<4>{});
-  }
-  if (rows == 3) return f(Constant<3>{});
-  if (rows == 2) return f(Constant<2>{});
-  return f(Constant<1>{});
+  if constexpr (most > 1)
+    if (rows < most) return with_rows<most - 1>(rows, f);
+  f(Constant<most>{});
 }
 
-// Splits n rows into register tiles of nearly equal height and calls f(first, Constant<rows>).
-template <class F>
+// Splits n rows of V vectors into register tiles of nearly equal height and calls f(first, Constant<rows>). Low tiles
+// keep the multipliers waiting: rather than these there are some that are taller than the registers ask for.
+template <int V, class F>
 FASTLSTM_INLINE void for_row_tiles(i64 n, const F& f) {
-  const i64 tiles = ceil_div(n, kTileRows);
+  constexpr i64 kRows = smaller(8, kTileRows * kPanelVectors / V), kMost = larger(kRows, kTallestTile);
+  const i64 tiles = larger(n / kRows, ceil_div(n, kMost));
   for (i64 tile = 0; tile < tiles; ++tile) {
     const i64 first = tile * n / tiles, last = (tile + 1) * n / tiles;
-    with_rows(last - first, [&](auto rows) { f(first, rows); });
+    with_rows<kMost>(last - first, [&](auto rows) { f(first, rows); });
   }
 }
 
@@ -148,7 +195,7 @@ template <class S>
 inline void multiply_rows(i64 rows, const S* a, i64 a_pitch, i64 a_stride, i64 K, const S* panel, i64 panel_pitch,
                           S* out, i64 out_pitch, i64 n, bool add) {
   const auto with_width = [&](auto width) {
-    for_row_tiles(rows, [&](i64 first, auto height) {
+    for_row_tiles<decltype(width)::value>(rows, [&](i64 first, auto height) {
       multiply_tile<S, decltype(height)::value, decltype(width)::value>(
           a + first * a_pitch, a_pitch, a_stride, K, panel, panel_pitch, out + first * out_pitch, out_pitch, n, add);
     });

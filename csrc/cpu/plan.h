@@ -16,6 +16,7 @@ struct Plan {
 };
 
 constexpr i64 kSecondLevelBytes = 1 << 20;  // L2 of current server cores: 1 to 2 MB
+constexpr i64 kThirdLevelBytes = 16 << 20;  // what a process can hope for of a shared L3
 constexpr i64 kForkBytes = 512 << 10;       // weights worth reading on several threads: ~10 us for one core
 constexpr double kForkFlops = 1e6;          // arithmetic worth a thread of its own: ~10 us
 constexpr i64 kLaneRows = 128;              // keeps a lane's state in L2
@@ -41,7 +42,9 @@ Plan make_plan(const Sizes& s, int threads) {
     plan.lanes = 1;
   }
   const i64 rows = ceil_div(batch, plan.lanes);
-  if (s.T > 1 && rows < (plan.split_units ? kProjectRows / 2 : kTileRows))
+  // Rows of a step are enough for the fused projection where they outlast the reading of w_ih.
+  const bool slow_reads = weight_bytes > kThirdLevelBytes || (plan.split_units && kVectorBytes >= 64);
+  if (s.T > 1 && rows < (slow_reads ? kProjectRows / 2 : kTallestTile + 1))
     plan.input_steps = smaller(s.T, ceil_div(kProjectRows, rows));
   return plan;
 }
