@@ -12,6 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# Before torch starts its threads. Test processes share the cores (`-n auto`): a thread that spins
+# while it waits keeps the other process from working, which took some files four times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():  # before Triton reads it: the kernels run on the CPU then
