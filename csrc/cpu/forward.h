@@ -15,7 +15,6 @@ template <class S, Cell cell>
 class ForwardLane {
   static constexpr bool kByRow = cell == Cell::regularised;
   static constexpr bool kHasCell = cell != Cell::rnn;
-  static constexpr i64 kGroup = 24;  // rows
   static constexpr i64 kTileUnits = kHasCell ? kLanes<S> : kPanel<S>;
 
  public:
@@ -99,7 +98,7 @@ class ForwardLane {
 
   // Gates, cell and hidden state of this step for a range of unit tiles; of cells that go by rows, the gate sums.
   void gates(i64 tile_begin, i64 tile_end) {
-    alignas(64) S sums[kGroup][kPanel<S>];
+    alignas(64) S sums[kRowGroup][kPanel<S>];
     if (n_ <= kTallestTile) {  // few rows: several unit tiles at once keep the multipliers busy
       with_rows<kTallestTile>(n_, [&](auto height) {
         constexpr int R = decltype(height)::value, P = R == 1 ? 2 : larger(1, kTileRows / R);
@@ -120,7 +119,7 @@ class ForwardLane {
         }
       });
     } else {
-      const i64 groups = ceil_div(n_, kGroup);
+      const i64 groups = ceil_div(n_, kRowGroup);
       for (i64 tile = tile_begin; tile < tile_end; ++tile)
         for (i64 group = 0; group < groups; ++group) {
           const i64 first = group * n_ / groups, last = (group + 1) * n_ / groups;

@@ -131,17 +131,13 @@ FASTLSTM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 
 // sum + a * b of the inner loop of products, where every register is taken. On AVX2 it is spelled out: GCC reads
 // operands again from memory in every instruction, or moves sums between registers, up to a fifth slower.
-FASTLSTM_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) {
+template <class V>
+FASTLSTM_INLINE V add_product(V sum, V a, V b) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-  return sum;
-#else
-  return fma(a, b, sum);
-#endif
-}
-FASTLSTM_INLINE Vec<double> add_product(Vec<double> sum, Vec<double> a, Vec<double> b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  if constexpr (sizeof(sum[0]) == sizeof(float))
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  else
+    asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
   return sum;
 #else
   return fma(a, b, sum);
