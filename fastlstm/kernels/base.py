@@ -1,0 +1,130 @@
+"""What a backend is: one way of computing a layer, and the list of all of them.
+
+A backend is an object of a subclass of :class:`Backend`, made and registered in a file or folder
+of its own in :mod:`fastlstm.kernels`. Everything else asks the object; nothing compares names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastlstm.spec import LayerSpec
+
+__all__ = ["Backend", "constant", "get", "names", "register", "registered"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Backend:
+    """One way of computing a layer. The methods here describe one that can compute everything.
+
+    A backend has either operators (:mod:`fastlstm.kernels.operators` has their contract), for which
+    :mod:`fastlstm.layer.autograd` makes the derivatives, or ``layer``, a function made of PyTorch
+    operations, which need no help.
+    """
+
+    name: str
+    """What users call it by: ``fastlstm.backend(name)``."""
+
+    devices: frozenset[str] = frozenset()
+    """Types of device for whose tensors ``auto`` considers it, in the order of registration."""
+
+    layer: Any = None
+    """``layer(spec, x, weights, state, sequences, noise, cell_states) -> (y, state, c_all)``."""
+
+    lstm_fwd: Any = None
+    lstm_bwd: Any = None
+    rnn_fwd: Any = None
+    rnn_bwd: Any = None
+    """The operators of a layer."""
+
+    lstm_infer: Any = None
+    lstm_cell_infer: Any = None
+    """The operators of plain calls without gradients, for latency; None where there are none."""
+
+    members: bool = False
+    """Whether one call of the operators computes an ensemble of layers (``members=E``)."""
+
+    wide: bool = False
+    """Whether kept gates and all gradients of a 16-bit layer are float32, and not 16 bit too."""
+
+    def error(self) -> str | None:
+        """Say why this machine does not have it; None once it is loaded, which this does."""
+        return None
+
+    def detail(self) -> str:
+        """Describe in a line what is there, for :func:`fastlstm.backends`."""
+        raise NotImplementedError
+
+    def kernel(self) -> str:
+        """Name what runs, for :func:`fastlstm.explain`."""
+        return self.detail()
+
+    def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
+        """Say why it cannot compute such a layer of an input like x; None if it can."""
+        return None
+
+    def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
+        """Describe in a line how it would compute such a layer of B sequences of T steps."""
+        raise NotImplementedError
+
+    def keeps_gates(self, spec: LayerSpec) -> bool:
+        """Whether its forward pass can keep the activated gates for backward."""
+        return True
+
+    def packed_weights(
+        self, cache: Any, purpose: str, weights: Sequence[Tensor], spec: LayerSpec
+    ) -> Tensor | None:
+        """Return the buffer in which it keeps these weights in an order of its own, if it does.
+
+        Args:
+            cache: a dict that lives as long as the module, or None.
+            purpose: "forward", "backward", or "both" for a backward pass that computes the gates
+                again.
+            weights: D groups, see :class:`fastlstm.spec.Weights`.
+            spec: the layer.
+        """
+        return None
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> Backend:
+    """Add a backend to those that users can choose; ``auto`` asks them in this order."""
+    _backends[backend.name] = backend
+    return backend
+
+
+def get(name: str) -> Backend:
+    """Return the backend of that name."""
+    return _backends[name]
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all backends."""
+    return tuple(_backends)
+
+
+def registered() -> tuple[Backend, ...]:
+    """Return all backends."""
+    return tuple(_backends.values())
+
+
+def constant(function: Function) -> Function:
+    """Mark a function whose result never changes: compiled code asks it once and keeps the answer.
+
+    What ``torch.compiler.assume_constant_result`` does, without the second that importing all of
+    Dynamo would add to ``import fastlstm``.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic: float32 for 16-bit tensors."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
