@@ -24,7 +24,16 @@ from fastlstm.kernels.onnx import ONNX
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.spec import LayerSpec
 
-__all__ = ["backend", "backends", "candidates", "choice", "higher_derivative", "select"]
+__all__ = [
+    "AUTO",
+    "backend",
+    "backends",
+    "candidates",
+    "choice",
+    "first_obstacle",
+    "higher_derivative",
+    "select",
+]
 
 AUTO = "auto"
 _is_transformed = torch._C._are_functorch_transforms_active

@@ -44,17 +44,17 @@ def infer(
     hx: Any,
     weights: Sequence[Tensor],
     cache: Any,
-    spec: LayerSpec,
+    directions: int = 0,
 ) -> Any:
-    """Compute a plain layer, or with x ``[B, I]`` a cell, without gradients.
+    """Compute a plain layer or cell, without gradients.
 
     Args:
         backend: what :func:`fast_backend` returned for x.
-        x: ``[T, B, I]``, or ``[B, I]`` for one step of a cell.
+        x: ``[T, B, I]`` of a layer, ``[B, I]`` of a cell.
         hx: what the user passed for ``(h_0, c_0)``.
         weights: those of the layer.
         cache: a dict in which the backend keeps packed weights.
-        spec: what the layer is.
+        directions: D of a layer; 0 for a cell.
 
     Returns:
         ``(y, h_n, c_n)``, of a cell ``(h, c)``. What the operator checks itself is not checked
@@ -71,9 +71,10 @@ def infer(
     try:
         packed = cache.get(("forward", weights[0].dtype))
         if packed is None:
+            spec = LayerSpec.of("LSTM", weights, directions or 1)
             packed = backend.packed_weights(cache, "forward", weights, spec)
-        if x.dim() == 3:
-            found = backend.lstm_infer(x, weights, spec.directions, h0, c0, packed)
+        if directions:
+            found = backend.lstm_infer(x, weights, directions, h0, c0, packed)
         else:
             found = backend.lstm_cell_infer(x, weights, h0, c0, packed)
     except (RuntimeError, ValueError):

@@ -59,7 +59,7 @@ class LSTMCell(nn.RNNCellBase):
         """
         weights = tensors(self, _NAMES if self.bias else _NAMES[:2])
         if not torch.is_grad_enabled() and input.dim() == 2 and (backend := fast_backend(input)):
-            result = infer(backend, input, hx, weights, self._cache, self.specs()[0])
+            result = infer(backend, input, hx, weights, self._cache)
             if result is not None:
                 return result
         # Compiled code would depend on what is in the cache, and makes no use of it.

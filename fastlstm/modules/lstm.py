@@ -275,27 +275,27 @@ class LSTM(Layers):
         backend = fast_backend(x)
         if backend is None or x.dim() != 3 or (stream := self._stream) is None:
             return None
-        take, spec, cache, batch_first = stream
+        take, directions, cache, batch_first = stream
         try:
             weights = take(self._parameters)
         except KeyError:
             weights = tensors(self, self._flat_weights_names)
         if batch_first:
             x = x.transpose(0, 1)
-        result = infer(backend, x, hx, weights, cache, spec)
+        result = infer(backend, x, hx, weights, cache, directions)
         if result is None:
             return None
         y, h_n, c_n = result
         return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
 
     @cached_property
-    def _stream(self) -> tuple[Any, LayerSpec, Any, bool] | None:
+    def _stream(self) -> tuple[Any, int, Any, bool] | None:
         """What `_infer` has to know of the settings, None if it cannot compute them."""
         noisy = self.recurrent_dropout or self.weight_dropout or self.zoneout != (0.0, 0.0)
         if self.num_layers > 1 or self.peephole or self.layer_norm or noisy:
             return None
         take = itemgetter(*self._flat_weights_names)
-        return take, self._spec(), self._caches[0], self.batch_first
+        return take, self._D, self._caches[0], self.batch_first
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.pop("_stream", None)  # every setting is looked at again
@@ -326,12 +326,19 @@ class LSTM(Layers):
             ValueError: an ``nn.LSTM`` cannot compute the same; dropouts that it lacks do not
                 matter in evaluation.
         """
+        if lacking := self.beyond_torch():
+            advice = "" if lacking[0] in ("layer_norm", "peephole", "zoneout") else ": call eval()"
+            raise ValueError(f"to_torch: nn.LSTM has no {', '.join(lacking)}{advice}")
+        return convert.convert(self, LSTM, nn.LSTM)
+
+    def beyond_torch(self) -> list[str]:
+        """Return the options, by name, without which ``nn.LSTM`` would compute something else.
+
+        Dropouts do not matter in evaluation.
+        """
         lacking = ["layer_norm"] * self.layer_norm + ["peephole"] * self.peephole
         lacking += ["zoneout"] * any(self.zoneout)
         if self.training:
             lacking += ["recurrent_dropout"] * (self.recurrent_dropout > 0)
             lacking += ["weight_dropout"] * (self.weight_dropout > 0)
-        if lacking:
-            advice = "" if lacking[0] in ("layer_norm", "peephole", "zoneout") else ": call eval()"
-            raise ValueError(f"to_torch: nn.LSTM has no {', '.join(lacking)}{advice}")
-        return convert.convert(self, LSTM, nn.LSTM)
+        return lacking
