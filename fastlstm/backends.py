@@ -103,11 +103,13 @@ def candidates(name: str, device_type: str) -> tuple[Backend, ...]:
         name: of a backend, or "auto".
         device_type: ``x.device.type`` of the input.
     """
-    if name != AUTO:
-        return (get(name),)
-    return tuple(backend for backend in registered() if device_type in backend.devices)
+    return (get(name),) if name != AUTO else _AUTOMATIC.get(device_type, ())
 
 
+_AUTOMATIC = {
+    device: tuple(backend for backend in registered() if device in backend.devices)
+    for device in frozenset[str]().union(*(backend.devices for backend in registered()))
+}
 choice = _Choice()
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from fastlstm.layer.checks import check_noise, check_pair, size
 from fastlstm.layer.stack import Options, run_cell, run_stack
-from fastlstm.spec import Sequences
+from fastlstm.spec import DENSE, Sequences
 
 __all__ = ["lstm", "lstm_cell", "rnn", "sequence_loss"]
 
@@ -105,7 +105,7 @@ def lstm(
         bidirectional,
         batch_first,
         dropout if training else 0.0,
-        Sequences(batch_sizes, lengths, reset),
+        _sequences(batch_sizes, lengths, reset),
         caches,
         return_cell_states,
         recompute,
@@ -176,7 +176,7 @@ def rnn(
         bidirectional,
         batch_first,
         dropout if training else 0.0,
-        Sequences(batch_sizes, lengths, reset),
+        _sequences(batch_sizes, lengths, reset),
         caches,
     )
     y, (h_n,), _ = run_stack(input, None if hx is None else (hx,), weights, options)
@@ -209,6 +209,14 @@ def lstm_cell(
             compute the call.
     """
     return run_cell(input, hx, weights, cache)
+
+
+def _sequences(
+    batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
+) -> Sequences:
+    if batch_sizes is None and lengths is None and reset is None:
+        return DENSE
+    return Sequences(batch_sizes, lengths, reset)
 
 
 def sequence_loss(

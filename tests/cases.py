@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
+from fastlstm.layer import stack
+from fastlstm.spec import Noise
 
 Results = dict[str, Tensor]
 
@@ -171,13 +173,13 @@ def noise_of(case: Case, layer: int, wide: torch.dtype) -> tuple[Tensor, Tensor]
 def without_chance(case: Case, seen: list[Any]) -> Any:
     """Makes the module take the noise of the case instead of drawing its own."""
 
-    def draw_noise(cell: Any, call: Any, weights: Any, *probabilities: float) -> tuple[Any, Any]:
-        wide = torch.float64 if call.x.dtype is torch.float64 else torch.float32
+    def draw_noise(spec: Any, x: Tensor, batch: int, weights: Any, options: Any) -> Any:
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         h_mask, seed = noise_of(case, len(seen), wide)
-        seen.append(call)
-        return cell._replace(h_mask=h_mask.to(call.x.device), seed=seed.to(call.x.device)), weights
+        seen.append(spec)
+        return Noise(h_mask.to(x.device), seed.to(x.device)), weights
 
-    return mock.patch.object(fastlstm.functional, "_draw", draw_noise)
+    return mock.patch.object(stack, "_draw", draw_noise)
 
 
 def fast(case: Case, rnn: nn.RNNBase, x: Tensor, hx: Any) -> Results:

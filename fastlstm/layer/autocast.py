@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +43,6 @@ def cast(
     return convert(x), None if hx is None else tuple(map(convert, hx)), [*map(convert, weights)]
 
 
-def switched_off(x: Tensor, active: bool) -> AbstractContextManager[Any]:
-    """Return a block in which autocast is off on the device of x, if it is active."""
-    return torch.autocast(x.device.type, enabled=False) if active else nullcontext()
+def switched_off(x: Tensor) -> torch.autocast:
+    """Return a block in which autocast is off on the device of x."""
+    return torch.autocast(x.device.type, enabled=False)

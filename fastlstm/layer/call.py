@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastlstm.spec import LayerSpec, Noise, Sequences
+from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences
 
 __all__ = [
     "Call",
@@ -40,6 +40,8 @@ class Call(NamedTuple):
 
 def call_tensors(call: Call) -> tuple[Tensor | None, ...]:
     """Return the tensors of a call, which autograd has to keep; () if there are none."""
+    if call.sequences is DENSE and call.noise is NO_NOISE:  # most calls
+        return ()
     tensors = (*call.sequences, *call.noise)
     return tensors if any(t is not None for t in tensors) else ()
 

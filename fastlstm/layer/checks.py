@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastlstm.spec import LayerSpec
+
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -57,22 +59,24 @@ def check_features(
         )
 
 
-def check_weights(weights: Sequence[Tensor], x: Tensor, options: Any) -> None:
+def check_weights(weights: Sequence[Tensor], x: Tensor, options: Any) -> LayerSpec:
     """Check that every weight has the shape, dtype and device that go with ``x [..., I]``.
 
     Args:
         weights: those of all layers.
         x: the input of the first one.
         options: the :class:`fastlstm.layer.stack.Options` of the call.
+
+    Returns:
+        What the first layer is.
     """
-    count = _count_weights(weights, options)
-    directions = options.directions
-    names, shapes = _expected_weights(weights, x, options, count)
+    spec = _first_layer(weights, options)
+    names, shapes = _expected_weights(spec, x)
+    count, directions = len(shapes), spec.directions
     dtype, device, on_cpu = x.dtype, x.device, x.is_cpu
     for k, w in enumerate(weights):
         if k == count * directions:
-            units, projected = weights[1].shape
-            shapes[0] = (units, directions * projected)
+            shapes[0] = (shapes[0][0], directions * spec.state_size)
         if w.dtype is not dtype or (not w.is_cpu if on_cpu else w.device != device):
             raise RuntimeError(
                 f"the input is {dtype} on {device} but {names[k % count]} is {w.dtype} on "
@@ -83,46 +87,54 @@ def check_weights(weights: Sequence[Tensor], x: Tensor, options: Any) -> None:
                 f"expected {names[k % count]} of layer {k // (count * directions)} to be "
                 f"{list(shapes[k % count])}, got {size(w)}"
             )
+    return spec
 
 
-def _count_weights(weights: Sequence[Tensor], options: Any) -> int:
-    """How many weights each direction has."""
+def _first_layer(weights: Sequence[Tensor], options: Any) -> LayerSpec:
+    """What the first layer is, by the number of weights and the shapes of its first two."""
     layers, directions = options.num_layers, options.directions
+    lstm, extra = options.mode == "LSTM", options.peephole + 4 * options.layer_norm
     count, rest = divmod(len(weights), layers * directions)
-    extra = options.peephole + 4 * options.layer_norm
-    lstm = options.mode == "LSTM"
-    if rest or count - extra not in ((2, 3, 4, 5) if lstm else (2, 4)):
+    plain = count - extra
+    if rest or plain not in ((2, 3, 4, 5) if lstm else (2, 4)):
         expected = f"{2 + extra} to {5 + extra}" if lstm else "2 or 4"
         raise RuntimeError(
             f"expected {expected} weights for each of {layers} layers x {directions} directions, "
             f"got {len(weights)} in all"
         )
-    return count
-
-
-def _expected_weights(
-    weights: Sequence[Tensor], x: Tensor, options: Any, count: int
-) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The names and shapes of the weights of one direction of the first layer."""
-    plain = count - options.peephole - 4 * options.layer_norm
     units, projected = weights[1].shape
-    hidden = units // 4 if options.mode == "LSTM" else units
-    shapes: list[tuple[int, ...]] = [(units, x.shape[-1]), (units, projected)]
+    return LayerSpec(
+        options.mode,
+        weights[0].shape[-1],
+        units // 4 if lstm else units,
+        projected if plain % 2 else 0,
+        directions,
+        plain > 3,
+        options.peephole,
+        options.layer_norm,
+        options.recurrent_dropout > 0,
+        options.zoneout,
+    )
+
+
+def _expected_weights(spec: LayerSpec, x: Tensor) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The names and shapes of the weights of one direction of the first layer."""
+    H = spec.hidden_size
+    units = spec.gates * H
     names = ["weight_ih", "weight_hh"]
-    if plain > 3:
-        shapes += [(units,), (units,)]
+    shapes: list[tuple[int, ...]] = [(units, x.shape[-1]), (units, spec.state_size)]
+    if spec.bias:
         names += ["bias_ih", "bias_hh"]
-    if plain % 2:
-        shapes += [(projected, hidden)]
+        shapes += [(units,), (units,)]
+    if spec.proj_size:
         names += ["weight_hr"]
-    elif projected != hidden:
-        shapes[1] = (units, hidden)
-    if options.peephole:
-        shapes += [(3 * hidden,)]
+        shapes += [(spec.proj_size, H)]
+    if spec.peephole:
         names += ["weight_ch"]
-    if options.layer_norm:
-        shapes += [(units,), (units,), (hidden,), (hidden,)]
+        shapes += [(3 * H,)]
+    if spec.layer_norm:
         names += ["weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"]
+        shapes += [(units,), (units,), (H,), (H,)]
     return names, shapes
 
 

@@ -65,21 +65,6 @@ class Options(NamedTuple):
         """D."""
         return 2 if self.bidirectional else 1
 
-    def specs(self, weights: Sequence[Tensor]) -> tuple[LayerSpec, ...]:
-        """Return the first layer and, if there are more, the one that all others are like."""
-        first = LayerSpec.of(
-            self.mode,
-            weights[: len(weights) // self.num_layers],
-            self.directions,
-            peephole=self.peephole,
-            layer_norm=self.layer_norm,
-            recurrent_dropout=self.recurrent_dropout > 0,
-            zoneout=self.zoneout,
-        )
-        if self.num_layers == 1:
-            return (first,)
-        return first, first._replace(input_size=first.directions * first.state_size)
-
 
 class _Input(NamedTuple):
     """The input of a call as layers take it, and how their results become the caller's."""
@@ -141,22 +126,28 @@ def run_stack(
     x = whole.x
     packed = sequences.batch_sizes is not None
     check_features(kind, input, weights, RuntimeError if packed or dtype else ValueError)
-    check_weights(weights, x, options)
-    specs = options.specs(weights)
+    spec = check_weights(weights, x, options)
+    specs: tuple[LayerSpec, ...] = (spec,)
+    if options.num_layers > 1:  # all others are alike
+        specs = spec, spec._replace(input_size=spec.directions * spec.state_size)
     backend = select(x, specs)
     if whole.steps == 0:
         raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
     if hx is not None:
         if whole.unbatched:
             hx = check_unbatched(kind, hx)
-        rows, spec = options.num_layers * options.directions, specs[0]
+        rows = options.num_layers * spec.directions
         shapes = (rows, whole.batch, spec.state_size), (rows, whole.batch, spec.hidden_size)
         check_states(kind, hx, shapes, packed)
         check_like(hx, x)
     if sequences.lengths is not None or sequences.reset is not None:
         options = options._replace(sequences=_checked(options, x, whole.unbatched))
-    with switched_off(x, bool(dtype)):
-        y, final, c_all = _walk(backend, specs, whole, hx, weights, options)
+    arguments = backend, specs, whole, hx, weights, options
+    if dtype:
+        with switched_off(x):
+            y, final, c_all = _walk(*arguments)
+    else:
+        y, final, c_all = _walk(*arguments)
     if whole.unbatched:
         final = tuple(state.squeeze(1) for state in final)
     return whole.undo(y), final, None if c_all is None else whole.undo(c_all)
@@ -275,8 +266,7 @@ def run_cell(
         dtype = input.dtype if hx is None else torch.promote_types(hx[0].dtype, hx[1].dtype)
         input, hx, weights = cast(dtype, input, hx, weights)
     check_features("LSTMCell", input, weights)
-    check_weights(weights, input, _CELL)
-    (spec,) = _CELL.specs(weights)
+    spec = check_weights(weights, input, _CELL)
     backend = select(input, (spec,))
     hidden = spec.hidden_size
     shape = (*input.shape[:-1], hidden)
@@ -289,6 +279,9 @@ def run_cell(
         state = State(h0.view(1, batch, hidden), c0.view(1, batch, hidden))
     x = input.view(1, batch, input.shape[-1])
     call = Call(backend.name, spec, DENSE, NO_NOISE, cache=cache)
-    with switched_off(x, bool(autocast)):
+    if autocast:
+        with switched_off(x):
+            _, (h, c), _ = _compute(backend, call, x, state, weights)
+    else:
         _, (h, c), _ = _compute(backend, call, x, state, weights)
     return h.reshape(shape), c.reshape(shape)
