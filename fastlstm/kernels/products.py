@@ -76,7 +76,7 @@ def input_products(x: Tensor, groups: Sequence[Weights]) -> Tensor:
 
 
 def products(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return the inputs [rows, m] of each direction through weights [n, m]: float32 [D, rows, n]."""
+    """Return float32 [D, rows, n]: each direction's inputs [rows, m] through weights [n, m]."""
     x, w = inputs[0], weights[0]
     result = x.new_empty(len(inputs), x.shape[0], w.shape[0], dtype=torch.float32)
     for target, values, weight in zip(result, inputs, weights, strict=True):

@@ -1,4 +1,4 @@
-"""Starting a kernel, or recording what would be started; and what the device of a tensor allows."""
+"""Starting a kernel, or recording what would be started; and what a device allows."""
 
 from __future__ import annotations
 
