@@ -1,18 +1,25 @@
 """LSTM for PyTorch: the interface of ``torch.nn.LSTM``, faster and with fewer limits."""
 
+from importlib.metadata import version as _version
+
 from fastlstm import functional, weights
-from fastlstm.backends import backend, backends, explain
-from fastlstm.convert import accelerate
+from fastlstm.accelerate import accelerate, restore
+from fastlstm.backends import backend, backends
+from fastlstm.explain import explain
 from fastlstm.modules import LSTM, RNN, LSTMCell
+
+__version__ = _version("fastlstm")
 
 __all__ = [
     "LSTM",
     "RNN",
     "LSTMCell",
+    "__version__",
     "accelerate",
     "backend",
     "backends",
     "explain",
     "functional",
+    "restore",
     "weights",
 ]

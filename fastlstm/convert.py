@@ -7,20 +7,27 @@ comes along: training mode, buffers, hooks, parametrizations, ``weight_norm``, y
 
 from __future__ import annotations
 
-import logging
+import types
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["accelerate", "convert"]
+__all__ = ["class_name", "convert", "obstacle", "original_class", "rebuild", "with_additions"]
 
-_log = logging.getLogger("fastlstm")
 M = TypeVar("M", bound=nn.Module)
+_SUBCLASS = "a subclass, whose own behaviour would be lost"
+# What every class has, and what building an instance from its state does not need.
+_UNIMPORTANT = {
+    "__abstractmethods__", "__annotations__", "__dict__", "__doc__", "__firstlineno__", "__init__",
+    "__module__", "__parameters__", "__qualname__", "__static_attributes__", "__weakref__",
+    "_abc_impl",
+}  # fmt: skip
 
 
 def convert(source: nn.Module, kind: type[nn.Module], target: type[M]) -> M:
-    """A module of class target with the parameters of source and all else that source holds.
+    """Return a module of class target with the parameters of source and all else that it holds.
 
     Hooks that are added to or removed from either module afterwards do not concern the other.
 
@@ -33,86 +40,27 @@ def convert(source: nn.Module, kind: type[nn.Module], target: type[M]) -> M:
         TypeError: source is something else, or a subclass, whose own behaviour would be lost.
         ValueError: source has something that cannot come along; the message says what.
     """
-    actual = parametrize.type_before_parametrizations(source)
+    actual = original_class(source)
     if actual is not kind:
         why = f", {_SUBCLASS}" if issubclass(actual, kind) else ""
-        raise TypeError(f"expected a {_name(kind)}, got a {_name(actual)}{why}")
-    obstacle = _obstacle(source)
-    if obstacle:
-        raise ValueError(f"cannot convert this {_name(kind)}: {obstacle}")
+        raise TypeError(f"expected a {class_name(kind)}, got a {class_name(actual)}{why}")
+    found = obstacle(source)
+    if found:
+        raise ValueError(f"cannot convert this {class_name(kind)}: {found}")
     state = {
         name: value.copy() if isinstance(value, dict | list | set) else value
         for name, value in source.__dict__.items()
     }
-    return _rebuild(source, state, target)
+    return rebuild(source, state, target)
 
 
-def accelerate(model: nn.Module, verbose: bool = False) -> Any:
-    """Replace every ``nn.LSTM``, ``nn.LSTMCell`` and ``nn.RNN`` in a model, in place.
-
-    The replacements share the parameters, and hooks can still be removed through the handles
-    that were returned for them. A module that is registered in several places is replaced by one
-    module. Subclasses and modules that cannot be converted are left as they are, and so is a
-    reference that is not a submodule, such as a list of your own.
-
-    What was replaced, what was left and why is logged to ``logging.getLogger("fastlstm")`` at
-    level INFO, one line for each module.
-
-    Args:
-        model: any module.
-        verbose: also print those lines.
-
-    Returns:
-        model itself, or its replacement if model is one of those itself.
-    """
-    lines: list[str] = []
-    replaced: dict[nn.Module, nn.Module] = {}
-    for path, module in list(model.named_modules()):
-        replacement, line = _replacement(module)
-        if replacement is not None:
-            replaced[module] = replacement
-        if line:
-            lines.append(f"{path or 'the model'}: {line}")
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in replaced:
-                parent._modules[name] = replaced[child]
-    for line in lines or ["no nn.LSTM, nn.LSTMCell or nn.RNN in this model"]:
-        _log.info("accelerate: %s", line)
-        if verbose:
-            print(line)
-    return replaced.get(model, model)
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, without what parametrizing it has made of that."""
+    return parametrize.type_before_parametrizations(module)
 
 
-_SUBCLASS = "a subclass, whose own behaviour would be lost"
-
-
-def _replacement(module: nn.Module) -> tuple[nn.Module | None, str]:
-    """What should take the place of module, if anything, and what to report."""
-    from fastlstm.modules import LSTM, RNN, LSTMCell  # it imports this file
-
-    kinds: dict[type[nn.Module], type[nn.Module]] = {
-        nn.LSTM: LSTM,
-        nn.LSTMCell: LSTMCell,
-        nn.RNN: RNN,
-    }
-    actual = parametrize.type_before_parametrizations(module)
-    if actual in (nn.GRU, nn.RNNCell, nn.GRUCell):
-        return None, f"left, fastlstm has no {actual.__name__}"
-    if actual not in kinds:
-        inherits = isinstance(module, nn.LSTM | nn.LSTMCell | nn.RNN)
-        return None, f"left, it is a {_name(actual)}, {_SUBCLASS}" if inherits else ""
-    obstacle = _obstacle(module)
-    if obstacle:
-        return None, f"left, {obstacle}"
-    # The dictionaries of hooks are handed over, not copied: the handles refer to them.
-    target = kinds[actual]
-    replacement = _rebuild(module, dict(module.__dict__), target)
-    return replacement, f"{_name(actual)} -> {_name(target)}({module.extra_repr()})"
-
-
-def _obstacle(source: nn.Module) -> str:
-    """Why source cannot be rebuilt as another class, empty if it can."""
+def obstacle(source: nn.Module) -> str:
+    """Say why a module cannot be rebuilt as another class; "" if it can."""
     if "forward" in source.__dict__:
         return "its forward has been replaced on the instance"
     if source._compiled_call_impl is not None:
@@ -122,8 +70,8 @@ def _obstacle(source: nn.Module) -> str:
     return ""
 
 
-def _rebuild(source: nn.Module, state: dict[str, Any], target: type[M]) -> M:
-    """An instance of target that holds state, parametrized as source is."""
+def rebuild(source: nn.Module, state: dict[str, Any], target: type[M]) -> M:
+    """Return an instance of target that holds state, parametrized as source is."""
     for private in ("_caches", "_cache", "_stream"):  # this library's modules make their own
         state.pop(private, None)
     if parametrize.is_parametrized(source):
@@ -138,6 +86,58 @@ def _rebuild(source: nn.Module, state: dict[str, Any], target: type[M]) -> M:
     return result
 
 
-def _name(kind: type[nn.Module]) -> str:
+def class_name(kind: type[nn.Module]) -> str:
+    """Return how messages call a class: "nn.LSTM", "fastlstm.LSTM"."""
     package = "nn" if kind.__module__.startswith("torch.nn.") else kind.__module__.split(".")[0]
     return f"{package}.{kind.__qualname__}"
+
+
+@cache
+def with_additions(subclass: type[nn.Module], kind: type[nn.Module], target: type[M]) -> Any:
+    """Return a subclass of target with what subclass adds to kind, or a sentence why there is none.
+
+    A subclass of ``nn.LSTM`` that has a constructor of its own and more methods, but changes none
+    that ``nn.LSTM`` has, computes what ``nn.LSTM`` computes. So target can take its place, with
+    these methods.
+
+    Args:
+        subclass: the class of the module that is to be replaced.
+        kind: the class of ``torch.nn`` that it inherits from.
+        target: what replaces that class.
+    """
+    own: dict[str, Any] = {}
+    for base in reversed(subclass.__mro__):
+        if base in kind.__mro__:
+            continue
+        own |= {name: value for name, value in vars(base).items() if name not in _UNIMPORTANT}
+    changed = sorted(name for name in own if hasattr(kind, name) or hasattr(target, name))
+    if changed:
+        return f"{_SUBCLASS}: it defines {', '.join(changed)}"
+    bound = sorted(name for name, value in own.items() if _names_its_class(value))
+    if bound:
+        return f"{_SUBCLASS}: {', '.join(bound)} calls super()"
+    own |= {"__module__": subclass.__module__, "__doc__": subclass.__doc__}
+    own |= {"_replaces": (subclass, kind), "__reduce_ex__": _reduce}
+    result = type(subclass.__name__, (target,), own)
+    result.__qualname__ = subclass.__qualname__
+    return result
+
+
+def _names_its_class(value: Any) -> bool:
+    """Whether a member of a class refers to the class itself, as ``super()`` does."""
+    value = getattr(value, "__func__", value)  # of static and class methods
+    value = getattr(value, "fget", value)  # of properties
+    return isinstance(value, types.FunctionType) and "__class__" in value.__code__.co_freevars
+
+
+def _reduce(self: Any, protocol: int) -> Any:
+    """Pickle and copy an instance of a class that :func:`with_additions` has made."""
+    target = type(self).__mro__[1]
+    return _restore_instance, (*self._replaces, target), self.__getstate__()
+
+
+def _restore_instance(
+    subclass: type[nn.Module], kind: type[nn.Module], target: type[M]
+) -> nn.Module:
+    made: type[nn.Module] = with_additions(subclass, kind, target)
+    return made.__new__(made)

@@ -1,11 +1,13 @@
-"""The compiled library: loads it, or says why it cannot."""
+"""The compiled libraries: load them, or say why that is not possible.
+
+Their operators are defined in Python, by :mod:`fastlstm.kernels.cpu` and
+:mod:`fastlstm.kernels.cuda`; a library only brings the kernels.
+"""
 
 import functools
 from pathlib import Path
 
 import torch
-
-from . import ops
 
 _FOLDER = Path(__file__).parent
 _INSTALL = 'pip install --no-build-isolation -e ".[test]"'
@@ -22,9 +24,12 @@ def _find(library: str) -> Path | None:
 
 @functools.cache
 def _error_of(library: str, report: str, what: str) -> str | None:
-    """Why a library cannot be used; None if it is loaded, which the first call does.
+    """Load a library; return why it cannot be used, or None.
 
-    report: the file in which setup.py leaves the reason, then the details.
+    Args:
+        library: the start of its file's name.
+        report: the file in which setup.py leaves the reason, then the details.
+        what: the library in words.
     """
     file = _find(library)
     if file is None:
@@ -46,50 +51,36 @@ def _load(error: str | None) -> None:
 
 @functools.cache
 def error() -> str | None:
-    """Why the compiled kernels are missing; None if they are loaded, which the first call does."""
+    """Load the CPU kernels; return why they are missing, or None."""
     reason = _error_of("_C", "_build_error.txt", "the extension")
     if reason is None:
-        ops.cpu_isa()  # raises for a FASTLSTM_ISA that this machine does not have
+        torch.ops.fastlstm.cpu_isa()  # raises for a FASTLSTM_ISA that this machine does not have
     return reason
 
 
 def cuda_error(emulated: bool) -> str | None:
-    """The same of the CUDA kernels, or of the library that emulates them."""
+    """Load the CUDA kernels, or their emulator; return why they are missing, or None."""
     if emulated:
         return _error_of("_emulator", "_emulator_error.txt", "the emulator of the CUDA kernels")
     return _error_of("_cuda", "_cuda_error.txt", "the CUDA library")
 
 
 def cuda_library() -> Path | None:
-    """The file of the CUDA kernels; None where it has not been built. Loads nothing."""
+    """Return the file of the CUDA kernels; None where it has not been built. Loads nothing."""
     return _find("_cuda")
 
 
 def load() -> None:
-    """Loads the compiled kernels, or raises ExtensionError with the reason why it cannot."""
+    """Load the CPU kernels; raise ExtensionError with the reason where that is not possible."""
     _load(error())
 
 
 def load_cuda(emulated: bool) -> None:
-    """The same of the CUDA kernels, or of the library that emulates them."""
+    """Load the CUDA kernels, or their emulator; raise ExtensionError where that fails."""
     _load(cuda_error(emulated))
 
 
 def isa() -> str:
-    """Instruction set of the CPU kernels in use: "avx512", "avx2" or "portable"."""
+    """Return the instruction set of the CPU kernels in use: "avx512", "avx2" or "portable"."""
     load()
-    return ops.cpu_isa()
-
-
-def plan(T: int, B: int, I: int, H: int, P: int, D: int, threads: int, gates: int = 4) -> str:
-    """How the CPU kernels spread one layer of these sizes over `threads` threads, in one line.
-
-    P is the projected size, equal to H without projection. Units with one gate (of nn.RNN) are as
-    much work as a quarter of so many with four.
-    """
-    load()
-    units = -(-H * gates // 4)
-    return ops.cpu_plan(T, B, I, units, P if units != P else 0, D, threads)
-
-
-ops.load_on_first_use((ops.lstm_fwd_cpu, ops.lstm_bwd_cpu, ops.rnn_fwd_cpu, ops.rnn_bwd_cpu), load)
+    return str(torch.ops.fastlstm.cpu_isa())

@@ -1,7 +1,8 @@
 """One recurrent layer in plain PyTorch: the definition that every kernel is tested against.
 
-Letters: T time steps, B batch, I input size, H hidden size, P projected size (H without
-projection), D directions, N rows of a packed sequence. Gate order is i, f, g, o.
+Letters: T time steps, B batch, I input size, H hidden size, P size of h (projected, or H), D
+directions, N rows of a packed sequence. Gates are i, f, g, o, in this order. What the arguments
+hold is described in :mod:`fastlstm.spec`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["PLAIN", "Cell", "Weights", "lstm_layer", "rnn_layer"]
+from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State, Weights
+
+__all__ = ["LAYER_NORM_EPSILON", "layer", "lstm_layer", "rnn_layer"]
 
 LAYER_NORM_EPSILON = 1e-5  # added to the variance, as in torch.nn.LayerNorm
 
@@ -21,130 +24,95 @@ States = tuple[Tensor, ...]
 Step = Callable[[Tensor, States, int], States]
 
 
-class Cell(NamedTuple):
-    """What a step of an LSTM is; the defaults are the plain one."""
-
-    peephole: bool = False  # the gates see c (Gers et al.)
-    layer_norm: bool = False  # products and c are normalised (Ba et al.)
-    h_mask: Tensor | None = None  # [D, B, P], times h on its way into w_hh (Gal & Ghahramani)
-    zoneout: tuple[float, float] = (0.0, 0.0)  # probability that c, h stay (Krueger et al.)
-    seed: Tensor | None = None  # int64 [1]: which of them stay; None for the expectation
-
-    @property
-    def is_plain(self) -> bool:
-        return self.h_mask is None and not (self.peephole or self.layer_norm or any(self.zoneout))
-
-
-PLAIN = Cell()
-
-
-class Weights(NamedTuple):
-    """The weights of one direction of an LSTM layer, in the order in which they are passed."""
-
-    w_ih: Tensor  # [4H, I]
-    w_hh: Tensor  # [4H, P]
-    b_ih: Tensor | None  # [4H]
-    b_hh: Tensor | None  # [4H]
-    w_hr: Tensor | None  # [P, H], the projection
-    w_ch: Tensor | None  # [3H], peepholes of i, f, o
-    ln_ih: Tensor | None  # [4H], gains of normalised products
-    ln_hh: Tensor | None  # [4H]
-    ln_c: Tensor | None  # [H], gain of the normalised c
-    b_ln_c: Tensor | None  # [H], and its bias
-
-    @classmethod
-    def of(cls, flat: Sequence[Any], cell: Cell) -> Weights:
-        """A direction's share of the flat list of weights (or of their gradients), taken apart."""
-        plain = len(flat) - cell.peephole - 4 * cell.layer_norm
-        rest = iter(flat)
-        optional = (plain > 3, plain > 3, plain % 2 == 1, cell.peephole, *(cell.layer_norm,) * 4)
-        return cls(next(rest), next(rest), *(next(rest) if there else None for there in optional))
-
-
-def lstm_layer(
+def layer(
+    spec: LayerSpec,
     x: Tensor,
     weights: Sequence[Tensor],
-    h0: Tensor | None,
-    c0: Tensor | None,
-    *,
-    directions: int = 1,
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
+    state: State = State(),  # noqa: B008
+    sequences: Sequences = DENSE,
+    noise: Noise = NO_NOISE,
     cell_states: bool = False,
-    cell: Cell = PLAIN,
-    recompute: bool = False,
-    cache: dict[Any, Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, State, Tensor | None]:
     """Run one layer in D directions; differentiable to any order, on any device.
-
-    Args:
-        x: ``[T, B, I]`` with any strides, or the ``[N, I]`` rows of a packed sequence.
-        weights: D groups of ``w_ih [4H, I]``, ``w_hh [4H, P]``, then ``b_ih [4H]`` and
-            ``b_hh [4H]`` if there are biases, then ``w_hr [P, H]`` if there is a projection, then
-            what the cell needs: see :class:`Weights`.
-        h0: ``[D, B, P]``, or None for zeros.
-        c0: ``[D, B, H]``, or None for zeros.
-        directions: D; direction 1 runs backwards in time, from each sequence's own end.
-        batch_sizes: int64 ``[T]`` on the CPU, as in ``PackedSequence``; x is then packed.
-        lengths: int64 ``[B]`` in 0..T; past its length a row has zero output, its state stays,
-            and whatever x holds there reaches neither values nor gradients.
-        reset: bool ``[T, B]``; True zeroes that row's h and c before the step.
-        cell_states: also return c of every step.
-        cell: what a step computes.
-        recompute: not used here: autograd keeps what it needs.
-        cache: not used here.
 
     16-bit input is computed in float32 throughout and rounded once, in the results.
 
+    Args:
+        spec: what the layer is.
+        x: ``[T, B, I]`` with any strides, or the ``[N, I]`` rows of a packed sequence.
+        weights: D groups in the order of :class:`fastlstm.spec.Weights`.
+        state: h ``[D, B, P]`` and c ``[D, B, H]`` before the first step; None for zeros.
+        sequences: which steps there are. Past its length a row has zero output, its state stays,
+            and whatever x holds there reaches neither values nor gradients.
+        noise: what is random in the call.
+        cell_states: also return c of every step, of an LSTM.
+
     Returns:
-        ``y [T, B, D*P]`` (or ``[N, D*P]``), ``h_n [D, B, P]``, ``c_n [D, B, H]`` and
-        ``c_all [T, B, D*H]`` (or ``[N, D*H]``), which is None without ``cell_states``.
+        y ``[T, B, D*P]`` (or ``[N, D*P]``), the state after the last step, and c of every step
+        ``[T, B, D*H]`` (or ``[N, D*H]``) or None.
     """
-    steps = _Steps.of(x, batch_sizes, lengths, reset)
+    if spec.is_lstm:
+        y, state, c_all = lstm_layer(spec, x, weights, state, sequences, noise)
+        return y, state, c_all if cell_states else None
+    y, h_n = rnn_layer(spec, x, weights, state.h, sequences)
+    return y, State(h_n), None
+
+
+def lstm_layer(
+    spec: LayerSpec,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    state: State,
+    sequences: Sequences,
+    noise: Noise,
+) -> tuple[Tensor, State, Tensor]:
+    """Run one layer of an LSTM; arguments and results are those of :func:`layer`."""
+    steps = _Steps.of(x, sequences)
     wide = _wide(x)
     runs = []
-    for d, group in enumerate(_groups(weights, directions, wide)):
-        w = Weights.of(group, cell)
+    for d, w in enumerate(Weights.split([w.to(wide) for w in weights], spec)):
         gates = linear(steps.x.to(wide), w.w_ih)
-        if cell.layer_norm:
+        if spec.layer_norm:
             gates = _normalised(gates, w.ln_ih)
         if w.b_ih is not None and w.b_hh is not None:
             gates = gates + (w.b_ih + w.b_hh)
-        h = x.new_zeros(steps.batch, w.w_hh.shape[1]) if h0 is None else h0[d]
-        c = x.new_zeros(steps.batch, w.w_hh.shape[0] // 4) if c0 is None else c0[d]
-        runs.append(_scan(gates, (h.to(wide), c.to(wide)), _lstm_step(w, cell, d), steps, d == 1))
-    (y, c_all), (h_n, c_n) = _join(runs, x.dtype)
-    return y, h_n, c_n, c_all if cell_states else None
+        h = x.new_zeros(steps.batch, spec.state_size) if state.h is None else state.h[d]
+        c = x.new_zeros(steps.batch, spec.hidden_size) if state.c is None else state.c[d]
+        step = _lstm_step(w, spec, noise, d)
+        runs.append(_scan(gates, (h.to(wide), c.to(wide)), step, steps, d == 1))
+    (y, c_all), final = _join(runs, x.dtype)
+    return y, State(*final), c_all
 
 
 def rnn_layer(
+    spec: LayerSpec,
     x: Tensor,
     weights: Sequence[Tensor],
     h0: Tensor | None,
-    *,
-    relu: bool = False,
-    directions: int = 1,
-    batch_sizes: Tensor | None = None,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    cache: dict[Any, Any] | None = None,
+    sequences: Sequences,
 ) -> tuple[Tensor, Tensor]:
     """Run one layer of ``nn.RNN``: h = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu of it.
 
-    Arguments are those of :func:`lstm_layer`, but for D groups of ``w_ih [H, I]``,
-    ``w_hh [H, H]``, then ``b_ih [H]`` and ``b_hh [H]`` if there are biases.
+    Args:
+        spec: what the layer is; its mode is "RNN_TANH" or "RNN_RELU".
+        x: ``[T, B, I]`` with any strides, or the ``[N, I]`` rows of a packed sequence.
+        weights: D groups of ``w_ih [H, I]``, ``w_hh [H, H]``, then ``b_ih [H]`` and ``b_hh [H]``
+            if there are biases.
+        h0: ``[D, B, H]``, or None for zeros.
+        sequences: which steps there are.
 
     Returns:
-        ``y [T, B, D*H]`` (or ``[N, D*H]``) and ``h_n [D, B, H]``.
+        y ``[T, B, D*H]`` (or ``[N, D*H]``) and h_n ``[D, B, H]``.
     """
-    steps = _Steps.of(x, batch_sizes, lengths, reset)
+    steps = _Steps.of(x, sequences)
     wide = _wide(x)
     runs = []
-    for d, (w_ih, w_hh, *biases) in enumerate(_groups(weights, directions, wide)):
-        inputs = linear(steps.x.to(wide), w_ih, biases[0] + biases[1] if biases else None)
-        h = x.new_zeros(steps.batch, w_hh.shape[0]) if h0 is None else h0[d]
-        runs.append(_scan(inputs, (h.to(wide),), _rnn_step(w_hh, relu), steps, d == 1))
+    for d, w in enumerate(Weights.split([w.to(wide) for w in weights], spec)):
+        bias = None if w.b_ih is None or w.b_hh is None else w.b_ih + w.b_hh
+        inputs = linear(steps.x.to(wide), w.w_ih, bias)
+        h = x.new_zeros(steps.batch, spec.hidden_size) if h0 is None else h0[d]
+        step = _rnn_step(w.w_hh, torch.relu if spec.mode == "RNN_RELU" else torch.tanh)
+        runs.append(_scan(inputs, (h.to(wide),), step, steps, d == 1))
     (y,), (h_n,) = _join(runs, x.dtype)
     return y, h_n
 
@@ -152,12 +120,6 @@ def rnn_layer(
 def _wide(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def _groups(weights: Sequence[Tensor], directions: int, dtype: torch.dtype) -> list[list[Tensor]]:
-    each = len(weights) // directions
-    wide = [w.to(dtype) for w in weights]
-    return [wide[start : start + each] for start in range(0, len(wide), each)]
 
 
 class _Steps(NamedTuple):
@@ -170,9 +132,8 @@ class _Steps(NamedTuple):
     reset: Tensor | None  # bool [T, B, 1]
 
     @classmethod
-    def of(
-        cls, x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
-    ) -> _Steps:
+    def of(cls, x: Tensor, sequences: Sequences) -> _Steps:
+        batch_sizes, lengths, reset = sequences
         if batch_sizes is not None:
             sizes = batch_sizes.tolist()
             return cls(x, sizes[0], sizes, None, None)
@@ -188,7 +149,7 @@ class _Steps(NamedTuple):
 def _scan(
     inputs: Tensor, states: States, step: Step, steps: _Steps, backwards: bool
 ) -> tuple[States, States]:
-    """Walk one direction over its projected inputs ``[T, B, n]`` or ``[N, n]``.
+    """Walk one direction over its input products ``[T, B, n]`` or ``[N, n]``.
 
     Returns the states of every step, ``[T, B, n]`` or ``[N, n]``, and the final ones.
     """
@@ -230,27 +191,25 @@ def _join(runs: Sequence[tuple[States, States]], dtype: torch.dtype) -> tuple[St
     )
 
 
-def _rnn_step(w_hh: Tensor, relu: bool) -> Step:
-    activation = torch.relu if relu else torch.tanh
-
+def _rnn_step(w_hh: Tensor, activation: Callable[[Tensor], Tensor]) -> Step:
     def step(inputs: Tensor, states: States, t: int) -> States:
         return (activation(inputs + linear(states[0], w_hh)),)
 
     return step
 
 
-def _lstm_step(w: Weights, cell: Cell, direction: int) -> Step:
-    h_mask = None if cell.h_mask is None else cell.h_mask[direction]
-    stays = [
-        _stays(p, cell.seed, direction, which) if p else None
-        for which, p in enumerate(reversed(cell.zoneout))
-    ]
+def _lstm_step(w: Weights, spec: LayerSpec, noise: Noise, direction: int) -> Step:
+    h_mask = None if noise.h_mask is None else noise.h_mask[direction]
+    zone_h, zone_c = (
+        _zone(p, noise.seed, direction, which) if p else None
+        for which, p in enumerate(reversed(spec.zoneout))
+    )
 
     def step(gates: Tensor, states: States, t: int) -> States:
         h, c = states
         h_in = h if h_mask is None else h * h_mask[: h.shape[0]]
         recurrent = linear(h_in, w.w_hh)
-        if cell.layer_norm:
+        if spec.layer_norm:
             recurrent = _normalised(recurrent, w.ln_hh)
         i, f, g, o = (gates + recurrent).chunk(4, -1)
         if w.w_ch is not None:
@@ -259,15 +218,14 @@ def _lstm_step(w: Weights, cell: Cell, direction: int) -> Step:
         c_new = f.sigmoid() * c + i.sigmoid() * g.tanh()
         if w.w_ch is not None:
             o = o + peep_o * c_new
-        hidden = _normalised(c_new, w.ln_c, w.b_ln_c) if cell.layer_norm else c_new
+        hidden = _normalised(c_new, w.ln_c, w.b_ln_c) if spec.layer_norm else c_new
         h_new = o.sigmoid() * hidden.tanh()
         if w.w_hr is not None:
             h_new = linear(h_new, w.w_hr)
-        stays_h, stays_c = stays
-        if stays_h is not None:
-            h_new = stays_h(h, h_new, t)
-        if stays_c is not None:
-            c_new = stays_c(c, c_new, t)
+        if zone_h is not None:
+            h_new = zone_h(h, h_new, t)
+        if zone_c is not None:
+            c_new = zone_c(c, c_new, t)
         return h_new, c_new
 
     return step
@@ -296,10 +254,10 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def _stays(
+def _zone(
     probability: float, seed: Tensor | None, direction: int, which: int
 ) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """(before, after, t) -> what zoneout makes of them; ``which`` is 0 for h, 1 for c."""
+    """Make the function (before, after, t) -> after zoneout; ``which`` is 0 for h, 1 for c."""
     if seed is None:
         return lambda before, after, t: probability * before + (1 - probability) * after
     base = _mix((_mix(((seed & _BITS) + direction) & _BITS) + ((seed >> 32) & _BITS)) & _BITS)

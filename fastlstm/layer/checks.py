@@ -1,7 +1,7 @@
-"""What the functions of :mod:`fastlstm.functional` accept: each check returns or raises.
+"""What a call may contain: each check returns or raises.
 
 Whatever ``nn.LSTM`` and ``nn.LSTMCell`` refuse is refused with the same type of exception.
-Letters as there: T steps, B batch, I input size, H hidden size, P projected size, N packed rows.
+Letters: T steps, B batch, I input size, H hidden size, P size of h, N packed rows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm.reference import PLAIN, Cell
-
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def check_noise(recurrent_dropout: Any, weight_dropout: Any, zoneout: Any) -> None:
-    """That these are the probabilities that an LSTM takes."""
+    """Check that these are the probabilities that an LSTM takes."""
     if not isinstance(zoneout, tuple | list) or len(zoneout) != 2:
         raise ValueError(f"LSTM: zoneout must be two probabilities (c, h), got {zoneout!r}")
     for name, p, limit in (
@@ -34,52 +32,46 @@ def check_noise(recurrent_dropout: Any, weight_dropout: Any, zoneout: Any) -> No
 
 
 def check_input(kind: str, input: Any) -> None:
-    """That what is no tensor is at least a PackedSequence."""
+    """Check that an input that is no tensor is a PackedSequence."""
     if not isinstance(input, PackedSequence):
         raise AttributeError(  # as nn.LSTM, which asks it for its dimensions
             f"{kind}: input must be a tensor or a PackedSequence, got {type(input).__name__}"
         )
 
 
-def check_weights(
-    weights: Sequence[Tensor],
-    x: Tensor,
-    num_layers: int = 1,
-    directions: int = 1,
-    kind: str = "LSTM",
-    cell: Cell = PLAIN,
+def check_features(
+    kind: str, input: Tensor, weights: Sequence[Tensor], error: type[Exception] | None = None
 ) -> None:
-    """That every weight has the shape, dtype and device that go with ``x [..., I]``."""
-    count, rest = divmod(len(weights), num_layers * directions)
-    plain = count - cell.peephole - 4 * cell.layer_norm
-    extra = count - plain
-    if rest or plain not in ((2, 3, 4, 5) if kind == "LSTM" else (2, 4)):
-        expected = f"{2 + extra} to {5 + extra}" if kind == "LSTM" else "2 or 4"
-        raise RuntimeError(
-            f"expected {expected} weights for each of {num_layers} layers x {directions} "
-            f"directions, got {len(weights)} in all"
+    """Check that input ``[..., I]`` has the I and, unless error is None, the dtype of weights."""
+    dtype = weights[0].dtype
+    if error is not None and input.dtype is not dtype:
+        module = f" or the module with .to({input.dtype})" if input.is_floating_point() else ""
+        raise error(
+            f"{kind}: input is {input.dtype} but the weights are {dtype}: convert the input with "
+            f".to({dtype}){module}"
         )
-    units, projected = weights[1].shape
-    hidden = units // (4 if kind == "LSTM" else 1)
-    shapes: list[tuple[int, ...]] = [(units, x.shape[-1]), (units, projected)]
-    names = ["weight_ih", "weight_hh"]
-    if plain > 3:
-        shapes += [(units,), (units,)]
-        names += ["bias_ih", "bias_hh"]
-    if plain % 2:
-        shapes += [(projected, hidden)]
-        names += ["weight_hr"]
-    elif projected != hidden:
-        shapes[1] = (units, hidden)
-    if cell.peephole:
-        shapes += [(3 * hidden,)]
-        names += ["weight_ch"]
-    if cell.layer_norm:
-        shapes += [(units,), (units,), (hidden,), (hidden,)]
-        names += ["weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"]
+    if input.shape[-1] != weights[0].shape[-1]:
+        raise RuntimeError(
+            f"{kind}: expected input with a last dimension of {weights[0].shape[-1]}, got "
+            f"{size(input)}"
+        )
+
+
+def check_weights(weights: Sequence[Tensor], x: Tensor, options: Any) -> None:
+    """Check that every weight has the shape, dtype and device that go with ``x [..., I]``.
+
+    Args:
+        weights: those of all layers.
+        x: the input of the first one.
+        options: the :class:`fastlstm.layer.stack.Options` of the call.
+    """
+    count = _count_weights(weights, options)
+    directions = options.directions
+    names, shapes = _expected_weights(weights, x, options, count)
     dtype, device, on_cpu = x.dtype, x.device, x.is_cpu
     for k, w in enumerate(weights):
         if k == count * directions:
+            units, projected = weights[1].shape
             shapes[0] = (units, directions * projected)
         if w.dtype is not dtype or (not w.is_cpu if on_cpu else w.device != device):
             raise RuntimeError(
@@ -93,10 +85,51 @@ def check_weights(
             )
 
 
+def _count_weights(weights: Sequence[Tensor], options: Any) -> int:
+    """How many weights each direction has."""
+    layers, directions = options.num_layers, options.directions
+    count, rest = divmod(len(weights), layers * directions)
+    extra = options.peephole + 4 * options.layer_norm
+    lstm = options.mode == "LSTM"
+    if rest or count - extra not in ((2, 3, 4, 5) if lstm else (2, 4)):
+        expected = f"{2 + extra} to {5 + extra}" if lstm else "2 or 4"
+        raise RuntimeError(
+            f"expected {expected} weights for each of {layers} layers x {directions} directions, "
+            f"got {len(weights)} in all"
+        )
+    return count
+
+
+def _expected_weights(
+    weights: Sequence[Tensor], x: Tensor, options: Any, count: int
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The names and shapes of the weights of one direction of the first layer."""
+    plain = count - options.peephole - 4 * options.layer_norm
+    units, projected = weights[1].shape
+    hidden = units // 4 if options.mode == "LSTM" else units
+    shapes: list[tuple[int, ...]] = [(units, x.shape[-1]), (units, projected)]
+    names = ["weight_ih", "weight_hh"]
+    if plain > 3:
+        shapes += [(units,), (units,)]
+        names += ["bias_ih", "bias_hh"]
+    if plain % 2:
+        shapes += [(projected, hidden)]
+        names += ["weight_hr"]
+    elif projected != hidden:
+        shapes[1] = (units, hidden)
+    if options.peephole:
+        shapes += [(3 * hidden,)]
+        names += ["weight_ch"]
+    if options.layer_norm:
+        shapes += [(units,), (units,), (hidden,), (hidden,)]
+        names += ["weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c"]
+    return names, shapes
+
+
 def check_packed(
     kind: str, x: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor] | None
 ) -> tuple[int, int, int]:
-    """T, B and I of packed rows ``x [N, I]``."""
+    """Check packed rows ``x [N, I]``; return T, B and I."""
     if x.dim() != 2:
         raise RuntimeError(f"{kind}: packed rows must be 2-D [N, I], got {size(x)}")
     if torch.compiler.is_compiling():  # values are not known yet: the operator checks them
@@ -112,7 +145,7 @@ def check_packed(
 
 
 def check_pair(hx: Any, dims: int | None) -> tuple[Tensor, Tensor]:
-    """hx as two tensors, which an LSTM expects to have dims dimensions; None for a cell."""
+    """Return hx as two tensors; an LSTM wants them to have dims dimensions, None for a cell."""
     message = f"hx must be a pair of tensors (h_0, c_0), got {_describe(hx)}"
     try:  # as they do: nn.LSTM indexes hx, nn.LSTMCell walks it
         found = [state.dim() for state in (hx if dims is None else (hx[0], hx[1]))]
@@ -126,7 +159,7 @@ def check_pair(hx: Any, dims: int | None) -> tuple[Tensor, Tensor]:
 
 
 def check_unbatched(kind: str, hx: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """h_0 ``[L*D, P]`` and c_0 ``[L*D, H]`` as a batch of one."""
+    """Return h_0 ``[L*D, P]`` and c_0 ``[L*D, H]`` as a batch of one."""
     if any(state.dim() != 2 for state in hx):
         raise RuntimeError(
             f"{kind}: expected 2-D {_names(hx)} for unbatched input, got {_sizes(hx)}"
@@ -137,7 +170,7 @@ def check_unbatched(kind: str, hx: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def check_states(
     kind: str, hx: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], packed: bool
 ) -> None:
-    """That h_0 and c_0 have these shapes; the hidden state of an RNN has the first."""
+    """Check that h_0 and c_0 have these shapes; the h_0 of an RNN has the first."""
     if any(state.shape != shape for state, shape in zip(hx, shapes, strict=False)):
         expected = " and ".join(
             f"{name} {list(shape)}"
@@ -156,14 +189,14 @@ def _sizes(hx: Sequence[Tensor]) -> str:
 
 
 def check_cell_state(h: Tensor, c: Tensor, shape: tuple[int, ...]) -> None:
-    """That h and c of a cell have this shape."""
+    """Check that h and c of a cell have this shape."""
     if h.shape != shape or c.shape != shape:
         kind = RuntimeError if {h.dim(), c.dim()} <= {1, 2} else ValueError
         raise kind(f"LSTMCell: expected h and c {list(shape)}, got {size(h)} and {size(c)}")
 
 
 def check_like(hx: Sequence[Tensor], x: Tensor) -> None:
-    """That every state has the dtype and device of x."""
+    """Check that every state has the dtype and device of x."""
     dtype, device, on_cpu = x.dtype, x.device, x.is_cpu
     for state in hx:  # is_cpu takes a third of the time of comparing devices
         if state.dtype is not dtype or not ((on_cpu and state.is_cpu) or state.device == device):
@@ -174,7 +207,7 @@ def check_like(hx: Sequence[Tensor], x: Tensor) -> None:
 
 
 def check_lengths(kind: str, lengths: Tensor, x: Tensor, batched: bool) -> Tensor:
-    """lengths as int64 ``[B]`` on the device of x ``[T, B, I]``."""
+    """Return lengths as int64 ``[B]`` on the device of x ``[T, B, I]``."""
     if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
         raise TypeError(
             f"{kind}: lengths must be a tensor of integers, got {_describe(lengths)}: convert "
@@ -193,7 +226,7 @@ def check_lengths(kind: str, lengths: Tensor, x: Tensor, batched: bool) -> Tenso
 
 
 def check_reset(kind: str, reset: Tensor, x: Tensor, batched: bool, batch_first: bool) -> Tensor:
-    """reset as bool ``[T, B]`` on the device of x ``[T, B, I]``."""
+    """Return reset as bool ``[T, B]`` on the device of x ``[T, B, I]``."""
     if not isinstance(reset, Tensor) or reset.dtype is not torch.bool:
         raise TypeError(f"{kind}: reset must be a bool tensor, got {_describe(reset)}")
     steps, batch, _ = x.shape
@@ -208,7 +241,7 @@ def check_reset(kind: str, reset: Tensor, x: Tensor, batched: bool, batch_first:
 
 
 def size(tensor: Tensor) -> list[int]:
-    """The shape, as error messages print it."""
+    """Return the shape, as error messages print it."""
     return list(tensor.shape)
 
 

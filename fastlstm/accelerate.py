@@ -1,0 +1,200 @@
+"""Swap the recurrent modules of a whole model, and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from fastlstm.convert import class_name, obstacle, original_class, rebuild, with_additions
+from fastlstm.modules import LSTM, RNN, LSTMCell
+
+__all__ = ["accelerate", "restore"]
+
+_log = logging.getLogger("fastlstm")
+M = TypeVar("M", bound=nn.Module)
+Patterns = str | Sequence[str] | None
+_OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell, nn.RNN: RNN}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+class _Swap(NamedTuple):
+    """What becomes of one module."""
+
+    target: type[nn.Module] | None  # the class that takes its place, None where it stays
+    line: str  # what to report, "" for a module that does not matter
+
+
+def accelerate(
+    model: M,
+    verbose: bool = False,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    dry_run: bool = False,
+) -> M:
+    """Replace every ``nn.LSTM``, ``nn.LSTMCell`` and ``nn.RNN`` in a model, in place.
+
+    The replacements share the parameters, and hooks can still be removed through the handles
+    that were returned for them. A module that is registered in several places is replaced by one
+    module. A reference that is not a submodule, such as a list of your own, stays as it is.
+
+    A subclass is replaced if it has only a constructor of its own and methods that its base lacks;
+    these come along. Any other subclass stays, and so do modules that cannot be converted.
+
+    What was replaced, what was left and why is logged to ``logging.getLogger("fastlstm")`` at
+    level INFO, one line for each module.
+
+    Args:
+        model: any module.
+        verbose: also print those lines.
+        include: replace only modules whose path matches one of these patterns ("encoder.*"; the
+            path is that of ``named_modules``, the patterns are those of :mod:`fnmatch`).
+        exclude: leave modules whose path matches one of these.
+        dry_run: print what would be replaced, and replace nothing.
+
+    Returns:
+        model itself, or its replacement if model is one of those itself.
+
+    Raises:
+        ValueError: a pattern of include or exclude matches no recurrent module.
+    """
+    return _swap(model, _to_ours, "accelerate", verbose, include, exclude, dry_run)
+
+
+def restore(
+    model: M,
+    verbose: bool = False,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    dry_run: bool = False,
+) -> M:
+    """Replace every module of this library in a model by that of ``torch.nn``, in place.
+
+    The way back from :func:`accelerate`: parameters are shared, hooks and attributes come along,
+    and subclasses are what they were before. Modules that ``torch.nn`` cannot compute, such as an
+    LSTM with layer normalisation, are left; the report says why.
+
+    Args:
+        model: any module.
+        verbose: also print a line for each module.
+        include: replace only modules whose path matches one of these patterns.
+        exclude: leave modules whose path matches one of these.
+        dry_run: print what would be replaced, and replace nothing.
+
+    Returns:
+        model itself, or its replacement if model is one of those itself.
+
+    Raises:
+        ValueError: a pattern of include or exclude matches no recurrent module.
+    """
+    return _swap(model, _to_theirs, "restore", verbose, include, exclude, dry_run)
+
+
+def _swap(
+    model: M,
+    plan: Callable[[nn.Module], _Swap],
+    verb: str,
+    verbose: bool,
+    include: Patterns,
+    exclude: Patterns,
+    dry_run: bool,
+) -> M:
+    """Replace what plan gives a target for, and report it."""
+    chosen, left_out = _patterns(include), _patterns(exclude)
+    unused = {*(chosen or ()), *(left_out or ())}
+    lines: list[str] = []
+    replaced: dict[nn.Module, nn.Module] = {}
+    for path, module in list(model.named_modules()):
+        target, line = plan(module)
+        if not line:
+            continue
+        hits = {pattern for pattern in unused if fnmatchcase(path, pattern)}
+        unused -= hits
+        if target is not None and not _is_wanted(path, chosen, left_out):
+            target, line = None, "left, as include and exclude ask for"
+        lines.append(f"{path or 'the model'}: {line}")
+        if target is not None and not dry_run:
+            # The dictionaries of hooks are handed over, not copied: the handles refer to them.
+            replaced[module] = rebuild(module, dict(module.__dict__), target)
+    if unused:
+        raise ValueError(
+            f"{verb}: no recurrent module of this model matches {', '.join(sorted(unused))}"
+        )
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    _report(lines or [_nothing(verb)], verb, verbose or dry_run)
+    return replaced.get(model, model)  # type: ignore[return-value]
+
+
+def _report(lines: Sequence[str], verb: str, verbose: bool) -> None:
+    for line in lines:
+        _log.info("%s: %s", verb, line)
+        if verbose:
+            print(line)
+
+
+def _nothing(verb: str) -> str:
+    package = "nn" if verb == "accelerate" else "fastlstm"
+    return f"no {package}.LSTM, {package}.LSTMCell or {package}.RNN in this model"
+
+
+def _patterns(patterns: Patterns) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _is_wanted(
+    path: str, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
+) -> bool:
+    def matches(patterns: tuple[str, ...] | None) -> bool:
+        return any(fnmatchcase(path, pattern) for pattern in patterns or ())
+
+    return (include is None or matches(include)) and not matches(exclude)
+
+
+def _to_ours(module: nn.Module) -> _Swap:
+    """What accelerate makes of a module."""
+    actual = original_class(module)
+    if actual in (nn.GRU, nn.RNNCell, nn.GRUCell):
+        return _Swap(None, f"left, fastlstm has no {actual.__name__}")
+    kind = next((kind for kind in _OURS if issubclass(actual, kind)), None)
+    if kind is None:
+        return _Swap(None, "")
+    target: Any = _OURS[kind]
+    if actual is not kind:
+        target = with_additions(actual, kind, target)
+        if isinstance(target, str):
+            return _Swap(None, f"left, it is a {class_name(actual)}, {target}")
+    if problem := obstacle(module):
+        return _Swap(None, f"left, {problem}")
+    return _Swap(target, f"{class_name(actual)} -> {_described(_OURS[kind], module)}")
+
+
+def _to_theirs(module: nn.Module) -> _Swap:
+    """What restore makes of a module."""
+    actual = original_class(module)
+    kind = next((kind for kind in _THEIRS if issubclass(actual, kind)), None)
+    if kind is None:
+        return _Swap(None, "")
+    target: type[nn.Module] = _THEIRS[kind]
+    if "_replaces" in vars(actual):
+        target = actual._replaces[0]
+    elif actual is not kind:
+        return _Swap(None, f"left, it is a {class_name(actual)}, a subclass of fastlstm's")
+    if isinstance(module, LSTM) and (lacking := module.beyond_torch()):
+        return _Swap(None, f"left, nn.LSTM has no {', '.join(lacking)}")
+    if problem := obstacle(module):
+        return _Swap(None, f"left, {problem}")
+    return _Swap(target, f"{_described(kind, module)} -> {class_name(target)}")
+
+
+def _described(kind: type[nn.Module], module: nn.Module) -> str:
+    return f"{class_name(kind)}({module.extra_repr()})"

@@ -1,0 +1,116 @@
+"""The backend of the compiled CPU kernels (csrc/cpu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlstm import extension
+from fastlstm.kernels import operators
+from fastlstm.kernels.base import Backend, constant, register
+from fastlstm.spec import LayerSpec
+
+__all__ = ["CPU", "Cache"]
+
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_DEVICE = torch.device("cpu")  # named at every allocation: a default device may be another one
+_OPERATORS = operators.define("cpu", members=True)
+# Calls for latency. They make their outputs, (y, h_n, c_n) or (h, c), and have no fake kernel:
+# what is not a plain tensor is refused, and such a call takes the long way.
+_STATES = "Tensor? h0, Tensor? c0, Tensor(a!)? cache"
+_LSTM_INFER = operators.define_operator(
+    "lstm_infer_cpu",
+    f"(Tensor x, Tensor[] weights, int directions, {_STATES}) -> (Tensor, Tensor, Tensor)",
+)
+_LSTM_CELL_INFER = operators.define_operator(
+    "lstm_cell_infer_cpu", f"(Tensor x, Tensor[] weights, {_STATES}) -> (Tensor, Tensor)"
+)
+_SIZES = "int input, int hidden, int projected, int directions"
+_CACHE_BYTES = operators.define_operator("cpu_cache_bytes", f"({_SIZES}, bool double) -> int")
+_ISA = operators.define_operator("cpu_isa", "() -> str")
+_PLAN = operators.define_operator(
+    "cpu_plan", f"(int steps, int batch, {_SIZES}, int threads) -> str"
+)
+
+
+class Cache(dict[Any, Tensor]):
+    """Weights in the order of the kernels. Not a plain dict, which torch.func would copy."""
+
+
+class CpuBackend(Backend):
+    """Computes every layer on CPU tensors."""
+
+    name = "cpu"
+    devices = frozenset({"cpu"})
+    lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd = _OPERATORS
+    lstm_infer = _LSTM_INFER
+    lstm_cell_infer = _LSTM_CELL_INFER
+    members = True
+    wide = True
+
+    def error(self) -> str | None:
+        """Say why this machine does not have it; None once it is loaded."""
+        return _error()
+
+    def detail(self) -> str:
+        """Describe in a line what is there."""
+        return f"compiled kernels, {extension.isa()}: float32/64, bfloat16, float16"
+
+    def kernel(self) -> str:
+        """Name the instruction set."""
+        return extension.isa()
+
+    def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
+        """Say why it cannot compute a layer of an input like x; None if it can."""
+        if not x.is_cpu:
+            return f"the input is on {x.device}, the cpu kernels need it on the CPU"
+        if x.dtype not in _DTYPES:
+            return f"the cpu kernels have no {x.dtype}"
+        return _error()
+
+    def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
+        """Describe how the threads of this process would share a layer."""
+        return plan(spec, T, B, torch.get_num_threads())
+
+    def packed_weights(
+        self, cache: Any, purpose: str, weights: Sequence[Tensor], spec: LayerSpec
+    ) -> Tensor | None:
+        """Return the buffer in which the kernels keep these weights in their own order.
+
+        A kernel compares what is there with the bytes of the weights at every call, so it sees
+        any edit. None without a cache, and in compiled code.
+        """
+        if cache is None or torch.compiler.is_compiling():
+            return None
+        key = (purpose, weights[0].dtype)
+        buffer = cache.get(key)
+        if buffer is None:
+            # An RNN has one gate where the size is that of four: room to spare.
+            sizes = spec.input_size, spec.hidden_size, spec.proj_size, spec.directions
+            size = _CACHE_BYTES(*sizes, weights[0].dtype is torch.float64)
+            size *= 2 if purpose == "both" else 1
+            buffer = torch.zeros(size, dtype=torch.uint8, device=_DEVICE)
+            if type(buffer) is not Tensor:  # a fake tensor must not outlive the mode that made it
+                return None
+            cache[key] = buffer
+        return buffer
+
+
+@constant  # Dynamo would trace the loading: it ignores the cache
+def _error() -> str | None:
+    return extension.error()
+
+
+def plan(spec: LayerSpec, T: int, B: int, threads: int) -> str:
+    """Describe in a line how the kernels spread one layer over `threads` threads."""
+    extension.load()
+    # Units with one gate are as much work as a quarter of so many with four.
+    units = -(-spec.hidden_size * spec.gates // 4)
+    return _PLAN(T, B, spec.input_size, units, spec.proj_size, spec.directions, threads)
+
+
+CPU = register(CpuBackend())
+operators.load_on_first_use(_OPERATORS, extension.error, CPU.name)

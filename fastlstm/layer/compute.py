@@ -1,0 +1,187 @@
+"""Calls the operators of a backend, forward and backward; no derivatives here.
+
+A layer has the inputs ``(x, h0, c0, *weights)``, of an ``nn.RNN`` with None for c0, and the outputs
+``(y, h_n, c_n, c_all, gates)``, of an ``nn.RNN`` ``(y, h_n)``; c_all and gates only where somebody
+wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlstm import kernels  # noqa: F401 (registers the backends)
+from fastlstm.kernels.base import compute_dtype, get
+from fastlstm.kernels.operators import cell_options
+from fastlstm.layer.call import Call, Optional, Tensors
+
+__all__ = ["forward", "gradients"]
+
+
+def forward(call: Call, inputs: Optional, save: bool) -> Tensors:
+    """Compute a layer.
+
+    Args:
+        call: what to compute, and on which backend.
+        inputs: ``(x, h0, c0, *weights)``.
+        save: whether backward will follow.
+
+    Returns:
+        The results, then, with ``save``, what backward needs besides them.
+    """
+    x, h0, c0, *weights = inputs
+    backend, spec = get(call.backend), call.spec
+    D, H, P = spec.directions, spec.hidden_size, spec.state_size
+    dtype, device = x.dtype, x.device
+    shape = x.shape[:-1]
+    lead = shape[:1] if call.members else ()
+    B = shape[-1] if call.sequences.batch_sizes is None else _batch(call, h0)
+    packed = backend.packed_weights(call.cache, "forward", weights, spec)
+    # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
+    y = torch.empty(*shape, D * P, dtype=dtype, device=device)
+    h_n = torch.empty(*lead, D, B, P, dtype=dtype, device=device)
+    arguments = _dense(x), _contiguous(weights, call), D, _dense(h0)
+    if not spec.is_lstm:
+        relu = spec.mode == "RNN_RELU"
+        backend.rnn_fwd(*arguments, *_rows(call), relu, y, h_n, packed, **_options(call))
+        return y, h_n
+    c_n = torch.empty(*lead, D, B, H, dtype=dtype, device=device)
+    outputs = [y, h_n, c_n]
+    c_all = gates = None
+    if save or call.cell_states:
+        c_all = torch.empty(*shape, D * H, dtype=compute_dtype(dtype), device=device)
+        outputs.append(c_all)
+    if save and not call.recompute and not spec.layer_norm and backend.keeps_gates(spec):
+        kept = compute_dtype(dtype) if backend.wide else dtype
+        size = *lead, D, *shape[len(lead) :], 4 * H
+        gates = torch.empty(size, dtype=kept, device=device)
+        outputs.append(gates)
+    backend.lstm_fwd(
+        *arguments, _dense(c0), *_rows(call), y, h_n, c_n, c_all, gates, packed, **_options(call)
+    )
+    return tuple(outputs)
+
+
+def gradients(
+    call: Call, needed: Sequence[bool], inputs: Optional, kept: Optional, incoming: Optional
+) -> Tensors:
+    """Compute the gradients of a layer's inputs.
+
+    Args:
+        call: what was computed, and on which backend.
+        needed: for every input, whether its gradient is wanted.
+        inputs: ``(x, h0, c0, *weights)``.
+        kept: ``(y, c_all, gates)`` of the outputs, of an ``nn.RNN`` ``(y,)``.
+        incoming: the gradients of the results, None for zeros.
+
+    Returns:
+        One gradient for each input that needs one.
+    """
+    x, h0, c0, *weights = inputs
+    backend, spec = get(call.backend), call.spec
+    dtype = compute_dtype(x.dtype) if backend.wide else x.dtype
+    arriving = [None if grad is None else _dense(_as(grad, dtype)) for grad in incoming]
+    dx, dh0, dc0 = (
+        _empty(t, dtype) if wanted and t is not None else None
+        for t, wanted in zip((x, h0, c0), needed[:3], strict=True)
+    )
+    dweights = _weight_gradients(call, weights, dtype) if any(needed[3:]) else []
+    purpose = "both" if spec.is_lstm and len(kept) < 3 else "backward"
+    packed = backend.packed_weights(call.cache, purpose, weights, spec)
+    arguments = _dense(x), _contiguous(weights, call), spec.directions, _dense(h0)
+    if spec.is_lstm:
+        y, c_all, *gates = kept
+        gates = list(_contiguous(gates, call)) or [None]
+        backend.lstm_bwd(
+            *arguments, _dense(c0), *_rows(call), y, c_all, *gates,
+            *arriving, *(() if call.cell_states else (None,)),
+            dx, dh0, dc0, dweights, packed, **_options(call),
+        )  # fmt: skip
+    else:
+        backend.rnn_bwd(
+            *arguments, *_rows(call), spec.mode == "RNN_RELU", kept[0], *arriving,
+            dx, dh0, dweights, packed, **_options(call),
+        )  # fmt: skip
+    grads = [dx, dh0, dc0, *_both_biases(call, dweights)]
+    return tuple(
+        _as(grad, x.dtype)
+        for grad, wanted in zip(grads, needed, strict=False)
+        if wanted and grad is not None
+    )
+
+
+def _weight_gradients(
+    call: Call, weights: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Allocate the gradients of the weights; one serves both biases."""
+    each = call.spec.weights_per_direction
+    found = []
+    for start in range(0, len(weights), each):
+        group = list(weights[start : start + each])
+        if call.spec.bias:
+            del group[2]
+        found += [_empty(w, dtype) for w in group]
+    return found
+
+
+def _both_biases(call: Call, dweights: list[Tensor]) -> list[Tensor]:
+    """The gradients of the weights, with a copy of those of the biases for the other bias."""
+    if not call.spec.bias:
+        return dweights
+    each = call.spec.weights_per_direction - 1
+    found = []
+    for start in range(0, len(dweights), each):
+        group = dweights[start : start + each]
+        group.insert(3, group[2].clone())
+        found += group
+    return found
+
+
+def _options(call: Call) -> dict[str, Any]:
+    options = cell_options(call.spec, call.noise)
+    if call.members:
+        options["members"] = call.members
+    return options
+
+
+def _rows(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """batch_sizes, lengths and reset, as an operator takes them."""
+    sizes, lengths, reset = call.sequences
+    if sizes is not None and call.members:
+        sizes = sizes.expand(call.members, -1)
+    return sizes, lengths, reset
+
+
+def _batch(call: Call, h0: Tensor | None) -> int:
+    """B of packed rows."""
+    sizes = call.sequences.batch_sizes
+    assert sizes is not None
+    return int(sizes[0]) if h0 is None else h0.shape[-2]
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """The tensor itself when its last dimension is dense, all that kernels need; else a copy."""
+    if t is None or t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1:
+        return t
+    return t.contiguous()
+
+
+def _contiguous(tensors: Sequence[Tensor], call: Call) -> Sequence[Tensor]:
+    """Contiguous tensors; of a call with members it is enough that each one's share is."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    if call.members:
+        return [t if t[0].is_contiguous() else t.contiguous() for t in tensors]
+    return [t.contiguous() for t in tensors]
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes its time to find that there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)

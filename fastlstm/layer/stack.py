@@ -1,0 +1,296 @@
+"""A call of a whole stack of layers: check it, choose a backend, walk through the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlstm.backends import select
+from fastlstm.kernels.base import Backend
+from fastlstm.layer import autograd
+from fastlstm.layer.autocast import autocast_dtype, cast, switched_off
+from fastlstm.layer.call import Call
+from fastlstm.layer.checks import (
+    check_cell_state,
+    check_features,
+    check_lengths,
+    check_like,
+    check_packed,
+    check_pair,
+    check_reset,
+    check_states,
+    check_unbatched,
+    check_weights,
+    size,
+)
+from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
+
+__all__ = ["Options", "run_cell", "run_stack"]
+
+Final = tuple[Tensor, ...]  # (h_n, c_n), of an nn.RNN (h_n,)
+
+
+class Options(NamedTuple):
+    """How a stack computes; the sizes are those of its weights.
+
+    Dropout rates are 0 in evaluation. :func:`fastlstm.functional.lstm` describes the fields.
+    """
+
+    mode: str  # "LSTM", "RNN_TANH" or "RNN_RELU"
+    num_layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    dropout: float = 0.0
+    sequences: Sequences = DENSE
+    caches: Sequence[Any] | None = None
+    return_cell_states: bool = False
+    recompute: bool = False
+    peephole: bool = False
+    layer_norm: bool = False
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    random_zoneout: bool = False  # draw which elements stay; else mix both states
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """The name that messages begin with."""
+        return "LSTM" if self.mode == "LSTM" else "RNN"
+
+    @property
+    def directions(self) -> int:
+        """D."""
+        return 2 if self.bidirectional else 1
+
+    def specs(self, weights: Sequence[Tensor]) -> tuple[LayerSpec, ...]:
+        """Return the first layer and, if there are more, the one that all others are like."""
+        first = LayerSpec.of(
+            self.mode,
+            weights[: len(weights) // self.num_layers],
+            self.directions,
+            peephole=self.peephole,
+            layer_norm=self.layer_norm,
+            recurrent_dropout=self.recurrent_dropout > 0,
+            zoneout=self.zoneout,
+        )
+        if self.num_layers == 1:
+            return (first,)
+        return first, first._replace(input_size=first.directions * first.state_size)
+
+
+class _Input(NamedTuple):
+    """The input of a call as layers take it, and how their results become the caller's."""
+
+    x: Tensor  # [T, B, I], or [N, I] of packed rows
+    steps: int
+    batch: int
+    unbatched: bool  # the caller's is [T, I]
+    swapped: bool  # the caller's is [B, T, I]
+
+    @classmethod
+    def of(cls, input: Tensor, hx: Sequence[Tensor] | None, options: Options) -> _Input:
+        sizes, dims = options.sequences.batch_sizes, input.dim()
+        if sizes is not None:
+            steps, batch, _ = check_packed(options.kind, input, sizes, hx)
+            return cls(input, steps, batch, False, False)
+        if dims == 2:
+            return cls(input.unsqueeze(1), input.shape[0], 1, True, False)
+        if dims != 3:
+            raise ValueError(
+                f"{options.kind}: expected input to be 2-D or 3-D, got {size(input)}"
+            )
+        if not options.batch_first:
+            return cls(input, input.shape[0], input.shape[1], False, False)
+        batch, steps, _ = input.shape
+        # One step of one sequence lies the same either way, but not in an exported program, which
+        # may see others.
+        if torch.compiler.is_compiling() or steps != 1 or batch != 1:
+            return cls(input.transpose(0, 1), steps, batch, False, True)
+        return cls(input, steps, batch, False, False)
+
+    def undo(self, t: Tensor | None) -> Tensor | None:
+        """Lay a result ``[T, B, n]`` out as the caller's input."""
+        if t is None or not (self.unbatched or self.swapped):
+            return t
+        return t.squeeze(1) if self.unbatched else t.transpose(0, 1)
+
+
+def run_stack(
+    input: Tensor, hx: tuple[Tensor, ...] | None, weights: Sequence[Tensor], options: Options
+) -> tuple[Tensor, Final, Tensor | None]:
+    """Check a call and compute it.
+
+    Args:
+        input: ``[T, B, I]``, ``[B, T, I]`` with batch_first, ``[T, I]``, or packed rows ``[N, I]``.
+        hx: ``(h_0, c_0)``, of an ``nn.RNN`` ``(h_0,)``; None for zeros.
+        weights: those of all layers, in the order of ``nn.LSTM``.
+        options: everything else.
+
+    Returns:
+        y, the final states, and c of every step of the last layer or None.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: see :func:`fastlstm.functional.lstm`.
+    """
+    kind, sequences = options.kind, options.sequences
+    dtype = autocast_dtype(input)
+    if dtype:
+        input, hx, weights = cast(dtype, input, hx, weights)
+    whole = _Input.of(input, hx, options)
+    x = whole.x
+    packed = sequences.batch_sizes is not None
+    check_features(kind, input, weights, RuntimeError if packed or dtype else ValueError)
+    check_weights(weights, x, options)
+    specs = options.specs(weights)
+    backend = select(x, specs)
+    if whole.steps == 0:
+        raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
+    if hx is not None:
+        if whole.unbatched:
+            hx = check_unbatched(kind, hx)
+        rows, spec = options.num_layers * options.directions, specs[0]
+        shapes = (rows, whole.batch, spec.state_size), (rows, whole.batch, spec.hidden_size)
+        check_states(kind, hx, shapes, packed)
+        check_like(hx, x)
+    if sequences.lengths is not None or sequences.reset is not None:
+        options = options._replace(sequences=_checked(options, x, whole.unbatched))
+    with switched_off(x, bool(dtype)):
+        y, final, c_all = _walk(backend, specs, whole, hx, weights, options)
+    if whole.unbatched:
+        final = tuple(state.squeeze(1) for state in final)
+    return whole.undo(y), final, whole.undo(c_all)  # type: ignore[return-value]
+
+
+def _checked(options: Options, x: Tensor, unbatched: bool) -> Sequences:
+    """The lengths and resets of a call, on the device of x."""
+    kind, (sizes, lengths, reset) = options.kind, options.sequences
+    if sizes is not None:
+        raise ValueError(f"{kind}: lengths and reset have no meaning for packed input")
+    if lengths is not None:
+        lengths = check_lengths(kind, lengths, x, not unbatched)
+    if reset is not None:
+        if options.bidirectional:
+            raise ValueError(f"{kind}: reset has no meaning for a bidirectional {kind}")
+        reset = check_reset(kind, reset, x, not unbatched, options.batch_first)
+    return Sequences(None, lengths, reset)
+
+
+def _walk(
+    backend: Backend,
+    specs: Sequence[LayerSpec],
+    whole: _Input,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    options: Options,
+) -> tuple[Tensor, Final, Tensor | None]:
+    """Compute one layer after the other."""
+    L, x = options.num_layers, whole.x
+    each = len(weights) // L
+    if hx is None:
+        states: Sequence[State] = (State(),) * L
+    elif L == 1:
+        states = (State(*hx),)
+    else:
+        split = (state.split(options.directions) for state in hx)
+        states = [State(*layer) for layer in zip(*split, strict=True)]
+    finals = []
+    c_all = None
+    for k in range(L):
+        if k and options.dropout:
+            x = torch.dropout(x, options.dropout, True)
+        own = weights if L == 1 else weights[k * each : (k + 1) * each]
+        spec = specs[min(k, 1)]
+        noise = NO_NOISE
+        if options.random_zoneout or options.recurrent_dropout or options.weight_dropout:
+            noise, own = _draw(spec, x, whole.batch, own, options)
+        call = Call(
+            backend.name,
+            spec,
+            options.sequences,
+            noise,
+            options.return_cell_states and k == L - 1,
+            options.recompute,
+            options.caches[k] if options.caches else None,
+        )
+        x, final, c_all = _compute(backend, call, x, states[k], own)
+        finals.append(final)
+    if L == 1:
+        return x, finals[0], c_all
+    return x, tuple(map(torch.cat, zip(*finals, strict=True))), c_all
+
+
+def _compute(
+    backend: Backend, call: Call, x: Tensor, state: State, weights: Sequence[Tensor]
+) -> tuple[Tensor, Final, Tensor | None]:
+    """Compute one layer: y, the final states, and c of every step or None."""
+    spec = call.spec
+    if backend.layer is not None:
+        y, final, c_all = backend.layer(
+            spec, x, weights, state, call.sequences, call.noise, call.cell_states
+        )
+        return y, final if spec.is_lstm else final[:1], c_all
+    outputs = autograd.run(call, (x, *state, *weights))
+    if not spec.is_lstm:
+        return outputs[0], (outputs[1],), None
+    c_all = None
+    if call.cell_states:
+        c_all = outputs[3] if outputs[3].dtype is x.dtype else outputs[3].to(x.dtype)
+    return outputs[0], (outputs[1], outputs[2]), c_all
+
+
+def _draw(
+    spec: LayerSpec, x: Tensor, batch: int, weights: Sequence[Tensor], options: Options
+) -> tuple[Noise, Sequence[Tensor]]:
+    """Draw what is random in one layer in training; return it, and its weights after dropout."""
+    seed = h_mask = None
+    if any(spec.zoneout):
+        seed = torch.randint(2**63 - 1, (1,), device=x.device)
+    if options.recurrent_dropout:
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        ones = x.new_ones(spec.directions, batch, spec.state_size, dtype=wide)
+        h_mask = torch.dropout(ones, options.recurrent_dropout, True)
+    if options.weight_dropout:
+        weights, each = list(weights), spec.weights_per_direction
+        weights[1::each] = [
+            torch.dropout(w, options.weight_dropout, True) for w in weights[1::each]
+        ]
+    return Noise(h_mask, seed), weights
+
+
+_CELL = Options("LSTM")
+
+
+def run_cell(
+    input: Tensor, hx: State | None, weights: Sequence[Tensor], cache: Any
+) -> tuple[Tensor, Tensor]:
+    """Check a step of an LSTM cell and compute it; see :func:`fastlstm.functional.lstm_cell`."""
+    dims = input.dim()
+    if dims not in (1, 2):
+        raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {size(input)}")
+    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+        hx = State(*check_pair(hx, None))
+    autocast = autocast_dtype(input)
+    if autocast:
+        dtype = input.dtype if hx is None else torch.promote_types(hx[0].dtype, hx[1].dtype)
+        input, hx, weights = cast(dtype, input, hx, weights)
+    check_features("LSTMCell", input, weights)
+    check_weights(weights, input, _CELL)
+    (spec,) = _CELL.specs(weights)
+    backend = select(input, (spec,))
+    hidden = spec.hidden_size
+    shape = (*input.shape[:-1], hidden)
+    batch = shape[0] if dims == 2 else 1
+    state = State()
+    if hx is not None:
+        h0, c0 = hx
+        check_cell_state(h0, c0, shape)
+        check_like((h0, c0), input)
+        state = State(h0.view(1, batch, hidden), c0.view(1, batch, hidden))
+    x = input.view(1, batch, input.shape[-1])
+    call = Call(backend.name, spec, DENSE, NO_NOISE, cache=cache)
+    with switched_off(x, bool(autocast)):
+        _, (h, c), _ = _compute(backend, call, x, state, weights)
+    return h.reshape(shape), c.reshape(shape)

@@ -1,0 +1,108 @@
+"""What the modules share: reading their parameters, packed sequences, and what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlstm.kernels.cpu import Cache
+from fastlstm.layer.checks import check_states
+from fastlstm.spec import LayerSpec
+
+__all__ = ["Layers", "tensors"]
+
+
+class Layers(nn.RNNBase):
+    """A stack of L layers of D directions: what LSTM and RNN share.
+
+    They subclass ``nn.RNNBase`` and not ``nn.LSTM`` or ``nn.RNN`` because ``torch.compile``
+    refuses these. The weights are read at every call, so parametrizations, ``weight_norm``,
+    ``torch.func.functional_call``, assignments and edits of ``.data`` all take effect.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._caches = [Cache() for _ in range(self.num_layers)]
+
+    @property
+    def _D(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """Return what each layer is, in the mode, training or evaluation, that the module is in."""
+        first = self._spec()
+        deeper = first._replace(input_size=first.directions * first.state_size)
+        return first, *(deeper,) * (self.num_layers - 1)
+
+    def _spec(self) -> LayerSpec:
+        """Describe the first layer."""
+        sizes = self.input_size, self.hidden_size, self.proj_size, self._D
+        return LayerSpec(self.mode, *sizes, self.bias)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the arguments that the functions of both kinds have."""
+        return {
+            "num_layers": self.num_layers,
+            "bidirectional": self.bidirectional,
+            "dropout": self.dropout,
+            "training": self.training,
+            # Compiled code would depend on what is in them, and makes no use of it.
+            "caches": None if torch.compiler.is_compiling() else self._caches,
+        }
+
+    def _unpack(
+        self,
+        input: PackedSequence,
+        hx: Sequence[Tensor] | None,
+        sizes: Sequence[int],
+        options: Any,
+    ) -> tuple[Any, ...] | None:
+        """Return hx in the order of the packed sequences.
+
+        Args:
+            input: the packed sequences.
+            hx: the states as the caller passed them, or None.
+            sizes: the last dimension of each state.
+            options: lengths and reset, which have no meaning here.
+        """
+        if any(option is not None for option in options):
+            raise ValueError(
+                f"{self._get_name()}: lengths and reset have no meaning for a PackedSequence: "
+                "pad the input"
+            )
+        order = input.sorted_indices
+        rows = self.num_layers * self._D
+        if hx is None and order is not None and torch.compiler.is_compiling():
+            # Inductor stumbles over a B that is a value, that of batch_sizes[0], and not a size.
+            return tuple(input.data.new_zeros(rows, order.shape[0], n) for n in sizes)
+        if hx is None or order is None:
+            return None if hx is None else tuple(hx)
+        shapes = [(rows, order.shape[0], n) for n in sizes]
+        check_states(self._get_name(), hx, shapes, packed=True)
+        return tuple(state.index_select(1, order) for state in hx)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: weights are read where they are, there is no flat copy to keep."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_caches", None)
+        state.pop("_stream", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._caches = [Cache() for _ in range(self.num_layers)]
+
+
+def tensors(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """Return the parameters of these names, or what a parametrization makes of them."""
+    parameters: dict[str, Any] = module._parameters
+    try:  # an attribute takes ten times as long, but knows parametrizations and weight_norm
+        return list(map(parameters.__getitem__, names))
+    except KeyError:
+        return [getattr(module, name) for name in names]

@@ -1,0 +1,85 @@
+"""``fastlstm.LSTMCell``: what ``torch.nn.LSTMCell`` is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlstm import convert
+from fastlstm.functional import State, lstm_cell
+from fastlstm.kernels.cpu import Cache
+from fastlstm.layer.fast_path import fast_backend, infer
+from fastlstm.modules.base import tensors
+from fastlstm.spec import LayerSpec
+
+__all__ = ["LSTMCell"]
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+class LSTMCell(nn.RNNCellBase):
+    """``torch.nn.LSTMCell``: one step, with the same arguments, parameters and results.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the state.
+        bias: whether the gates have biases.
+        device: of the parameters.
+        dtype: of the parameters; float32, float64, bfloat16 or float16.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+        self._cache = Cache()
+
+    def specs(self) -> tuple[LayerSpec]:
+        """Describe the cell as a layer."""
+        return (LayerSpec("LSTM", self.input_size, self.hidden_size, bias=self.bias),)
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """Take one step.
+
+        Args:
+            input: ``[B, I]``, or ``[I]`` without a batch.
+            hx: ``(h [B, H], c [B, H])``, without B for input without a batch; None for zeros.
+
+        Returns:
+            The next ``(h, c)``, shaped as hx.
+
+        Raises:
+            ValueError, RuntimeError: see :func:`fastlstm.functional.lstm_cell`.
+        """
+        weights = tensors(self, _NAMES if self.bias else _NAMES[:2])
+        if not torch.is_grad_enabled() and input.dim() == 2 and (backend := fast_backend(input)):
+            result = infer(backend, input, hx, weights, self._cache)
+            if result is not None:
+                return result
+        # Compiled code would depend on what is in the cache, and makes no use of it.
+        cache = None if torch.compiler.is_compiling() else self._cache
+        return lstm_cell(input, hx, weights, cache=cache)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_cache", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._cache = Cache()
+
+    @classmethod
+    def from_torch(cls, source: nn.LSTMCell) -> LSTMCell:
+        """A cell that shares the parameters of an ``nn.LSTMCell``; see :mod:`fastlstm.convert`."""
+        return convert.convert(source, nn.LSTMCell, cls)
+
+    def to_torch(self) -> nn.LSTMCell:
+        """An ``nn.LSTMCell`` that shares these parameters; see :mod:`fastlstm.convert`."""
+        return convert.convert(self, LSTMCell, nn.LSTMCell)

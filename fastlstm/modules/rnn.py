@@ -1,0 +1,144 @@
+"""``fastlstm.RNN``: what ``torch.nn.RNN`` is, and more."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlstm import convert
+from fastlstm.functional import rnn
+from fastlstm.layer.checks import check_input
+from fastlstm.modules.base import Layers, tensors
+
+__all__ = ["RNN"]
+
+class RNN(Layers):
+    """``torch.nn.RNN``: the same arguments, parameters, initial values and results, and more.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, features of the state.
+        num_layers: L, each layer reads the outputs of the one before.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are biases.
+        batch_first: input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``.
+        dropout: probability of zeroing an output of any layer but the last, in training.
+        bidirectional: D is 2 if True, else 1.
+        device: of the parameters.
+        dtype: of the parameters; float32, float64, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: as ``nn.RNN``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+        if nonlinearity not in modes:
+            raise ValueError(f"RNN: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        super().__init__(
+            modes[nonlinearity],
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            0,
+            device,
+            dtype,
+        )
+        self.nonlinearity = nonlinearity
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.nonlinearity = self.mode.removeprefix("RNN_").lower()  # nn.RNN once kept only mode
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> Any:
+        """Run the sequence; as ``nn.RNN``, and with the keywords that it lacks.
+
+        Args:
+            input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, ``[T, I]`` without a batch,
+                or a ``PackedSequence``, sorted or not.
+            hx: ``h_0 [L*D, B, H]``, without B for input without a batch; None for zeros.
+            lengths: integers ``[B]`` in 0..T, on any device, in any order; output is 0 from there
+                on.
+            reset: bool ``[T, B]``, ``[B, T]`` with ``batch_first``; True zeroes that row's state
+                before the step.
+
+        Returns:
+            ``(y, h_n)``: y is ``[T, B, D*H]``, or ``[B, T, D*H]``, ``[T, D*H]`` or a
+            ``PackedSequence``, as input; h_n is shaped as hx.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: see :func:`fastlstm.functional.rnn`.
+        """
+        settings = self._settings()
+        settings["nonlinearity"] = self.nonlinearity
+        weights = tensors(self, self._flat_weights_names)
+        if isinstance(input, Tensor):
+            return rnn(
+                input,
+                hx,
+                weights,
+                batch_first=self.batch_first,
+                lengths=lengths,
+                reset=reset,
+                **settings,
+            )
+        check_input("RNN", input)
+        states = self._unpack(
+            input, None if hx is None else (hx,), (self.hidden_size,), (lengths, reset)
+        )
+        rows, batch_sizes, order, restore = input
+        h0 = None if states is None else states[0]
+        y, h_n = rnn(rows, h0, weights, batch_sizes=batch_sizes, **settings)
+        if restore is not None:
+            h_n = h_n.index_select(1, restore)
+        return PackedSequence(y, batch_sizes, order, restore), h_n
+
+    @classmethod
+    def from_torch(cls, source: nn.RNN) -> RNN:
+        """A module that shares the parameters of an ``nn.RNN``; see :mod:`fastlstm.convert`."""
+        return convert.convert(source, nn.RNN, cls)
+
+    def to_torch(self) -> nn.RNN:
+        """An ``nn.RNN`` that shares these parameters; see :mod:`fastlstm.convert`."""
+        return convert.convert(self, RNN, nn.RNN)
