@@ -20,7 +20,7 @@ from fastlstm.spec import LayerSpec
 
 from . import library  # noqa: F401 (it defines operators, before their library is loaded)
 
-__all__ = ["CUDA", "CudaBackend"]
+__all__ = ["CUDA", "CudaBackend", "lacks"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OPERATORS = define("cuda", rnn=False)
@@ -45,28 +45,27 @@ class CudaBackend(Backend):
 
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
-        found = _error() or _input_obstacle(x) or self.lacks(spec)
+        found = _error() or _input_obstacle(x) or lacks(spec)
         if found or torch.compiler.is_compiling():  # sizes may be symbols: the operator sees them
             return found
-        return _plan().obstacle(spec, x)
+        from . import plan
 
-    def lacks(self, spec: LayerSpec) -> str | None:
-        """Say why it has no such layers, of any size; None if it has."""
-        if not spec.is_lstm:
-            return "the cuda kernels have no nn.RNN"
-        if spec.is_extended:
-            return "the cuda kernels have the plain cell only"
-        return "the cuda kernels have no projection" if spec.proj_size else None
+        return plan.obstacle(spec, x)
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe in a line the plans of both passes."""
-        return _plan().describe(spec, B, x)
+        from . import plan
+
+        return plan.describe(spec, B, x)
 
 
-def _plan():
-    from . import plan
-
-    return plan
+def lacks(spec: LayerSpec) -> str | None:
+    """Say why the kernels have no such layers, of any size; None if they have."""
+    if not spec.is_lstm:
+        return "the cuda kernels have no nn.RNN"
+    if spec.is_extended:
+        return "the cuda kernels have the plain cell only"
+    return "the cuda kernels have no projection" if spec.proj_size else None
 
 
 @constant  # Dynamo would trace the loading, it ignores the cache

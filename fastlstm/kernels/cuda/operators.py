@@ -29,7 +29,7 @@ from fastlstm.kernels.products import (
 from fastlstm.kernels.rows import Rows, layout
 from fastlstm.spec import LayerSpec, Sequences, Weights
 
-from . import CUDA, library, plan
+from . import lacks, library, plan
 
 __all__ = ["lstm_bwd", "lstm_fwd"]
 
@@ -152,7 +152,7 @@ def lstm_bwd(
 
 def _refuse(spec: LayerSpec, x: Tensor) -> None:
     """Raise ValueError for a layer that the kernels cannot compute."""
-    error = CUDA.lacks(spec) or plan.obstacle(spec, x)
+    error = lacks(spec) or plan.obstacle(spec, x)
     if error:
         raise ValueError(f"the cuda kernels cannot compute this layer: {error}")
 

@@ -117,9 +117,7 @@ def _through(side: Normalised, dgates: Tensor, gains: Sequence[Tensor | None]) -
     return side.gradient(dgates * gain).to(dgates.dtype)
 
 
-def _cell_weight_gradients(
-    target: Weights, d: int, before: _Before, steps: StepGradients
-) -> None:
+def _cell_weight_gradients(target: Weights, d: int, before: _Before, steps: StepGradients) -> None:
     """Write the gradients of a direction's weights that a plain cell does not have."""
     if target.w_hr is not None:
         assert steps.dprojected is not None and steps.hidden is not None

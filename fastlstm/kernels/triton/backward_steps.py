@@ -291,6 +291,4 @@ def launch_lstm_bwd_steps(
         gradients.dc0.copy_(dc)
     if gradients.dh0 is not None:
         dgates = steps.dgates
-        start_gradient(
-            gradients.dh0, dgates, weights, rows, incoming.dh_n, noise.h_mask, dh_kept
-        )
+        start_gradient(gradients.dh0, dgates, weights, rows, incoming.dh_n, noise.h_mask, dh_kept)

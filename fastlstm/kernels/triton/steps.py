@@ -42,9 +42,7 @@ def launch_steps(
     grid, T = spread_grid(call, plan), call.rows.T
     if plan.regime == "persistent":
         arrived = torch.zeros(grid[2], grid[1], dtype=torch.int32, device=call.x.device)
-        launch(
-            kernel, grid, plan, **arguments, arrived=arrived, begin=0, end=T, PERSISTENT=True
-        )
+        launch(kernel, grid, plan, **arguments, arrived=arrived, begin=0, end=T, PERSISTENT=True)
         return
     for begin in range(T):
         if before is not None:
