@@ -61,6 +61,7 @@ def tanh_approx(x):
 
 @triton.jit
 def sigmoid(x):
+    """Return the logistic function, exact to float32."""
     return 1.0 / (1.0 + tl.exp(-x))  # exp overflows to inf, whose reciprocal is the limit
 
 
@@ -80,6 +81,7 @@ def tanh_near_zero(x):
 
 @triton.jit
 def tanh(x, FAST: tl.constexpr):
+    """Return tanh, approximate with FAST."""
     if FAST:
         result = tanh_approx(x)
     else:
@@ -89,6 +91,7 @@ def tanh(x, FAST: tl.constexpr):
 
 @triton.jit
 def logistic(x, FAST: tl.constexpr):
+    """Return the logistic function, approximate with FAST."""
     if FAST:
         result = 0.5 * tanh_approx(0.5 * x) + 0.5
     else:
