@@ -130,7 +130,8 @@ def _swap(
             if child in replaced:
                 parent._modules[name] = replaced[child]
     _report(lines or [_nothing(verb)], verb, verbose or dry_run)
-    return replaced.get(model, model)  # type: ignore[return-value]
+    result: Any = replaced.get(model, model)
+    return result
 
 
 def _report(lines: Sequence[str], verb: str, verbose: bool) -> None:
@@ -162,25 +163,26 @@ def _is_wanted(
 
 def _to_ours(module: nn.Module) -> _Swap:
     """What accelerate makes of a module."""
-    actual = original_class(module)
+    actual: Any = original_class(module)
     if actual in (nn.GRU, nn.RNNCell, nn.GRUCell):
         return _Swap(None, f"left, fastlstm has no {actual.__name__}")
     kind = next((kind for kind in _OURS if issubclass(actual, kind)), None)
     if kind is None:
         return _Swap(None, "")
-    target: Any = _OURS[kind]
+    ours: Any = _OURS[kind]
+    target = ours
     if actual is not kind:
-        target = with_additions(actual, kind, target)
+        target = with_additions(actual, kind, ours)
         if isinstance(target, str):
             return _Swap(None, f"left, it is a {class_name(actual)}, {target}")
     if problem := obstacle(module):
         return _Swap(None, f"left, {problem}")
-    return _Swap(target, f"{class_name(actual)} -> {_described(_OURS[kind], module)}")
+    return _Swap(target, f"{class_name(actual)} -> {_described(ours, module)}")
 
 
 def _to_theirs(module: nn.Module) -> _Swap:
     """What restore makes of a module."""
-    actual = original_class(module)
+    actual: Any = original_class(module)
     kind = next((kind for kind in _THEIRS if issubclass(actual, kind)), None)
     if kind is None:
         return _Swap(None, "")

@@ -93,8 +93,8 @@ def class_name(kind: type[nn.Module]) -> str:
 
 
 @cache
-def with_additions(subclass: type[nn.Module], kind: type[nn.Module], target: type[M]) -> Any:
-    """Return a subclass of target with what subclass adds to kind, or a sentence why there is none.
+def with_additions(subclass: Any, kind: Any, target: Any) -> Any:
+    """Return a subclass of target with what subclass adds to kind, or why there is none.
 
     A subclass of ``nn.LSTM`` that has a constructor of its own and more methods, but changes none
     that ``nn.LSTM`` has, computes what ``nn.LSTM`` computes. So target can take its place, with
@@ -136,8 +136,6 @@ def _reduce(self: Any, protocol: int) -> Any:
     return _restore_instance, (*self._replaces, target), self.__getstate__()
 
 
-def _restore_instance(
-    subclass: type[nn.Module], kind: type[nn.Module], target: type[M]
-) -> nn.Module:
+def _restore_instance(subclass: Any, kind: Any, target: Any) -> nn.Module:
     made: type[nn.Module] = with_additions(subclass, kind, target)
     return made.__new__(made)

@@ -77,7 +77,7 @@ def _reason(backend: Backend, x: Tensor, specs: tuple[LayerSpec, ...]) -> str:
         return asked
     others = candidates(AUTO, x.device.type)
     obstacles = filter(None, (first_obstacle(other, x, specs) for other in others))
-    return f"auto: {'; '.join(obstacles)}"
+    return f"auto: {'; '.join(obstacles) or f'no backend has kernels for {x.device.type} tensors'}"
 
 
 def _steps_and_batch(module: nn.Module, x: Tensor | PackedSequence) -> tuple[int, int]:

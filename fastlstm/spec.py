@@ -1,4 +1,4 @@
-"""The words that every part of the library shares: what a layer is, and what a call takes and gives.
+"""The words that all parts of the library share: what a layer is, what a call takes and gives.
 
 Letters, here and everywhere: T time steps, B batch, I input size, H hidden size, P size of the
 state h (the projected size, H without a projection), D directions, N rows of a packed sequence.
@@ -84,7 +84,9 @@ class LayerSpec(NamedTuple):
         return plain + self.peephole + 4 * self.layer_norm
 
     @classmethod
-    def of(cls, mode: str, weights: Sequence[Tensor], directions: int, **options: Any) -> LayerSpec:
+    def of(
+        cls, mode: str, weights: Sequence[Tensor], directions: int, **options: Any
+    ) -> LayerSpec:
         """Read the sizes from the flat list of a layer's weights.
 
         Args:

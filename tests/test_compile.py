@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
-from fastlstm import ops
+from fastlstm.kernels.base import get
 
 T, B, I, H = 4, 3, 5, 6
 CPU = pytest.mark.parametrize("backend", ["cpu"], indirect=True)
@@ -342,16 +342,16 @@ def test_operators_pass_opcheck(backend: str, case: Case) -> None:
     if case.bias:  # one gradient serves both biases
         del dweights[3::each]
     if case.kind != "LSTM":
-        torch.library.opcheck(ops.rnn_fwd_cpu, (*inputs, y, h_n, None))
-        torch.library.opcheck(ops.rnn_bwd_cpu, (*inputs, y, *slopes, *found, dweights, None))
+        torch.library.opcheck(get("cpu").rnn_fwd, (*inputs, y, h_n, None))
+        torch.library.opcheck(get("cpu").rnn_bwd, (*inputs, y, *slopes, *found, dweights, None))
         return
     c_n = torch.zeros(D, case.B, case.H)
     c_all = torch.zeros(*x.shape[:-1], D * case.H)
     kept = not (case.recompute or case.layer_norm)
     gates = torch.zeros(D, *x.shape[:-1], 4 * case.H) if kept else None
-    torch.library.opcheck(ops.lstm_fwd_cpu, (*inputs, y, h_n, c_n, c_all, gates, None), cell)
-    ops.lstm_fwd_cpu(*inputs, y, h_n, c_n, c_all, gates, None, **cell)
+    torch.library.opcheck(get("cpu").lstm_fwd, (*inputs, y, h_n, c_n, c_all, gates, None), cell)
+    get("cpu").lstm_fwd(*inputs, y, h_n, c_n, c_all, gates, None, **cell)
     slopes += [torch.randn_like(c_n), torch.randn_like(c_all)]
     found.append(torch.zeros_like(c_n))
     arguments = (*inputs, y, c_all, gates, *slopes, *found, dweights, None)
-    torch.library.opcheck(ops.lstm_bwd_cpu, arguments, cell)
+    torch.library.opcheck(get("cpu").lstm_bwd, arguments, cell)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,30 @@ KINDS = [(nn.LSTM, fastlstm.LSTM), (nn.LSTMCell, fastlstm.LSTMCell)]
 
 
 class Own(nn.LSTM):
-    """Someone's subclass."""
+    """Someone's subclass, with a behaviour of its own."""
+
+    def forward(self, *args: Any) -> Any:
+        return super().forward(*args)
+
+
+class Extended(nn.LSTM):
+    """Someone's subclass, which computes what nn.LSTM does."""
+
+    names = ("h", "c")
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size, batch_first=True)
+        self.size = size
+
+    def start(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(1, batch, self.size), torch.zeros(1, batch, self.size)
+
+
+class Calling(Extended):
+    """Its method needs the class that it was written in."""
+
+    def note(self) -> str:
+        return super().extra_repr()
 
 
 def double(module: nn.Module, args: Any, output: Any) -> Any:
@@ -161,7 +185,8 @@ def test_accelerate(
     assert printed == [
         "encoder: nn.LSTM -> fastlstm.LSTM(3, 5, batch_first=True, bidirectional=True)",
         "cells.read: nn.LSTMCell -> fastlstm.LSTMCell(3, 5)",
-        "own: left, it is a test_convert.Own, a subclass, whose own behaviour would be lost",
+        "own: left, it is a test_convert.Own, a subclass, whose own behaviour would be lost: it "
+        "defines forward",
         "gru: left, fastlstm has no GRU",
     ]
 
@@ -208,3 +233,96 @@ def test_accelerate_parametrized(backend: str) -> None:
     assert isinstance(model[0], fastlstm.LSTM)
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(x)[0], before)
+
+
+def test_restore_is_the_way_back(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model()
+    kinds = [type(module) for module in model.modules()]
+    parameters = list(model.parameters())
+    x = torch.randn(4, 7, I)
+    before = model(x)
+    fastlstm.accelerate(model)
+    assert fastlstm.restore(model, verbose=True) is model
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert torch.equal(model(x), before)
+    assert capsys.readouterr().out.splitlines() == [
+        "encoder: fastlstm.LSTM(3, 5, batch_first=True, bidirectional=True) -> nn.LSTM",
+        "cells.read: fastlstm.LSTMCell(3, 5) -> nn.LSTMCell",
+    ]
+
+
+def test_restore_leaves_what_nn_cannot_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(
+        fastlstm.LSTM(I, H, layer_norm=True, peephole=True),
+        fastlstm.LSTM(I, H, recurrent_dropout=0.1),
+    )
+    fastlstm.restore(model, verbose=True)
+    assert all(type(module) is fastlstm.LSTM for module in model)
+    assert capsys.readouterr().out.splitlines() == [
+        "0: left, nn.LSTM has no layer_norm, peephole",
+        "1: left, nn.LSTM has no recurrent_dropout",
+    ]
+    assert type(fastlstm.restore(model.eval())[1]) is nn.LSTM
+
+
+@pytest.mark.parametrize(("theirs", "ours"), KINDS)
+def test_restore_a_bare_module(theirs: type[nn.Module], ours: type[nn.Module]) -> None:
+    assert type(fastlstm.restore(ours(I, H))) is theirs
+    assert type(fastlstm.restore(fastlstm.accelerate(theirs(I, H)))) is theirs
+
+
+@pytest.mark.parametrize(
+    ("options", "swapped"),
+    [
+        ({}, {"a.0", "a.1", "b"}),
+        ({"include": "a.*"}, {"a.0", "a.1"}),
+        ({"include": ["a.0", "b"]}, {"a.0", "b"}),
+        ({"exclude": "a.1"}, {"a.0", "b"}),
+        ({"include": "a.*", "exclude": ["*.0"]}, {"a.1"}),
+        ({"dry_run": True}, set()),
+    ],
+)
+def test_choosing_modules(
+    options: dict[str, Any], swapped: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"a": nn.ModuleList([nn.LSTM(I, H), nn.RNN(I, H)]), "b": nn.LSTM(I, H)})
+    fastlstm.accelerate(model, **options)
+    found = {n for n, m in model.named_modules() if isinstance(m, fastlstm.LSTM | fastlstm.RNN)}
+    assert found == swapped
+    printed = capsys.readouterr().out
+    assert ("a.0: nn.LSTM -> fastlstm.LSTM(3, 5)" in printed) == ("dry_run" in options)
+    fastlstm.restore(model)
+    assert not any(isinstance(m, fastlstm.LSTM | fastlstm.RNN) for m in model.modules())
+
+
+@pytest.mark.parametrize("word", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing(word: str) -> None:
+    model = nn.Sequential(nn.LSTM(I, H), nn.Linear(H, H))
+    with pytest.raises(ValueError, match=r"no recurrent module of this model matches lstm\*"):
+        fastlstm.accelerate(model, **{word: ["0", "lstm*"]})
+    assert type(model[0]) is nn.LSTM
+
+
+def test_subclasses_that_only_add_are_swapped(backend: str) -> None:
+    model = nn.Sequential(Extended(H), Calling(H))
+    x = torch.randn(2, 4, H)
+    before = model[0](x)[0]
+    fastlstm.accelerate(model)
+    lstm = model[0]
+    assert isinstance(lstm, fastlstm.LSTM)
+    assert type(model[1]) is Calling  # super() would not find its class
+    torch.testing.assert_close(lstm(x, lstm.start(2))[0], before)
+    assert (lstm.names, lstm.size, type(lstm).__name__) == (("h", "c"), H, "Extended")
+    for copied in copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm)):
+        assert type(copied) is type(lstm)
+        assert torch.equal(copied(x)[0], lstm(x)[0])
+        assert copied.start(2)[0].shape == (1, 2, H)
+    restored = fastlstm.restore(model)[0]
+    assert type(restored) is Extended
+    assert restored.weight_hh_l0 is lstm.weight_hh_l0
+    torch.testing.assert_close(restored(x, restored.start(2))[0], before)
+
+
+def test_version() -> None:
+    assert fastlstm.__version__[0].isdigit()

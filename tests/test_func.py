@@ -21,7 +21,12 @@ from torch.func import (
 from torch.utils import _pytree as pytree
 
 import fastlstm
-from fastlstm import autograd, reference
+from fastlstm import reference
+from fastlstm.kernels.base import get
+from fastlstm.layer import autograd
+from fastlstm.layer import vmap as rules
+from fastlstm.layer.call import Call
+from fastlstm.spec import LayerSpec, Noise, Sequences
 
 V, T, B, I, H = 3, 4, 3, 5, 7
 LENGTHS = torch.tensor([[4, 0, 3], [1, 2, 4], [0, 0, 0]])
@@ -114,11 +119,12 @@ def operator_calls() -> Iterator[list[tuple[int, ...]]]:
 
         return count
 
-    kernels = autograd._KERNELS["cpu"]
-    counted = kernels._replace(
-        lstm_fwd=counting(kernels.lstm_fwd), lstm_bwd=counting(kernels.lstm_bwd)
-    )
-    with fastlstm.backend("cpu"), mock.patch.dict(autograd._KERNELS, cpu=counted):
+    cpu = get("cpu")
+    with (
+        fastlstm.backend("cpu"),
+        mock.patch.object(cpu, "lstm_fwd", counting(cpu.lstm_fwd)),
+        mock.patch.object(cpu, "lstm_bwd", counting(cpu.lstm_bwd)),
+    ):
         yield calls
 
 
@@ -188,7 +194,7 @@ def test_an_ensemble_is_one_call_of_the_kernel() -> None:
     weights, _ = stack_module_state(models)
     x = torch.randn(T, B, I)
     layers = [(V, T, B, I), (V, T, B, H)]
-    with operator_calls() as calls, mock.patch.object(autograd, "by_reference") as slow:
+    with operator_calls() as calls, mock.patch.object(rules, "by_reference") as slow:
         vmap(lambda p: functional_call(models[0], p, (x,))[0])(weights)
         assert calls == layers
         vmap(grad(lambda p: loss(models[0], p, x)))(weights)
@@ -344,8 +350,9 @@ def test_zoneout_of_members(batched: bool, packed: bool) -> None:
     seeds = torch.tensor([[5], [6], [7]]) if batched else torch.tensor([5])
 
     def run(x: Tensor, seed: Tensor, *weights: Tensor) -> Tensor:
-        cell = reference.Cell(zoneout=(0.5, 0.3), seed=seed)
-        return autograd.lstm_layer(x, weights, None, None, batch_sizes=sizes, cell=cell)[0]
+        spec = LayerSpec("LSTM", I, H, zoneout=(0.5, 0.3))
+        call = Call("cpu", spec, Sequences(sizes), Noise(seed=seed))
+        return autograd.run(call, (x, None, None, *weights))[0]
 
     each = grad(lambda *inputs: run(*inputs).square().sum(), (0, 2, 3))
     dims = (0, 0 if batched else None, *(0,) * len(stack))

@@ -185,7 +185,7 @@ def test_zoneout_is_independent_of_everything_but_its_place() -> None:
     draws = torch.stack(
         [
             torch.stack([stay(torch.ones(32, 48), torch.zeros(32, 48), t) for t in range(40)])
-            for stay in (reference._stays(0.5, seed, d, k) for d in (0, 1) for k in (0, 1))
+            for stay in (reference._zone(0.5, seed, d, k) for d in (0, 1) for k in (0, 1))
         ]
     )  # [direction and kind, T, B, units]
     signs = draws * 2 - 1

@@ -22,9 +22,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Backend:
     """One way of computing a layer. The methods here describe one that can compute everything.
 
-    A backend has either operators (:mod:`fastlstm.kernels.operators` has their contract), for which
-    :mod:`fastlstm.layer.autograd` makes the derivatives, or ``layer``, a function made of PyTorch
-    operations, which need no help.
+    A backend has either operators (their contract is in :mod:`fastlstm.kernels.operators`), whose
+    derivatives are the work of :mod:`fastlstm.layer.autograd`, or ``layer``, a function made of
+    PyTorch operations, which need no help.
     """
 
     name: str
@@ -121,7 +121,7 @@ def constant(function: Function) -> Function:
     What ``torch.compiler.assume_constant_result`` does, without the second that importing all of
     Dynamo would add to ``import fastlstm``.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 

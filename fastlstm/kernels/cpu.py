@@ -69,7 +69,7 @@ class CpuBackend(Backend):
             return f"the input is on {x.device}, the cpu kernels need it on the CPU"
         if x.dtype not in _DTYPES:
             return f"the cpu kernels have no {x.dtype}"
-        return _error()
+        return self.error()
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe how the threads of this process would share a layer."""

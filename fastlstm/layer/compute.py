@@ -1,8 +1,8 @@
 """Calls the operators of a backend, forward and backward; no derivatives here.
 
-A layer has the inputs ``(x, h0, c0, *weights)``, of an ``nn.RNN`` with None for c0, and the outputs
-``(y, h_n, c_n, c_all, gates)``, of an ``nn.RNN`` ``(y, h_n)``; c_all and gates only where somebody
-wants them.
+A layer has the inputs ``(x, h0, c0, *weights)``, of an ``nn.RNN`` with None for c0, and the
+outputs ``(y, h_n, c_n, c_all, gates)``, of an ``nn.RNN`` ``(y, h_n)``; c_all and gates only where
+somebody wants them.
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def gradients(
     )
 
 
-def _weight_gradients(
-    call: Call, weights: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
+def _weight_gradients(call: Call, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Allocate the gradients of the weights; one serves both biases."""
     each = call.spec.weights_per_direction
     found = []

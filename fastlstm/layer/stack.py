@@ -99,21 +99,19 @@ class _Input(NamedTuple):
         if dims == 2:
             return cls(input.unsqueeze(1), input.shape[0], 1, True, False)
         if dims != 3:
-            raise ValueError(
-                f"{options.kind}: expected input to be 2-D or 3-D, got {size(input)}"
-            )
+            raise ValueError(f"{options.kind}: expected input to be 2-D or 3-D, got {size(input)}")
         if not options.batch_first:
             return cls(input, input.shape[0], input.shape[1], False, False)
         batch, steps, _ = input.shape
-        # One step of one sequence lies the same either way, but not in an exported program, which
-        # may see others.
+        # One step of one sequence lies the same either way, but not in an exported program,
+        # which may see others.
         if torch.compiler.is_compiling() or steps != 1 or batch != 1:
             return cls(input.transpose(0, 1), steps, batch, False, True)
         return cls(input, steps, batch, False, False)
 
-    def undo(self, t: Tensor | None) -> Tensor | None:
+    def undo(self, t: Tensor) -> Tensor:
         """Lay a result ``[T, B, n]`` out as the caller's input."""
-        if t is None or not (self.unbatched or self.swapped):
+        if not (self.unbatched or self.swapped):
             return t
         return t.squeeze(1) if self.unbatched else t.transpose(0, 1)
 
@@ -124,7 +122,7 @@ def run_stack(
     """Check a call and compute it.
 
     Args:
-        input: ``[T, B, I]``, ``[B, T, I]`` with batch_first, ``[T, I]``, or packed rows ``[N, I]``.
+        input: ``[T, B, I]``, ``[B, T, I]`` with batch_first, ``[T, I]``, or packed ``[N, I]``.
         hx: ``(h_0, c_0)``, of an ``nn.RNN`` ``(h_0,)``; None for zeros.
         weights: those of all layers, in the order of ``nn.LSTM``.
         options: everything else.
@@ -161,7 +159,7 @@ def run_stack(
         y, final, c_all = _walk(backend, specs, whole, hx, weights, options)
     if whole.unbatched:
         final = tuple(state.squeeze(1) for state in final)
-    return whole.undo(y), final, whole.undo(c_all)  # type: ignore[return-value]
+    return whole.undo(y), final, None if c_all is None else whole.undo(c_all)
 
 
 def _checked(options: Options, x: Tensor, unbatched: bool) -> Sequences:
@@ -264,14 +262,14 @@ _CELL = Options("LSTM")
 
 
 def run_cell(
-    input: Tensor, hx: State | None, weights: Sequence[Tensor], cache: Any
+    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor], cache: Any
 ) -> tuple[Tensor, Tensor]:
     """Check a step of an LSTM cell and compute it; see :func:`fastlstm.functional.lstm_cell`."""
     dims = input.dim()
     if dims not in (1, 2):
         raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {size(input)}")
     if hx is not None and (type(hx) is not tuple or len(hx) != 2):
-        hx = State(*check_pair(hx, None))
+        hx = check_pair(hx, None)
     autocast = autocast_dtype(input)
     if autocast:
         dtype = input.dtype if hx is None else torch.promote_types(hx[0].dtype, hx[1].dtype)

@@ -123,9 +123,7 @@ class _Members:
         lengths = self._first(lengths, dims.sequences.lengths)
         reset = self._first(reset, dims.sequences.reset)
         return call._replace(
-            sequences=Sequences(
-                sizes, None if lengths is None else lengths.contiguous(), reset
-            ),
+            sequences=Sequences(sizes, None if lengths is None else lengths.contiguous(), reset),
             noise=Noise(*self.tensors(call.noise, dims.noise)),
             cache=None,
             members=self.models * max(self.members, 1),

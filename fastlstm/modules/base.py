@@ -33,7 +33,7 @@ class Layers(nn.RNNBase):
         return 2 if self.bidirectional else 1
 
     def specs(self) -> tuple[LayerSpec, ...]:
-        """Return what each layer is, in the mode, training or evaluation, that the module is in."""
+        """Return what each layer is, in training or in evaluation as the module is."""
         first = self._spec()
         deeper = first._replace(input_size=first.directions * first.state_size)
         return first, *(deeper,) * (self.num_layers - 1)

@@ -18,6 +18,7 @@ __all__ = ["LSTMCell"]
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
+
 class LSTMCell(nn.RNNCellBase):
     """``torch.nn.LSTMCell``: one step, with the same arguments, parameters and results.
 

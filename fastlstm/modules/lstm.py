@@ -19,6 +19,7 @@ from fastlstm.spec import LayerSpec
 
 __all__ = ["LSTM"]
 
+
 class LSTM(Layers):
     """``torch.nn.LSTM``: the same arguments, parameters, initial values and results, and more.
 
@@ -154,11 +155,15 @@ class LSTM(Layers):
 
     def _spec(self) -> LayerSpec:
         """Describe the first layer."""
-        return super()._spec()._replace(
-            peephole=self.peephole,
-            layer_norm=self.layer_norm,
-            recurrent_dropout=self.training and self.recurrent_dropout > 0,
-            zoneout=self.zoneout,
+        return (
+            super()
+            ._spec()
+            ._replace(
+                peephole=self.peephole,
+                layer_norm=self.layer_norm,
+                recurrent_dropout=self.training and self.recurrent_dropout > 0,
+                zoneout=self.zoneout,
+            )
         )
 
     @overload

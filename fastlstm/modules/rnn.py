@@ -15,6 +15,7 @@ from fastlstm.modules.base import Layers, tensors
 
 __all__ = ["RNN"]
 
+
 class RNN(Layers):
     """``torch.nn.RNN``: the same arguments, parameters, initial values and results, and more.
 
