@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-from fastlstm import extension, ops
+from fastlstm import extension
+from fastlstm.kernels.cuda.library import cuda_plan
 
 from . import BenchmarkError
 from .machine_code import count, counts, disassembled, resources, time_loop
@@ -162,7 +163,7 @@ def largest(arch: int) -> dict[tuple[str, str, str, int, int], tuple[int, int, i
     found: dict[tuple[str, str, str, int, int], tuple[int, int, int]] = {}
     calls = product(enumerate(KINDS), (False, True), range(16, WIDEST + 1, 16), wishes)
     for (number, kind), backward, H, (regime, N) in calls:
-        plan = ops.cuda_plan(number, backward, 1, H, 1, device, [regime, 0, N])
+        plan = cuda_plan(number, backward, 1, H, 1, device, [regime, 0, N])
         if not plan:
             continue  # no room
         way = "bwd" if backward else "fwd"

@@ -131,7 +131,7 @@ def _contender(
     if backend and name == "fastlstm":
         contender = around(contender, partial(fastlstm.backend, backend))
     if job.regime is not None and name == "fastlstm":
-        config = import_module("fastlstm.kernels.config")
+        config = import_module("fastlstm.kernels.triton.config")
         contender = around(contender, partial(config.override, regime=job.regime))
     if work.on_cpu:
         return contender

@@ -139,7 +139,7 @@ def variants(layers: Iterable[Layer], archs: Iterable[int]) -> list[Variant]:
 
 
 def _of(layer: Layer, arch: int) -> Iterator[Variant]:
-    from fastlstm.kernels import config, launch
+    from fastlstm.kernels.triton import config, launch
 
     device = config.Device(arch, PROCESSORS[arch])
     with launch.record(device, layer.precision or "tf32") as launches:
@@ -206,7 +206,7 @@ def _type(value: Any) -> str:
 
 
 def _call_rnn(layer: Layer) -> None:
-    from fastlstm.kernels import rnn_bwd, rnn_fwd
+    from fastlstm.kernels.triton.operators import rnn_bwd, rnn_fwd
 
     H, D = layer.H, layer.D
     new, rows, batch_sizes, lengths, reset = _rows(layer)
@@ -232,9 +232,10 @@ def _rows(layer: Layer) -> tuple[Any, ...]:
 
 
 def _call(layer: Layer) -> None:
-    """Forward, and in training backward, as :mod:`fastlstm.autograd` calls them."""
-    from fastlstm.kernels import lstm_bwd, lstm_fwd
-    from fastlstm.ops import triton_keeps_gates
+    """Forward, and in training backward, as :mod:`fastlstm.layer.autograd` calls them."""
+    from fastlstm.kernels.triton import TRITON
+    from fastlstm.kernels.triton.operators import lstm_bwd, lstm_fwd
+    from fastlstm.spec import LayerSpec
 
     B, I, H, P, D = layer.B, layer.I, layer.H, layer.P or layer.H, layer.D
     new, rows, batch_sizes, lengths, reset = _rows(layer)
@@ -263,7 +264,7 @@ def _call(layer: Layer) -> None:
     c_all = gates = None
     if layer.training:
         c_all = new(*rows, D * H, dtype=torch.float32)
-        if triton_keeps_gates(H) and "layer_norm" not in parts:
+        if TRITON.keeps_gates(LayerSpec("LSTM", I, H)) and "layer_norm" not in parts:
             gates = new(D, *rows, 4 * H)
     inputs = (x, group * D, D, h0, c0, batch_sizes, lengths, reset, y)
     lstm_fwd(*inputs, h_n, c_n, c_all, gates, None, **options)

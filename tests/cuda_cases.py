@@ -9,11 +9,11 @@ SMALL_GPU = (80, 5, 60 << 10, 1)  # few processors: several launches, weights th
 
 
 def override(**wishes: Any) -> AbstractContextManager[None]:
-    from fastlstm import cuda
+    from fastlstm.kernels.cuda import plan
 
     if "device" in wishes:
-        wishes["device"] = cuda.Device(*wishes["device"])
-    return cuda.override(**wishes)
+        wishes["device"] = plan.Device(*wishes["device"])
+    return plan.override(**wishes)
 
 
 REGIMES: list[dict[str, Any]] = [

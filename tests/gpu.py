@@ -71,7 +71,7 @@ def check(
 
 def forced(regime: str) -> AbstractContextManager[None]:
     """The configuration of the Triton kernels restricted to a regime."""
-    from fastlstm.kernels.config import override
+    from fastlstm.kernels.triton.config import override
 
     return override(regime=regime)
 

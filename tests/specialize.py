@@ -12,10 +12,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastlstm import ops
-from fastlstm.kernels import lstm_bwd, lstm_fwd, rnn_bwd, rnn_fwd
-from fastlstm.kernels.config import Device, override
-from fastlstm.kernels.launch import Launch, record
+from fastlstm.kernels.triton import TRITON
+from fastlstm.kernels.triton.config import Device, override
+from fastlstm.kernels.triton.launch import Launch, record
+from fastlstm.kernels.triton.operators import lstm_bwd, lstm_fwd, rnn_bwd, rnn_fwd
+from fastlstm.spec import LayerSpec
 
 # Slices of what was given or of a batch's own layout: B and T move them within 16 bytes.
 SLICES = {"h0", "c0", "offsets", "lengths", "reset", "dh_n", "dc_n", "h_mask", "seed"}
@@ -47,7 +48,7 @@ def launches(H: int, D: int, dtype: torch.dtype, cell: bool) -> list[Launch]:
     w = [new(4 * H, I), new(4 * H, H), new(4 * H), new(4 * H)] * D
     x, y, c_all = new(T, B, I), new(T, B, D * H), empty(T, B, D * H, dtype=torch.float32)
     state, lengths = new(D, B, H), empty(B, dtype=torch.int64)
-    gates = new(D, T, B, 4 * H) if ops.triton_keeps_gates(H) else None
+    gates = new(D, T, B, 4 * H) if TRITON.keeps_gates(LayerSpec("LSTM", I, H)) else None
     options: dict[str, Any] = {}
     if cell:
         options = {"zoneout_c": 0.5, "zoneout_h": 0.1, "seed": empty(1, dtype=torch.int64)}

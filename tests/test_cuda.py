@@ -21,6 +21,8 @@ from torch import nn
 
 import fastlstm
 from benchmarks.precision import PRECISIONS
+from fastlstm.kernels.cuda import CUDA, library
+from fastlstm.spec import LayerSpec
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a machine with a GPU `-m gpu` tests the kernels there"
@@ -200,13 +202,11 @@ def test_exported_programs_have_no_plan_in_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [[4, 4], [2, 4], [4, 10**9], [4, 1], [4, 4, -2]], ids=str)
 def test_wrong_batch_sizes_never_reach_a_kernel(sizes: list[int]) -> None:
     """Compiled code cannot check them before."""
-    from fastlstm import ops
-
     x, y, state = torch.randn(6, 5), torch.empty(6, 20), torch.empty(1, 4, 20)
     weights = [torch.randn(80, 5), torch.randn(80, 20)]
     batch_sizes = torch.tensor(sizes)
     with pytest.raises(ValueError, match="batch_sizes"):
-        ops.lstm_fwd_cuda(
+        CUDA.lstm_fwd(
             x, weights, 1, None, None, batch_sizes, None, None,
             y, state, state.clone(), None, None, None,
         )  # fmt: skip
@@ -247,18 +247,18 @@ def test_overrides_refuse_what_there_is_not() -> None:
 
 def test_bad_plans_never_reach_a_kernel() -> None:
     """The operator checks what it is given: kernels would write past the end of a work space."""
-    from fastlstm import cuda, ops
+    from fastlstm.kernels.cuda.plan import Device, plan_of
 
     H, B, T = 20, 3, 2
-    device = cuda.Device(80, 108, 163 << 10, 1)
+    device = Device(80, 108, 163 << 10, 1)
     with override(regime="grid"):
-        plan = cuda.plan_of("exact", False, B, H, 1, device)
+        plan = plan_of("exact", False, B, LayerSpec("LSTM", 5, H), device)
     y, states = torch.empty(T * B, H), torch.empty(1, B, H)
-    w, projected = torch.zeros(4 * H, H), torch.zeros(1, T * B, 4 * H)
+    w, products = torch.zeros(4 * H, H), torch.zeros(1, T * B, 4 * H)
 
     def run(numbers: list[int], exchange: Any, arrived: Any) -> None:
-        ops.lstm_recur_fwd(
-            projected, [w], [], None, None, None, None, None, T, B, y, states, states.clone(),
+        library.lstm_recur_fwd(
+            products, [w], [], None, None, None, None, None, T, B, y, states, states.clone(),
             None, None, exchange, arrived, None, numbers, False, 0, 0,
         )  # fmt: skip
 

@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 
-from fastlstm import extension, ops
+from fastlstm import extension
+from fastlstm.kernels.cuda import library
 
 pytestmark = pytest.mark.skipif(
     extension.error() is not None, reason=f"the extension is missing: {extension.error()}"
@@ -54,7 +55,7 @@ def plan_of(
     kind: str, backward: bool, B: int, H: int, D: int, device: tuple[int, ...], *wish: int
 ) -> Plan | None:
     wishes = list(wish) or [-1, 0, 0]
-    found = ops.cuda_plan(KINDS.index(kind), backward, B, H, D, list(device), wishes)
+    found = library.cuda_plan(KINDS.index(kind), backward, B, H, D, list(device), wishes)
     return Plan(found) if found else None
 
 
@@ -155,12 +156,12 @@ def test_more_sequences_share_a_block_when_the_gpu_is_full() -> None:
 
 def test_old_gpus_and_too_many_units_have_a_reason() -> None:
     turing = [75, 40, 64 << 10, 1]
-    assert ops.cuda_plan(0, False, 1, 64, 1, turing, [-1, 0, 0]) == []
-    assert "from sm_80 on" in ops.cuda_obstacle(0, False, 1, 64, 1, turing, [-1, 0, 0])
+    assert library.cuda_plan(0, False, 1, 64, 1, turing, [-1, 0, 0]) == []
+    assert "from sm_80 on" in library.cuda_obstacle(0, False, 1, 64, 1, turing, [-1, 0, 0])
     huge = [0, False, 1, 10**6, 1, list(DEVICES["sm_90"])]
-    assert "so many units" in ops.cuda_obstacle(*huge, [-1, 0, 0])
-    assert "that was asked for" in ops.cuda_obstacle(*huge, [BLOCK, 0, 0])
-    assert ops.cuda_obstacle(0, False, 1, 64, 1, list(DEVICES["sm_90"]), [-1, 0, 0]) == ""
+    assert "so many units" in library.cuda_obstacle(*huge, [-1, 0, 0])
+    assert "that was asked for" in library.cuda_obstacle(*huge, [BLOCK, 0, 0])
+    assert library.cuda_obstacle(0, False, 1, 64, 1, list(DEVICES["sm_90"]), [-1, 0, 0]) == ""
 
 
 @each_device

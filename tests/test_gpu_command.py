@@ -311,10 +311,10 @@ def test_a_forced_regime_holds_in_calls_and_in_checks(monkeypatch: pytest.Monkey
         yield
         regimes.pop()
 
-    kernels = {name: ModuleType(name) for name in ("fastlstm.kernels", "fastlstm.kernels.config")}
-    kernels["fastlstm.kernels.config"].override = override
-    for name, module in kernels.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    name = "fastlstm.kernels.triton.config"
+    config = ModuleType(name)
+    config.override = override
+    monkeypatch.setitem(sys.modules, name, config)
     seen = []
     forward = fastlstm.LSTM.forward
 

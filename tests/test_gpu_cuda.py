@@ -21,9 +21,9 @@ kernels = gpu.kernels
 
 
 def skip_without_clusters(wishes: dict[str, Any]) -> None:
-    from fastlstm import cuda
+    from fastlstm.kernels.cuda import plan
 
-    largest = cuda.device_of(torch.empty(0, device=gpu.DEVICE)).cluster
+    largest = plan.device_of(torch.empty(0, device=gpu.DEVICE)).cluster
     if wishes.get("regime") == "cluster" and largest < wishes.get("blocks", 2):
         pytest.skip(f"the largest cluster of this GPU has {largest} blocks")
 

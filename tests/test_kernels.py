@@ -18,7 +18,7 @@ from benchmarks import kernels
 from benchmarks.machine_code import time_loop
 from benchmarks.variants import Layer, Variant, variants
 from benchmarks.worker import Failed, Worker
-from fastlstm.kernels.config import Device
+from fastlstm.kernels.triton.config import Device
 
 Row = dict[str, Any]
 KEYS = [

@@ -18,7 +18,8 @@ from test_ragged import PACKED, PADDED, RESET
 from torch import Tensor
 
 import fastlstm
-from fastlstm import ops
+from fastlstm.kernels.triton import TRITON
+from fastlstm.spec import LayerSpec
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="these tests interpret the kernels, `-m gpu` compiles them"
@@ -34,7 +35,7 @@ def triton() -> Iterator[None]:
 
 def override(**changes: Any) -> Any:
     """`config.override`, which cannot be imported before the backend is in use."""
-    from fastlstm.kernels import config
+    from fastlstm.kernels.triton import config
 
     return config.override(**changes)
 
@@ -128,7 +129,8 @@ def test_saved_for_backward(H: int, needs_grad: bool) -> None:
     given = {t.untyped_storage().data_ptr() for t in (x, *lstm.parameters())}
     kept = sum(t.numel() for where, t in saved.items() if where not in given)
     per_step = kept / (6 * 4 * H)
-    assert per_step == ((6 if ops.triton_keeps_gates(H) else 2) if needs_grad else 0)
+    keeps_gates = TRITON.keeps_gates(LayerSpec("LSTM", 10, H))
+    assert per_step == ((6 if keeps_gates else 2) if needs_grad else 0)
 
 
 def test_second_derivatives() -> None:
@@ -156,16 +158,16 @@ def test_operators_pass_opcheck(direction: str) -> None:
     y, c_all = torch.zeros(T, B, H), torch.zeros(T, B, H)
     h_n, c_n = torch.zeros(1, B, H), torch.zeros(1, B, H)
     inputs = (x, [w_ih, w_hh, b, b.clone()], 1, None, None, None, None, None)
-    ops.lstm_fwd_triton(*inputs, y, h_n, c_n, c_all, None, None)
+    TRITON.lstm_fwd(*inputs, y, h_n, c_n, c_all, None, None)
     tests = ("test_schema", "test_faketensor")
     if direction == "fwd":
         arguments: tuple[Any, ...] = (*inputs, y, h_n, c_n, c_all, None, None)
-        torch.library.opcheck(ops.lstm_fwd_triton, arguments, test_utils=tests)
+        torch.library.opcheck(TRITON.lstm_fwd, arguments, test_utils=tests)
     else:
         gradients = [torch.zeros_like(t) for t in (w_ih, w_hh, b)]
         arguments = (*inputs, y, c_all, None, torch.randn(T, B, H), None, None, None,
                      torch.zeros_like(x), None, None, gradients, None)  # fmt: skip
-        torch.library.opcheck(ops.lstm_bwd_triton, arguments, test_utils=tests)
+        torch.library.opcheck(TRITON.lstm_bwd, arguments, test_utils=tests)
 
 
 def test_autocast() -> None:

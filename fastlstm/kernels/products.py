@@ -1,4 +1,8 @@
-"""The weights of each direction, and what GPU backends compute of matrices outside the kernels."""
+"""The products of matrices that GPU backends leave to PyTorch: before and after their kernels.
+
+"Input products" are x through w_ih, of all steps ahead of the loop. Letters: see
+:mod:`fastlstm.spec`; n is the number of results of a product.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlstm.reference import PLAIN, Cell, Weights
+from fastlstm.reference import LAYER_NORM_EPSILON
+from fastlstm.spec import LayerSpec, Weights
+
+__all__ = [
+    "Normalised",
+    "gates_again",
+    "gradient_groups",
+    "input_gradient",
+    "input_products",
+    "product",
+    "product_into",
+    "products",
+    "weight_gradients",
+    "weight_groups",
+]
 
 
-def cell_of(
-    peephole: bool = False,
-    layer_norm: bool = False,
-    h_mask: Tensor | None = None,
-    zoneout_c: float = 0.0,
-    zoneout_h: float = 0.0,
-    seed: Tensor | None = None,
-) -> Cell:
-    """The cell that the keywords of the operators describe."""
-    mask = None if h_mask is None else h_mask.contiguous()
-    return Cell(peephole, layer_norm, mask, (zoneout_c, zoneout_h), seed)
+def weight_groups(weights: Sequence[Tensor], spec: LayerSpec) -> list[Weights]:
+    """Take the flat list of a layer's weights apart by direction, each of them contiguous."""
+    return Weights.split([w.contiguous() for w in weights], spec)
 
 
-def groups(weights: Sequence[Tensor], directions: int, cell: Cell = PLAIN) -> list[Weights]:
-    """The flat list of the layer contract, taken apart by direction."""
-    each = len(weights) // directions
-    dense = [w.contiguous() for w in weights]
-    return [Weights.of(dense[at : at + each], cell) for at in range(0, len(dense), each)]
-
-
-def gradient_groups(gradients: Sequence[Tensor], of: Sequence[Weights]) -> list[Weights] | None:
-    """The gradients of the weights, taken apart; None if there are none.
+def gradient_groups(
+    gradients: Sequence[Tensor], groups: Sequence[Weights]
+) -> list[Weights] | None:
+    """Take the flat list of gradients apart by direction; None if it is empty.
 
     One gradient serves both biases: it stands for b_ih.
     """
@@ -43,11 +48,11 @@ def gradient_groups(gradients: Sequence[Tensor], of: Sequence[Weights]) -> list[
     def found(name: str, weight: Tensor | None) -> Any:
         return None if weight is None or name == "b_hh" else next(rest)
 
-    return [Weights(*(found(*item) for item in group._asdict().items())) for group in of]
+    return [Weights(*(found(*item) for item in group._asdict().items())) for group in groups]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, of factors of any dtype."""
+    """Return a b in float32, of factors of any dtype."""
     if a.dtype is torch.float32:
         return torch.mm(a, b)
     if a.is_cuda:
@@ -56,7 +61,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, summed in float32 and rounded once."""
+    """Write out = a b, summed in float32 and rounded once."""
     if not a.is_cuda:
         out.copy_(product(a, b))
     elif out.dtype is a.dtype:
@@ -65,13 +70,13 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def project(x: Tensor, groups: Sequence[Weights]) -> Tensor:
-    """float32 [D, rows, 4H]: x [rows, I] through w_ih, without the biases."""
+def input_products(x: Tensor, groups: Sequence[Weights]) -> Tensor:
+    """Return x [rows, I] through w_ih, without the biases: float32 [D, rows, 4H]."""
     return products([x] * len(groups), [group.w_ih for group in groups])
 
 
 def products(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """float32 [D, rows, n]: the inputs [rows, m] of each direction through weights [n, m]."""
+    """Return float32 [D, rows, n]: each direction's inputs [rows, m] through weights [n, m]."""
     x, w = inputs[0], weights[0]
     result = x.new_empty(len(inputs), x.shape[0], w.shape[0], dtype=torch.float32)
     for target, values, weight in zip(result, inputs, weights, strict=True):
@@ -80,7 +85,7 @@ def products(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Weights]) -> None:
-    """dx [rows, I] from the gradients [D, rows, n] of what w_ih was applied to."""
+    """Write dx [rows, I] from the gradients [D, rows, n] of the input products."""
     if len(groups) == 1:
         product_into(dx, dgates[0], groups[0].w_ih)
     else:
@@ -88,8 +93,11 @@ def input_gradient(dx: Tensor, dgates: Tensor, groups: Sequence[Weights]) -> Non
 
 
 def gates_again(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor]) -> Tensor:
-    """float32 [D, rows, 4H]: the gates before activation, without biases, of all steps at once."""
-    gates = project(x, groups)
+    """Return the gates of all steps before activation, without biases: float32 [D, rows, 4H].
+
+    x is [rows, I]; h_before [rows, P] of each direction.
+    """
+    gates = input_products(x, groups)
     for target, group, h in zip(gates, groups, h_before, strict=True):
         target += product(h, group.w_hh.T)
     return gates
@@ -103,9 +111,16 @@ def weight_gradients(
     through_x: Tensor | None = None,
     through_h: Tensor | None = None,
 ) -> None:
-    """Write those of w_ih, w_hh and the biases from the gradients [rows, n] of the gates.
+    """Write the gradients of w_ih, w_hh and the biases of a direction.
 
-    Where a product is normalised before it becomes part of a gate, its gradient is another one.
+    Args:
+        target: written.
+        dgates: [rows, n], the gradients of the gates.
+        x: [rows, I].
+        h_before: [rows, P].
+        through_x: [rows, n], the gradients of the input products; None where they are dgates, as
+            they are unless products are normalised before they become part of a gate.
+        through_h: [rows, n], the gradients of the products with w_hh, or None.
     """
     product_into(target.w_ih, (dgates if through_x is None else through_x).T, x)
     product_into(target.w_hh, (dgates if through_h is None else through_h).T, h_before)
@@ -114,18 +129,20 @@ def weight_gradients(
 
 
 class Normalised(NamedTuple):
-    """Rows [..., n] at mean 0 and variance 1."""
+    """Rows at mean 0 and variance 1."""
 
-    values: Tensor
+    values: Tensor  # [..., n]
     factor: Tensor  # [..., 1], which made the variance 1
 
     @classmethod
     def of(cls, rows: Tensor) -> Normalised:
         """Normalise rows."""
-        values, _, factor = torch.native_layer_norm(rows, rows.shape[-1:], None, None, 1e-5)
+        values, _, factor = torch.native_layer_norm(
+            rows, rows.shape[-1:], None, None, LAYER_NORM_EPSILON
+        )
         return cls(values, factor)
 
     def gradient(self, d: Tensor) -> Tensor:
-        """Of the rows, from that of the values."""
+        """Return the gradient of the rows from d, that of the values; all [..., n]."""
         along = (d * self.values).mean(-1, keepdim=True)
         return (d - d.mean(-1, keepdim=True) - self.values * along) * self.factor

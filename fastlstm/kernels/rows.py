@@ -1,4 +1,17 @@
-"""Where the rows of a batch lie: ``[T, B, ...]``, with lengths or without, and packed."""
+"""Where the rows of a batch lie: ``[T, B, ...]``, with lengths or without, and packed.
+
+Of three sequences of 4, 2 and 1 steps (a letter is a sequence, a digit its step, a dot padding)::
+
+    padded, lengths [4, 2, 1]     packed, batch_sizes [3, 2, 1, 1]
+
+    step 0   a0 b0 c0             a0 b0 c0  a1 b1  a2  a3
+    step 1   a1 b1 .              |         |      |   |
+    step 2   a2 .  .              0         3      5   6     offsets, the first row of each step
+    step 3   a3 .  .
+
+Packed, step t of sequence b is row ``offsets[t] + b``; padded, row ``t * B + b``. The GPU kernels
+address both with one formula.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +20,10 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from fastlstm.spec import Sequences
+
+__all__ = ["Rows", "layout"]
 
 
 @dataclass(frozen=True)
@@ -31,25 +48,25 @@ class Rows:
         return self.lengths is not None and self.offsets is None
 
     def real(self) -> Tensor:
-        """bool [rows, 1] of padded rows: those before the end of their sequence."""
+        """Return which padded rows lie before the end of their sequence: bool [rows, 1]."""
         assert self.lengths is not None
         steps = torch.arange(self.T, device=self.device)
         return (steps[:, None] < self.lengths).view(-1, 1)
 
     def empty(self) -> Tensor:
-        """bool [B, 1]: sequences without steps."""
+        """Return which sequences have no steps: bool [B, 1]."""
         assert self.lengths is not None
         return self.lengths.eq(0)[:, None]
 
     def steps(self) -> list[slice]:
-        """The rows of every step."""
+        """Return the rows of every step."""
         sizes = self.sizes or [self.B] * self.T
         return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def first(self, direction: int) -> Tensor:
-        """int64 [B]: the row where each sequence begins in this direction.
+        """Return the row where each sequence begins in this direction: int64 [B].
 
-        Of a sequence without steps, the row of its padding at step 0.
+        For a sequence without steps it is the row of its padding at step 0.
         """
         b = torch.arange(self.B, device=self.device)
         if direction == 0:
@@ -60,14 +77,17 @@ class Rows:
         return b + (t * self.B if self.offsets is None else self.offsets[t])
 
     def states_before(self, y: Tensor, h0: Tensor | None, directions: int) -> list[Tensor]:
-        """h before every row [rows, P] of each direction; y [rows, D*P], h0 [D, B, P]."""
+        """Return h before every row, [rows, P] of each direction.
+
+        y is [rows, D*P]; h0 [D, B, P], or None for zeros.
+        """
         return [
             self.before(states, None if h0 is None else h0[d].to(y.dtype), d)
             for d, states in enumerate(y.chunk(directions, 1))
         ]
 
     def before(self, values: Tensor, start: Tensor | None, direction: int) -> Tensor:
-        """values [rows, n] at the step before in this direction.
+        """Return the values [rows, n] of the step before in this direction.
 
         Where a sequence begins it is start [B, n], or 0; where it is reset, 0; in padding anything
         finite.
@@ -87,7 +107,7 @@ class Rows:
         return shifted
 
     def of_sequences(self, values: Tensor) -> Tensor:
-        """values [B, n] at every row of their sequence: [rows, n]."""
+        """Return the values [B, n] of sequences at each of their rows: [rows, n]."""
         if self.offsets is None:
             return values.expand(self.T, *values.shape).flatten(0, 1)
         sizes = torch.tensor(self.sizes).to(self.device, non_blocking=True)
@@ -96,7 +116,10 @@ class Rows:
         return values.index_select(0, row)
 
     def _neighbours(self, direction: int) -> Tensor:
-        """int64 [rows] of packed rows: the row of the step before; any row where there is none."""
+        """Return the row of the step before of each packed row, int64 [rows].
+
+        Where there is no such step it is any row.
+        """
         sizes = torch.tensor(self.sizes)
         # From a row to the same sequence one step earlier it is the size of that step, to one step
         # later the size of its own.
@@ -107,14 +130,25 @@ class Rows:
         return row.clamp_(0, self.count - 1)
 
 
-def layout(
-    x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
-) -> Rows:
-    """The rows of x ``[T, B, I]`` or packed ``[N, I]``; arguments as of the layer."""
-    if batch_sizes is None:
-        T, B = x.shape[:2]
-        flags = None if reset is None else reset.contiguous().view(torch.uint8)
-        return Rows(T, B, T * B, x.device, None, None, lengths, flags)
+def layout(x: Tensor, sequences: Sequences) -> Rows:
+    """Find the rows of x.
+
+    Args:
+        x: ``[T, B, I]``, or the packed rows ``[N, I]``.
+        sequences: which steps there are.
+
+    Raises:
+        ValueError: batch sizes are not those of a packed sequence of so many rows.
+    """
+    if sequences.batch_sizes is not None:
+        return _packed(x, sequences.batch_sizes)
+    T, B = x.shape[:2]
+    reset = sequences.reset
+    flags = None if reset is None else reset.contiguous().view(torch.uint8)
+    return Rows(T, B, T * B, x.device, None, None, sequences.lengths, flags)
+
+
+def _packed(x: Tensor, batch_sizes: Tensor) -> Rows:
     sizes = batch_sizes.tolist()
     if not sizes or sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
         raise ValueError(f"batch_sizes must be positive and never increase, got {sizes}")

@@ -1,21 +1,17 @@
-"""Backward, with the units of a layer spread over many programs.
-
-The mirror of :mod:`fastlstm.kernels.forward_steps`.
+"""Backward, with the units of a layer spread over many programs: the mirror of
+``forward_steps.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastlstm.operands import product
-from fastlstm.reference import Cell, Weights
-from fastlstm.rows import Rows
+from fastlstm.spec import Gradients, Incoming
 
+from .buffers import Kept, StepGradients
+from .call import Call, call_arguments, strides_of, weight_arguments
 from .cells import (
     cell_arguments,
     cell_gradients,
@@ -26,8 +22,9 @@ from .cells import (
     zoneout_rows,
     zoneout_units,
 )
-from .config import Plan
-from .launch import dot_precision, is_fast, launch
+from .ends import start_gradient
+from .launch import is_fast
+from .plan import Plan
 from .primitives import (
     activate,
     arrive,
@@ -39,26 +36,20 @@ from .primitives import (
     stacked_rows,
     wait_for,
 )
+from .projection import ProjectionGradient
+from .steps import launch_steps
 
 
 @triton.jit
 def _add_to(at, value, mask):
+    """Add values ``[U, N]`` to what is at pointers ``[U, N]``."""
     tl.store(at, tl.load(at, mask, 0) + value, mask)
 
 
 @triton.jit(
     do_not_specialize=[
-        "begin",
-        "end",
-        "rows",
-        "T",
-        "B",
-        "dy_t",
-        "dy_b",
-        "dc_t",
-        "dc_b",
-        "zoneout_c",
-        "zoneout_h",
+        *("begin", "end", "rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"),
+        *("zoneout_c", "zoneout_h"),
     ],
     do_not_specialize_on_alignment=[
         *("c0", "offsets", "lengths", "reset", "dc_all", "dh_n", "h_mask", "seed"),
@@ -68,49 +59,49 @@ def lstm_bwd_step_kernel(
     gates,  # [D, rows, 4H]: with ACTIVATED after activation, else before it and without biases
     w_hh,  # [4H, H], direction 0
     b_ih,  # [4H]; None without biases and with ACTIVATED
-    b_hh,
-    w_hh_reverse,  # the same of direction 1; None if there is none
-    b_ih_reverse,
-    b_hh_reverse,
+    b_hh,  # [4H] or None, as b_ih
+    w_hh_reverse,  # [4H, H], direction 1; None if there is none
+    b_ih_reverse,  # [4H] or None
+    b_hh_reverse,  # [4H] or None
     c0,  # [D, B, H] or None
     c_all,  # float32 [rows, D*H]
-    offsets,  # int64 [T] or None, as above
+    offsets,  # int64 [T], the first row of each step of packed rows; None for [T, B]
     lengths,  # int64 [B] or None
     reset,  # uint8 [T, B] or None
     dy,  # [rows, D*H] of strides dy_t, dy_b, or None
     dc_all,  # [rows, D*H] of strides dc_t, dc_b, or None
     dh_n,  # [D, B, H] or None
-    dgates,  # [D, rows, 4H], written and read
+    dgates,  # [D, rows, 4H], written and read: gradients of the gates before activation
     hidden,  # [rows, D*H], written unless RECURRENT: what w_hr was applied to; else None
     dc,  # float32 [D, B, H], read and written: gradients of the cells between launches
     dw_ch,  # float32 [D, B, 3H] or None, read and written: of each sequence so far
     dh_kept,  # float32 [D, B, H], read and written with zoneout_h: what goes past the product
-    h_mask,  # these as in forward
-    w_ch,
-    seed,
-    zoneout_c,
-    zoneout_h,
+    h_mask,  # float32 [D, B, H] or None: the factors of h on its way into w_hh
+    w_ch,  # [D, 3H] or None: peepholes of i, f, o
+    seed,  # int64 [1] or None: of zoneout
+    zoneout_c,  # None, or a probability, or an int32 threshold of hashes: see zone() in cells.py
+    zoneout_h,  # as zoneout_c
     arrived,  # int32 [D, tiles of N], zero: programs that have written their part of a step
-    begin,  # the steps [begin, end) in the order of each direction's backward pass
-    end,
-    rows,
+    begin,  # the first step, in the order of each direction's backward pass
+    end,  # the step after the last
+    rows,  # how many rows there are, padding included
     T,
     B,
-    dy_t,  # elements from a step to the next; with offsets from a row to the next
-    dy_b,  # and from a sequence to the next
-    dc_t,
-    dc_b,
+    dy_t,  # elements of dy from a step to the next; with offsets from a row to the next
+    dy_b,  # elements of dy from a sequence to the next
+    dc_t,  # elements of dc_all from a step to the next; with offsets from a row to the next
+    dc_b,  # elements of dc_all from a sequence to the next
     H: tl.constexpr,
     D: tl.constexpr,
-    UNITS: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    UNITS: tl.constexpr,  # units of a program
+    N: tl.constexpr,  # sequences of a program
+    K: tl.constexpr,  # terms of a product at a time
     PERSISTENT: tl.constexpr,
     RECURRENT: tl.constexpr,
     ACTIVATED: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
+    STAGES: tl.constexpr,  # of the pipeline that loads
+    PRECISION: tl.constexpr,  # of products, "tf32" or "ieee"
+    FAST: tl.constexpr,  # whether activations are approximate
 ):
     """U units of N sequences in one direction, for some steps from the last to the first.
 
@@ -249,180 +240,55 @@ def lstm_bwd_step_kernel(
 
 
 def launch_lstm_bwd_steps(
+    call: Call,
     plan: Plan,
-    x: Tensor,
-    groups: Sequence[Weights],
-    cell: Cell,
-    rows: Rows,
-    c0: Tensor | None,
-    c_all: Tensor,
-    gates: Tensor,
-    activated: bool,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc_all: Tensor | None,
-    dgates: Tensor,
-    dprojected: Tensor | None,
-    hidden: Tensor | None,
-    dh0: Tensor | None,
-    dc0: Tensor | None,
-    dw_ch: Tensor | None,
+    kept: Kept,
+    incoming: Incoming,
+    steps: StepGradients,
+    gradients: Gradients,
 ) -> None:
-    """Write the gradients of gates, h0, c0 and peepholes; padding of dgates is left as it is."""
-    D, B, H = len(groups), rows.B, groups[0].w_hh.shape[0] // 4
-    forward, reverse = groups[0], groups[-1] if D == 2 else None
-    dc = torch.zeros(D, B, H, dtype=torch.float32, device=x.device)
-    if dc_n is not None:
-        dc.copy_(dc_n)
-    if dw_ch is not None:
-        dw_ch.zero_()
-    dh_kept = torch.zeros_like(dc) if cell.zoneout[1] else None
-    through = None
-    if dprojected is not None:
-        through = _ThroughProjection(groups, cell, rows, dy, dh_n, dgates, dprojected)
-    d_hidden = dy if through is None else through.d_hidden
-    dy_t, dy_b = (0, 0) if d_hidden is None else (d_hidden.stride(0), d_hidden.stride(-2))
-    dc_t, dc_b = (0, 0) if dc_all is None else (dc_all.stride(0), dc_all.stride(-2))
-    tiles = -(-B // plan.batch)
-    persistent = plan.regime == "persistent"
-    arrived = torch.zeros(D, tiles, dtype=torch.int32, device=x.device) if persistent else None
-    arguments = cell_arguments(cell, groups)
-    if through is not None:
-        arguments = arguments | {"h_mask": None}  # the product with w_hh is not in the kernel
-    for begin in (0,) if persistent else range(rows.T):
-        if through is not None:
-            through.step(begin)
-        launch(
-            lstm_bwd_step_kernel,
-            (-(-H // plan.units), tiles, D),
-            plan,
-            gates=gates,
-            w_hh=forward.w_hh,
-            b_ih=None if activated else forward.b_ih,
-            b_hh=None if activated else forward.b_hh,
-            w_hh_reverse=reverse.w_hh if reverse else None,
-            b_ih_reverse=reverse.b_ih if reverse and not activated else None,
-            b_hh_reverse=reverse.b_hh if reverse and not activated else None,
-            c0=c0,
-            c_all=c_all,
-            offsets=rows.offsets,
-            lengths=rows.lengths,
-            reset=rows.reset,
-            dy=d_hidden,
-            dc_all=dc_all,
-            dh_n=dh_n if through is None else None,
-            dgates=dgates,
-            hidden=hidden,
-            dc=dc,
-            dw_ch=dw_ch,
-            dh_kept=dh_kept,
-            **arguments,
-            arrived=arrived,
-            begin=begin,
-            end=rows.T if persistent else begin + 1,
-            rows=rows.count,
-            T=rows.T,
-            B=B,
-            dy_t=dy_t,
-            dy_b=dy_b,
-            dc_t=dc_t,
-            dc_b=dc_b,
-            H=H,
-            D=D,
-            UNITS=plan.units,
-            N=plan.batch,
-            K=plan.chunk,
-            PERSISTENT=persistent,
-            RECURRENT=through is None,
-            ACTIVATED=activated,
-            STAGES=plan.stages,
-            PRECISION=dot_precision(x),
-            FAST=is_fast(x),
-        )
-    if dc0 is not None:
-        dc0.copy_(dc)
-    if dh0 is not None:
-        start_gradient(dh0, dgates, groups, rows, dh_n, cell.h_mask, dh_kept)
-
-
-def start_gradient(
-    dh0: Tensor,
-    dgates: Tensor,
-    groups: Sequence[Weights],
-    rows: Rows,
-    dh_n: Tensor | None,
-    h_mask: Tensor | None = None,
-    dh_kept: Tensor | None = None,
-) -> None:
-    """Write dh0 [D, B, P] from the gradients [D, rows, n] of what h through w_hh was added to."""
-    for direction, group in enumerate(groups):
-        first = rows.first(direction)
-        start = product(dgates[direction].index_select(0, first), group.w_hh)
-        if h_mask is not None:
-            start *= h_mask[direction]
-        if dh_kept is not None:
-            start += dh_kept[direction]
-        if rows.reset is not None:
-            start.masked_fill_(rows.reset.view(-1)[first].bool()[:, None], 0)
-        if rows.padded:
-            end = 0 if dh_n is None else dh_n[direction]
-            start = torch.where(rows.empty(), end, start)
-        dh0[direction] = start
-
-
-class _ThroughProjection:
-    """The product with w_hr, which lies between the steps: from the gradient of y, and of the
-    gates of the step after, to that of what w_hr is applied to."""
-
-    def __init__(
-        self,
-        groups: Sequence[Weights],
-        cell: Cell,
-        rows: Rows,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dgates: Tensor,
-        dprojected: Tensor,
-    ) -> None:
-        self.groups, self.rows, self.dgates, self.dprojected = groups, rows, dgates, dprojected
-        self.h_mask = cell.h_mask
-        D, H, P = len(groups), groups[0].w_hh.shape[0] // 4, groups[0].w_hh.shape[1]
-        total = torch.zeros(rows.count, D * P, dtype=torch.float32, device=dgates.device)
-        if dy is not None:
-            dy = dy.reshape(rows.count, D * P)
-            # Whatever comes in for padding must not meet the zeros of what w_hr is applied to.
-            total += torch.where(rows.real(), dy, 0) if rows.padded else dy
-        self.total = [total[:, d * P : (d + 1) * P] for d in range(D)]
-        if dh_n is not None:
-            for d, part in enumerate(self.total):
-                last = rows.first(1 - d)
-                end = torch.where(rows.empty(), 0, dh_n[d]) if rows.padded else dh_n[d]
-                part.index_copy_(0, last, part.index_select(0, last) + end)
-        flat = torch.zeros(rows.count, D * H, dtype=torch.float32, device=dgates.device)
-        self._parts = [flat[:, d * H : (d + 1) * H] for d in range(D)]
-        packed = rows.sizes is not None
-        self.d_hidden = flat if packed else flat.view(rows.T, rows.B, D * H)
-        self._steps = rows.steps()
-
-    def step(self, begin: int) -> None:
-        """Take the step that the launch after it computes, in every direction."""
-        for d, group in enumerate(self.groups):
-            assert group.w_hr is not None
-            t = self.rows.T - 1 - begin if d == 0 else begin
-            at, total = self._steps[t], self.total[d]
-            if begin > 0:
-                after = t + 1 if d == 0 else t - 1
-                # Rows of sequences that end here are not in the step after, or padding of zeros.
-                count = min(at.stop - at.start, self._steps[after].stop - self._steps[after].start)
-                after_at = slice(self._steps[after].start, self._steps[after].start + count)
-                through = product(self.dgates[d][after_at], group.w_hh)
-                if self.h_mask is not None:
-                    through *= self.h_mask[d, :count]
-                if self.rows.reset is not None:
-                    through.masked_fill_(self.rows.reset[after].bool()[:, None], 0)
-                total[at.start : at.start + count] += through
-            P = total.shape[1]
-            dprojected = self.dprojected[at, d * P : (d + 1) * P]
-            dprojected.copy_(total[at])
-            self._parts[d][at] = product(dprojected, group.w_hr)
+    """Write the gradients of every step, h0 and c0; padding of the former is left as it is."""
+    spec, rows, weights, noise = call.spec, call.rows, call.weights, call.noise
+    shape = spec.directions, rows.B, spec.hidden_size
+    dc = torch.zeros(shape, dtype=torch.float32, device=call.x.device)
+    if incoming.dc_n is not None:
+        dc.copy_(incoming.dc_n)
+    if steps.dw_ch is not None:
+        steps.dw_ch.zero_()
+    dh_kept = torch.zeros_like(dc) if spec.zoneout[1] else None
+    through = ProjectionGradient(call, incoming, steps) if spec.proj_size else None
+    d_hidden = incoming.dy if through is None else through.d_hidden
+    biases = weight_arguments(weights, "b_ih", "b_hh")
+    arguments = {
+        "gates": kept.gates,
+        **weight_arguments(weights, "w_hh"),
+        **(dict.fromkeys(biases) if kept.activated else biases),
+        "c0": call.state.c,
+        "c_all": kept.c_all,
+        "dy": d_hidden,
+        "dc_all": incoming.dc_all,
+        "dh_n": incoming.dh_n if through is None else None,
+        "dgates": steps.dgates,
+        "hidden": steps.hidden,
+        "dc": dc,
+        "dw_ch": steps.dw_ch,
+        "dh_kept": dh_kept,
+        **cell_arguments(spec, weights, noise),
+        **call_arguments(call, plan),
+        **dict(zip(("dy_t", "dy_b"), strides_of(d_hidden), strict=True)),
+        **dict(zip(("dc_t", "dc_b"), strides_of(incoming.dc_all), strict=True)),
+        "K": plan.chunk,
+        "RECURRENT": through is None,
+        "ACTIVATED": kept.activated,
+        "FAST": is_fast(call.x),
+    }
+    if through is None:
+        launch_steps(lstm_bwd_step_kernel, call, plan, arguments)
+    else:
+        arguments["h_mask"] = None  # the product with w_hh is not in the kernel
+        launch_steps(lstm_bwd_step_kernel, call, plan, arguments, before=through.step)
+    if gradients.dc0 is not None:
+        gradients.dc0.copy_(dc)
+    if gradients.dh0 is not None:
+        dgates = steps.dgates
+        start_gradient(gradients.dh0, dgates, weights, rows, incoming.dh_n, noise.h_mask, dh_kept)

@@ -1,4 +1,4 @@
-"""What regularised cells add to a step: peepholes, normalisation, and the choices of zoneout.
+"""What extended cells add to a step: peepholes, normalisation, and the choices of zoneout.
 
 :mod:`fastlstm.reference` defines them. All of it is optional: what a kernel is not given (None)
 leaves no trace in what it compiles to.
@@ -14,16 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlstm.reference import Cell, Weights
+from fastlstm.reference import LAYER_NORM_EPSILON
+from fastlstm.spec import LayerSpec, Noise, Weights
 
 from .primitives import activate, logistic, split_gates, tanh
 
-_EPSILON = tl.constexpr(1e-5)  # of a variance
+_EPSILON = tl.constexpr(LAYER_NORM_EPSILON)  # of a variance
 
 
 @triton.jit
 def load_peepholes(w_ch, direction, unit, H: tl.constexpr):
-    """``[U, 1]`` each, of i, f and o; None without peepholes."""
+    """Load the peepholes of i, f and o, float32 ``[U, 1]`` each; None without peepholes.
+
+    w_ch is ``[D, 3H]`` or None; unit ``[U]``.
+    """
     i, f, o = None, None, None
     if w_ch is not None:
         at = w_ch + direction * (3 * H) + unit[:, None]
@@ -35,7 +39,11 @@ def load_peepholes(w_ch, direction, unit, H: tl.constexpr):
 
 @triton.jit
 def load_norms(ln_hh, ln_c, b_ln_c, direction, row, inside, unit, H: tl.constexpr):
-    """Columns of what normalised products and cells are scaled with; None where they are not."""
+    """Load what normalised numbers are scaled with, float32 columns; None without normalisation.
+
+    Returns the gain ``[4U, 1]`` of the products (``ln_hh [D, 4H]``), and gain and bias ``[U, 1]``
+    of the cells (``ln_c``, ``b_ln_c [D, H]``). row and inside are ``[4U]``, unit ``[U]``.
+    """
     gain, gain_c, bias_c = None, None, None
     if ln_hh is not None:
         gain = tl.load(ln_hh + direction * (4 * H) + row, inside, 0).to(tl.float32)[:, None]
@@ -50,7 +58,11 @@ def gates_and_cell(
     stacked, is_cell, peep_i, peep_f, peep_o, c,
     UNITS: tl.constexpr, N: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """i, f, g, o after activation, and the cell that they make of c."""
+    """Return i, f, g, o after activation, and the cell that they make of c: all ``[U, N]``.
+
+    stacked is ``[4U, N]`` before activation, is_cell ``[4U, 1]``, peepholes ``[U, 1]`` or None, c
+    ``[U, N]``.
+    """
     if peep_i is None:
         stacked = activate(stacked, is_cell, FAST)
         i, f, g, o = split_gates(stacked, UNITS, N)
@@ -70,10 +82,12 @@ def cell_gradients(
     i, f, g, o, c, c_before, dh, dc, peep_i, peep_f, peep_o, gain_c, bias_c, unit,
     H: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Back through one step, from the gradients of c and of h as it is before a projection.
+    """Go back through one step, from the gradients of c and of h before a projection.
 
-    Returns the gradients of i, f, g, o before activation and of c_before; what h is o times of;
-    and, where c is normalised, the gradient of the result and c without gain and bias, else None.
+    Gates, cells, dh and dc are ``[U, N]``; peepholes, gain_c and bias_c ``[U, 1]`` or None; unit
+    ``[U]``. Returns ``[U, N]`` each: the gradients of i, f, g, o before activation and of
+    c_before; what h is o times of; and, where c is normalised, the gradient of the result and c
+    without gain and bias, else None.
     """
     normalised, d_out = None, None
     if gain_c is None:
@@ -99,9 +113,9 @@ def cell_gradients(
 
 @triton.jit
 def normalise(values, inside, SIZE: tl.constexpr):
-    """Columns of SIZE values (``inside [M, 1]`` of a tile) to mean 0 and variance 1.
+    """Bring columns of SIZE values (``inside [M, 1]`` of a tile) to mean 0 and variance 1.
 
-    Returns them, 0 outside, and the factor ``[1, N]`` that made the variance 1.
+    Returns them, ``[M, N]`` and 0 outside, and the factor ``[1, N]`` that made the variance 1.
     """
     mean = tl.sum(values, 0)[None, :] / SIZE
     centred = tl.where(inside, values - mean, 0.0)
@@ -111,7 +125,7 @@ def normalise(values, inside, SIZE: tl.constexpr):
 
 @triton.jit
 def normalise_gradient(d, normalised, factor, inside, SIZE: tl.constexpr):
-    """Back through :func:`normalise`; d is 0 outside."""
+    """Go back through :func:`normalise`; d ``[M, N]`` is 0 outside."""
     mean = tl.sum(d, 0)[None, :] / SIZE
     along = tl.sum(d * normalised, 0)[None, :] / SIZE
     return tl.where(inside, (d - mean - normalised * along) * factor, 0.0)
@@ -133,7 +147,7 @@ def _mix(x):
 
 @triton.jit
 def zoneout_base(seed, direction):
-    """uint32 [1], of a direction; None without a seed."""
+    """Hash the seed ``int64 [1]`` and a direction: uint32 ``[1]``; None without a seed."""
     base = None
     if seed is not None:
         value = tl.load(seed + tl.arange(0, 1))
@@ -144,7 +158,7 @@ def zoneout_base(seed, direction):
 
 @triton.jit
 def zoneout_units(base, unit, WHICH: tl.constexpr):
-    """uint32 [U, 1]; WHICH is 0 for h, 1 for c. None without a seed."""
+    """Hash units ``[U]`` to uint32 ``[U, 1]``; WHICH is 0 for h, 1 for c. None without a seed."""
     key = None
     if base is not None:
         key = _mix(base + (2 * unit + WHICH).to(tl.uint32))[:, None]
@@ -153,7 +167,7 @@ def zoneout_units(base, unit, WHICH: tl.constexpr):
 
 @triton.jit
 def zoneout_rows(base, t, n):
-    """uint32 [1, N], of sequences at a step; None without a seed."""
+    """Hash step t and sequences n ``[N]`` to uint32 ``[1, N]``; None without a seed."""
     key = None
     if base is not None:
         key = _mix(_mix((base ^ 0x9E3779B9) + t.to(tl.uint32)) + n.to(tl.uint32))[None, :]
@@ -162,7 +176,11 @@ def zoneout_rows(base, t, n):
 
 @triton.jit
 def zone(before, after, zoneout, rows, units):
-    """A state after zoneout: with keys of rows and units a choice, else the expectation."""
+    """Return a state after zoneout, ``[U, N]``.
+
+    With the keys of rows ``[1, N]`` and units ``[U, 1]`` it is a choice, and zoneout the number
+    below whose hashes a unit stays; without, the expectation, and zoneout the probability.
+    """
     if rows is None:
         result = zoneout * before + (1.0 - zoneout) * after
     else:
@@ -173,7 +191,7 @@ def zone(before, after, zoneout, rows, units):
 
 @triton.jit
 def zone_gradient(d, zoneout, rows, units):
-    """Back through :func:`zone`: the gradients of before and after."""
+    """Go back through :func:`zone`: return the gradients of before and after."""
     if rows is None:
         before = zoneout * d
         after = (1.0 - zoneout) * d
@@ -189,27 +207,27 @@ _PLAIN: dict[str, Any] = dict.fromkeys(("h_mask", "w_ch", "seed", "zoneout_c", "
 _NO_NORMS: dict[str, Any] = dict.fromkeys(("ln_hh", "ln_c", "b_ln_c"))
 
 
-def cell_arguments(cell: Cell, groups: Sequence[Weights]) -> dict[str, Any]:
-    """What kernels are told of the cell, but for how it is normalised."""
-    if cell.is_plain:
+def cell_arguments(spec: LayerSpec, weights: Sequence[Weights], noise: Noise) -> dict[str, Any]:
+    """Return the arguments that tell a kernel which cell it computes, but for normalisation."""
+    if not spec.is_extended:
         return _PLAIN
     return {
-        "h_mask": cell.h_mask,
-        "w_ch": _of_directions([group.w_ch for group in groups]),
-        "seed": cell.seed if any(cell.zoneout) else None,
-        "zoneout_c": _zoneout(cell, 0),
-        "zoneout_h": _zoneout(cell, 1),
+        "h_mask": noise.h_mask,
+        "w_ch": _of_directions([each.w_ch for each in weights]),
+        "seed": noise.seed if any(spec.zoneout) else None,
+        "zoneout_c": _zoneout(spec.zoneout[0], noise.seed),
+        "zoneout_h": _zoneout(spec.zoneout[1], noise.seed),
     }
 
 
-def norm_arguments(groups: Sequence[Weights]) -> dict[str, Any]:
-    """And how."""
-    if groups[0].ln_hh is None:
+def norm_arguments(weights: Sequence[Weights]) -> dict[str, Any]:
+    """Return the arguments that tell a kernel how products and cells are normalised."""
+    if weights[0].ln_hh is None:
         return _NO_NORMS
     return {
-        "ln_hh": _of_directions([group.ln_hh for group in groups]),
-        "ln_c": _of_directions([group.ln_c for group in groups]),
-        "b_ln_c": _of_directions([group.b_ln_c for group in groups]),
+        "ln_hh": _of_directions([each.ln_hh for each in weights]),
+        "ln_c": _of_directions([each.ln_c for each in weights]),
+        "b_ln_c": _of_directions([each.b_ln_c for each in weights]),
     }
 
 
@@ -218,15 +236,14 @@ def _of_directions(weights: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(there) if there else None
 
 
-def _zoneout(cell: Cell, which: int) -> float | int | None:
-    """The probability, or with a seed the hashes below which a unit stays.
+def _zoneout(probability: float, seed: Tensor | None) -> float | int | None:
+    """Return the probability, or with a seed the number below whose hashes a unit stays.
 
-    These are 32 bits in a signed integer: a larger one would be an argument of another type.
+    Hashes are 32 bits in a signed integer: a larger one would be an argument of another type.
     """
-    probability = cell.zoneout[which]
     if not probability:
         return None
-    if cell.seed is None:
+    if seed is None:
         return probability
     threshold = int(probability * 2**32)
     return threshold - (threshold >> 31 << 32)

@@ -1,21 +1,18 @@
 """Forward, with the units of a layer spread over many programs.
 
-Letters and rows as in :mod:`fastlstm.kernels.forward`.
+Letters and rows as in ``forward_sequence.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastlstm.operands import product, product_into, project
-from fastlstm.reference import Cell, Weights
-from fastlstm.rows import Rows
+from fastlstm.kernels.products import input_products
+from fastlstm.spec import Outputs
 
+from .call import Call, call_arguments, weight_arguments
 from .cells import (
     cell_arguments,
     gates_and_cell,
@@ -25,8 +22,9 @@ from .cells import (
     zoneout_rows,
     zoneout_units,
 )
-from .config import Plan
-from .launch import dot_precision, is_fast, launch
+from .ends import add_start, final_states
+from .launch import is_fast
+from .plan import Plan
 from .primitives import (
     activate,
     arrive,
@@ -40,6 +38,8 @@ from .primitives import (
     tanh,
     wait_for,
 )
+from .projection import Projection
+from .steps import launch_steps
 
 
 @triton.jit(
@@ -47,44 +47,45 @@ from .primitives import (
     do_not_specialize_on_alignment=["offsets", "lengths", "reset", "h0", "h_mask", "seed"],
 )
 def lstm_fwd_step_kernel(
-    projected,  # float32 [D, rows, 4H]: x through w_ih, and h0 through w_hh in the first rows
+    projected,  # float32 [D, rows, 4H]: input products, and h0 through w_hh in the first rows
     w_hh,  # [4H, P], direction 0
     b_ih,  # [4H] or None
-    b_hh,
-    w_hh_reverse,  # the same of direction 1; None if there is none
-    b_ih_reverse,
-    b_hh_reverse,
-    offsets,  # int64 [T] or None, as above
+    b_hh,  # [4H] or None
+    w_hh_reverse,  # [4H, P], direction 1; None if there is none
+    b_ih_reverse,  # [4H] or None
+    b_hh_reverse,  # [4H] or None
+    offsets,  # int64 [T], the first row of each step of packed rows; None for [T, B]
     lengths,  # int64 [B] or None
     reset,  # uint8 [T, B] or None
     h_all,  # [rows, D*P], read: the states of all steps, as they go into w_hh
-    out,  # [rows, D*H], written: the states, or with a w_hr what it is applied to
+    out,  # [rows, D*H], written: the states, or with a w_hr what it is applied to; is read
+    # only for zoneout_h
     c,  # float32 [D, B, H], read and written: the cells between launches
-    c_all,  # float32 [rows, D*H] or None
-    gates,  # [D, rows, 4H] after activation, or None
+    c_all,  # float32 [rows, D*H], written, or None
+    gates,  # [D, rows, 4H], written after activation, or None
     h0,  # [D, B, H] or None; only for zoneout_h
     h_mask,  # float32 [D, B, H] or None: times the states it is h_all, written
     w_ch,  # [D, 3H] or None: peepholes of i, f, o
     seed,  # int64 [1] or None: of zoneout
-    zoneout_c,  # None, or see cells.py
-    zoneout_h,
+    zoneout_c,  # None, or a probability, or an int32 threshold of hashes: see zone() in cells.py
+    zoneout_h,  # as zoneout_c
     arrived,  # int32 [D, tiles of N], zero: programs that have written their part of a step
-    begin,  # the steps [begin, end) in the order of each direction
-    end,
-    rows,
+    begin,  # the first step, in the order of each direction
+    end,  # the step after the last
+    rows,  # how many rows there are, padding included
     T,
     B,
     H: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
-    UNITS: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    UNITS: tl.constexpr,  # units of a program
+    N: tl.constexpr,  # sequences of a program
+    K: tl.constexpr,  # terms of a product at a time
     RESIDENT: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
+    STAGES: tl.constexpr,  # of the pipeline that loads
+    PRECISION: tl.constexpr,  # of products, "tf32" or "ieee"
+    FAST: tl.constexpr,  # whether activations are approximate
 ):
     """U units of N sequences in one direction, for some steps.
 
@@ -196,114 +197,46 @@ def lstm_fwd_step_kernel(
     tl.store(c + state_at, cell, u_real)
 
 
-def launch_lstm_fwd_steps(
-    plan: Plan,
-    x: Tensor,
-    groups: Sequence[Weights],
-    cell: Cell,
-    rows: Rows,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    y: Tensor,
-    h_n: Tensor,
-    c_n: Tensor,
-    c_all: Tensor | None,
-    gates: Tensor | None,
-) -> None:
+def launch_lstm_fwd_steps(call: Call, plan: Plan, outputs: Outputs) -> None:
     """Write the outputs of one layer; padding of y and c_all is left as it is."""
-    D, B, H = c_n.shape
-    P = h_n.shape[2]
-    forward, reverse = groups[0], groups[-1] if D == 2 else None
-    projected = project(x.reshape(-1, x.shape[-1]), groups)
+    spec, rows, weights, noise = call.spec, call.rows, call.weights, call.noise
+    D, H, P = spec.directions, spec.hidden_size, spec.state_size
+    h0, c0 = call.state
+    y = outputs.y.view(rows.count, D * P)
     masked, start = y, h0
-    if cell.h_mask is not None:
+    if noise.h_mask is not None:
         masked = torch.empty_like(y)
-        start = None if h0 is None else (h0 * cell.h_mask).to(h0.dtype)
-    for direction, group in enumerate(groups):
-        add_start(projected[direction], start, group, rows, direction)
-    arguments = cell_arguments(cell, groups)
-    if forward.w_hr is not None:
-        arguments = arguments | {"h_mask": None}  # h is not known before the product with w_hr
-    c = torch.zeros_like(c_n, dtype=torch.float32)
+        start = None if h0 is None else (h0 * noise.h_mask).to(h0.dtype)
+    products = input_products(call.x_rows(), weights)
+    for direction, each in enumerate(weights):
+        add_start(products[direction], start, each, rows, direction)
+    # What a projection is applied to, or h itself.
+    out = y.new_zeros(rows.count, D * H) if spec.proj_size else y
+    assert outputs.c_n is not None
+    c = torch.zeros_like(outputs.c_n, dtype=torch.float32)
     if c0 is not None:
         c.copy_(c0)
-    # What a projection is applied to, or h itself.
-    out = y if forward.w_hr is None else x.new_zeros(rows.count, D * H)
-    tiles = -(-B // plan.batch)
-    persistent = plan.regime == "persistent"
-    arrived = torch.zeros(D, tiles, dtype=torch.int32, device=x.device) if persistent else None
-    steps = rows.steps()
-    for begin in (0,) if persistent else range(rows.T):
-        launch(
-            lstm_fwd_step_kernel,
-            (-(-H // plan.units), tiles, D),
-            plan,
-            projected=projected,
-            w_hh=forward.w_hh,
-            b_ih=forward.b_ih,
-            b_hh=forward.b_hh,
-            w_hh_reverse=reverse.w_hh if reverse else None,
-            b_ih_reverse=reverse.b_ih if reverse else None,
-            b_hh_reverse=reverse.b_hh if reverse else None,
-            offsets=rows.offsets,
-            lengths=rows.lengths,
-            reset=rows.reset,
-            h_all=masked,
-            out=out,
-            c=c,
-            c_all=c_all,
-            gates=gates,
-            h0=h0 if any(cell.zoneout) else None,
-            **arguments,
-            arrived=arrived,
-            begin=begin,
-            end=rows.T if persistent else begin + 1,
-            rows=rows.count,
-            T=rows.T,
-            B=B,
-            H=H,
-            P=P,
-            D=D,
-            UNITS=plan.units,
-            N=plan.batch,
-            K=plan.chunk,
-            RESIDENT=plan.resident,
-            PERSISTENT=persistent,
-            STAGES=plan.stages,
-            PRECISION=dot_precision(x),
-            FAST=is_fast(x),
-        )
-        for direction, group in enumerate(groups):
-            if group.w_hr is not None:
-                at = steps[begin if direction == 0 else rows.T - 1 - begin]
-                hidden = out[at, direction * H : (direction + 1) * H]
-                target = y.view(rows.count, D * P)[at, direction * P : (direction + 1) * P]
-                product_into(target, hidden, group.w_hr.T)
-                if cell.h_mask is not None:
-                    mask = cell.h_mask[direction, : len(target)]
-                    columns = slice(direction * P, (direction + 1) * P)
-                    masked.view(rows.count, D * P)[at, columns] = target * mask
-    c_n.copy_(c)
-    final_states(h_n, y.view(rows.count, D * P), h0, rows)
-
-
-def final_states(h_n: Tensor, y: Tensor, h0: Tensor | None, rows: Rows) -> None:
-    """Write h_n [D, B, P] from y [rows, D*P]."""
-    for direction, states in enumerate(y.chunk(len(h_n), 1)):
-        h_n[direction] = states.index_select(0, rows.first(1 - direction))
-        if rows.padded:
-            start = 0 if h0 is None else h0[direction]
-            h_n[direction] = torch.where(rows.empty(), start, h_n[direction])
-
-
-def add_start(
-    projected: Tensor, h0: Tensor | None, group: Weights, rows: Rows, direction: int
-) -> None:
-    """Add h0 through w_hh to the row where each sequence begins, unless it is reset."""
-    if h0 is None:
-        return
-    first = rows.first(direction)
-    start = product(h0[direction], group.w_hh.T)
-    if rows.reset is not None:
-        start.masked_fill_(rows.reset.view(-1)[first].bool()[:, None], 0)
-    projected.index_copy_(0, first, projected.index_select(0, first) + start)
+    arguments = {
+        "projected": products,
+        **weight_arguments(weights, "w_hh", "b_ih", "b_hh"),
+        "h_all": masked,
+        "out": out,
+        "c": c,
+        "c_all": outputs.c_all,
+        "gates": outputs.gates,
+        "h0": h0 if any(spec.zoneout) else None,
+        **cell_arguments(spec, weights, noise),
+        **call_arguments(call, plan),
+        "P": P,
+        "K": plan.chunk,
+        "RESIDENT": plan.resident,
+        "FAST": is_fast(call.x),
+    }
+    if spec.proj_size:
+        arguments["h_mask"] = None  # h is not known before the product with w_hr
+        projection = Projection(call, out, y, masked)
+        launch_steps(lstm_fwd_step_kernel, call, plan, arguments, after=projection.step)
+    else:
+        launch_steps(lstm_fwd_step_kernel, call, plan, arguments)
+    outputs.c_n.copy_(c)
+    final_states(outputs.h_n, y, h0, rows)

@@ -1,9 +1,9 @@
-"""Starting a kernel, or recording what would be started."""
+"""Starting a kernel, or recording what would be started; and what a device allows."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,14 +13,12 @@ import torch
 import triton
 from torch import Tensor
 
-from fastlstm.reference import PLAIN, Cell, Weights
-
-from .config import Device, Plan, Shape
+from .plan import Device, Plan
 
 # The interpreter runs the kernels on CPU tensors, program after program, to check them.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _interpreter = threading.Lock()  # it patches Triton's own functions while it runs
-_ANY_DEVICE = Device(arch=90, processors=132)
+_ANY_DEVICE = Device(arch=90, processors=132)  # what the interpreter plans for
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,11 @@ def record(device: Device, precision: str) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
-    """Start `kernel` on the current device with the warps and stages of the plan."""
+    """Start `kernel` on the current device with the warps and stages of the plan.
+
+    Raises:
+        RuntimeError: a persistent kernel is to be interpreted.
+    """
     options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
     if plan.regime == "persistent":
         options["launch_cooperative_grid"] = True
@@ -79,28 +81,8 @@ def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> 
         kernel[grid](**arguments, **options)
 
 
-def shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int, cell: Cell = PLAIN) -> Shape:
-    """The layer as a plan sees it."""
-    gate_units, P = groups[0].w_hh.shape
-    sizes = x.shape[-1], gate_units // 4, P, len(groups)
-    return Shape(T, B, *sizes, x.element_size(), precision_of(x), kind_of(cell))
-
-
-def rnn_shape_of(x: Tensor, groups: Sequence[Weights], T: int, B: int) -> Shape:
-    """The same of a layer of nn.RNN."""
-    H = groups[0].w_hh.shape[0]
-    return Shape(T, B, x.shape[-1], H, H, len(groups), x.element_size(), precision_of(x))
-
-
-def kind_of(cell: Cell) -> str:
-    """The cell as a plan sees it."""
-    if cell.layer_norm:
-        return "normalised"
-    return "plain" if cell.is_plain else "extended"
-
-
 def device_of(x: Tensor) -> Device:
-    """The GPU that x is on; of the interpreter, some GPU."""
+    """Return the GPU that x is on; for the interpreter, some GPU."""
     if _recording is not None:
         return _recording.device
     return _device(x.device) if x.is_cuda else _ANY_DEVICE
@@ -113,15 +95,15 @@ def _device(device: torch.device) -> Device:
 
 
 def is_fast(x: Tensor) -> bool:
-    """Whether activations may be approximate: bfloat16 rounds four times as coarsely as they err.
+    """Return whether activations may be approximate.
 
-    float16 does not.
+    bfloat16 rounds four times as coarsely as they err; float16 does not.
     """
     return x.dtype is torch.bfloat16 and not INTERPRETED
 
 
 def precision_of(x: Tensor) -> str:
-    """How float32 is multiplied: as cuDNN's RNNs are told to."""
+    """Return how float32 is multiplied, "tf32" or "ieee": as cuDNN's RNNs are told to."""
     if x.element_size() == 2:
         return "tf32"  # no matter: the factors are narrower
     if _recording is not None:
@@ -131,5 +113,5 @@ def precision_of(x: Tensor) -> str:
 
 
 def dot_precision(x: Tensor) -> str:
-    """The same for the kernels; the interpreter multiplies exactly in any case."""
+    """Return how kernels multiply; the interpreter does it exactly in any case."""
     return "ieee" if INTERPRETED else precision_of(x)

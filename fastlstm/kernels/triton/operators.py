@@ -1,4 +1,7 @@
-"""The operators of this backend; their contract is in :mod:`fastlstm.ops`."""
+"""The operators of the Triton backend: importing this file registers their kernels.
+
+:mod:`fastlstm.kernels.operators` has their contract.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,29 @@ from typing import Any
 from torch import Tensor
 from torch.library import impl
 
-from fastlstm.operands import cell_of, gradient_groups, groups
-from fastlstm.ops import contiguous, plainly, zero
-from fastlstm.reference import Cell, Weights
-from fastlstm.rows import Rows, layout
+from fastlstm.kernels.operators import contiguous, plainly, read_cell_options, zero
+from fastlstm.kernels.products import gradient_groups, weight_groups
+from fastlstm.kernels.rows import layout
+from fastlstm.spec import (
+    NO_NOISE,
+    Gradients,
+    Incoming,
+    LayerSpec,
+    Outputs,
+    Saved,
+    Sequences,
+    State,
+)
 
 from .backward import launch_lstm_bwd
-from .config import Shape, backward_plan, forward_plan, rnn_plan
-from .config import obstacle as obstacle_of
+from .call import Call
+from .config import obstacle
 from .forward import launch_lstm_fwd
-from .launch import INTERPRETED, device_of, kind_of, precision_of, shape_of
-from .rnn import launch_rnn_bwd, launch_rnn_fwd
+from .launch import INTERPRETED
+from .rnn_backward import launch_rnn_bwd
+from .rnn_forward import launch_rnn_fwd
+
+__all__ = ["lstm_bwd", "lstm_fwd", "rnn_bwd", "rnn_fwd"]
 
 _DISPATCH_KEYS = ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]
 
@@ -42,16 +57,14 @@ def lstm_fwd(
     **options: Any,
 ) -> None:
     """Write the outputs of one layer."""
-    cell = cell_of(**options)
-    rows = layout(x, batch_sizes, lengths, reset)
+    rows = layout(x, Sequences(batch_sizes, lengths, reset))
     if rows.count == 0:
         return
-    found = groups(weights, directions, cell)
-    _refuse(x, found, rows, cell)
-    launch_lstm_fwd(
-        x, found, cell, rows, contiguous(h0), contiguous(c0),
-        y, h_n, c_n, c_all, gates,
-    )  # fmt: skip
+    spec, noise = read_cell_options(weights, directions, **options)
+    state = State(contiguous(h0), contiguous(c0))
+    call = Call(spec, x, weight_groups(weights, spec), state, rows, noise)
+    _refuse(call)
+    launch_lstm_fwd(call, Outputs(y, h_n, c_n, c_all, gates))
 
 
 @plainly
@@ -79,18 +92,20 @@ def lstm_bwd(
     **options: Any,
 ) -> None:
     """Write the gradients of one layer."""
-    cell = cell_of(**options)
-    rows = layout(x, batch_sizes, lengths, reset)
+    rows = layout(x, Sequences(batch_sizes, lengths, reset))
     if rows.count == 0:
         zero(dx, dh0, dc0, *dweights)
         return
-    found = groups(weights, directions, cell)
-    _refuse(x, found, rows, cell)
+    spec, noise = read_cell_options(weights, directions, **options)
+    groups = weight_groups(weights, spec)
+    call = Call(spec, x, groups, State(contiguous(h0), contiguous(c0)), rows, noise)
+    _refuse(call)
     launch_lstm_bwd(
-        x, found, cell, rows, contiguous(h0), contiguous(c0), y, c_all, gates,
-        dy, contiguous(dh_n), contiguous(dc_n), dc_all,
-        dx, dh0, dc0, gradient_groups(dweights, found),
-    )  # fmt: skip
+        call,
+        Saved(y, c_all, gates),
+        Incoming(dy, contiguous(dh_n), contiguous(dc_n), dc_all),
+        Gradients(dx, dh0, dc0, gradient_groups(dweights, groups)),
+    )
 
 
 @plainly
@@ -108,9 +123,13 @@ def rnn_fwd(
     cache: Tensor | None,
 ) -> None:
     """Write the outputs of one layer of nn.RNN."""
-    rows = layout(x, batch_sizes, lengths, reset)
-    if rows.count > 0:
-        launch_rnn_fwd(x, groups(weights, directions), rows, contiguous(h0), relu, y, h_n)
+    rows = layout(x, Sequences(batch_sizes, lengths, reset))
+    if rows.count == 0:
+        return
+    spec = _rnn_spec(weights, directions, relu)
+    groups = weight_groups(weights, spec)
+    call = Call(spec, x, groups, State(contiguous(h0)), rows, NO_NOISE)
+    launch_rnn_fwd(call, Outputs(y, h_n))
 
 
 @plainly
@@ -132,39 +151,30 @@ def rnn_bwd(
     cache: Tensor | None,
 ) -> None:
     """Write the gradients of one layer of nn.RNN."""
-    rows = layout(x, batch_sizes, lengths, reset)
+    rows = layout(x, Sequences(batch_sizes, lengths, reset))
     if rows.count == 0:
         zero(dx, dh0, *dweights)
         return
-    found = groups(weights, directions)
+    spec = _rnn_spec(weights, directions, relu)
+    groups = weight_groups(weights, spec)
+    call = Call(spec, x, groups, State(contiguous(h0)), rows, NO_NOISE)
     launch_rnn_bwd(
-        x, found, rows, contiguous(h0), relu, y, dy, contiguous(dh_n),
-        dx, dh0, gradient_groups(dweights, found),
-    )  # fmt: skip
+        call,
+        Saved(y),
+        Incoming(dy, contiguous(dh_n)),
+        Gradients(dx, dh0, weights=gradient_groups(dweights, groups)),
+    )
 
 
-def describe(x: Tensor, T: int, B: int, I: int, H: int, P: int, D: int, cell: Cell | None) -> str:
-    """How a layer of these sizes, of nn.RNN without a cell, would run on the device of x."""
-    sizes = T, B, I, H, P, D, x.element_size(), precision_of(x)
-    device = device_of(x)
-    if cell is None:
-        plan = rnn_plan(Shape(*sizes), device)
-        return f"forward and backward {plan.described(gates=1)} ({plan.reason})"
-    shape = Shape(*sizes, kind_of(cell))
-    forward, backward = forward_plan(shape, device), backward_plan(shape, device)
-    return f"forward {forward} ({forward.reason}); backward {backward}"
+def _rnn_spec(weights: Sequence[Tensor], directions: int, relu: bool) -> LayerSpec:
+    return LayerSpec.of("RNN_RELU" if relu else "RNN_TANH", weights, directions)
 
 
-def obstacle(T: int, B: int, I: int, H: int, P: int, D: int, x: Tensor, cell: Cell) -> str | None:
-    """Why these kernels cannot compute a layer of these sizes on the device of x; None if so."""
-    shape = Shape(T, B, I, H, P, D, x.element_size(), precision_of(x), kind_of(cell))
-    return obstacle_of(shape, device_of(x), cell)
-
-
-def _refuse(x: Tensor, found: Sequence[Weights], rows: Rows, cell: Cell) -> None:
-    if cell.is_plain:
+def _refuse(call: Call) -> None:
+    """Raise ValueError for a cell that the kernels cannot compute."""
+    if not call.spec.is_extended:
         return
-    error = obstacle_of(shape_of(x, found, rows.T, rows.B, cell), device_of(x), cell)
+    error = obstacle(call.problem, call.device)
     if error:
         raise ValueError(f"the triton kernels cannot compute this layer: {error}")
 

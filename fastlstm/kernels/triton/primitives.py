@@ -1,4 +1,4 @@
-"""What the kernels compute for one unit: activations and their derivatives, and how gates lie.
+"""What all kernels are made of: how gates lie in a tile, activations, products, exchange.
 
 Tiles are transposed: ``[units, N]`` for N sequences, and the four gates of U units stacked in one
 tile ``[4U, N]``, the result of one matrix product. Its row order (:func:`stacked_rows`) puts the
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def stacked_rows(first, UNITS: tl.constexpr, H: tl.constexpr):
-    """What the rows of a stacked tile stand for, whose units start at `first`.
+    """Say what the ``[4U]`` rows of a stacked tile stand for, whose units start at `first`.
 
     Returns the rows of the ``[4H, n]`` weights (the gates i, f, g, o one after the other), whether
     there is such a unit, and ``[4U, 1]`` whether it is gate g.
@@ -31,7 +31,7 @@ def stacked_rows(first, UNITS: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def split_gates(stacked, UNITS: tl.constexpr, N: tl.constexpr):
-    """``[4U, N]`` into i, f, g, o ``[U, N]``."""
+    """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
     apart = tl.reshape(stacked, [2, UNITS // 8, 2, 8, N])
     apart = tl.reshape(tl.permute(apart, [1, 3, 4, 2, 0]), [UNITS, N, 2, 2])
     i_f, g_o = tl.split(apart)
@@ -42,7 +42,7 @@ def split_gates(stacked, UNITS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def stack_gates(i, f, g, o, UNITS: tl.constexpr, N: tl.constexpr):
-    """The inverse of :func:`split_gates`."""
+    """Join i, f, g, o ``[U, N]`` to ``[4U, N]``, which :func:`split_gates` takes apart."""
     apart = tl.join(tl.join(i, f), tl.join(g, o))
     apart = tl.reshape(apart, [UNITS // 8, 8, N, 2, 2])
     return tl.reshape(tl.permute(apart, [4, 0, 3, 1, 2]), [4 * UNITS, N])
@@ -50,7 +50,10 @@ def stack_gates(i, f, g, o, UNITS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def tanh_approx(x):
-    """One instruction, relative error 2^-11: enough where results are rounded to 16 bits."""
+    """Return tanh in one instruction, of relative error 2^-11.
+
+    That is enough where results are rounded to bfloat16.
+    """
     return tl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -58,12 +61,13 @@ def tanh_approx(x):
 
 @triton.jit
 def sigmoid(x):
+    """Return the logistic function, exact to float32."""
     return 1.0 / (1.0 + tl.exp(-x))  # exp overflows to inf, whose reciprocal is the limit
 
 
 @triton.jit
 def tanh_near_zero(x):
-    """x + x^3 P(x^2), least maximum error over |x| <= 0.625: 1e-8.
+    """Return tanh as x + x^3 P(x^2), whose maximum error over |x| <= 0.625 is least: 1e-8.
 
     There 2 sigmoid(2x) - 1 cancels.
     """
@@ -77,6 +81,7 @@ def tanh_near_zero(x):
 
 @triton.jit
 def tanh(x, FAST: tl.constexpr):
+    """Return tanh, approximate with FAST."""
     if FAST:
         result = tanh_approx(x)
     else:
@@ -86,6 +91,7 @@ def tanh(x, FAST: tl.constexpr):
 
 @triton.jit
 def logistic(x, FAST: tl.constexpr):
+    """Return the logistic function, approximate with FAST."""
     if FAST:
         result = 0.5 * tanh_approx(0.5 * x) + 0.5
     else:
@@ -95,7 +101,7 @@ def logistic(x, FAST: tl.constexpr):
 
 @triton.jit
 def activate(stacked, is_cell, FAST: tl.constexpr):
-    """tanh in the rows of gate g (``is_cell [4U, 1]``), the logistic function in the others."""
+    """Apply tanh to the rows of gate g (``is_cell [4U, 1]``), the logistic function to others."""
     if FAST:
         half = tl.where(is_cell, 1.0, 0.5)
         result = tanh_approx(stacked * half) * half + (1.0 - half)
@@ -109,7 +115,7 @@ def activate(stacked, is_cell, FAST: tl.constexpr):
 
 @triton.jit
 def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x as a matrix instruction takes it.
+    """Return x as a matrix instruction takes it.
 
     TF32 keeps 10 bits of the fraction and the hardware cuts the others off: they are rounded
     here, which halves the error.
@@ -124,7 +130,10 @@ def operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def first_row(t, offsets, B):
-    """The row of sequence 0 at step t: in ``[T, B, ...]``, or in packed rows (``offsets [T]``)."""
+    """Return the row of sequence 0 at step t, int64.
+
+    Rows are ``[T, B, ...]``, or packed with ``offsets [T]``, the first row of each step.
+    """
     if offsets is None:
         row = t.to(tl.int64) * B
     else:
@@ -134,7 +143,7 @@ def first_row(t, offsets, B):
 
 @triton.jit
 def load_bias(b_ih, b_hh, row, inside):
-    """b_ih + b_hh in float32; zeros without biases."""
+    """Load b_ih + b_hh at rows ``[M]`` in float32; zeros without biases or outside."""
     bias = tl.zeros(row.shape, tl.float32)
     if b_ih is not None:
         bias = tl.load(b_ih + row, inside, 0).to(tl.float32)
@@ -146,7 +155,7 @@ def load_bias(b_ih, b_hh, row, inside):
 def multiply_add(
     total,  # float32 [M, N]
     w,  # [M, K], with RESIDENT
-    w_tile,  # pointers [M, K] to its first columns, without; W_STRIDE from one to the next
+    w_tile,  # pointers [M, K] to its first K columns, W_STRIDE elements from one to the next
     w_real,  # [M]: rows that there are
     h_tile,  # pointers [K, N] to the first K rows of the other factor
     h_real,  # [N]: columns that there are
@@ -157,7 +166,7 @@ def multiply_add(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total + w h over SIZE terms, at once or in chunks of K."""
+    """Return total + w h over SIZE terms, at once or in chunks of K."""
     k = tl.arange(0, K)
     dtype: tl.constexpr = h_tile.dtype.element_ty
     if RESIDENT:
@@ -196,7 +205,7 @@ def arrive(counter):
 
 @triton.jit
 def wait_for(counter, count):
-    """Until `count` arrivals; what the arrived had stored can be loaded afterwards."""
+    """Wait for `count` arrivals; what the arrived had stored can be loaded afterwards."""
     while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < count:
         pass
     tl.debug_barrier()

@@ -1,0 +1,117 @@
+"""The backend of the CUDA C++ kernels: the plain LSTM on CUDA devices from sm_80.
+
+This file loads no library; :meth:`CudaBackend.error` does, when somebody asks for the backend.
+csrc/README.md says how the kernels work.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from fastlstm import extension
+from fastlstm.kernels.base import Backend, constant, register
+from fastlstm.kernels.operators import define, load_on_first_use
+from fastlstm.spec import LayerSpec
+
+from . import library  # noqa: F401 (it defines operators, before their library is loaded)
+
+__all__ = ["CUDA", "CudaBackend", "lacks"]
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_OPERATORS = define("cuda", rnn=False)
+
+
+class CudaBackend(Backend):
+    """Computes plain LSTM layers on CUDA devices, or on CPU tensors in the emulator."""
+
+    name = "cuda"
+    devices = frozenset({"cuda"})
+    lstm_fwd, lstm_bwd, *_ = _OPERATORS
+
+    def error(self) -> str | None:
+        """Say why this machine does not have it; None once it is loaded, which this does."""
+        return _error()
+
+    def detail(self) -> str:
+        """Describe in a line what is there."""
+        if _emulated():
+            return "emulated on the CPU (FASTLSTM_EMULATE=1), to check the kernels"
+        return "compiled kernels: float32, bfloat16, float16 on CUDA devices from sm_80"
+
+    def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
+        """Say why it cannot compute such a layer of an input like x; None if it can."""
+        found = _error() or _input_obstacle(x) or lacks(spec)
+        if found or torch.compiler.is_compiling():  # sizes may be symbols: the operator sees them
+            return found
+        from . import plan
+
+        return plan.obstacle(spec, x)
+
+    def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
+        """Describe in a line the plans of both passes."""
+        from . import plan
+
+        return plan.describe(spec, B, x)
+
+
+def lacks(spec: LayerSpec) -> str | None:
+    """Say why the kernels have no such layers, of any size; None if they have."""
+    if not spec.is_lstm:
+        return "the cuda kernels have no nn.RNN"
+    if spec.is_extended:
+        return "the cuda kernels have the plain cell only"
+    return "the cuda kernels have no projection" if spec.proj_size else None
+
+
+@constant  # Dynamo would trace the loading, it ignores the cache
+def _error() -> str | None:
+    return _load()
+
+
+@cache
+def _load() -> str | None:
+    """Load the kernels; say why they cannot be loaded."""
+    emulated = os.environ.get("FASTLSTM_EMULATE") == "1"
+    if not emulated and torch.version.hip is not None:
+        return "the kernels are for CUDA, and this torch is built for ROCm"
+    error = extension.error() or extension.cuda_error(emulated)
+    if error is not None:
+        return error
+    if not emulated and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    import_module("fastlstm.kernels.cuda.operators")
+    return None
+
+
+def _input_obstacle(x: Tensor) -> str | None:
+    """Say why the kernels cannot read x."""
+    if x.dtype not in _DTYPES:
+        return f"the cuda kernels have no {x.dtype}"
+    if _emulated():
+        return (
+            None if x.is_cpu else f"the input is on {x.device}, the emulator needs it on the CPU"
+        )
+    if not x.is_cuda:
+        return f"the input is on {x.device}, the cuda kernels need it on a CUDA device"
+    return f"{x.device} is older than sm_80" if _capability(x.device) < (8, 0) else None
+
+
+@constant
+def _emulated() -> bool:
+    from . import plan
+
+    return plan.EMULATED
+
+
+@constant
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+CUDA = register(CudaBackend())
+load_on_first_use(_OPERATORS, _load, "cuda")

@@ -1,0 +1,84 @@
+"""What a plan is, and what it depends on: the words of the files that choose one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fastlstm.spec import LayerSpec
+
+__all__ = ["Device", "Plan", "Problem", "padded"]
+
+# Kilobytes of shared memory one program may use, by compute capability.
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227}
+_SHARED_ELSEWHERE = 99
+_SMALLEST_DOT = 16  # rows and columns of a matrix instruction
+
+
+class Device(NamedTuple):
+    """What a plan needs to know of a GPU."""
+
+    arch: int  # compute capability, 10 * major + minor
+    processors: int  # streaming multiprocessors
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one program may use."""
+        return _SHARED.get(self.arch, _SHARED_ELSEWHERE) * 1024
+
+
+class Problem(NamedTuple):
+    """What a plan needs to know of a call. T is not part of it: no plan depends on it."""
+
+    spec: LayerSpec
+    B: int
+    element: int  # bytes of a number of x and the weights: 2 or 4
+    precision: str  # of float32 products: "tf32" or "ieee"; "tf32" for 16-bit numbers too
+
+    @property
+    def cell(self) -> str:
+        """The kind of cell.
+
+        It is "plain", or "extended" with more numbers to hold in registers, or "normalised" with
+        sums over all units as well.
+        """
+        if self.spec.layer_norm:
+            return "normalised"
+        return "extended" if self.spec.is_extended else "plain"
+
+    def __str__(self) -> str:
+        spec = self.spec
+        numbers = "16 bit" if self.element == 2 else f"float32 ({self.precision})"
+        return (
+            f"I = {spec.input_size}, H = {spec.hidden_size}, P = {spec.state_size}, "
+            f"D = {spec.directions}, B = {self.B}, {self.cell} cell, {numbers}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A regime and its tiles."""
+
+    regime: str  # "sequence", "persistent" or "steps"
+    units: int  # units of a program: the tile is four times as high; 16 or more
+    batch: int  # sequences of a program
+    chunk: int  # terms of the product loaded at a time; covers P where the weights stay on chip
+    resident: bool  # whether they do
+    fused: bool  # x goes through w_ih in the loop, and not in one product ahead of it
+    warps: int
+    stages: int  # of the pipeline that loads
+    reason: str
+
+    def __str__(self) -> str:
+        return self.described(gates=4)
+
+    def described(self, gates: int) -> str:
+        """Describe the plan in a line, for units of so many gates."""
+        tile = f"{self.regime}: {gates * self.units} x {self.batch} tiles, {self.warps} warps"
+        where = "weights on chip" if self.resident else f"weights in chunks of {self.chunk}"
+        return f"{tile}, {where}"
+
+
+def padded(size: int) -> int:
+    """Return the tile that holds `size`: a power of two that a matrix instruction can take."""
+    return max(_SMALLEST_DOT, 1 << (size - 1).bit_length())
