@@ -166,7 +166,7 @@ def _to_ours(module: nn.Module) -> _Swap:
     actual: Any = original_class(module)
     if actual in (nn.GRU, nn.RNNCell, nn.GRUCell):
         return _Swap(None, f"left, fastlstm has no {actual.__name__}")
-    kind = next((kind for kind in _OURS if issubclass(actual, kind)), None)
+    kind: Any = next((kind for kind in _OURS if issubclass(actual, kind)), None)
     if kind is None:
         return _Swap(None, "")
     ours: Any = _OURS[kind]
