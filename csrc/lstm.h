@@ -2,8 +2,8 @@
 // nothing of an instruction set.
 //
 // Letters: T time steps, B batch, I input size, H hidden size, P projected size (H without projection), D directions.
-// Gate order is i, f, g, o. Strides count elements, not bytes. "Compute type" is float for float32, bfloat16 and float16
-// tensors, double for float64.
+// Gate order is i, f, g, o. Strides count elements, not bytes. "Compute type" is float for float32, bfloat16 and
+// float16 tensors, double for float64.
 #pragma once
 
 #include <cstddef>
@@ -75,8 +75,8 @@ struct DirectionWeights {
 // Options of a cell that are not weights: fastlstm/reference.py defines what they do. The cell of nn.LSTM is called
 // plain; with peepholes, layer normalisation, recurrent dropout (h_mask) or zoneout a cell is called extended.
 struct CellOptions {
-  bool relu;      // an RNN's activation is relu instead of tanh
-  States h_mask;  // [D, B, P], compute type: factors of h in the product with w_hh; or absent
+  bool relu;                    // an RNN's activation is relu instead of tanh
+  States h_mask;                // [D, B, P], compute type: factors of h in the product with w_hh; or absent
   double zoneout_c, zoneout_h;  // probabilities that a unit of c or h keeps its value
   bool random;                  // draw from `seed` which units do (training); otherwise take the expectation
   uint64_t seed;
