@@ -33,26 +33,36 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 
-# Each source with its own flags; csrc/cpu/dispatch.cpp chooses an instruction set at run time. The
-# order is that of linking: of an inline function that several files define the linker keeps the
-# first copy, so one compiled for a newer CPU must not come before one that runs everywhere.
+# Each source with its own flags; csrc/cpu/isa/dispatch.cpp chooses an instruction set at run time.
+# The order is that of linking: of an inline function that several files define the linker keeps
+# the first copy, so one compiled for a newer CPU must not come before one that runs everywhere.
 SOURCES = {
-    "csrc/bindings.cpp": [],
+    "csrc/bindings/call.cpp": [],
+    "csrc/bindings/packed_weights.cpp": [],
+    "csrc/bindings/passes.cpp": [],
+    "csrc/bindings/forward.cpp": [],
+    "csrc/bindings/backward.cpp": [],
+    "csrc/bindings/infer.cpp": [],
+    "csrc/bindings/plans.cpp": [],
+    "csrc/bindings/register.cpp": [],
     "csrc/cuda/plan.cpp": [],
-    "csrc/cpu/dispatch.cpp": [],
-    "csrc/cpu/portable.cpp": [],
+    "csrc/cpu/isa/dispatch.cpp": [],
+    "csrc/cpu/isa/portable.cpp": [],
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS.append("-DFASTLSTM_X86=1")
     # The last two: GCC 12 suspects its own intrinsics of using unset values.
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     avx512 += " -Wno-uninitialized -Wno-maybe-uninitialized"
-    SOURCES["csrc/cpu/avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
-    SOURCES["csrc/cpu/avx512.cpp"] = avx512.split()
+    SOURCES["csrc/cpu/isa/avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
+    SOURCES["csrc/cpu/isa/avx512.cpp"] = avx512.split()
 
 # The slowest first. Those of clusters need a GPU of compute capability 9.0.
 CUDA_KERNELS = {"csrc/cuda/block.cu": 80, "csrc/cuda/grid.cu": 80, "csrc/cuda/cluster.cu": 90}
 CUDA_HOST = ("csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp")
+EMULATOR = tuple(
+    f"csrc/cuda/emulator/{name}.cpp" for name in ("context", "schedule", "synchronise", "products")
+)
 GPUS = "8.0 9.0+PTX"  # +PTX: newer ones too
 
 
@@ -138,7 +148,7 @@ def cpu() -> Recipe:
 def emulator() -> Recipe:
     # The kernels unroll loops by a pragma of nvcc. -O2: less to wait for, and quick enough.
     flags = ["-O2", "-DFASTLSTM_EMULATE", "-Wno-unknown-pragmas", "-x", "c++"]
-    return of_host(dict.fromkeys((*CUDA_KERNELS, "csrc/cuda/emulator.cpp", *CUDA_HOST), flags))
+    return of_host(dict.fromkeys((*CUDA_KERNELS, *EMULATOR, *CUDA_HOST), flags))
 
 
 def cuda() -> Recipe:

@@ -1,8 +1,9 @@
-// Parameters of one LSTM or RNN layer, shared by the bindings and the kernels. No torch header, no ISA-specific code.
+// Parameters of one LSTM or RNN layer, shared by the bindings and the CPU kernels. It includes no header of torch and
+// nothing of an instruction set.
 //
-// Letters: T time steps, B batch, I input size, H hidden size, P projected size (H without projection),
-// D directions. Gate order is i, f, g, o. Strides count elements, not bytes. "Compute type" is float for
-// float32, bfloat16 and float16 tensors, double for float64.
+// Letters: T time steps, B batch, I input size, H hidden size, P projected size (H without projection), D directions.
+// Gate order is i, f, g, o. Strides count elements, not bytes. "Compute type" is float for float32, bfloat16 and
+// float16 tensors, double for float64.
 #pragma once
 
 #include <cstddef>
@@ -16,51 +17,68 @@ enum class Dtype { f32, f64, bf16, f16 };
 
 struct Sizes {
   i64 T, B, I, H, P, D;
-  i64 G;  // gates of a unit: 4, or the 1 of nn.RNN
-  bool bias, projected, peephole, layer_norm;
+  i64 G;           // gates of a unit: 4, or 1 for an RNN
+  bool bias;       // there are b_ih and b_hh
+  bool projected;  // there is a w_hr (proj_size)
+  bool peephole, layer_norm;
 
   i64 gate_units() const { return G * H; }
 };
 
-// Which rows exist. Sequences are kept in slots, longest first, so that the active slots of every step are a
-// prefix. Every pointer is null for dense input, where each of the B sequences has T steps.
+// Which rows exist when sequences have different lengths. Sequences are put into slots, the longest first, so that the
+// active slots of every step are the first ones. Every pointer is null for dense input: each of the B sequences then
+// has T steps.
+//
+// Three sequences a, b, c of 2, 4 and 1 steps, T = 4. Capital letters are rows that exist, dots are padding:
+//
+//   padded [T, B, n]              packed [N, n], N = 7 rows
+//            a  b  c              row  0  1  2 | 3  4 | 5 | 6
+//   t = 0    A  B  C                   B  A  C | B  A | B | B
+//   t = 1    A  B  .              t    0         1      2   3
+//   t = 2    .  B  .
+//   t = 3    .  B  .              row_offset  [0, 3, 5, 6]
+//
+//   active    [3, 2, 1, 1]        the same for both
+//   length    [4, 2, 1]           of slot 0 (b), slot 1 (a), slot 2 (c)
+//   order     [1, 0, 2]           padded: slot 0 is sequence 1. Packed rows are sorted already: null
 struct Ragged {
   const i64* row_offset;  // [T] first row of a step in packed rows; null for padded input
   const i64* active;      // [T] number of sequences that have this step
-  const i64* order;       // [B] batch index of a slot; null when slot = batch index
-  const i64* length;      // [B] steps of a slot's sequence
+  const i64* order;       // [B] batch index of a slot; null where slot and batch index are equal
+  const i64* length;      // [B] number of steps of the sequence in a slot
 };
 
-// Rows addressed by (direction, step, batch). The last dimension is dense.
+// Rows that are found by direction, step and sequence. The last dimension is dense.
 struct Rows {
   void* data;     // null: absent
-  i64 direction;  // elements between directions; 0 for what they share
+  i64 direction;  // elements between directions; 0 where both directions share the rows
   i64 step;       // elements between steps (unused for packed rows)
   i64 batch;      // elements between the rows of one step
 };
 
-// [D, B, n] with a dense last dimension.
+// States [D, B, n]. The last dimension is dense.
 struct States {
   void* data;  // null: absent
   i64 direction, batch;
 };
 
-// The shapes are those of an LSTM; an RNN has [H, ...] instead of [4H, ...].
+// The weights of one direction, of the tensors' dtype. Shapes are those of an LSTM; an RNN has H instead of 4H.
 struct DirectionWeights {
   const void* w_ih;                           // [4H, I]
   const void* w_hh;                           // [4H, P]
   const void *b_ih, *b_hh;                    // [4H] or null
   const void* w_hr;                           // [P, H] or null
-  const void* w_ch;                           // [3H], of i, f, o, or null without peepholes
+  const void* w_ch;                           // [3H] in the order i, f, o, or null without peepholes
   const void *ln_ih, *ln_hh, *ln_c, *b_ln_c;  // [4H], [4H], [H], [H] or null without layer normalisation
 };
 
-// What a step has beyond that of a plain LSTM, besides weights: see fastlstm/reference.py.
+// Options of a cell that are not weights: fastlstm/reference.py defines what they do. The cell of nn.LSTM is called
+// plain; with peepholes, layer normalisation, recurrent dropout (h_mask) or zoneout a cell is called extended.
 struct CellOptions {
-  bool relu;      // of an RNN, instead of tanh
-  States h_mask;  // [D, B, P], compute type, or absent
-  double zoneout_c, zoneout_h;
-  bool random;  // which units stay is drawn from `seed`; otherwise zoneout is its expectation
+  bool relu;                    // an RNN's activation is relu instead of tanh
+  States h_mask;                // [D, B, P], compute type: factors of h in the product with w_hh; or absent
+  double zoneout_c, zoneout_h;  // probabilities that a unit of c or h keeps its value
+  bool random;                  // draw from `seed` which units do (training); otherwise take the expectation
   uint64_t seed;
 };
 
@@ -77,22 +95,22 @@ struct ForwardParams {
   Rows x;             // [T, B, I]
   Rows y;             // [T, B, D*P]
   Rows c_all;         // [T, B, D*H], compute type, or absent
-  Rows gates;         // [D, T, B, 4H] after activation, compute type, units in the kernel's order, or absent
+  Rows gates;         // [D, T, B, 4H] after activation, compute type, in tile order (cpu/pack.h), or absent
   States h0, c0;      // [D, B, P], [D, B, H] or absent (zeros)
   States h_n, c_n;    // [D, B, P], [D, B, H]
   const bool* reset;  // [T, B] or null
   i64 reset_step, reset_batch;
   const DirectionWeights* weights;  // one for each direction
   CellOptions cell;
-  const void* packed;  // from pack_forward
+  const void* packed;  // from Kernels::pack_forward
   Threads threads;
 };
 
 struct BackwardParams {
   Sizes sizes;
-  Dtype dtype;  // of x, y, h0, c0; everything else is compute type
+  Dtype dtype;  // of x, y, h0, c0; everything else has the compute type
   Ragged ragged;
-  Rows x, y, c_all, gates;  // as saved by the forward pass; gates or absent
+  Rows x, y, c_all, gates;  // from the forward pass; gates may be absent
   States h0, c0;
   const bool* reset;
   i64 reset_step, reset_batch;
@@ -101,17 +119,18 @@ struct BackwardParams {
   States dh_n, dc_n;  // or absent
   const DirectionWeights* weights;
   CellOptions cell;
-  const void* packed;          // from pack_backward
-  const void* packed_forward;  // from pack_forward; only without gates, which are then computed again
-  Rows dx;                     // or absent when not wanted
-  States dh0, dc0;             // or absent when not wanted
+  const void* packed;          // from Kernels::pack_backward
+  const void* packed_forward;  // from Kernels::pack_forward; only without `gates`, which are then computed again
+  Rows dx;                     // [T, B, I], or absent when not wanted
+  States dh0, dc0;             // [D, B, P], [D, B, H], or absent when not wanted
   struct Gradients {
-    void *w_ih, *w_hh, *b, *w_hr, *w_ch, *ln_ih, *ln_hh, *ln_c, *b_ln_c;  // as the weights, b [4H]; null: not wanted
+    // The shapes of DirectionWeights, and b [4H], the gradient of b_ih and of b_hh; null: not wanted.
+    void *w_ih, *w_hh, *b, *w_hr, *w_ch, *ln_ih, *ln_hh, *ln_c, *b_ln_c;
   } dw[2];
   Threads threads;
 };
 
-// One set of kernels per instruction set; see cpu/dispatch.cpp.
+// The kernels of one instruction set; cpu/isa/dispatch.cpp chooses among them.
 struct Kernels {
   const char* name;
   size_t (*forward_bytes)(const Sizes&, bool is_double);

@@ -38,8 +38,8 @@ template <class X>
 std::vector<uint16_t> layer(Plan plan, int H, uint64_t seed) {
   const size_t rows = kT * kB, n = size_t(H);
   const std::vector<uint16_t> w = numbers(4 * n * n, 1), h0 = numbers(kB * n, 2), bias = numbers(4 * n, 3);
-  std::vector<float> projected(rows * 4 * n), c0(kB * n), c_all(rows * n, NAN);
-  for (size_t k = 0; k < projected.size(); ++k) projected[k] = number(k + 4);
+  std::vector<float> input_product(rows * 4 * n), c0(kB * n), c_all(rows * n, NAN);
+  for (size_t k = 0; k < input_product.size(); ++k) input_product[k] = number(k + 4);
   for (size_t k = 0; k < c0.size(); ++k) c0[k] = from_bf16(h0[k]);
   std::vector<int64_t> lengths(kB);
   for (size_t b = 0; b < kB; ++b) lengths[b] = int64_t(b * 5 % (kT + 1));
@@ -69,7 +69,7 @@ std::vector<uint16_t> layer(Plan plan, int H, uint64_t seed) {
   Forward f{};
   static_cast<Layer&>(f) = p;
   f.shared = Shared::of(plan, E::kKind, false, H);
-  f.projected = projected.data();
+  f.input_product = input_product.data();
   f.b_ih[0] = f.b_hh[0] = bias.data();
   f.h0 = f.c0 = h0.data();
   f.y = y.data();

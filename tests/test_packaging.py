@@ -51,14 +51,13 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the project with tiny sources, and the libraries of an older build."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc/cpu", "csrc/cuda", "fastlstm"):
-        (tmp_path / name).mkdir(parents=True)
-    for unit in ("dispatch", "portable", "avx2", "avx512"):
-        (tmp_path / "csrc/cpu" / f"{unit}.cpp").touch()
-    for unit in ("plan.cpp", "emulator.cpp", "block.cu", "cluster.cu", "grid.cu"):
-        (tmp_path / "csrc/cuda" / unit).touch()
-    for folder in ("csrc", "csrc/cuda"):
-        (tmp_path / folder / "bindings.cpp").write_text(BINDINGS)
+    (tmp_path / "fastlstm").mkdir()
+    for source in (ROOT / "csrc").rglob("*.c*"):
+        target = tmp_path / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+    for source in ("csrc/bindings/register.cpp", "csrc/cuda/bindings.cpp"):
+        (tmp_path / source).write_text(BINDINGS)
     (tmp_path / "fastlstm/__init__.py").touch()
     for library, report in LIBRARIES.items():
         (tmp_path / f"fastlstm/{library}.so").write_text("of an older build")
@@ -203,7 +202,7 @@ def test_cuda_that_cannot_be_built(
 @pytest.mark.usefixtures("compiler")
 def test_emulator_that_cannot_be_built(tree: Path) -> None:
     """Is missed by the tests of this library alone."""
-    (tree / "csrc/cuda/emulator.cpp").write_text("int broken = no_such_name;")
+    (tree / "csrc/cuda/emulator/schedule.cpp").write_text("int broken = no_such_name;")
     done = build(tree)
     assert done.returncode == 0
     assert "no_such_name" in missing(tree, "_emulator")
@@ -233,7 +232,7 @@ def test_build_that_cannot_work(tree: Path, before: str, compiler: str, reason: 
 
 @pytest.mark.usefixtures("compiler")
 def test_build_of_broken_source(tree: Path) -> None:
-    (tree / "csrc/cpu/portable.cpp").write_text("int broken = no_such_name;")
+    (tree / "csrc/cpu/isa/portable.cpp").write_text("int broken = no_such_name;")
     assert build(tree).returncode == 0
     first, *rest = (tree / "fastlstm/_build_error.txt").read_text().splitlines()
     assert "no_such_name" in first

@@ -35,12 +35,12 @@ def sanitizer_is_missing(folder: Path) -> str | None:
 def build(sources: Path, folder: Path) -> Path:
     """races.cpp with the headers of `sources`; the emulator itself is not what is checked."""
     program = folder / "races"
-    objects = [folder / "races.o", folder / "emulator.o"]
-    for source, sanitize, target in (
-        (ROOT / "tests/races.cpp", ["-O1", "-g", "-fsanitize=thread"], objects[0]),
-        (sources / "emulator.cpp", ["-O2"], objects[1]),
-    ):
-        command = [*COMPILER, *FLAGS, *sanitize, f"-I{sources}", "-c", source, "-o", target]
+    flags = {ROOT / "tests/races.cpp": ["-O1", "-g", "-fsanitize=thread"]}
+    flags |= {path: ["-O2"] for path in sorted((sources / "emulator").glob("*.cpp"))}
+    objects = []
+    for source, own in flags.items():
+        objects.append(folder / f"{source.stem}.o")
+        command = [*COMPILER, *FLAGS, *own, f"-I{sources}", "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True)
     subprocess.run([*COMPILER, "-fsanitize=thread", *objects, "-o", program], check=True)
     return program

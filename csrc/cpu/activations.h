@@ -1,16 +1,16 @@
-// sigmoid and tanh, forward and backward of one LSTM unit.
+// sigmoid and tanh of a vector.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace fastlstm {
 namespace {
 
-// exp(y) = scale * (1 + fraction) with scale = 2^n, |fraction| <= 0.42. Comparisons are written so that NaN
-// passes through; y must lie within [-126 ln 2, 127 ln 2].
+// exp(y) = scale * (1 + fraction) with scale = 2^n, |fraction| <= 0.42. NaN stays NaN; y must lie within
+// [-126 ln 2, 127 ln 2].
 FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& fraction) {
   using Int = Simd<float>::Int;
-  constexpr float kMagic = 0x1.8p23f + 127;  // adding it rounds to an integer and leaves in the low bits its exponent
+  constexpr float kMagic = 0x1.8p23f + 127;  // adding it rounds to an integer; the low bits are then its exponent
   const Vec<float> shifted = fma(y, splat(0x1.715476p+0f), splat(kMagic));
   const Vec<float> n = shifted - kMagic;
   Vec<float> r = fma(n, splat(-0x1.62e400p-1f), y);  // ln 2 in two parts: the first has trailing zeros
@@ -23,30 +23,6 @@ FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& frac
   p = fma(p, r, splat(0x1.555486p-3f));
   p = fma(p, r, splat(0.5f));
   fraction = fma(r * r, p, r);
-}
-
-// Written so that NaN stays NaN and each half is one instruction.
-FASTLSTM_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), (__m512)x));
-#elif defined(__AVX2__)
-  return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), (__m256)x));
-#else
-  x = x > high ? splat(high) : x;
-  return x < low ? splat(low) : x;
-#endif
-}
-
-// a / b within 0.6 units in the last place, for b in the normal range.
-FASTLSTM_INLINE Vec<float> divide(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__)
-  // a 14-bit reciprocal and one correction of the quotient: a third of the time of a division
-  const Vec<float> reciprocal = (Vec<float>)_mm512_rcp14_ps((__m512)b);
-  const Vec<float> quotient = a * reciprocal;
-  return fma(fma(-b, quotient, a), reciprocal, quotient);
-#else
-  return a / b;
-#endif
 }
 
 FASTLSTM_INLINE Vec<float> sigmoid(Vec<float> x) {
@@ -63,7 +39,7 @@ FASTLSTM_INLINE Vec<float> tanh(Vec<float> x) {
   return divide(expm1, expm1 + 2.0f);
 }
 
-// float64 is here to be right, not fast: the C library, lane by lane.
+// float64 has to be right, not fast: it calls the C library for each number.
 FASTLSTM_INLINE Vec<double> sigmoid(Vec<double> x) {
   for (int k = 0; k < kLanes<double>; ++k) x[k] = 1.0 / (1.0 + std::exp(-x[k]));
   return x;
@@ -71,15 +47,6 @@ FASTLSTM_INLINE Vec<double> sigmoid(Vec<double> x) {
 FASTLSTM_INLINE Vec<double> tanh(Vec<double> x) {
   for (int k = 0; k < kLanes<double>; ++k) x[k] = std::tanh(x[k]);
   return x;
-}
-
-// Activates the gates of n units, n values each, in place.
-template <class S>
-FASTLSTM_INLINE void activate(S* gates, i64 n) {
-  store_n(gates, sigmoid(load_n(gates, n)), n);
-  store_n(gates + n, sigmoid(load_n(gates + n, n)), n);
-  store_n(gates + 2 * n, tanh(load_n(gates + 2 * n, n)), n);
-  store_n(gates + 3 * n, sigmoid(load_n(gates + 3 * n, n)), n);
 }
 
 }  // namespace

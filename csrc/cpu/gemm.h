@@ -1,11 +1,11 @@
-// The one inner loop of the library, and the row-times-panel product built on it.
+// Matrix products: the inner loop of the library, and products of rows with a panel built on it.
 //
-// A panel holds 4 vectors (kPanel lanes) of output columns for every k, k-major, so that the loop over k streams
-// it. Every output is the same sequence of fused multiply-adds and additions over k, whatever register tile it
-// sits in: the result does not depend on how rows and panels are grouped, nor on who computes them.
+// A panel [K][kPanel] holds kPanel = 4 vectors of output columns for each k; the loop over k reads it from its
+// beginning to its end. Every output is the same sequence of fused multiply-adds and additions over k in every register
+// tile. So a result depends neither on how rows and panels are grouped, nor on which thread computes it.
 #pragma once
 
-#include "simd.h"
+#include "cpu/memory.h"
 
 namespace fastlstm {
 namespace {
@@ -19,7 +19,7 @@ template <class S, int R, int P, int V>
 FASTLSTM_INLINE void accumulate_chain(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
                                       i64 panel_stride, i64 row_stride, i64 K) {
   const auto term = [&](i64 k, const S* row) FASTLSTM_INLINE_LAMBDA {
-    // What there is less of stays in registers while the other passes by.
+    // The smaller of the two, rows or columns, stays in registers while the other one is read.
     if constexpr (R <= V) {
       Vec<S> s[R];
 #pragma GCC unroll 8
@@ -78,12 +78,13 @@ FASTLSTM_INLINE void add_chain(S (*total)[kLanes<S>], bool continues, const S* c
     }
 }
 
-// As accumulate_chain for any K: the first kChain terms continue acc, every further kChain are summed on their own.
+// accumulate_chain for any K: the first kChain terms continue acc, every further kChain are summed on their own.
 template <class S, int R, int P, int V>
 FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
                                 i64 panel_stride, i64 row_stride, i64 K) {
-  constexpr bool kTall = R > kTileRows && R * V > kTileRows * kPanelVectors;  // goes through a chain two columns a pass
-  static_assert(!kTall || P == 1, "tall tiles are of one panel");
+  constexpr bool kTall =
+      R > kTileRows && R * V > kTileRows * kPanelVectors;  // two columns at a time go through a chain
+  static_assert(!kTall || P == 1, "a tall tile has one panel");
   alignas(64) S total[R * P * V][kLanes<S>];
   const S* at[R];
 #pragma GCC unroll 8
@@ -141,8 +142,8 @@ FASTLSTM_INLINE void with_rows(i64 rows, const F& f) {
   f(Constant<most>{});
 }
 
-// Splits n rows of V vectors into register tiles of nearly equal height and calls f(first, Constant<rows>). Low tiles
-// keep the multipliers waiting: rather than these there are some that are taller than the registers ask for.
+// Splits n rows of V vectors into register tiles of nearly equal height and calls f(first, Constant<rows>). The
+// multipliers wait in low tiles; to avoid these, some tiles are taller than the registers suggest.
 template <int V, class F>
 FASTLSTM_INLINE void for_row_tiles(i64 n, const F& f) {
   constexpr i64 kRows = smaller(8, kTileRows * kPanelVectors / V), kMost = larger(kRows, kTallestTile);
@@ -163,7 +164,7 @@ struct Matrix {
 
 // One register tile: out[r][0..n) = (add ? out[r] : 0) + sum over k < K of a[r][k * a_stride] * panel row k, for n
 // columns (V vectors) of R rows.
-// Out of line: one copy serves every product in the library.
+// Not inlined: one copy serves every product in the library.
 template <class S, int R, int V>
 __attribute__((noinline)) void multiply_tile(const S* a, i64 a_pitch, i64 a_stride, i64 K, const S* panel,
                                              i64 panel_pitch, S* out, i64 out_pitch, i64 n, bool add) {

@@ -1,16 +1,18 @@
-// Everything above for one instruction set. Included once by each of avx512.cpp, avx2.cpp and portable.cpp,
-// which are compiled with different flags.
+// The table of kernels of one instruction set. Each of isa/avx512.cpp, isa/avx2.cpp and isa/portable.cpp includes this
+// file once; they are compiled with different flags.
 #pragma once
 
 #include <cstdio>
 #include <type_traits>
 
-#include "backward.h"
-#include "forward.h"
+#include "cpu/backward/layer.h"
+#include "cpu/forward/layer.h"
+#include "cpu/hash.h"
 
 namespace fastlstm {
 namespace {
 
+// Bytes of the packed weights of all directions, in the order of each pass.
 size_t forward_bytes(const Sizes& s, bool is_double) {
   return size_t(s.D) * (is_double ? size_t(ForwardPack<double>(s).size) * 8 : size_t(ForwardPack<float>(s).size) * 4);
 }
@@ -34,15 +36,15 @@ void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights,
       pack_backward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * BackwardPack<float>(s).size);
 }
 
-// Calls f with the cell of a call.
+// Calls f(integral_constant<Cell, cell>) with the cell of a call.
 template <class F>
 void with_cell(const Sizes& s, const CellOptions& cell, const F& f) {
   if (s.G == 1)
     f(std::integral_constant<Cell, Cell::rnn>());
   else if (s.peephole || s.layer_norm || cell.h_mask.data || cell.zoneout_c > 0 || cell.zoneout_h > 0)
-    f(std::integral_constant<Cell, Cell::regularised>());
+    f(std::integral_constant<Cell, Cell::extended>());
   else
-    f(std::integral_constant<Cell, Cell::lstm>());
+    f(std::integral_constant<Cell, Cell::plain>());
 }
 
 void forward(const ForwardParams& p) {
@@ -57,6 +59,7 @@ void backward(const BackwardParams& p) {
   });
 }
 
+// Writes to text [size] how a call is computed, in words.
 void describe(const Sizes& s, int threads, char* text, size_t size) {
   const Plan plan = make_plan<float>(s, threads);
   const i64 rows = ceil_div(larger(s.B, 1), plan.lanes);
@@ -66,10 +69,10 @@ void describe(const Sizes& s, int threads, char* text, size_t size) {
                     : std::snprintf(text, size, "%lld lane(s) of up to %lld sequences, no barrier between steps",
                                     static_cast<long long>(s.D * plan.lanes), static_cast<long long>(rows));
   if (plan.input_steps)
-    std::snprintf(text + n, size - size_t(n), "; input projected %lld steps ahead",
+    std::snprintf(text + n, size - size_t(n), "; input products %lld steps ahead",
                   static_cast<long long>(plan.input_steps));
   else
-    std::snprintf(text + n, size - size_t(n), "; input projection fused into the step");
+    std::snprintf(text + n, size - size_t(n), "; input product fused into the step");
 }
 
 }  // namespace

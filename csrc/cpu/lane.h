@@ -1,14 +1,17 @@
-// Which rows a lane works on at each step: shared by the forward and the backward pass.
+// Which rows a lane computes at each step. The forward and the backward pass share this file.
+//
+// A lane is a set of sequences of one direction that walks through time together: one thread computes it from the first
+// step to the last. Sequences lie in slots, the longest first (lstm.h draws them), so the active rows of a lane at any
+// step are its first ones.
 #pragma once
 
-#include "lstm.h"
-#include "simd.h"
+#include "cpu/memory.h"
 
 namespace fastlstm {
 namespace {
 
-// Sequences first, first + stride, ... (slots) of one direction. Slots are sorted by length, so striding deals
-// long and short sequences evenly to the lanes.
+// Row i of a lane is slot first + i * stride. Slots are sorted by length: with a stride, each lane gets as many long
+// sequences as the others.
 struct LaneRows {
   const Sizes& sizes;
   const Ragged& ragged;
@@ -35,22 +38,17 @@ struct LaneRows {
     if (!ragged.active) return rows;
     return smaller(rows, ceil_div(larger(0, ragged.active[t] - first), stride));
   }
-  // This direction's first and last step of a row, in the order in which it walks through time.
+  // Whether t is the first or the last step of row i, in the order in which this direction walks through time.
   bool starts(i64 i, i64 t) const { return direction == 0 ? t == 0 : t == length(i) - 1; }
   bool ends(i64 i, i64 t) const { return direction == 0 ? t == length(i) - 1 : t == 0; }
   i64 previous(i64 t) const { return direction == 0 ? t - 1 : t + 1; }
 
+  // Where the numbers of sequence b lie: at step t of an array [T, B, n] or of packed rows, or in states [D, B, n].
   i64 offset(const Rows& r, i64 t, i64 b) const {
     return direction * r.direction + b * r.batch + (ragged.row_offset ? ragged.row_offset[t] * r.batch : t * r.step);
   }
   i64 offset(const States& s, i64 b) const { return direction * s.direction + b * s.batch; }
 };
-
-// Element `offset` of an array of S.
-template <class S>
-inline S* element(void* data, i64 offset) {
-  return static_cast<S*>(data) + offset;
-}
 
 }  // namespace
 }  // namespace fastlstm

@@ -1,13 +1,18 @@
-// Weights in the order in which the kernels read them.
+// Packed weights: copies of a layer's weights in the order in which the kernels read them.
 //
-// Gate units are kept in tile order: for every tile of kLanes hidden units, gate i of these units, then f, g, o.
-// Forward panels hold one tile each; tails are padded with zeros, so padded units stay exactly zero.
-// In backward a row of 4H gate gradients is in tile order without padding.
-// With one gate a tile is a panel of hidden units, and tile order is no other order.
+// Gate units are in tile order: for every tile of kLanes hidden units gate i of these units, then f, g and o.
+//
+//   w_ih [4H, I] of PyTorch      i i i i i i | f f f f f f | g g g g g g | o o o o o o      (H = 6)
+//   tile order, kLanes = 4       i i i i f f f f g g g g o o o o | i i f f g g o o
+//   a panel of forward           i i f f g g o o with each gate padded to kLanes by zeros
+//
+// A forward panel holds one tile. Its padding is zero, so units that do not exist stay exactly zero. In backward a row
+// of 4H gate gradients is in tile order without padding. An RNN has one gate: a tile is a panel of hidden units, and
+// tile order is PyTorch's order.
 #pragma once
 
-#include "gemm.h"
-#include "simd.h"
+#include "cpu/convert.h"
+#include "cpu/gemm.h"
 
 namespace fastlstm {
 namespace {
@@ -75,31 +80,13 @@ inline void transpose_lanes(S* dst, i64 dst_pitch, const S* src, i64 K, i64 lane
     for (i64 lane = 0; lane < kLanes<S>; ++lane) dst[k * dst_pitch + lane] = lane < lanes ? src[lane * K + k] : S(0);
 }
 
-// A weight matrix as S: the matrix itself, or a converted copy for 16-bit weights.
-template <class S>
-class AsCompute {
- public:
-  AsCompute(const void* data, Dtype dtype, i64 n) : data_(static_cast<const S*>(data)) {
-    if (data && element_bytes(dtype) != sizeof(S)) {
-      copy_ = Buffer<S>(n);
-      convert_in(copy_.get(), data, dtype, 0, n);
-      data_ = copy_.get();
-    }
-  }
-  const S* get() const { return data_; }
-
- private:
-  Buffer<S> copy_;
-  const S* data_;
-};
-
 template <class S>
 inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
   const ForwardPack<S> at(s);
   const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
   const AsCompute<S> b_ih(w.b_ih, dtype, s.gate_units()), b_hh(w.b_hh, dtype, s.gate_units());
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
-  const bool add_bias = s.bias && !s.layer_norm;  // layer normalisation takes the products alone
+  const bool add_bias = s.bias && !s.layer_norm;  // layer normalisation needs the products without the bias
   for (i64 tile = 0; tile < at.tiles; ++tile) {
     for (i64 v = 0; v < kPanelVectors; ++v) {
       const i64 first = (s.G == 1 ? tile * kPanelVectors + v : tile) * kLanes<S>, column = v * kLanes<S>;
@@ -144,60 +131,6 @@ inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeight
   }
   if (s.projected)
     for (i64 p = 0; p < s.P; ++p) pack_row(packed + at.w_hr, s.P, p, w_hr.get() + p * s.H, s.H);
-}
-
-// Tells whether weights changed since they were packed (a version counter would miss edits through .data).
-// Each 64-bit word, keyed by its position, contributes the product of its halves, as in NH/XXH3; it also adds
-// itself, so that a zero half cannot hide a change of the other.
-typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
-typedef uint64_t LooseWords __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
-
-// Products of the low halves of 64-bit lanes, one instruction that compilers do not find.
-FASTLSTM_INLINE Words multiply_low(const Words& a, const Words& b) {
-#if defined(__AVX512F__)
-  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-FASTLSTM_INLINE void absorb(const Words& words, const Words& key, Words& sum) {
-  const Words mixed = words ^ key;
-  sum += multiply_low(mixed, mixed >> 32) + words;
-}
-
-FASTLSTM_INLINE uint64_t mix(uint64_t hash, uint64_t word) {
-  hash = (hash ^ word) * 0x9fb21c651e98df25u;
-  return hash ^ hash >> 29;
-}
-
-inline uint64_t hash_bytes(const void* data, size_t bytes, uint64_t seed) {
-  constexpr size_t kBytes = kVectorBytes;
-  constexpr int kSums = 4, kWords = kVectorBytes / 8;
-  constexpr uint64_t kKeys[8] = {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu, 0xd6e8feb86659fd93u,
-                                 0xa0761d6478bd642fu, 0xe7037ed1a0b428dbu, 0x8ebc6af09c88c6e3u, 0x589965cc75374cc3u};
-  const Words step = Words{} + 0x632be59bd9b4e019u;
-  Words key, sum[kSums] = {};
-  std::memcpy(&key, kKeys, kBytes);
-  key ^= seed;
-  const char* p = static_cast<const char*>(data);
-  const char* end = p + bytes;
-  for (; p + kSums * kBytes <= end; p += kSums * kBytes, key += step)
-#pragma GCC unroll 4
-    for (int s = 0; s < kSums; ++s) absorb((Words) * reinterpret_cast<const LooseWords*>(p + s * kBytes), key, sum[s]);
-  for (; p < end; p += kBytes, key += step) {
-    Words tail = {};
-    std::memcpy(&tail, p, size_t(end - p) < kBytes ? size_t(end - p) : kBytes);
-    absorb(tail, key, sum[0]);
-  }
-  uint64_t hashes[kSums] = {};  // chains side by side: each one waits for its own products
-  for (int k = 0; k < kWords; ++k)
-    for (int s = 0; s < kSums; ++s) hashes[s] = mix(hashes[s], sum[s][k]);
-  uint64_t result = seed ^ bytes;
-  for (int s = 0; s < kSums; ++s) result = mix(result, hashes[s]);
-  return result;
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// How a call is spread over threads: a pure function of the sizes and the thread count.
-// It decides only who computes what and when; the numbers do not depend on it.
+// How a call is spread over threads: a pure function of the sizes and the number of threads. It decides only which
+// thread computes what, and when; the numbers do not depend on it.
 #pragma once
 
-#include "pack.h"
+#include "cpu/pack.h"
 
 namespace fastlstm {
 namespace {
@@ -12,15 +12,15 @@ struct Plan {
   i64 lanes;         // per direction
   bool split_units;  // true: all threads share every step (one lane a direction), splitting hidden units
                      // false: a thread owns a lane for the whole sequence, no barrier anywhere
-  i64 input_steps;   // forward: steps whose input projection is computed ahead in one product; 0 = fused
+  i64 input_steps;   // forward: steps whose input products x W_ih^T are computed ahead, together; 0 = fused
 };
 
 constexpr i64 kSecondLevelBytes = 1 << 20;  // L2 of current server cores: 1 to 2 MB
 constexpr i64 kThirdLevelBytes = 16 << 20;  // what a process can hope for of a shared L3
-constexpr i64 kForkBytes = 512 << 10;       // weights worth reading on several threads: ~10 us for one core
-constexpr double kForkFlops = 1e6;          // arithmetic worth a thread of its own: ~10 us
-constexpr i64 kLaneRows = 128;              // keeps a lane's state in L2
-constexpr i64 kProjectRows = 96;            // rows that amortise one pass over w_ih
+constexpr i64 kForkBytes = 512 << 10;       // weights that several threads should read: ~10 us for one core
+constexpr double kForkFlops = 1e6;          // arithmetic that is worth a thread of its own: ~10 us
+constexpr i64 kLaneRows = 128;              // a lane's state then stays in L2
+constexpr i64 kProductRows = 96;            // rows of x that are worth one reading of w_ih
 
 template <class S>
 Plan make_plan(const Sizes& s, int threads) {
@@ -42,10 +42,10 @@ Plan make_plan(const Sizes& s, int threads) {
     plan.lanes = 1;
   }
   const i64 rows = ceil_div(batch, plan.lanes);
-  // Rows of a step are enough for the fused projection where they outlast the reading of w_ih.
+  // Input products are fused into the step where its rows take longer to compute than w_ih takes to read.
   const bool slow_reads = weight_bytes > kThirdLevelBytes || (plan.split_units && kVectorBytes >= 64);
-  if (s.T > 1 && rows < (slow_reads ? kProjectRows / 2 : kTallestTile + 1))
-    plan.input_steps = smaller(s.T, ceil_div(kProjectRows, rows));
+  if (s.T > 1 && rows < (slow_reads ? kProductRows / 2 : kTallestTile + 1))
+    plan.input_steps = smaller(s.T, ceil_div(kProductRows, rows));
   return plan;
 }
 

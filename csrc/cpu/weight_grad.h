@@ -1,8 +1,9 @@
-// Weight gradients: sums over rows of a^T d, kept in panel order and extended chunk by chunk.
-// Each sum runs over rows in one fixed order whatever the chunks or threads are, so results are reproducible.
+// Weight gradients: sums over rows of a^T d, where a [rows, K] is what went into a product and d [rows, N] is the
+// gradient of its result. They are kept in panel order, and every chunk of the backward pass adds to them. Each sum
+// runs over the rows in one fixed order, whatever the number of threads is, so results are reproducible.
 #pragma once
 
-#include "gemm.h"
+#include "cpu/gemm.h"
 
 namespace fastlstm {
 namespace {
@@ -11,17 +12,17 @@ template <class S>
 class WeightGrad {
  public:
   WeightGrad() = default;
-  // sums [panels of N][K][kPanel], unset until rows are added
+  // The sums are [panels of N][K][kPanel]. They are not set until rows are added.
   WeightGrad(i64 K, i64 N) : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {}
 
   bool allocated() const { return bool(sums_); }
 
-  // Into how many independent blocks `add` should be divided for this many threads. No more than they need: each
-  // block copies its columns of a.
+  // Into how many independent parts `add` should be divided for this many threads. Not more than necessary: each part
+  // copies its columns of a.
   i64 parts(i64 threads) const { return depth_groups() * smaller(panels_, ceil_div(threads, depth_groups())); }
 
-  // sums += a^T d over `rows` rows (sums = a^T d if these are the first), for block `part` of `parts`. d: rows of
-  // N (padded to whole vectors) at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin..k_end) to out.
+  // sums += a^T d over `rows` rows (sums = a^T d if these are the first), for part `part` of `parts`. d: rows of N
+  // (padded to whole vectors) at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out.
   template <class Fill>
   void add(i64 part, i64 parts, i64 rows, bool first_rows, const S* d, i64 d_pitch, const Fill& fill) const {
     const i64 panel_groups = parts / depth_groups(), group = part / panel_groups, which = part % panel_groups;
@@ -35,7 +36,7 @@ class WeightGrad {
       for (i64 panel = panel_begin; panel < panel_end; ++panel) {
         const S* dp = d + first * d_pitch + panel * kPanel<S>;
         S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
-        // Rows of the product are the k of the sums; it runs over the rows of a and d.
+        // This product has the k of the sums as its rows, and the rows of a and d as its k.
         multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
                          smaller(kPanel<S>, N_ - panel * kPanel<S>), !first_rows || first > 0);
       }
@@ -44,7 +45,7 @@ class WeightGrad {
 
   i64 panels() const { return panels_; }
 
-  // Hands out the columns of one panel: row(n)[k] = sums of a[.][k_begin + k] * d[.][n] for k < count.
+  // Copies the columns of one panel: row(n)[k] = sum of a[.][k_begin + k] * d[.][n] for k < count.
   template <class Row>
   void copy_panel(i64 panel, i64 k_begin, i64 count, const Row& row) const {
     const i64 width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
@@ -58,7 +59,7 @@ class WeightGrad {
   }
 
  private:
-  static constexpr i64 kRows = 128;   // rows summed on their own: short chains are accurate, and fit L1/L2
+  static constexpr i64 kRows = 128;   // rows that are summed on their own: short chains are accurate, and fit L1 or L2
   static constexpr i64 kDepth = 240;  // columns of a in one block
   i64 depth_groups() const { return ceil_div(K_, kDepth); }
 

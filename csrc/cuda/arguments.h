@@ -29,7 +29,7 @@ struct Layer {
 };
 
 struct Forward : Layer {
-  const float* projected;         // [D, rows, 4H]: x through w_ih, without biases
+  const float* input_product;     // [D, rows, 4H]: x w_ih^T, without biases
   const void *b_ih[2], *b_hh[2];  // [4H] or null
   const void *h0, *c0;            // [D, B, H] or null: zeros
   void* y;                        // [rows, D*H]

@@ -1,11 +1,12 @@
-// The recurrence of a layer on a GPU, as two operators; fastlstm/cuda.py computes what is around it. Compiled by the
-// host's compiler: it calls kernels, it has none. With FASTLSTM_EMULATE the same operators take CPU tensors.
+// The recurrence of a layer on a GPU, as two operators; the Python side computes the products before and after it. The
+// host's compiler compiles this file: it calls kernels and has none. With FASTLSTM_EMULATE the operators take CPU
+// tensors.
 #include <algorithm>
 #include <initializer_list>
 #include <string>
 #include <vector>
 
-#include "../array.h"
+#include "bindings/array.h"
 #include "launch.h"
 
 namespace fastlstm::cuda {
@@ -23,7 +24,7 @@ Kind kind_of(const Array& t, bool tf32) {
   return tf32 ? Kind::tf32 : Kind::exact;
 }
 
-// What is there has this shape and dtype and is dense.
+// The data of a tensor, checked: dtype, shape, contiguous, aligned. Null if it is absent.
 void* dense(const Array& t, const char* name, int32_t dtype, std::initializer_list<i64> shape, uintptr_t align = 1) {
   if (!t) return nullptr;
   t.check_dtype(name, dtype);
@@ -34,20 +35,20 @@ void* dense(const Array& t, const char* name, int32_t dtype, std::initializer_li
   return t.data;
 }
 
-// Work space of so many 32-bit words.
+// Work space of `count` 32-bit words.
 int32_t* words(const Array& t, const char* name, i64 count) {
   if (count == 0) return nullptr;
   STD_TORCH_CHECK(t && t.dim == 1 && t.sizes[0] == count, "fastlstm: expected ", name, " of ", count, " int32");
   return static_cast<int32_t*>(dense(t, name, aoti_torch_dtype_int32(), {count}, 16));
 }
 
-// Of steps and of sequences: what is counted in 32 bits is a few more than either.
+// The most steps, and the most sequences: numbers a little larger than either are counted in 32 bits.
 constexpr i64 kMost = (i64(1) << 31) - 64;
 
-// What both passes have: fills the arguments that they share and says how to launch.
+// What both passes have in common. The constructor checks it, fills the arguments of a kernel, and says how to launch.
 struct Call {
   Kind kind;
-  int32_t type;
+  int32_t type;  // torch's number of the dtype of y
   i64 rows, H, D, T, B;
   bool packed;
   Launch launch;
@@ -56,6 +57,33 @@ struct Call {
        i64 T, i64 B, const std::vector<i64>& plan, bool tf32, bool backward, const Array& exchange,
        const Array& arrived, const Array& rest, i64 device, i64 stream, Layer* p)
       : kind(kind_of(y, tf32)), type(y.dtype), D(i64(w_hh.size())), T(T), B(B), packed(bool(offsets)) {
+    read_sizes(y, p);
+    for (i64 d = 0; d < D; ++d) p->w_hh[d] = dense(w_hh[size_t(d)], "weight_hh", type, {4 * H, H});
+    p->offsets = static_cast<const int64_t*>(dense(offsets, "offsets", aoti_torch_dtype_int64(), {T}));
+    p->lengths = static_cast<const int64_t*>(dense(lengths, "lengths", aoti_torch_dtype_int64(), {B}));
+    p->reset = static_cast<const uint8_t*>(dense(reset, "reset", aoti_torch_dtype_uint8(), {T, B}));
+    read_plan(plan, backward, p);
+    read_work_space(exchange, arrived, rest, backward, p);
+    launch.device = int(device);
+    launch.stream = stream;
+    launch.kernel = find_kernel(p->plan.regime, kind, p->plan.batch, p->plan.resident);
+    STD_TORCH_CHECK(launch.kernel, "fastlstm: this build has no kernel for the plan");
+  }
+  void* states(const Array& t, const char* name) const { return dense(t, name, type, {D, B, H}); }
+  void* steps(const Array& t, const char* name, int32_t dtype) const { return dense(t, name, dtype, {rows, D * H}); }
+  // [T, B, D*H], or packed rows [N, D*H], with any strides before the last dimension. Null if it is absent.
+  const void* strided(const Array& t, const char* name, int64_t* step, int64_t* sequence) const {
+    if (!t) return nullptr;
+    t.check_dtype(name, type);
+    packed ? t.check_shape(name, {rows, D * H}) : t.check_shape(name, {T, B, D * H});
+    STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
+    *step = t.strides[0];
+    *sequence = t.strides[packed ? 0 : 1];
+    return t.data;
+  }
+
+ private:
+  void read_sizes(const Array& y, Layer* p) {
     STD_TORCH_CHECK(D == 1 || D == 2, "fastlstm: expected W_hh of 1 or 2 directions, got ", D);
     STD_TORCH_CHECK(y.dim == 2, "fastlstm: expected y [rows, D*H], got ", y.shape_text());
     STD_TORCH_CHECK(T > 0 && B > 0 && T < kMost && B < kMost, "fastlstm: expected 1 to ", kMost - 1,
@@ -69,11 +97,9 @@ struct Call {
     p->H = int(H);
     p->D = int(D);
     p->rows = rows;
-    for (i64 d = 0; d < D; ++d) p->w_hh[d] = dense(w_hh[size_t(d)], "weight_hh", type, {4 * H, H});
-    p->offsets = static_cast<const int64_t*>(dense(offsets, "offsets", aoti_torch_dtype_int64(), {T}));
-    p->lengths = static_cast<const int64_t*>(dense(lengths, "lengths", aoti_torch_dtype_int64(), {B}));
-    p->reset = static_cast<const uint8_t*>(dense(reset, "reset", aoti_torch_dtype_uint8(), {T, B}));
-
+  }
+  // The numbers of cuda_plan. They are checked: a kernel would write past the end of its memory.
+  void read_plan(const std::vector<i64>& plan, bool backward, Layer* p) const {
     STD_TORCH_CHECK(plan.size() == 11 && *std::min_element(plan.begin(), plan.end()) >= 0 && plan[0] <= 2 &&
                         plan[6] <= 2 && *std::max_element(plan.begin() + 1, plan.begin() + 8) < kTooMuch,
                     "fastlstm: expected a plan of 11 numbers, of cuda_plan");
@@ -91,6 +117,10 @@ struct Call {
     p->shared = Shared::of(q, kind, backward, p->H);
     STD_TORCH_CHECK(p->shared.total == q.shared_bytes, "fastlstm: expected a plan of ", p->shared.total,
                     " bytes of shared memory, got ", q.shared_bytes);
+  }
+  // exchange, arrived, rest: int32, of the sizes in the plan; absent where the plan needs none.
+  void read_work_space(const Array& exchange, const Array& arrived, const Array& rest, bool backward, Layer* p) {
+    const Plan& q = p->plan;
     launch.groups = D * ((B + q.batch - 1) / q.batch);
     const i64 together = std::min<i64>(q.groups, launch.groups);
     if (q.regime == Regime::grid) {
@@ -105,38 +135,22 @@ struct Call {
                       "fastlstm: the plan has too little space for weights");
       p->rest = reinterpret_cast<uint32_t*>(words(rest, "rest", q.rest_words));
     }
-    launch.device = int(device);
-    launch.stream = stream;
-    launch.kernel = find_kernel(q.regime, kind, q.batch, q.resident);
-    STD_TORCH_CHECK(launch.kernel, "fastlstm: this build has no kernel for the plan");
-  }
-  void* states(const Array& t, const char* name) const { return dense(t, name, type, {D, B, H}); }
-  void* steps(const Array& t, const char* name, int32_t dtype) const { return dense(t, name, dtype, {rows, D * H}); }
-  // [T, B, D*H], or packed rows [N, D*H], of any strides but that of the last dimension.
-  const void* strided(const Array& t, const char* name, int64_t* step, int64_t* sequence) const {
-    if (!t) return nullptr;
-    t.check_dtype(name, type);
-    packed ? t.check_shape(name, {rows, D * H}) : t.check_shape(name, {T, B, D * H});
-    STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
-    *step = t.strides[0];
-    *sequence = t.strides[packed ? 0 : 1];
-    return t.data;
   }
 };
 
-void lstm_recur_fwd(Handle projected_, const HandleList& w_hh_, const HandleList& biases_, OptionalHandle h0_,
+void lstm_recur_fwd(Handle input_product_, const HandleList& w_hh_, const HandleList& biases_, OptionalHandle h0_,
                     OptionalHandle c0_, OptionalHandle offsets_, OptionalHandle lengths_, OptionalHandle reset_, i64 T,
                     i64 B, Handle y_, Handle h_n_, Handle c_n_, OptionalHandle c_all_, OptionalHandle gates_,
                     OptionalHandle exchange_, OptionalHandle arrived_, OptionalHandle rest_,
                     const std::vector<i64>& plan, bool tf32, i64 device, i64 stream) {
   const std::vector<Array> w_hh = to_arrays(w_hh_), biases = to_arrays(biases_);
-  const Array projected(projected_), h0(h0_), c0(c0_), offsets(offsets_), lengths(lengths_), reset(reset_), y(y_),
-      h_n(h_n_), c_n(c_n_), c_all(c_all_), gates(gates_), exchange(exchange_), arrived(arrived_), rest(rest_);
+  const Array input_product(input_product_), h0(h0_), c0(c0_), offsets(offsets_), lengths(lengths_), reset(reset_),
+      y(y_), h_n(h_n_), c_n(c_n_), c_all(c_all_), gates(gates_), exchange(exchange_), arrived(arrived_), rest(rest_);
   Forward p{};
   Call call(y, w_hh, offsets, lengths, reset, T, B, plan, tf32, false, exchange, arrived, rest, device, stream, &p);
   const int32_t f32 = aoti_torch_dtype_float32();
   const i64 H = call.H, D = call.D;
-  p.projected = static_cast<const float*>(dense(projected, "projected", f32, {D, call.rows, 4 * H}));
+  p.input_product = static_cast<const float*>(dense(input_product, "the input product", f32, {D, call.rows, 4 * H}));
   STD_TORCH_CHECK(biases.empty() || i64(biases.size()) == 2 * D, "fastlstm: expected 2 biases for each direction");
   for (i64 d = 0; d < D && !biases.empty(); ++d) {
     p.b_ih[d] = dense(biases[size_t(2 * d)], "bias_ih", call.type, {4 * H});

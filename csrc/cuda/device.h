@@ -1,9 +1,10 @@
 // What the kernels ask of a GPU: the place of a thread, barriers, matrix instructions, and the three ways in which one
-// thread's numbers reach another. emulator.h has the same on a CPU, for tests; nothing else differs between the two.
+// thread's numbers reach another. emulator/emulator.h has the same functions on a CPU, for tests; nothing else differs
+// between the two.
 #pragma once
 
 #ifdef FASTLSTM_EMULATE
-#include "emulator.h"
+#include "emulator/emulator.h"
 #else
 
 #include <cuda_runtime.h>

@@ -75,7 +75,7 @@ DEVICE void lstm_forward(const Forward& p) {
   }
   if (steps > 0) exchange.sent(0);
 
-  // Numbers of this thread alone, on their way from the projected input: [stage][column][unit][gate][thread].
+  // Numbers of this thread alone, on their way from the input product: [stage][column][unit][gate][thread].
   auto* ring = reinterpret_cast<float*>(shared_memory() + p.shared.ring) + thread_index();
   const int threads = block_threads(), own_columns = ceil_div(kColumns, parts);
   const auto ring_at = [&](int s, int column, int half) {
@@ -93,9 +93,9 @@ DEVICE void lstm_forward(const Forward& p) {
             if (at.unit(half) < H)
 #pragma unroll
               for (int gate = 0; gate < kGates; ++gate)
-                copy_async<4>(ring_at(s, column, half) + gate * threads,
-                              p.projected + row + int64_t(at.column(column)) * (kGates * H) + gate * H + at.unit(half),
-                              true);
+                copy_async<4>(
+                    ring_at(s, column, half) + gate * threads,
+                    p.input_product + row + int64_t(at.column(column)) * (kGates * H) + gate * H + at.unit(half), true);
     }
     commit_copies();
   };

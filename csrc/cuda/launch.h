@@ -9,7 +9,7 @@
 #include "arguments.h"
 
 #ifdef FASTLSTM_EMULATE
-#include "emulator.h"
+#include "emulator/emulator.h"
 #else
 #include <cuda_runtime_api.h>
 #endif

@@ -84,7 +84,7 @@ FASTLSTM_BOTH constexpr int64_t rest_words_of_a_block(const Plan& plan, Kind kin
 struct Shared {
   int operand;   // 2 buffers: the state, in backward the gradients of the gates, of all units for all sequences
   int partial;   // sums of each part, before they are added up
-  int ring;      // inputs of kStages steps: forward the projected x, backward the gates
+  int ring;      // inputs of kStages steps: forward the input product, backward the gates
   int cells;     // backward: c of kStages steps, and of the steps before
   int rest;      // weights
   int barriers;  // 2 mbarriers

@@ -1,10 +1,13 @@
-// The functions of device.h on a CPU: the kernels' own code, compiled for the host, computes real numbers there.
+// The functions of device.h on a CPU: the kernels' own code, compiled for the host, then computes real numbers there.
 //
-// Every thread of a group of blocks is a fiber with a stack of its own; one runs until it has to wait. Shared memory
-// is filled with NaN before, and asynchronous copies happen when they are waited for, so that what is read too early
-// shows. Built with -fsanitize=thread, every fiber is a thread to the sanitizer and only what orders threads on a GPU
-// orders them here: any missing barrier is a race that it reports, whatever the order in which the fibers ran.
-// Not modelled: time, banks, the rounding inside of tensor cores.
+// Every thread of a group of blocks is a fiber with a stack of its own. A fiber runs until it has to wait. Two things
+// make reading too early visible: shared memory is filled with NaN at first, and an asynchronous copy happens only when
+// it is waited for. Built with -fsanitize=thread, every fiber is a thread to the sanitizer, and only what orders
+// threads on a GPU orders them here. So the sanitizer reports any missing barrier as a race, in whatever order the
+// fibers ran. Not modelled: time, banks of shared memory, the rounding inside tensor cores.
+//
+// Files: context.h (switching stacks), machine.h (threads, warps, blocks), schedule.cpp (who runs), synchronise.cpp
+// (barriers, copies, counters), products.cpp (matrix instructions).
 #pragma once
 
 #include <cmath>
@@ -33,8 +36,8 @@ struct float4 {
 namespace fastlstm::cuda {
 
 namespace emulator {
-// Runs `body` in all threads of all blocks, group after group; a group is `together` blocks that may wait for each
-// other. With `seed` the fibers take turns in an order drawn from it.
+// Runs `body` in all threads of all blocks, one group after the other. A group is `together` blocks that may wait for
+// each other. With a `seed` other than 0 the fibers take turns in an order that is drawn from it.
 void run(const std::function<void()>& body, int64_t blocks, int together, int threads, int shared_bytes,
          uint64_t seed = 0);
 

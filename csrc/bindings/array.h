@@ -1,5 +1,5 @@
-// A tensor argument of an operator, read once. torch::stable::Tensor asks libtorch again for every size, stride
-// and pointer and shares ownership through a heap block; at one LSTM step a call that is a third of its time.
+// A tensor argument of an operator, read once. torch::stable::Tensor asks libtorch again for every size, stride and
+// pointer, and shares ownership through a heap block. For a call of one LSTM step that is a third of its time.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -16,7 +16,7 @@
 
 namespace fastlstm {
 
-// A tensor that an operator returns. TORCH_BOX copies a torch::stable::Tensor twice on its way, and its ownership.
+// A tensor that an operator returns. (TORCH_BOX would copy a torch::stable::Tensor, with its ownership, twice.)
 struct Output {
   AtenTensorHandle handle;
 };
@@ -29,7 +29,7 @@ class Array {
   int32_t dtype = -1;  // torch's own number; compare with aoti_torch_dtype_*()
 
   Array() = default;
-  // Takes ownership of the handle, as operators do with their arguments.
+  // Takes ownership of the handle: operators own their arguments.
   explicit Array(AtenTensorHandle handle) : handle_(handle) {
     i64 *n, *s;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
@@ -64,10 +64,10 @@ class Array {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
-  // Gives the tensor away; the array stays readable while the tensor is there.
+  // Gives the tensor away. The array can still be read as long as the tensor exists.
   Output release() { return {std::exchange(handle_, nullptr)}; }
 
-  // One of what lies along the first dimension, as a view into this one, which has to outlive it.
+  // What lies at k of the first dimension. It is a view: this array has to outlive it.
   Array at(i64 k) const {
     Array view;
     view.data = static_cast<char*>(data) + k * strides[0] * i64(aoti_torch_dtype_element_size(dtype));

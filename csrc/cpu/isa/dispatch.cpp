@@ -1,4 +1,5 @@
-// Chooses the instruction set once, when the first kernel is asked for.
+// Chooses the instruction set, once, when the first kernel is called: the fastest one that this CPU has, or the one
+// that the environment variable FASTLSTM_ISA names.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

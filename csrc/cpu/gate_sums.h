@@ -1,8 +1,8 @@
-// Sums of the gates before their activation, shared by the forward pass and by a backward pass that computes the
-// gates again: the same terms in the same order, hence the same bits.
+// Gate sums: bias + x w_ih^T + h w_hh^T, before their activation. The forward pass and a backward pass that computes
+// the gates again share this file: the terms are added in one order, so both get the same bits.
 #pragma once
 
-#include "pack.h"
+#include "cpu/pack.h"
 
 namespace fastlstm {
 namespace {
@@ -13,7 +13,7 @@ struct GateSums {
   const ForwardPack<S>& at;
   const S* packed;
 
-  // acc[r][p * kPanelVectors + v]: vector v of row r and tile + p = bias + x w_ih^T
+  // acc = bias + x w_ih^T, where acc[r][p * kPanelVectors + v] is vector v of tile + p, for row r. x: [R] rows of I.
   template <int R, int P>
   FASTLSTM_INLINE void start(Vec<S> (&acc)[R][P * kPanelVectors], const S* const (&x)[R], i64 tile) const {
 #pragma GCC unroll 8
@@ -23,7 +23,7 @@ struct GateSums {
     accumulate<S, R, P, kPanelVectors>(acc, x, 1, packed + at.w_ih + tile * s.I * kPanel<S>, s.I * kPanel<S>, kPanel<S>,
                                        s.I);
   }
-  // acc += h w_hh^T
+  // acc += h w_hh^T. h: [R] rows of P.
   template <int R, int P>
   FASTLSTM_INLINE void add_hidden(Vec<S> (&acc)[R][P * kPanelVectors], const S* const (&h)[R], i64 tile) const {
     accumulate<S, R, P, kPanelVectors>(acc, h, 1, packed + at.w_hh + tile * s.P * kPanel<S>, s.P * kPanel<S>, kPanel<S>,

@@ -1,0 +1,58 @@
+// The operators of this library. fastlstm/ops.py has their schemas; register.cpp gives them to torch.
+//
+// Arguments are raw handles, whose ownership comes with them: see array.h. Outputs are passed in, to be filled. Only
+// the calls for latency return new tensors.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings/array.h"
+#include "lstm.h"
+
+namespace fastlstm {
+
+using Handle = AtenTensorHandle;
+using OptionalHandle = std::optional<AtenTensorHandle>;
+using HandleList = std::vector<AtenTensorHandle>;
+
+// forward.cpp
+void lstm_fwd_cpu(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0, OptionalHandle c0,
+                  OptionalHandle batch_sizes, OptionalHandle lengths, OptionalHandle reset, Handle y, Handle h_n,
+                  Handle c_n, OptionalHandle c_all, OptionalHandle gates, OptionalHandle cache, bool peephole,
+                  bool layer_norm, OptionalHandle h_mask, double zoneout_c, double zoneout_h, OptionalHandle seed,
+                  i64 members);
+void rnn_fwd_cpu(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0, OptionalHandle batch_sizes,
+                 OptionalHandle lengths, OptionalHandle reset, bool relu, Handle y, Handle h_n, OptionalHandle cache,
+                 i64 members);
+
+// backward.cpp
+void lstm_bwd_cpu(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0, OptionalHandle c0,
+                  OptionalHandle batch_sizes, OptionalHandle lengths, OptionalHandle reset, Handle y, Handle c_all,
+                  OptionalHandle gates, OptionalHandle dy, OptionalHandle dh_n, OptionalHandle dc_n,
+                  OptionalHandle dc_all, OptionalHandle dx, OptionalHandle dh0, OptionalHandle dc0,
+                  const HandleList& dweights, OptionalHandle cache, bool peephole, bool layer_norm,
+                  OptionalHandle h_mask, double zoneout_c, double zoneout_h, OptionalHandle seed, i64 members);
+void rnn_bwd_cpu(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0, OptionalHandle batch_sizes,
+                 OptionalHandle lengths, OptionalHandle reset, bool relu, Handle y, OptionalHandle dy,
+                 OptionalHandle dh_n, OptionalHandle dx, OptionalHandle dh0, const HandleList& dweights,
+                 OptionalHandle cache, i64 members);
+
+// infer.cpp
+std::tuple<Output, Output, Output> lstm_infer_cpu(Handle x, const HandleList& weights, i64 directions,
+                                                  OptionalHandle h0, OptionalHandle c0, OptionalHandle cache);
+std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x, const HandleList& weights, OptionalHandle h0,
+                                               OptionalHandle c0, OptionalHandle cache);
+
+// plans.cpp
+i64 cpu_cache_bytes(i64 input, i64 hidden, i64 projected, i64 directions, bool is_double);
+std::string cpu_isa();
+std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads);
+std::vector<i64> cuda_plan(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                           const std::vector<i64>& wish);
+std::string cuda_obstacle(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                          const std::vector<i64>& wish);
+
+}  // namespace fastlstm

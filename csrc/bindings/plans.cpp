@@ -1,0 +1,70 @@
+// What a call would run, without running it: the size of a weight cache, the instruction set, the plans of the CPU and
+// of the CUDA kernels. No GPU is needed.
+#include <algorithm>
+
+#include "bindings/operators.h"
+#include "bindings/packed_weights.h"
+#include "cuda/plan.h"
+
+namespace fastlstm {
+namespace {
+
+Sizes layer_sizes(i64 input, i64 hidden, i64 projected, i64 directions) {
+  Sizes s{};
+  s.I = input;
+  s.H = hidden;
+  s.P = projected ? projected : hidden;
+  s.D = directions;
+  s.G = 4;
+  s.projected = projected > 0;
+  return s;
+}
+
+// device: compute capability, multiprocessors, bytes of shared memory of a block, blocks of a cluster; wish: regime,
+// blocks, batch. problem: null, or why there is no plan.
+cuda::Plan planned(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                   const std::vector<i64>& wish, const char** problem) {
+  STD_TORCH_CHECK(kind >= 0 && kind < 4 && device.size() == 4 && wish.size() == 3 && hidden > 0 && hidden < 1 << 20,
+                  "fastlstm: not the arguments of a plan");
+  return cuda::plan_of({cuda::Kind(kind), backward, int(hidden), int(directions), B},
+                       {int(device[0]), int(device[1]), int(device[2]), int(device[3])},
+                       {int(wish[0]), int(wish[1]), int(wish[2])}, problem);
+}
+
+}  // namespace
+
+i64 cpu_cache_bytes(i64 input, i64 hidden, i64 projected, i64 directions, bool is_double) {
+  const Kernels& kernels = cpu_kernels();
+  const Sizes s = layer_sizes(input, hidden, projected, directions);
+  const size_t bytes = std::max(kernels.forward_bytes(s, is_double), kernels.backward_bytes(s, is_double));
+  return PackedWeights::kHeaderBytes + i64(PackedWeights::round_up(bytes));
+}
+
+std::string cpu_isa() { return cpu_kernels().name; }
+
+std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads) {
+  Sizes s = layer_sizes(input, hidden, projected, directions);
+  s.T = T;
+  s.B = B;
+  char text[256];
+  cpu_kernels().describe(s, int(threads), text, sizeof text);
+  return text;
+}
+
+std::vector<i64> cuda_plan(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                           const std::vector<i64>& wish) {
+  const char* problem;
+  const cuda::Plan p = planned(kind, backward, B, hidden, directions, device, wish, &problem);
+  if (problem) return {};
+  return {i64(p.regime), p.batch,        p.blocks, p.tiles,          p.parts,     p.resident,
+          i64(p.rest),   p.shared_bytes, p.groups, p.exchange_words, p.rest_words};
+}
+
+std::string cuda_obstacle(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
+                          const std::vector<i64>& wish) {
+  const char* problem;
+  planned(kind, backward, B, hidden, directions, device, wish, &problem);
+  return problem ? problem : "";
+}
+
+}  // namespace fastlstm

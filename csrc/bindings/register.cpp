@@ -1,0 +1,23 @@
+// Gives the operators to torch, on LibTorch's stable ABI.
+#include "bindings/operators.h"
+
+namespace fastlstm {
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
+  m.impl("lstm_fwd_cpu", TORCH_BOX(&lstm_fwd_cpu));
+  m.impl("lstm_bwd_cpu", TORCH_BOX(&lstm_bwd_cpu));
+  m.impl("lstm_infer_cpu", TORCH_BOX(&lstm_infer_cpu));
+  m.impl("lstm_cell_infer_cpu", TORCH_BOX(&lstm_cell_infer_cpu));
+  m.impl("rnn_fwd_cpu", TORCH_BOX(&rnn_fwd_cpu));
+  m.impl("rnn_bwd_cpu", TORCH_BOX(&rnn_bwd_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {
+  m.impl("cpu_cache_bytes", TORCH_BOX(&cpu_cache_bytes));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_plan", TORCH_BOX(&cpu_plan));
+  m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
+  m.impl("cuda_obstacle", TORCH_BOX(&cuda_obstacle));
+}
+
+}  // namespace fastlstm

@@ -1,3 +1,0 @@
-#include "kernels.h"
-
-FASTLSTM_KERNELS(avx512)

@@ -1,0 +1,116 @@
+// One direction of the backward pass: its chunk, its weight gradients, and everything that goes over all rows of a
+// chunk at once. Of each chunk:
+//
+//   begin_chunk             which rows it has
+//   recompute               the gates, where the forward pass has not kept them
+//   (the lanes compute the gradients of the gate sums into the chunk, step by step)
+//   vector_grads            gradients of what is multiplied unit by unit: peepholes, gains and biases of normalisation
+//   normalised_input_grad   gradient of x w_ih^T, with layer normalisation
+//   input_grad              dx
+//   ..._weight_grad         products that are added to the weight gradients
+//   end_chunk
+//
+// After the last chunk the write_... functions copy the weight gradients to their tensors. Files: rows.h (buffers,
+// where the numbers of a row are), recompute.h, vector_grads.h, products.h, layer.h (the loop).
+#pragma once
+
+#include "cpu/backward/chunk.h"
+#include "cpu/cells/extended_row.h"
+#include "cpu/gate_sums.h"
+#include "cpu/plan.h"
+#include "cpu/weight_grad.h"
+
+namespace fastlstm {
+namespace {
+
+template <class S>
+class BackwardDirection {
+ public:
+  // extended: null if the cell is not extended. capacity: steps of a full chunk.
+  BackwardDirection(const BackwardParams& p, const Extended<S>* extended, i64 direction, i64 capacity);
+
+  // Time of step k when this direction walks back.
+  i64 time(i64 step) const { return all_.direction == 0 ? s_.T - 1 - step : step; }
+  void begin_chunk(i64 first_step, i64 steps);
+  i64 chunk_rows() const { return chunk.start[steps_]; }
+  void end_chunk() { first_rows_ = first_rows_ && chunk_rows() == 0; }
+
+  void recompute(i64 row_begin, i64 row_end) const;
+
+  void vector_grads(i64 tile_begin, i64 tile_end) const;
+  void normalised_input_grad(i64 row_begin, i64 row_end) const;
+  void write_vector_grads() const;
+  bool has_vectors() const { return bool(vectors_) && vectors() > 0; }
+  i64 tiles() const { return ceil_div(s_.H, kLanes<S>); }
+
+  i64 in_panels() const { return at_.in_panels; }
+  void input_grad(i64 row_begin, i64 row_end, i64 panel);
+  const WeightGrad<S>& gate_weights() const { return gates_; }
+  const WeightGrad<S>& recurrent_weights() const { return recurrent_; }
+  const WeightGrad<S>& projection_weights() const { return projection_; }
+  void gate_weight_grad(i64 part, i64 parts);
+  void recurrent_weight_grad(i64 part, i64 parts);
+  void projection_weight_grad(i64 part, i64 parts);
+  void write_gate_grads(i64 panel) const;
+  void write_projection_grads(i64 panel) const;
+  // Without a single row there are no sums to copy.
+  bool has_rows() const { return !first_rows_; }
+  void zero_weight_grads() const;
+
+  Chunk<S> chunk;
+
+ private:
+  // The padding of rows is read, though its values are never used: zeros keep it free of slow denormals.
+  static Buffer<S> zeros(i64 n) {
+    Buffer<S> buffer(n);
+    buffer.zero();
+    return buffer;
+  }
+
+  // rows.h
+  const S* gates_at(i64 row, i64 t, i64 b) const {
+    return chunk.gates ? chunk.gates_row(row) : element<S>(p_.gates.data, all_.offset(p_.gates, t, b));
+  }
+  void locate(i64 row, i64& t, i64& slot) const;
+  void previous_hidden(S* out, i64 t, i64 slot, i64 b, i64 begin, i64 count) const;
+  void product_input(i64 row, i64 k_begin, i64 k_end, S* out) const;
+  bool second_at(i64 t) const;
+
+  // recompute.h
+  // At most kProductRows rows: what goes into their gates.
+  struct Sources {
+    Buffer<S> x_copy, h_copy;
+    const S *x[kProductRows], *h[kProductRows], *c[kProductRows];  // c: null for zero
+  };
+  void find_sources(Sources& from, i64 row_begin, i64 n) const;
+  void recompute_sums(const Sources& from, i64 row_begin, i64 n) const;
+  void activate_sums(const Sources& from, i64 row_begin, i64 n) const;
+  void activate_normalised_sums(const Sources& from, i64 row_begin, i64 row_end) const;
+
+  // vector_grads.h
+  i64 vectors() const { return (s_.peephole ? 3 : 0) + (s_.layer_norm ? 3 * kPanelVectors + 2 : 0); }
+  struct Run;
+  void find_cells(Run& run) const;
+  template <class Add>
+  void peephole_grads(const Run& run, i64 tile, const Add& add) const;
+  template <class Add>
+  void normalisation_grads(const Run& run, i64 tile, const Add& add) const;
+
+  const BackwardParams& p_;
+  const Sizes& s_;
+  const LaneRows all_;  // all sequences of the direction
+  const BackwardPack<S> at_;
+  const S* packed_;
+  const BackwardParams::Gradients& dw_;
+  const Extended<S>* const extended_;  // null if the cell is not extended
+  WeightGrad<S> gates_;                // of [w_ih | w_hh | b]; with layer normalisation of w_ih
+  WeightGrad<S> recurrent_;            // of w_hh, with layer normalisation
+  WeightGrad<S> projection_;           // of w_hr
+  Buffer<S> vectors_;                  // [tiles][vectors()][kLanes] sums of vector_grads
+  const i64 capacity_;                 // steps of a full chunk
+  i64 first_step_ = 0, steps_ = 0;
+  bool first_rows_ = true;  // nothing has been added to the weight gradients yet
+};
+
+}  // namespace
+}  // namespace fastlstm

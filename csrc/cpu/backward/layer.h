@@ -1,0 +1,171 @@
+// The backward pass of one layer: what its threads do, chunk by chunk. See lane.h for the parts of a step, direction.h
+// for those of a chunk.
+#pragma once
+
+#include "cpu/backward/extended.h"
+#include "cpu/backward/lane.h"
+#include "cpu/backward/products.h"
+#include "cpu/backward/recompute.h"
+#include "cpu/backward/rows.h"
+#include "cpu/backward/steps.h"
+#include "cpu/backward/vector_grads.h"
+#include "cpu/parallel.h"
+
+namespace fastlstm {
+namespace {
+
+constexpr i64 kChunkBytes = 1 << 20;  // gate gradients of a chunk: they stay in L2 or L3 until they are used
+constexpr i64 kChunkRows = 512;       // rows that are worth one pass over the weight gradients
+// With layer normalisation a row has several times as many numbers. Its chunks have a share of the rows, so that their
+// memory is used again instead of being paged in anew.
+constexpr i64 kNormalisedShare = 8;
+
+// Steps of a full chunk.
+template <class S>
+i64 chunk_capacity(const Sizes& s) {
+  const i64 batch = larger(s.B, 1), step_bytes = batch * s.gate_units() * i64(sizeof(S));
+  const i64 share_of = s.layer_norm ? kNormalisedShare : 1;
+  return smaller(larger(s.T, 1), larger(kChunkBytes / share_of / step_bytes, ceil_div(kChunkRows / share_of, batch)));
+}
+
+template <class S, Cell kCell>
+class BackwardLayer {
+  using Lane = BackwardLane<S, kCell>;
+  using Direction = BackwardDirection<S>;
+
+ public:
+  explicit BackwardLayer(const BackwardParams& p)
+      : p_(p), s_(p.sizes), plan_(make_plan<S>(s_, p.threads.count)), capacity_(chunk_capacity<S>(s_)),
+        shares_(ceil_div(p.threads.count, s_.D)), lane_count_(s_.D * plan_.lanes),
+        extended_(kCell == Cell::extended, s_, p.dtype, p.cell, p.weights), lanes_(lane_count_) {
+    for (i64 d = 0; d < s_.D; ++d) directions_[d] = new Direction(p, extended_[d], d, capacity_);
+    for (i64 k = 0; k < lane_count_; ++k) {
+      const i64 d = k / plan_.lanes;
+      lanes_[k] = new Lane(p, plan_, extended_[d], d, k % plan_.lanes, directions_[d]->chunk);
+    }
+  }
+  ~BackwardLayer() {
+    for (i64 k = 0; k < lane_count_; ++k) delete lanes_[k];
+    for (i64 d = 0; d < s_.D; ++d) delete directions_[d];
+  }
+  BackwardLayer(const BackwardLayer&) = delete;
+
+  void run() {
+    for (i64 first = 0; first < s_.T; first += capacity_) {
+      const i64 steps = smaller(capacity_, s_.T - first);
+      for (i64 d = 0; d < s_.D; ++d) directions_[d]->begin_chunk(first, steps);
+      if (kCell != Cell::rnn && !p_.gates.data)
+        by_rows([](const Direction& direction, i64 a, i64 b) { direction.recompute(a, b); });
+      plan_.split_units ? shared_steps(first, steps) : lane_steps(first, steps);
+      extended_grads();
+      input_grads();
+      weight_grads();
+      for (i64 d = 0; d < s_.D; ++d) directions_[d]->end_chunk();
+    }
+    for (i64 k = 0; k < lane_count_; ++k) lanes_[k]->end_sequence();
+    write_weight_grads();
+  }
+
+ private:
+  // work(direction, begin, end) over the rows of a chunk of each direction, at most kProductRows at once.
+  template <class Work>
+  void by_rows(const Work& work) const {
+    for (i64 d = 0; d < s_.D; ++d) {
+      const i64 rows = directions_[d]->chunk_rows(), groups = ceil_div(rows, kProductRows);
+      parallel(p_.threads, groups,
+               [&](i64 group) { work(*directions_[d], group * rows / groups, (group + 1) * rows / groups); });
+    }
+  }
+  // work(lane, begin, end) over [0, count) of the lane of each direction.
+  template <class Work>
+  void share(i64 count, const Work& work) const {
+    parallel(p_.threads, s_.D * shares_, [&](i64 item) {
+      const i64 k = item % shares_;
+      work(*lanes_[item / shares_], k * count / shares_, (k + 1) * count / shares_);
+    });
+  }
+
+  // Each thread takes some lanes through all steps of the chunk.
+  void lane_steps(i64 first, i64 steps) const {
+    parallel(p_.threads, lane_count_, [&](i64 k) {
+      const Direction& direction = *directions_[k / plan_.lanes];
+      for (i64 step = 0; step < steps; ++step)
+        lanes_[k]->run(direction.time(first + step), direction.chunk.start[step]);
+    });
+  }
+  // All threads share every step; there is one lane in each direction.
+  void shared_steps(i64 first, i64 steps) const {
+    const Lane& any = *lanes_[0];
+    for (i64 step = 0; step < steps; ++step) {
+      for (i64 d = 0; d < s_.D; ++d)
+        lanes_[d]->begin_step(directions_[d]->time(first + step), directions_[d]->chunk.start[step]);
+      if (s_.projected) share(any.hidden_panels(), [](Lane& lane, i64 a, i64 b) { lane.unproject(a, b); });
+      share(any.rows(), [](Lane& lane, i64 a, i64 b) { lane.gate_grads(a, b); });
+      share(any.state_panels(), [](Lane& lane, i64 a, i64 b) { lane.recur(a, b); });
+      for (i64 d = 0; d < s_.D; ++d) lanes_[d]->end_step();
+    }
+  }
+
+  void extended_grads() const {
+    if (directions_[0]->has_vectors()) {
+      const i64 tiles = directions_[0]->tiles();
+      parallel(p_.threads, s_.D * shares_, [&](i64 item) {
+        const i64 k = item % shares_;
+        directions_[item / shares_]->vector_grads(k * tiles / shares_, (k + 1) * tiles / shares_);
+      });
+    }
+    if (s_.layer_norm) by_rows([](const Direction& direction, i64 a, i64 b) { direction.normalised_input_grad(a, b); });
+  }
+  // dx: one direction after the other, because they may share rows of it.
+  void input_grads() const {
+    if (!p_.dx.data) return;
+    for (i64 d = 0; d < s_.D; ++d) {
+      const i64 rows = directions_[d]->chunk_rows(), groups = ceil_div(rows, kProductRows);
+      parallel(p_.threads, groups * directions_[d]->in_panels(), [&](i64 item) {
+        const i64 group = item % groups;
+        directions_[d]->input_grad(group * rows / groups, (group + 1) * rows / groups, item / groups);
+      });
+    }
+  }
+  void weight_grads() const {
+    const auto add = [&](const WeightGrad<S>& grad, void (Direction::*part)(i64, i64)) {
+      if (!grad.allocated()) return;
+      const i64 parts = grad.parts(shares_);
+      parallel(p_.threads, s_.D * parts, [&](i64 item) { (directions_[item / parts]->*part)(item % parts, parts); });
+    };
+    add(directions_[0]->gate_weights(), &Direction::gate_weight_grad);
+    add(directions_[0]->recurrent_weights(), &Direction::recurrent_weight_grad);
+    add(directions_[0]->projection_weights(), &Direction::projection_weight_grad);
+  }
+  void write_weight_grads() const {
+    const auto write = [&](const WeightGrad<S>& grad, void (Direction::*panel)(i64) const) {
+      if (grad.allocated())
+        parallel(p_.threads, s_.D * grad.panels(),
+                 [&](i64 item) { (directions_[item / grad.panels()]->*panel)(item % grad.panels()); });
+    };
+    if (directions_[0]->has_rows()) {
+      write(directions_[0]->gate_weights(), &Direction::write_gate_grads);
+      write(directions_[0]->projection_weights(), &Direction::write_projection_grads);
+    }
+    for (i64 d = 0; d < s_.D; ++d) {
+      if (!directions_[d]->has_rows()) directions_[d]->zero_weight_grads();
+      if (directions_[d]->has_vectors()) directions_[d]->write_vector_grads();
+    }
+  }
+
+  const BackwardParams& p_;
+  const Sizes& s_;
+  const Plan plan_;
+  const i64 capacity_, shares_, lane_count_;
+  const ExtendedDirections<S> extended_;
+  Direction* directions_[2];
+  Buffer<Lane*> lanes_;
+};
+
+template <class S, Cell kCell>
+void backward_layer(const BackwardParams& p) {
+  BackwardLayer<S, kCell>(p).run();
+}
+
+}  // namespace
+}  // namespace fastlstm

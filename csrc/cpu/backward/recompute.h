@@ -1,0 +1,103 @@
+// The gates of a chunk, computed again from x, y, c and the weights: for `recompute`, and for layer normalisation,
+// which keeps no gates. The same sums in the same order give the same bits as the forward pass.
+#pragma once
+
+#include "cpu/backward/direction.h"
+
+namespace fastlstm {
+namespace {
+
+// Gates of rows [row_begin, row_end) of this chunk, at most kProductRows of them.
+template <class S>
+inline void BackwardDirection<S>::recompute(i64 row_begin, i64 row_end) const {
+  const i64 n = row_end - row_begin;
+  Sources from;
+  find_sources(from, row_begin, n);
+  recompute_sums(from, row_begin, n);
+  if (s_.layer_norm)
+    activate_normalised_sums(from, row_begin, row_end);
+  else
+    activate_sums(from, row_begin, n);
+}
+
+template <class S>
+inline void BackwardDirection<S>::find_sources(Sources& from, i64 row_begin, i64 n) const {
+  const bool narrow = element_bytes(p_.dtype) != sizeof(S);
+  from.x_copy = Buffer<S>(narrow ? n * s_.I : 0);
+  from.h_copy = Buffer<S>(n * s_.P);
+  for (i64 i = 0; i < n; ++i) {
+    i64 t, slot;
+    locate(row_begin + i, t, slot);
+    const i64 b = all_.batch(slot), x = all_.offset(p_.x, t, b);
+    from.x[i] = narrow ? &from.x_copy[i * s_.I] : element<const S>(p_.x.data, x);
+    if (narrow) convert_in(&from.x_copy[i * s_.I], p_.x.data, p_.dtype, x, s_.I);
+    from.h[i] = &from.h_copy[i * s_.P];
+    previous_hidden(&from.h_copy[i * s_.P], t, slot, b, 0, s_.P);
+    from.c[i] = previous_cell(p_, all_, chunk.c0, t, slot, b);
+  }
+}
+
+// Gate sums into chunk.gates; with layer normalisation its two products into chunk.inputs and chunk.recurrent.
+template <class S>
+inline void BackwardDirection<S>::recompute_sums(const Sources& from, i64 row_begin, i64 n) const {
+  const ForwardPack<S> at(s_);
+  const GateSums<S> sums{s_, at, static_cast<const S*>(p_.packed_forward) + all_.direction * at.size};
+  for (i64 tile = 0; tile < at.tiles; ++tile) {
+    const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
+    for_row_tiles<kPanelVectors>(n, [&](i64 first, auto height) {
+      constexpr int R = decltype(height)::value;
+      Vec<S> acc[R][kPanelVectors];
+      const S *x[R], *h[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        x[r] = from.x[first + r];
+        h[r] = from.h[first + r];
+      }
+      const auto put = [&](const Buffer<S>& rows) {  // whole vectors in this order: see ForwardLane::gate_step
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+          for (int v = 0; v < kPanelVectors; ++v) {
+            store(&rows[(row_begin + first + r) * chunk.gate_pitch + 4 * unit + v * width], acc[r][v]);
+            if (s_.layer_norm) acc[r][v] = Vec<S>{};
+          }
+      };
+      sums.template start<R, 1>(acc, x, tile);
+      if (s_.layer_norm) put(chunk.inputs);
+      sums.template add_hidden<R, 1>(acc, h, tile);
+      put(s_.layer_norm ? chunk.recurrent : chunk.gates);
+    });
+  }
+}
+
+template <class S>
+inline void BackwardDirection<S>::activate_sums(const Sources& from, i64 row_begin, i64 n) const {
+  for (i64 i = 0; i < n; ++i) {
+    S* gates = chunk.gates_row(row_begin + i);
+    if (extended_)
+      activate_row(
+          *extended_, [&](i64 k, i64 width) FASTLSTM_INLINE_LAMBDA { return load_n(gates + k, width); }, gates,
+          from.c[i], static_cast<S*>(nullptr));
+    else
+      for_vectors<S>(s_.H, [&](i64 unit, i64 width) FASTLSTM_INLINE_LAMBDA { activate(gates + 4 * unit, width); });
+  }
+}
+
+template <class S>
+inline void BackwardDirection<S>::activate_normalised_sums(const Sources& from, i64 row_begin, i64 row_end) const {
+  for (i64 first = row_begin; first < row_end; first += kRowGroup) {
+    const i64 rows = smaller(kRowGroup, row_end - first);
+    const auto x = [&](i64 k) { return chunk.dinputs_row(first + k); };
+    const auto h = [&](i64 k) { return chunk.recurrent_row(first + k); };
+    const Moments<S> of_x(rows, 4 * s_.H, x), of_h(rows, 4 * s_.H, h);
+    for (i64 k = 0; k < rows; ++k) {
+      chunk.normalised[first + k].input_scale = of_x.scale[k];
+      chunk.normalised[first + k].recurrent_scale = of_h.scale[k];
+      activate_normalised<true>(*extended_, x(k), of_x, h(k), of_h, k, chunk.gates_row(first + k),
+                                from.c[first + k - row_begin], static_cast<S*>(nullptr));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastlstm

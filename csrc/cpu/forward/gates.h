@@ -1,0 +1,176 @@
+// Products of a lane of the forward pass, and what a plain LSTM or an RNN does with the gate sums.
+#pragma once
+
+#include "cpu/forward/lane.h"
+
+namespace fastlstm {
+namespace {
+
+// Input products bias + x w_ih^T of all rows of the chunk, for a range of tiles of units.
+template <class S, Cell cell>
+inline void ForwardLane<S, cell>::input_products(i64 tile_begin, i64 tile_end) {
+  for (i64 tile = tile_begin; tile < tile_end; ++tile)
+    for_row_tiles<kPanelVectors>(
+        chunk_rows_, [&](i64 first, auto height) { input_product_block<decltype(height)::value>(first, tile); });
+}
+
+// Gate sums of this step for a range of tiles of units; of a plain LSTM and an RNN also the new states.
+template <class S, Cell cell>
+inline void ForwardLane<S, cell>::gates(i64 tile_begin, i64 tile_end) {
+  alignas(64) S sums[kRowGroup][kPanel<S>];
+  if (n_ <= kTallestTile) {  // few rows: several tiles of units at once keep the multipliers busy
+    with_rows<kTallestTile>(n_, [&](auto height) {
+      constexpr int R = decltype(height)::value, P = R == 1 ? 2 : larger(1, kTileRows / R);
+      if (n_ != R) return;  // no rows at all
+      // One step reads the weights forwards, the next one backwards: what was read last is still in L1.
+      const i64 blocks = ceil_div(tile_end - tile_begin, P);
+      for (i64 k = 0; k < blocks; ++k) {
+        const i64 tile = tile_begin + P * (t_ % 2 ? blocks - 1 - k : k);
+        if (tile + P <= tile_end) {
+          sum_gates<R, P>(0, tile, sums);
+          update<P>(0, R, tile, sums);
+        } else {
+          for (i64 single = tile; single < tile_end; ++single) {
+            sum_gates<R, 1>(0, single, sums);
+            update<1>(0, R, single, sums);
+          }
+        }
+      }
+    });
+  } else {
+    const i64 groups = ceil_div(n_, kRowGroup);
+    for (i64 tile = tile_begin; tile < tile_end; ++tile)
+      for (i64 group = 0; group < groups; ++group) {
+        const i64 first = group * n_ / groups, last = (group + 1) * n_ / groups;
+        for_row_tiles<kPanelVectors>(last - first, [&](i64 k, auto height) {
+          sum_gates<decltype(height)::value, 1>(first + k, tile, sums + k);
+        });
+        update<1>(first, last - first, tile, sums);
+      }
+  }
+  if (!s_.projected && !stores_y_ && !kByRow)
+    emit_hidden(tile_begin * kTileUnits, smaller(tile_end * kTileUnits, s_.H) - tile_begin * kTileUnits);
+}
+
+template <class S, Cell cell>
+template <int R, int P>
+FASTLSTM_INLINE void ForwardLane<S, cell>::add_inputs(Vec<S> (&acc)[R][P * kPanelVectors], i64 row, i64 tile) const {
+  const S* x[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) x[r] = x_row_[row + r];
+  sums_.template start<R, P>(acc, x, tile);
+}
+
+template <class S, Cell cell>
+template <int R>
+inline void ForwardLane<S, cell>::input_product_block(i64 first, i64 tile) {
+  Vec<S> acc[R][kPanelVectors];
+  add_inputs<R, 1>(acc, first, tile);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) store(input_product(tile, first + r) + v * gate_step(tile), acc[r][v]);
+}
+
+template <class S, Cell cell>
+template <int R, int P>
+inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 tile, S (*sums)[kPanel<S>]) {
+  Vec<S> acc[R][P * kPanelVectors];
+  if (kByRow && s_.layer_norm) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+      for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] = Vec<S>{};
+  } else if (inputs_ahead_) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanelVectors; ++v)
+          acc[r][p * kPanelVectors + v] =
+              load(input_product(tile + p, first_row_ + first + r) + v * gate_step(tile + p));
+  } else {
+    add_inputs<R, P>(acc, first_row_ + first, tile);
+  }
+  const S* h[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) h[r] = &(kByRow && h_masked_ ? h_masked_ : h_)[(first + r) * state_pitch_];
+  sums_.template add_hidden<R, P>(acc, h, tile);
+  if constexpr (kByRow) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 8
+        for (int v = 0; v < kPanelVectors; ++v)
+          store(z_row(first + r) + (tile + p) * kPanel<S> + v * gate_step(tile + p), acc[r][p * kPanelVectors + v]);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+    for (int v = 0; v < P * kPanelVectors; ++v)
+      store(&sums[r * P + v / kPanelVectors][v % kPanelVectors * kLanes<S>], acc[r][v]);
+}
+
+// States of `rows` rows from the gate sums of P tiles of units, sums [rows * P]. There are two loops over the rows
+// instead of one: constants stay in registers, and the chain of dependent instructions of a row is short in each loop,
+// so that many rows are in flight and the core does not wait.
+template <class S, Cell cell>
+template <int P>
+inline void ForwardLane<S, cell>::update(i64 first, i64 rows, i64 tile, S (*sums)[kPanel<S>]) {
+  if constexpr (kByRow) return;
+  if constexpr (!kHasCell) {
+#pragma GCC unroll 1
+    for (i64 k = 0; k < rows * P; ++k) update_rnn(sums[k], first + k / P, (tile + k % P) * kPanel<S>);
+    return;
+  }
+#pragma GCC unroll 1
+  for (i64 k = 0; k < rows * P; ++k) activate(sums[k], kLanes<S>);
+#pragma GCC unroll 1
+  for (i64 r = 0; r < rows; ++r)
+#pragma GCC unroll 1
+    for (int p = 0; p < P; ++p) update_plain(sums[r * P + p], first + r, (tile + p) * kLanes<S>);
+}
+
+// Hidden state of kPanel units of one row of an RNN, from their sums.
+template <class S, Cell cell>
+FASTLSTM_INLINE void ForwardLane<S, cell>::update_rnn(const S* sums, i64 row, i64 unit) const {
+#pragma GCC unroll 4
+  for (i64 v = 0; v < kPanelVectors; ++v, unit += kLanes<S>) {
+    if (unit >= s_.H) return;
+    const Vec<S> z = load(sums + v * kLanes<S>);
+    const Vec<S> hidden = rnn_hidden(z, p_.cell.relu);
+    store(out_ + row * out_pitch_ + unit, hidden);
+    if (stores_y_) store_n(y_row_[row] + unit, hidden, smaller(kLanes<S>, s_.H - unit));
+  }
+}
+
+// Cell and hidden state of kLanes units of one row, from its activated gates.
+template <class S, Cell cell>
+FASTLSTM_INLINE void ForwardLane<S, cell>::update_plain(const S* gates, i64 row, i64 unit) {
+  const Gates<S> gate = load_gates(gates, kLanes<S>);
+  S* c = &c_[row * hidden_pitch_ + unit];
+  const Vec<S> c_new = next_cell(gate.i, gate.f, gate.g, load(c)), hidden = next_hidden(gate.o, tanh(c_new));
+  store(c, c_new);
+  store(out_ + row * out_pitch_ + unit, hidden);
+  const i64 width = smaller(kLanes<S>, s_.H - unit);
+  if (stores_y_) store_n(y_row_[row] + unit, hidden, width);
+  if (p_.c_all.data) store_n(cell_row_[row] + unit, c_new, width);
+  if (p_.gates.data) store_gates(gates_row_[row] + 4 * unit, gate, width);
+}
+
+// h = m w_hr^T for a range of panels of P.
+template <class S, Cell cell>
+inline void ForwardLane<S, cell>::project_hidden(i64 panel_begin, i64 panel_end) {
+  for (i64 panel = panel_begin; panel < panel_end; ++panel) {
+    const i64 begin = panel * kPanel<S>, count = smaller(kPanel<S>, s_.P - begin);
+    multiply_panel<S>(n_, {m_.get(), hidden_pitch_}, s_.H, packed_ + at_.w_hr + panel * s_.H * kPanel<S>,
+                      {&h_next_[begin], state_pitch_}, count);
+    if (!kByRow) emit_hidden(begin, count);
+  }
+}
+
+}  // namespace
+}  // namespace fastlstm
