@@ -20,7 +20,7 @@ from oracle import check, expectation, hold, judge
 from torch import nn
 
 import fastlstm
-from benchmarks.precision import PRECISIONS
+from benchmarks.speed.precision import PRECISIONS
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a machine with a GPU `-m gpu` tests the kernels there"

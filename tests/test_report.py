@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import charts, tables
-from benchmarks.results import FOLDER, Results, load
+from benchmarks.report import charts, tables
+from benchmarks.speed.results import FOLDER, Results, load
 
 ROOT = Path(__file__).parent.parent
 README = """# Title
@@ -153,7 +153,7 @@ def test_unknown_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "<!-- report: magic cpu-x-speed.json -->\n<!-- end of report -->"
     )
     assert report(folder) == 1
-    assert "there are: caption, speed" in capsys.readouterr().err
+    assert "there are: caption, summary, speed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", README.replace("<!-- end of report -->", "", 1)])

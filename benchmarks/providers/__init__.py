@@ -12,7 +12,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 
 
 class Provider(ABC):
@@ -42,11 +43,11 @@ class Provider(ABC):
             return None
 
     @abstractmethod
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         """Why it has no part in this work; None if it has. Reads no numbers."""
 
     @abstractmethod
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         """Its way to do the work. `work` is not to be changed."""
 
 
