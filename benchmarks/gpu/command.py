@@ -54,7 +54,12 @@ QUICKLY = 4  # --quick: so many times less of both
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gpu`."""
     add = parser.add_argument
-    add("--backend", choices=BACKENDS, default="triton", help="whose kernels (default: triton)")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="triton",
+        help="the backend to test and time (default: triton)",
+    )
     add(
         "--out",
         type=Path,
@@ -74,18 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=480,
         metavar="SECONDS",
-        help="no measurement starts after it; tests get half (default: %(default)s)",
+        help="start no measurement after this time; tests get half (default: %(default)s)",
     )
-    add("--quick", action="store_true", help="a quarter of the time for every measurement")
-    add("--skip-tests", action="store_true", help='time untested code; the rows say "skipped"')
+    add("--quick", action="store_true", help="take a quarter of the time for every measurement")
+    add("--skip-tests", action="store_true", help='do not run the tests; the rows say "skipped"')
     add(
         "--groups",
         nargs="+",
         choices=GROUPS,
         default=GROUPS,
-        help="of timings (default: all)",
+        help="groups of timings (default: all)",
     )
-    add("--commit", help="of this copy, where it has no git")
+    add("--commit", help="the commit of this copy, if it is no git checkout")
 
 
 def main(args: argparse.Namespace) -> int:

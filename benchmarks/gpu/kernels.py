@@ -69,16 +69,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--backend", choices=["triton", "cuda"], default="triton",
-        help="whose kernels (default: triton)",
+        help="the backend whose kernels to compile (default: triton)",
     )  # fmt: skip
     add(
         "--arch", nargs="+", type=int, choices=PROCESSORS, default=[80, 90],
-        help="compute capability, 10 * major + minor (default: 80 90)",
+        help="compute capabilities, 10 * major + minor (default: 80 90)",
     )  # fmt: skip
-    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=DTYPES,
+        help="types of numbers (default: all)",
+    )
     add(
         "--quick", action="store_true",
-        help="the shapes that are timed, and one of each kind; CUDA kernels take any shape",
+        help="triton: compile only for the shapes that are timed, and one of each kind of call",
     )  # fmt: skip
     add(
         "--json", nargs="?", type=Path, const=STDOUT, metavar="FILE",
@@ -86,9 +92,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--library", action="store_true",
-        help="cuda: read the library that is installed instead of compiling",
+        help="cuda: read the installed library instead of compiling",
     )  # fmt: skip
-    add("--asm", type=Path, metavar="DIR", help="leave (PTX and) machine code of kernels there")
+    add(
+        "--asm",
+        type=Path,
+        metavar="DIR",
+        help="write the machine code of each kernel to DIR (triton: PTX too)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """`python -m benchmarks report`: tables and pictures of all results, in every README that asks.
 
-Everything comes from the files of `speed`, `cells`, `gpu` and `mnist --distributed` in
-benchmarks/results. A README asks for a table by a pair of markers, `<!-- report: KIND FILE -->`
+Everything comes from the files in benchmarks/results, which `speed`, `cells`, `gpu` and the tasks
+have written. A README asks for a table by a pair of markers, `<!-- report: KIND FILE -->`
 and `<!-- end of report -->`; the README in the folder of results is written as a whole. With
 --check nothing is written, and the command fails if anything is stale.
 """
@@ -13,15 +13,14 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from .. import BenchmarkError
-from ..speed.results import FOLDER, Results, load
+from ..speed.results import FOLDER, Results, Row, load
 from . import charts, tables
 from .overview import overview, speed_results
 
 ROOT = Path(__file__).parents[2]
-READMES = (ROOT / "README.md",)
+READMES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 ALL = "README.md"  # in the folder of results: every table
 # What can stand between <!-- report: KIND FILE --> and <!-- end of report --> in a README.
 SECTIONS: dict[str, Callable[[Results], str]] = {
@@ -33,7 +32,14 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "peers": tables.peers,
     "cells": tables.cells,
 }
-_MARKED = re.compile(r"(<!-- report: (\w+) (\S+) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+TASK_SECTIONS: dict[str, Callable[[list[Row]], str]] = {  # from the records of training tasks
+    "tasks": tables.tasks,
+    "scaling": tables.scaling,
+}
+_MARKED = re.compile(
+    r"^(<!-- report: (\w+) (\S+) -->\n).*?^(<!-- end of report -->)", re.DOTALL | re.MULTILINE
+)
+_BEGIN = re.compile(r"^<!-- report:", re.MULTILINE)  # in a sentence it is no marker
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,25 +102,24 @@ def refreshed(readme: Path, text: str, folder: Path) -> str:
 
     def content(match: re.Match[str]) -> str:
         head, kind, name, end = match.groups()
-        if kind == "scaling":
-            made = tables.scaling(_records(folder / name))
+        if kind in TASK_SECTIONS:
+            made = TASK_SECTIONS[kind](_records(folder / name))
         elif kind in SECTIONS:
             made = SECTIONS[kind](load(folder / name))
         else:
-            expected = ", ".join([*SECTIONS, "scaling"])
+            expected = ", ".join([*SECTIONS, *TASK_SECTIONS])
             raise BenchmarkError(f"{readme} asks for a report of {kind}; there are: {expected}")
         return f"{head}{made}\n{end}"
 
-    found = _MARKED.findall(text)
-    if not found or len(found) != text.count("<!-- report:"):
+    found, begun = len(_MARKED.findall(text)), len(_BEGIN.findall(text))
+    if not found or found != begun:
         raise BenchmarkError(
-            f"{readme} has {text.count('<!-- report:')} markers of a report, and an end for "
-            f"{len(found)} of them"
+            f"{readme} has {begun} markers of a report, and an end for {found} of them"
         )
     return _MARKED.sub(content, text)
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
+def _records(file: Path) -> list[Row]:
     try:
         return list(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:

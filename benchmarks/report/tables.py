@@ -63,10 +63,10 @@ def summary(results: Results) -> str:
 
 
 def _shape_in_words(case: Case) -> str:
-    layers = f"{case.L} layers, " if case.L > 1 else ""
+    layers = f"{case.L} layers of " if case.L > 1 else ""
     units = f"2 x {case.H}" if case.D == 2 else f"{case.H}"
     steps = f"{case.T} step{'s' if case.T > 1 else ''}"
-    return f"{layers}{case.I} to {units} units, batch {case.B}, {steps}"
+    return f"{case.I} inputs, {layers}{units} units, batch {case.B}, {steps}"
 
 
 def means(results: Results) -> str:
@@ -183,6 +183,17 @@ def cells(results: Results) -> str:
             for name in names
         ]
         lines.append(f"| {title} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def tasks(records: Sequence[Row]) -> str:
+    """Training by the full protocols: what is right on the test set."""
+    lines = ["| task | seed | training steps | right on the test set |", "|---|---:|---:|---:|"]
+    for record in records:
+        lines.append(
+            f"| {record['task']} | {record['settings']['seed']} | {record['steps']:,} "
+            f"| {record['exact']:,} of {record['rows']:,} |"
+        )
     return "\n".join(lines)
 
 

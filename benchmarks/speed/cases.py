@@ -72,26 +72,40 @@ TASKS = _group(
     ("mnist-lstm", (28, 64, 1, 1, 128, 28), "MNIST by rows"),
     ("mnist-lstm128", (28, 128, 1, 1, 128, 28), "MNIST by rows, twice as wide"),
     ("mnist-blstm", (28, 64, 1, 2, 256, 28), "MNIST by rows, read both ways"),
-    ("hello", (5, 5, 1, 1, 1, 6), "a tutorial's first LSTM: six letters"),
+    ("hello", (5, 5, 1, 1, 1, 6), "a first LSTM of a tutorial: six letters"),
 )
 USERS = _group(
     "users",
-    ("mnist-blstm-packed", (28, 64, 1, 2, 256, 28), "the same rows, cut off anywhere", "packed"),
-    ("step", (64, 64, 1, 1, 1, 1), "streaming: audio, sensors, keyboards, a step as it arrives"),
+    (
+        "mnist-blstm-packed",
+        (28, 64, 1, 2, 256, 28),
+        "MNIST by rows, read both ways, packed",
+        "packed",
+    ),
+    (
+        "step",
+        (64, 64, 1, 1, 1, 1),
+        "one step of a stream (audio, sensors, keyboards)",
+    ),
     ("one-sequence", (64, 64, 1, 1, 1, 28), "one request at a time"),
-    ("rl-step", (64, 128, 1, 1, 16, 1), "acting in 16 environments"),
-    ("rl-rollout", (64, 128, 1, 1, 16, 128), "learning from rollouts of 128 steps"),
+    ("rl-step", (64, 128, 1, 1, 16, 1), "RL: acting in 16 environments"),
+    ("rl-rollout", (64, 128, 1, 1, 16, 128), "RL rollouts of 128 steps"),
     (
         "rl-resets",
         (64, 128, 1, 1, 16, 128),
-        "the same, with episodes that end on the way",
+        "RL rollouts with resets",
         "reset",
     ),
     ("forecaster", (8, 40, 1, 1, 256, 60), "many short time series"),
     ("speech", (80, 256, 3, 2, 16, 200), "a speech encoder: 80 filter banks, 2 s"),
-    ("speech-ragged", (80, 256, 3, 2, 16, 400), "utterances of up to 4 s, as they come", "packed"),
-    ("lm", (512, 512, 2, 1, 32, 64), "a language model: two layers of 512"),
-    ("large", (1024, 1024, 1, 1, 64, 32), "one wide layer"),
+    (
+        "speech-ragged",
+        (80, 256, 3, 2, 16, 400),
+        "a speech encoder, packed utterances of up to 4 s",
+        "packed",
+    ),
+    ("lm", (512, 512, 2, 1, 32, 64), "a language model"),
+    ("large", (1024, 1024, 1, 1, 64, 32), "one wide layer of 1,024 units"),
 )
 # Baidu's DeepBench, code/kernels/rnn_problems.h: all LSTMs of its lists for training and, with a
 # batch of up to 4, for inference on servers.

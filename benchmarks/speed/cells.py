@@ -41,12 +41,28 @@ DEFAULT = ("mnist-lstm", "mnist-blstm", "binary", "rl-rollout")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `cells`."""
     add = parser.add_argument
-    names = f"of: {', '.join(CASES)} (default: {', '.join(DEFAULT)})"
+    names = f"named cases: {', '.join(CASES)} (default: {', '.join(DEFAULT)})"
     add("--cases", nargs="+", choices=CASES, default=DEFAULT, metavar="NAME", help=names)
-    add("--case", action="append", type=parse, metavar="I,H,L,D,B,T", help="any shape; repeatable")
-    add("--threads", type=int, help="default: torch's own choice")
-    add("--seconds", type=float, default=4.0, help="for one case in one mode, of two (default: 4)")
-    add("--repeat", type=int, default=40, help="most rounds of one block each (default: 40)")
+    add(
+        "--case",
+        action="append",
+        type=parse,
+        metavar="I,H,L,D,B,T",
+        help="a case of any shape; can be repeated",
+    )
+    add("--threads", type=int, help="number of CPU threads (default: PyTorch's choice)")
+    add(
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="time for one case in one of the two modes (default: 4)",
+    )
+    add(
+        "--repeat",
+        type=int,
+        default=40,
+        help="most rounds, in which each module has one block (default: 40)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the rows to FILE")
 
 

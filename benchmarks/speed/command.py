@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import geometric_mean
 from time import monotonic
-from typing import Any
 
 import torch
 
@@ -27,48 +24,104 @@ from ..providers.remote import Remotes
 from . import floor
 from .cases import ALL, CASES, GROUPS, Case, parse
 from .environment import environment
-from .figures import behind, number
 from .job import Job, jobs_of
 from .measure import describe_job, line, measure, threads
 from .precision import ALL_PRECISIONS, Precision
-from .results import Results
+from .printed import table
+from .results import Results, key
 from .workload import MODES
 
-Row = dict[str, Any]
 QUICK = ("binary", "mnist-lstm", "mnist-lstm128", "mnist-blstm", "step", "one-sequence")
 QUICK_PROVIDERS = ("fastlstm", "torch", "onnxruntime")
 QUICK_SECONDS = 45  # after which no measurement starts
 # What a job takes: so many calls by every provider, if all were at the floor, where nobody is.
 CALLS = 40
-JOB = (
-    *("group", "case", "shape", "mode", "precision", "graph", "threads", "device"),
-    "input_gradient",
-)
 BUSY = 0.5  # of the cores, by others: what is timed then has to wait for them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `speed`."""
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, metavar="NAME", help=f"of: {', '.join(CASES)}")
-    add("--case", action="append", type=_case, metavar="I,H,L,D,B,T", help="any shape; repeatable")
-    add("--groups", nargs="+", choices=(*GROUPS, "all"), help="of cases (default: tasks users)")
-    add("--modes", nargs="+", choices=MODES, help="default: step where T is 1, else infer, train")
-    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
-    add("--precision", choices=ALL_PRECISIONS, help="default: exact on a CPU, tf32 on a GPU")
-    add("--device", default="cpu", help="cpu or cuda[:N] (default: %(default)s)")
-    add("--graph", action="store_true", help="on a GPU: replayed from a CUDA graph as well")
-    add("--threads", nargs="+", type=int, metavar="N", help="each in turn (default: torch's own)")
-    add("--seconds", type=_positive, default=1.5, help="for one case in one mode (default: 1.5)")
-    add("--repeat", type=_several, default=30, help="most rounds of one block each (default: 30)")
-    add("--budget", type=_positive, metavar="SECONDS", help="after which no measurement starts")
     add(
-        "--longest", type=_positive, default=60, metavar="SECONDS", help="for a case (default: 60)"
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        metavar="NAME",
+        help=f"named cases: {', '.join(CASES)}",
     )
-    add("--quick", action="store_true", help="six cases, three providers, within a minute")
-    add("--input-gradient", action="store_true", help="train: also the gradient of x")
-    add("--json", type=Path, metavar="FILE", help="write the rows to FILE; go on from those there")
-    add("--fresh", action="store_true", help="start FILE again")
+    add(
+        "--case",
+        action="append",
+        type=_case,
+        metavar="I,H,L,D,B,T",
+        help="a case of any shape; can be repeated",
+    )
+    add(
+        "--groups",
+        nargs="+",
+        choices=(*GROUPS, "all"),
+        help="groups of cases (default: tasks users)",
+    )
+    add(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        help="what to time (default: step where T is 1, else infer and train)",
+    )
+    add(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        metavar="NAME",
+        help=f"whose LSTMs to time (default: all): {', '.join(PROVIDERS)}",
+    )
+    add(
+        "--precision",
+        choices=ALL_PRECISIONS,
+        help="how to compute (default: exact on a CPU, tf32 on a GPU)",
+    )
+    add("--device", default="cpu", help="where to compute: cpu or cuda[:N] (default: %(default)s)")
+    add("--graph", action="store_true", help="on a GPU: also time the replay of a CUDA graph")
+    add(
+        "--threads",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="numbers of CPU threads, each in turn (default: PyTorch's choice)",
+    )
+    add(
+        "--seconds",
+        type=_positive,
+        default=1.5,
+        help="time for one case in one mode (default: 1.5)",
+    )
+    add(
+        "--repeat",
+        type=_several,
+        default=30,
+        help="most rounds, in which each provider has one block (default: 30)",
+    )
+    add("--budget", type=_positive, metavar="SECONDS", help="start no measurement after this time")
+    add(
+        "--longest",
+        type=_positive,
+        default=60,
+        metavar="SECONDS",
+        help="leave out cases that are expected to take longer (default: 60)",
+    )
+    add(
+        "--quick", action="store_true", help="time six cases with three providers, within a minute"
+    )
+    add(
+        "--input-gradient", action="store_true", help="in training: also compute the gradient of x"
+    )
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the rows to FILE, and skip what it has already",
+    )
+    add("--fresh", action="store_true", help="ignore what FILE has, and write it anew")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -161,11 +214,6 @@ def work_off(
     return left_out, too_long
 
 
-def key(row: Row) -> tuple[Any, ...]:
-    """What a row is about, whoever it is of."""
-    return tuple(row.get(name) or False for name in JOB)
-
-
 def _positive(text: str) -> float:
     value = float(text)
     if not value > 0:
@@ -201,61 +249,3 @@ def _progress(jobs: Sequence[Job]) -> Iterable[Job]:
     from tqdm import tqdm
 
     return tqdm(jobs, desc="speed", unit="case", disable=None, leave=False)
-
-
-def table(rows: list[Row]) -> str:
-    """One line per case and mode: our time, and how many times as long the others take."""
-    groups: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        groups[key(row)][row["provider"]] = row
-    names = [
-        name for name in PROVIDERS if any("p50_us" in g.get(name, ()) for g in groups.values())
-    ]
-    others = [name for name in names if name != "fastlstm"]
-    ours = ["fastlstm µs (p20-p80)"] if "fastlstm" in names else []
-    lines = [["case", "mode", "I,H,L,D,B,T", *ours, *others]]
-    for group in groups.values():
-        row = next(iter(group.values()))
-        how = row["mode"] + " graph" * row["graph"]
-        how += f", {row['threads']} threads" * (len({row["threads"] for row in rows}) > 1)
-        lines.append([row["case"], how, row["shape"]])
-        for name in names:
-            lines[-1].append(_cell(group.get(name), timed=name == "fastlstm" or not ours))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join(line.rstrip() for line in [*text, "", *_summary(rows)])
-
-
-def _cell(row: Row | None, timed: bool) -> str:
-    if row is None or "skipped" in row:
-        return "- "
-    if "error" in row:
-        return "error "
-    return _time(row) if timed or row["ratio"] is None else _ratio(row["ratio"])
-
-
-def _time(row: Row) -> str:
-    return f"{number(row['p50_us'])} ({number(row['p20_us'])}-{number(row['p80_us'])})"
-
-
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.2f}x" + ("*" if behind(ratio) else " ")
-
-
-def _summary(rows: list[Row]) -> Iterator[str]:
-    ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
-    several = len({row["threads"] for row in rows}) > 1
-    for row in rows:
-        if row["provider"] != "fastlstm" and row.get("ratio"):
-            mode = row["mode"] + f", {row['threads']} threads" * several
-            ratios[mode, row["provider"]].append(row["ratio"])
-    for (mode, peer), values in ratios.items():
-        yield f"{mode}: {geometric_mean(values):.2f}x {peer} (geometric mean, n={len(values)})"
-    if any(behind(value) for values in ratios.values() for value in values):
-        yield "* the other one is faster"

@@ -13,6 +13,11 @@ Row = dict[str, Any]
 FOLDER = Path(__file__).parents[1] / "results"
 NEEDED = ("cpu", "threads", "torch", "commit", "date")  # of an environment
 DIGITS = 5  # of a figure; no timing has more
+# What tells one measurement from another.
+JOB = (
+    *("group", "case", "shape", "mode", "precision", "graph", "threads", "device"),
+    "input_gradient",
+)
 
 
 class Results:
@@ -76,6 +81,11 @@ def load(file: Path) -> Results:
     if absent:
         raise BenchmarkError(f"{file}: its environment says nothing of {', '.join(absent)}")
     return results
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row is about; the rows of all providers in one measurement share it."""
+    return tuple(row.get(name) or False for name in JOB)
 
 
 def _rounded(value: Any) -> Any:

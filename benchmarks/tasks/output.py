@@ -19,8 +19,10 @@ SCALING = ("processes", "samples/s", "efficiency")  # where there are several pr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options for what one command leaves behind."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there, as PNG")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the curves to FILE, as PNG"
+    )
     parser.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="write TensorBoard summaries below DIR"
     )

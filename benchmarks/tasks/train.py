@@ -209,10 +209,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose LSTM to train (default: %(default)s, side by side)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of weights, batches, dropout (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of weights, batches and dropout (default: %(default)s)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:N] (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--device", default="cpu", help="where to train: cpu or cuda[:N] (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="number of CPU threads (default: PyTorch's choice)"
+    )
 
 
 def prepare(args: argparse.Namespace) -> list[str]:
