@@ -1,12 +1,11 @@
 """`python -m benchmarks gpu`: the kernels of a backend beside cuDNN, tested, recorded and timed.
 
 First the tests that need a GPU, then the cuDNN results that machines without one are tested
-against, then the timings, most important first, until the budget is spent. What the library does
-not do unless it is told to, such as the persistent kernels, comes last, with tests of its own: it
-could hang. A figure is a median
-over short blocks in which both take turns in one process, after the results of both have been
-checked against float64. A ratio is the median over the rounds of (time of cuDNN / time of
-fastlstm): above 1 fastlstm is faster.
+against, then the timings, most important first, until the budget is spent. Kernels that
+the library takes only on request, such as the persistent ones, come last, with tests of their own,
+because they could hang. A figure is a median over short blocks in which both take turns in one
+process, after the results of both have been checked against float64. A ratio is the median over
+the rounds of (time of cuDNN / time of fastlstm): above 1 fastlstm is faster.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """`python -m benchmarks kernels`: compiles the GPU kernels ahead of time and shows what came out.
 
 No GPU is needed. Every variant of the kernels that the configuration can choose is compiled for
-each GPU, and disassembled: registers a thread; spilled bytes, which are the stack frame of a
-thread; shared memory of a program; and barriers and matrix instructions (mma, on Hopper wgmma)
-within the time loop. These are counted as they stand in the code: where the weights do not stay on
-chip, the time loop has a loop over chunks of them in it, whose instructions run once for each.
+each GPU and disassembled. The table shows the registers of a thread; spilled bytes, which are the
+stack frame of a thread; the shared memory of a program; and the barriers and matrix instructions
+(mma, on Hopper wgmma) within the time loop. Instructions are counted as they stand in the code:
+where the weights do not stay on chip, the time loop contains a loop over chunks of them, whose
+instructions run once for each chunk.
 """
 
 from __future__ import annotations

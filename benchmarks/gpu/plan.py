@@ -14,9 +14,9 @@ WIDTHS, BATCHES = (256, 512, 1024), (1, 16, 64, 256)
 
 
 def plan_of_gpu() -> list[Job]:
-    """Every measurement of `gpu`. What comes last is what a short budget leaves out.
+    """Make every job of `gpu`. A short budget leaves out the last ones.
 
-    The persistent kernels, which only those get who ask for them, take the wide shapes again.
+    The wide shapes come again at the end, with the persistent kernels, which run only on request.
 
     Packed input is only timed eagerly: its lengths are on the CPU, so a graph would be one of
     these lengths and no others.

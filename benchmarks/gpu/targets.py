@@ -15,12 +15,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """`statistic` of the rows of a group, mode and way to call, and the `limit` it has to keep.
+    """A `limit` for a `statistic` of the rows of one group, mode and way to call.
 
-    Of all shapes, or those of H units, or at most so many sequences.
-
-    "lowest" and "mean" (geometric) are of the ratios to cuDNN, and at least `limit`; "step" is the
-    longest time a step in microseconds, and at most `limit`.
+    The statistics "lowest" and "mean" (geometric) are those of the ratios to cuDNN, which must be
+    at least `limit`. "step" is the longest time of a step in microseconds, which must be at most
+    `limit`. `H` and `most` restrict the target to shapes of H units, or of at most so many
+    sequences.
     """
 
     group: str
@@ -38,7 +38,7 @@ class Target:
         return f"{self.group}, {how}, {direction}{width}"
 
     def covers(self, shape: str) -> bool:
-        """Whether it is about this shape, I,H,L,D,B,T."""
+        """Return whether the target is about this shape, I,H,L,D,B,T."""
         _, H, _, _, B, _ = map(int, shape.split(","))
         return self.H in (None, H) and (self.most is None or self.most >= B)
 
@@ -65,7 +65,7 @@ TARGETS = (
 )
 
 
-# Those of the CUDA kernels where they are not the same.
+# For the CUDA kernels some targets differ.
 CUDA_TARGETS = (
     *(target for target in TARGETS if target.group != "wide"),
     *(
@@ -78,14 +78,14 @@ CUDA_TARGETS = (
 
 
 def targets_of(backend: str) -> tuple[Target, ...]:
-    """The targets of a backend."""
+    """Return the targets of a backend."""
     return CUDA_TARGETS if backend == "cuda" else TARGETS
 
 
 def verdicts(
     jobs: Iterable[Job], rows: list[Row], targets: Iterable[Target] = TARGETS
 ) -> Iterator[str]:
-    """A line for every target and precision: met, missed, or not measured in full."""
+    """Yield a line for every target and precision: met, missed, or not measured in full."""
     jobs = list(jobs)
     for target in targets:
         expected = Counter(

@@ -15,7 +15,7 @@ MODES = {"infer": "inference", "step": "inference", "train": "training"}
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
-    """The rows that were measured together."""
+    """Return the rows that were measured together."""
     found: dict[tuple[Any, ...], Group] = defaultdict(dict)
     names = ("group", "case", "shape", "mode", "precision", "graph", "threads")
     for row in rows:
@@ -24,19 +24,19 @@ def groups(rows: Iterable[Row]) -> list[Group]:
 
 
 def is_peer(name: str) -> bool:
-    """Whether it is not this library in one of its forms."""
+    """Return whether a provider is not this library in one of its forms."""
     return not name.startswith(OURS)
 
 
 def best_peer(group: Group, *without: str) -> Row | None:
-    """The fastest of the others."""
+    """Return the row of the fastest peer, or None; `without` names providers to leave out."""
     peers = [row for name, row in group.items() if is_peer(name) and row.get("ratio")]
     peers = [row for row in peers if row["provider"] not in without]
     return min(peers, key=lambda row: row["ratio"], default=None)
 
 
 def by_case(results: Results) -> dict[str, dict[str, Group]]:
-    """The default measurements of the named cases: "inference" and "training" of each."""
+    """Return the default measurements of the named cases: "inference" and "training" of each."""
     found: dict[str, dict[str, Group]] = defaultdict(dict)
     for group in groups(default_rows(results)):
         row = next(iter(group.values()))
@@ -45,7 +45,7 @@ def by_case(results: Results) -> dict[str, dict[str, Group]]:
 
 
 def default_rows(results: Results) -> list[Row]:
-    """Of the named cases, in the way they are called by default."""
+    """Return the rows of the named cases that were called in the default way."""
     return [
         row
         for row in results.rows

@@ -14,7 +14,7 @@ from .tables import what
 
 
 def overview(folder: Path) -> str:
-    """Every table, of every machine."""
+    """Make the text of the README: every table, of every machine."""
     parts = [
         "# Results",
         "Made by `python -m benchmarks report` from the files beside it. Times are medians, in "
@@ -35,12 +35,12 @@ def overview(folder: Path) -> str:
 
 
 def speed_results(folder: Path) -> list[Results]:
-    """Of `speed` and of `gpu`."""
+    """Load the results of `speed` and of `gpu` in a folder."""
     return [load(file) for file in sorted(folder.glob("*-speed.json"))]
 
 
 def everything(results: Results) -> str:
-    """Every measurement, with every provider that was in it."""
+    """Make the tables of every measurement, with every provider that took part."""
     parts = []
     by_group: dict[str, list[Group]] = defaultdict(list)
     for group in groups(results.rows):

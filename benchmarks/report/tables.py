@@ -17,7 +17,7 @@ SUMMARY = ("mnist-lstm", "mnist-blstm", "step", "rl-resets", "mnist-blstm-packed
 
 
 def caption(results: Results) -> str:
-    """On what it was measured."""
+    """Say on what the results were measured."""
     facts = results.environment
     where = facts.get("gpu") or facts["cpu"]
     isa = f" ({facts['isa']})" if facts.get("isa") and not facts.get("gpu") else ""
@@ -28,7 +28,7 @@ def caption(results: Results) -> str:
 
 
 def main_table(results: Results) -> str:
-    """The named cases: our time, and how many times as long nn.LSTM and the others take."""
+    """Make the table of the named cases: our time, and the ratios of nn.LSTM and of others."""
     lines = [
         "| case | I, H, L, D, B, T | inference µs | `nn.LSTM` | best other peer | training µs "
         "| `nn.LSTM` | best other peer |",
@@ -46,7 +46,7 @@ def main_table(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """The six cases of `SUMMARY`, with their shapes in words."""
+    """Make the small table: the cases of `SUMMARY`, with their shapes in words."""
     lines = [
         "| case | inference, µs | `nn.LSTM` | best other peer | training, µs | `nn.LSTM` "
         "| best other peer |",
@@ -70,7 +70,7 @@ def _shape_in_words(case: Case) -> str:
 
 
 def means(results: Results) -> str:
-    """What the named cases come to."""
+    """Make a list of the geometric means over the named cases."""
     return "\n".join(_means(results))
 
 
@@ -107,7 +107,7 @@ def _three(group: Group) -> list[str]:
 
 
 def losses(results: Results) -> str:
-    """The named cases in which a peer is faster, and how many of the other measurements."""
+    """Make a table of the named cases in which a peer is faster, and count the other ones."""
     named, others = [], []
     for group in groups(results.rows):
         row = next(iter(group.values()))
@@ -125,7 +125,7 @@ def losses(results: Results) -> str:
 
 
 def loss_table(results: Results, found: Iterable[Group] | None = None) -> str:
-    """The measurements, all or those found, in which a peer is faster."""
+    """Make a table of the measurements (all, or those in `found`) in which a peer is faster."""
     lines = []
     for group in groups(results.rows) if found is None else found:
         for row in group.values():
@@ -142,7 +142,7 @@ def loss_table(results: Results, found: Iterable[Group] | None = None) -> str:
 
 
 def peers(results: Results) -> str:
-    """Who took part, in which version, and who could not, and why."""
+    """Make the table of providers: their versions, and what they could not do, and why."""
     lines = ["| provider | version | without what, and why |", "|---|---|---|"]
     rows: dict[str, list[Row]] = defaultdict(list)
     for row in results.rows:
@@ -163,7 +163,7 @@ def peers(results: Results) -> str:
 
 
 def cells(results: Results) -> str:
-    """What the options cost: a column for each case, inference / training."""
+    """Make the table of what the options of a cell cost, with a column for each case."""
     names = list(dict.fromkeys(row["case"] for row in results.rows))
     title = "times as long as the plain cell, inference / training"
     lines = [
@@ -187,7 +187,7 @@ def cells(results: Results) -> str:
 
 
 def tasks(records: Sequence[Row]) -> str:
-    """Training by the full protocols: what is right on the test set."""
+    """Make the table of the trained tasks: what is right on the test set."""
     lines = ["| task | seed | training steps | right on the test set |", "|---|---:|---:|---:|"]
     for record in records:
         lines.append(
@@ -198,7 +198,7 @@ def tasks(records: Sequence[Row]) -> str:
 
 
 def scaling(records: Sequence[Row]) -> str:
-    """Training in several processes: the same accuracy, and what the processes gain."""
+    """Make the table of training in several processes: accuracy and efficiency."""
     lines = [
         "| task | provider | processes | test accuracy | samples/s of each | efficiency |",
         "|---|---|---:|---:|---:|---:|",
@@ -213,12 +213,12 @@ def scaling(records: Sequence[Row]) -> str:
 
 
 def _who(case: str) -> str:
-    """The sentence of a case, or its name."""
+    """Return a case in words, or its name."""
     return CASES[case].who if case in CASES else case
 
 
 def what(row: Row, results: Results) -> str:
-    """What was called, and on how many threads if not on those of the rest."""
+    """Return what was called, and on how many threads if not on those of the other rows."""
     others = row["threads"] != results.environment["threads"]
     threads = f", threads: {row['threads']}" if others else ""
     return f"{row['mode']}{' graph' if row['graph'] else ''}{threads}"

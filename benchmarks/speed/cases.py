@@ -15,8 +15,8 @@ RESET_EVERY = 32  # steps of an episode, on average
 class Case:
     """One shape: input size, hidden size, layers, directions, batch, time steps.
 
-    `packed` mixes sequences of all lengths up to T, `reset` restarts rows on the way, as episodes
-    do. `who` says who runs it.
+    `packed` mixes sequences of all lengths up to T. `reset` restarts rows inside the sequence, as
+    RL episodes do. `who` says in words what it stands for.
     """
 
     name: str

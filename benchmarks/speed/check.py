@@ -1,4 +1,4 @@
-"""Are a contender's results those of nn.LSTM? Nobody is timed who computes something else."""
+"""Checks that a contender computes what nn.LSTM does: what does not is not timed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Mismatch(BenchmarkError):
 
 
 class Judge:
-    """float64 and nn.LSTM's own error for some work, and what may be off by how much.
+    """Holds the results of a workload in float64, and how far nn.LSTM itself is from them.
 
-    `eps` is the spacing at 1 of the numbers that are multiplied, if it is not that of the dtype.
+    `eps` is the spacing, at 1, of the numbers that are multiplied; by default that of the dtype.
     """
 
     def __init__(self, work: Workload, eps: float | None = None) -> None:
@@ -33,10 +33,10 @@ class Judge:
         self._yardstick = _solve(work.to(narrow))
 
     def error(self, name: str, contender: Contender, *, ours: bool) -> float:
-        """The largest error of a result, as a share of that result's largest value.
+        """Return the largest error of a result, as a share of that result's largest value.
 
-        Raises Mismatch where it is too large. Ours may be off float64 by twice as much as nn.LSTM
-        is, plus one rounding. A peer may be less exact, but has to have half of the digits right.
+        Raises Mismatch if an error is too large. Results of ours may be twice as far from float64
+        as those of nn.LSTM, plus one rounding. A peer must have half of the digits right.
         """
         worst = 0.0
         for what, got in contender.results().items():

@@ -1,4 +1,4 @@
-"""One way to do a workload, ready to be timed and checked."""
+"""A contender: one provider's way to do a workload, ready to be timed and checked."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Contender:
     kept: Callable[[], int] | None = None
 
     def seconds(self, times: int) -> float:
-        """Seconds that so many calls take."""
+        """Return the seconds that so many calls take."""
         return self.timer(times) if self.timer else on_host(self.call, times)
 
     def peak_bytes(self) -> int | None:
-        """How much more memory than before a call takes at its peak; None if unknown."""
+        """Return the bytes that a call needs at its peak beyond those before; None if unknown."""
         return self.peak() if self.peak else memory.peak(self.call)
 
 
 def around(contender: Contender, context: Callable[[], AbstractContextManager[Any]]) -> Contender:
-    """The contender with everything it does in such a context."""
+    """Return the contender with everything that it does inside such a context."""
 
     def within(call: Callable[[], Any]) -> Callable[[], Any]:
         def inside() -> Any:
@@ -53,7 +53,7 @@ def around(contender: Contender, context: Callable[[], AbstractContextManager[An
 
 
 def on_host(call: Callable[[], object], times: int) -> float:
-    """Seconds that so many calls take on the host."""
+    """Return the seconds that so many calls take by the clock of the host."""
     start = perf_counter()
     for _ in range(times):
         call()

@@ -1,4 +1,4 @@
-"""The least time that a machine could take: its measured rates, and what a shape asks of it."""
+"""The least time that a machine could take for a case, from its measured rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed: shapes x precisions x modes, most important first."""
+"""A job: one measurement of a case, in a precision and a mode."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MODES = ("infer", "train")
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: `graph` replays a CUDA graph instead of calling the module.
+    """One measurement. `graph` replays a CUDA graph instead of calling the module.
 
-    `regime` is forced upon the configuration of the Triton kernels; None leaves the choice to it.
-    `threads` is of the CPU; None is as many as torch has. `input_gradient` asks training for the
-    gradient of x too.
+    `regime` overrides the choice of the Triton kernels' configuration; None leaves it alone.
+    `threads` is the number of CPU threads; None is as many as torch has.
+    `input_gradient` asks training for the gradient of x too.
     """
 
     group: str
@@ -42,7 +42,7 @@ def jobs_of(
     threads: Iterable[int | None] = (None,),
     input_gradient: bool = False,
 ) -> list[Job]:
-    """The jobs of `speed`; by default cases of one step are streamed, others infer and train."""
+    """Make the jobs of `speed`. By default cases of one step are streamed, others not."""
     return [
         Job(case.group, case, precision, mode, graph, None, count, input_gradient)
         for case in cases

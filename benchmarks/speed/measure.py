@@ -1,4 +1,4 @@
-"""From a job to rows: everybody's time, memory and error, or what kept them from it."""
+"""From a job to rows: the time, memory and error of each provider, or why it has none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measure(
     backend: str | None = None,
     remotes: Remotes | None = None,
 ) -> list[Row]:
-    """A row for each provider: its figures, why it has no part ("skipped"), or its "error".
+    """Return a row for each provider: its figures, why it is "skipped", or its "error".
 
     Their calls take turns for about `seconds`, in `repeat` rounds at most. `backend` is that of
     provider "fastlstm"; by default its own choice. `remotes` are processes that are kept for the
@@ -89,7 +89,7 @@ def measure(
 
 
 def _first_figures(contender: Contender, judge: Judge, name: str, job: Job) -> Row:
-    """What is known before the turns; raises Mismatch for wrong results."""
+    """Return what is known before the turns; raises Mismatch for wrong results."""
     row: Row = {"first_call_s": contender.seconds(1)}
     row["max_error"] = judge.error(name, contender, ours=provider(name).own_kernels)
     row["peak_bytes"] = contender.peak_bytes()
@@ -100,14 +100,14 @@ def _first_figures(contender: Contender, judge: Judge, name: str, job: Job) -> R
 
 
 def _values(job: Job) -> int:
-    """Bytes of one value for each unit, direction, layer and real step."""
+    """Return the bytes of one value for each unit, direction, layer and real step."""
     case = job.case
     return int(case.lengths.sum()) * case.L * case.D * case.H * job.precision.dtype.itemsize
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch in the block; None changes nothing."""
+    """Set torch's number of threads for the block; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -140,7 +140,7 @@ def _contender(
 
 
 def describe_job(job: Job, name: str, device: str, backend: str | None = None) -> Row:
-    """The part of a row that says what was measured, and whose it is."""
+    """Return the part of a row that says what was measured, and of which provider."""
     return {
         "group": job.group,
         "case": job.case.name,
@@ -163,7 +163,7 @@ def describe_job(job: Job, name: str, device: str, backend: str | None = None) -
 
 
 def synchronize(device: str) -> None:
-    """Raises if the GPU has reported a fault, after which this process is past use."""
+    """Raise if the GPU has reported a fault, after which this process is of no more use."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -177,10 +177,10 @@ def work_through(
     deadline: float,
     clock: Callable[[], float] = monotonic,
 ) -> list[Job]:
-    """Performs and saves one job after the other until the deadline; returns those left out.
+    """Perform and save one job after the other until the deadline; return those left out.
 
-    `perform` is told how many seconds it may take. What it cannot do becomes the row that `failed`
-    makes, with the error.
+    `perform` gets a job and the seconds that it may take. If it raises Failed, the row that
+    `failed` makes is saved with the error.
     """
     left_out = []
     for job in jobs:
@@ -196,7 +196,7 @@ def work_through(
 
 
 def line(row: Row) -> str:
-    """A row as a line of text."""
+    """Return a row as a line of text."""
     how = f"{row['precision']:5} {row['mode']:5} {'graph' if row['graph'] else 'eager'}"
     how += f" {row['regime']}" if row["regime"] else ""
     head = f"{row['case']:18} {row['shape']:20} {how} {row['provider']:14}"

@@ -18,9 +18,10 @@ class Failed(BenchmarkError):
 
 
 class Worker:
-    """Runs functions in a process of its own, which is replaced when it is past use.
+    """Runs functions in a process of its own, which is replaced when it is broken.
 
-    `probe` raises in a process that is past use: after a fault of the GPU, say, every call fails.
+    `probe` is called in that process after a failure, and raises if the process is broken: after
+    a fault of the GPU, say, every call fails.
     """
 
     def __init__(self, probe: Callable[[], object]) -> None:

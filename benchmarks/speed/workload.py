@@ -1,4 +1,4 @@
-"""What is timed: the same work on the same numbers, done by every contender in its own way."""
+"""What is timed: a workload, which every contender does in its own way on the same numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ MODES = ("infer", "train", "step")
 
 @dataclass(frozen=True)
 class Workload:
-    """Run over x, run and go back, or take one step from the last state; all with one `lstm`.
+    """The inputs and weights of one measurement.
+
+    Mode "infer" runs `lstm` over x, "train" runs it and goes back, and "step" takes one step from
+    `state`.
 
     `x` [T, B, I] is zero past the `lengths` [B], int64 on the CPU, of a ragged case. `reset`
     [T, B], bool, is True where a row starts again. `state` is h and c [L*D, B, H] in mode "step",
@@ -35,7 +38,7 @@ class Workload:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all floating point numbers."""
+        """The dtype of all floating point numbers."""
         return self.x.dtype
 
     @property
@@ -44,7 +47,7 @@ class Workload:
         return self.x.device.type == "cpu"
 
     def to(self, dtype: torch.dtype) -> Workload:
-        """The same numbers in another dtype."""
+        """Return the workload in another dtype."""
         return replace(
             self,
             lstm=deepcopy(self.lstm).to(dtype),
@@ -54,13 +57,13 @@ class Workload:
         )
 
     def rows(self, padded: Tensor) -> Tensor | PackedSequence:
-        """A tensor [T, B, features] as nn.LSTM takes it: packed if the case is ragged."""
+        """Return a tensor [T, B, features] as nn.LSTM takes it: packed if the case is ragged."""
         if self.lengths is None:
             return padded
         return pack_padded_sequence(padded, self.lengths, enforce_sorted=False)
 
     def padded(self, rows: Tensor | PackedSequence) -> Tensor:
-        """The reverse of `rows`, zero past the lengths."""
+        """Return rows as a tensor [T, B, features], zero past the lengths."""
         if isinstance(rows, Tensor):
             return rows
         return pad_packed_sequence(rows, total_length=len(self.x))[0]
@@ -73,7 +76,7 @@ def make_workload(
     device: str = "cpu",
     input_gradient: bool = False,
 ) -> Workload:
-    """The work of a case, the same numbers every time."""
+    """Make the workload of a case, with the same numbers every time."""
     torch.manual_seed(0)
     size = (case.I, case.H, case.L)
     lstm = nn.LSTM(*size, bidirectional=case.D == 2, dtype=dtype, device=device)

@@ -70,7 +70,7 @@ def evaluate(
 ) -> Score:
     """Scores the model, in evaluation mode, over batches of inputs and targets.
 
-    Those of all processes, if there are several.
+    If there are several processes, each has a part of the batches, and the score is that of all.
     """
     model.eval()
     loss = 0.0
