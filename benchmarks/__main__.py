@@ -11,15 +11,15 @@ from pathlib import Path
 
 from . import BenchmarkError
 
-COMMANDS = {
-    "mnist": "MNIST by rows: lstm, lstm128 or blstm",
-    "binary": "binary increment: x and x + 1 as 20 bits",
-    "hello": 'small recipes, and "hihell" -> "ihello"',
-    "speed": "paired timings of single calls, beside every other LSTM on this machine",
-    "report": "tables and pictures of all results, and the README's own tables",
-    "cells": "what each option of a cell costs, and RNN beside nn.RNN",
-    "kernels": "what the GPU kernels compile to, without a GPU",
-    "gpu": "tests, cuDNN records and timings of the Triton backend on a GPU",
+COMMANDS = {  # a command's module, and what it does
+    "mnist": ("tasks.mnist", "train MNIST by rows: models lstm, lstm128 or blstm"),
+    "binary": ("tasks.binary", "train binary increment: x and x + 1 as 20 bits"),
+    "hello": ("tasks.hello", 'run small recipes, and train "hihell" -> "ihello"'),
+    "speed": ("speed.command", "time single calls beside every other LSTM on this machine"),
+    "report": ("report.command", "write the tables and pictures of all results"),
+    "cells": ("speed.cells", "time each option of a cell, and RNN beside nn.RNN"),
+    "kernels": ("gpu.kernels", "show what the GPU kernels compile to, without a GPU"),
+    "gpu": ("gpu.command", "on a GPU: run the tests, record cuDNN's outputs, time the kernels"),
 }
 # Enough to learn the tasks in a few minutes on two cores. In samples, so the small digits do.
 BINARY_EPOCHS = 8
@@ -45,15 +45,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, text in COMMANDS.items():
+    for name, (place, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if [name] == argv[:1]:  # a command that is not asked for is not imported
-            module = import_module(f".{name}", __package__)
+            module = import_module(f".{place}", __package__)
             command.description = module.__doc__
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     if not set(COMMANDS) & set(argv[:1]):
-        from . import data, train
+        from .tasks import data, train
 
         train.add_arguments(parser)
         data.add_arguments(parser)
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main_job(args: argparse.Namespace) -> int:
     """Short versions of the tasks, with both providers."""
-    from . import binary, data, mnist, records, train
+    from .tasks import binary, data, mnist, output, train
 
     providers = train.prepare(args)
     print(SHORTENED)
@@ -88,7 +88,7 @@ def main_job(args: argparse.Namespace) -> int:
         trainees = train.train(task, providers, quiet=True)
         found += [trainee.record() for trainee in trainees]
     files = {"json_file": args.out / "results.json", "plot_file": args.out / "curves.png"}
-    records.finish(found, **files)
+    output.finish(found, **files)
     return 0
 
 

@@ -13,7 +13,7 @@ from cases import Case, Results, draw, evaluate, fast, plain, stepwise
 from oracle import hold, judge
 
 import fastlstm
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 # The tests run deterministically, and there cuBLAS wants a workspace of a fixed size.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -23,8 +23,8 @@ from cases import Case, Results, draw, evaluate, plain
 from oracle import judge
 from torch import Tensor
 
-from benchmarks.environment import environment
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.speed.environment import environment
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 CASES = (
     Case(T=20, B=4, I=10, H=16),

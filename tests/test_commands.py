@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import BenchmarkError, __main__, binary, data, environment, extra, hello, train
+from benchmarks import BenchmarkError, __main__, extra
+from benchmarks.speed import environment
+from benchmarks.tasks import binary, data, hello, train
 
 PROVIDERS = tuple(train.PROVIDERS)
 SMALL = data.small_digits()

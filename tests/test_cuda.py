@@ -20,7 +20,7 @@ from oracle import check, expectation, hold, judge
 from torch import nn
 
 import fastlstm
-from benchmarks.precision import PRECISIONS
+from benchmarks.speed.precision import PRECISIONS
 from fastlstm.kernels.cuda import CUDA, library
 from fastlstm.spec import LayerSpec
 

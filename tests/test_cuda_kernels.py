@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from test_kernels import KEYS
 
-from benchmarks import BenchmarkError, cuda_kernels
+from benchmarks import BenchmarkError
 from benchmarks import __main__ as command
-from benchmarks.machine_code import time_loop
+from benchmarks.gpu import cuda_kernels
+from benchmarks.gpu.machine_code import time_loop
 from fastlstm import extension
 
 Row = dict[str, Any]

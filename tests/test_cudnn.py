@@ -9,7 +9,7 @@ from cases import Results, evaluate, fast, plain
 from oracle import compare, measure
 from recorder import CASES, Record, from_numpy, load, record, to_numpy
 
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 DATA = Path(__file__).parent / "data"
 RECORDS = [found for path in sorted(DATA.glob("cudnn-*.npz")) for found in load(path)]

@@ -12,7 +12,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from benchmarks import data
+from benchmarks.tasks import data
 
 SIZES = {data.IMAGES: (6, 3, 2), data.LABELS: (6,)}
 

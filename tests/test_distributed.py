@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from benchmarks import BenchmarkError, __main__, data, mnist, train
-from benchmarks import distributed as ours
-from benchmarks.distributed import Processes
+from benchmarks import BenchmarkError, __main__
+from benchmarks.tasks import data, mnist, train
+from benchmarks.tasks import distributed as ours
+from benchmarks.tasks.distributed import Processes
 
 PROVIDERS = tuple(train.PROVIDERS)
 SMALL = data.small_digits()

@@ -9,8 +9,9 @@ from oracle import compare, judge, measure
 from torch import Tensor, nn
 
 import fastlstm
-from benchmarks.jobs import Job, plan_of_gpu
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.gpu.plan import plan_of_gpu
+from benchmarks.speed.job import Job
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 pytestmark = gpu.MARKS
 kernels = gpu.kernels

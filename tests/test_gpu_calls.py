@@ -13,8 +13,8 @@ from gpu import DEVICE, assert_same_bits, every_precision, numbers_of
 from torch import Tensor, nn
 
 import fastlstm
-from benchmarks.cuda import capture
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.speed.gpu_timing import capture
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 pytestmark = gpu.MARKS
 kernels = gpu.kernels

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, stack_module_state, vmap
 
 import fastlstm
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 pytestmark = [*gpu.MARKS, pytest.mark.only("triton")]
 

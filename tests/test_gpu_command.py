@@ -16,14 +16,17 @@ import torch
 
 import fastlstm
 from benchmarks import __main__ as command
-from benchmarks import bars, floor, gpu
-from benchmarks import measure as rows_of
-from benchmarks.cases import CASES, Case
-from benchmarks.jobs import GPU_GROUPS, TASK_SHAPES, Job, plan_of_gpu
-from benchmarks.precision import PRECISIONS
-from benchmarks.results import load
-from benchmarks.timing import take_turns
-from benchmarks.worker import Failed, Worker
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu import targets
+from benchmarks.gpu.plan import GROUPS, plan_of_gpu
+from benchmarks.speed import floor
+from benchmarks.speed import measure as rows_of
+from benchmarks.speed.cases import CASES, TASK_SHAPES, Case
+from benchmarks.speed.job import Job
+from benchmarks.speed.precision import PRECISIONS
+from benchmarks.speed.results import load
+from benchmarks.speed.timing import take_turns
+from benchmarks.speed.worker import Failed, Worker
 
 TINY = Case("tiny", 3, 5, 2, 2, 2, 4)
 PACKED = Case("packed", 3, 5, 1, 2, 4, 6, packed=True)
@@ -50,7 +53,7 @@ def test_no_gpu_is_an_honest_error(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
     jobs = plan_of_gpu()
     assert len(set(jobs)) == len(jobs)
-    assert {j.group for j in jobs} == set(GPU_GROUPS)
+    assert {j.group for j in jobs} == set(GROUPS)
     assert [j.group for j in jobs] == sorted((j.group for j in jobs), key="tasks".__ne__)
     assert [j.regime for j in jobs] == sorted(
         (j.regime for j in jobs), key=bool
@@ -212,36 +215,36 @@ def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[rows_
     ]
 
 
-def test_bars_are_computed_from_the_rows() -> None:
+def test_targets_are_computed_from_the_rows() -> None:
     jobs = [job(CASES[name], "bf16") for name in TASK_SHAPES[:2]]
     rows = result(jobs[0], 4.0, 0.5) + result(jobs[1], 9.0, 0.7)
     lowest, mean, step = (
-        bars.Bar("tasks", "infer", False, statistic, limit)
+        targets.Target("tasks", "infer", False, statistic, limit)
         for statistic, limit in (("lowest", 4), ("mean", 6.1), ("step", 0.7))
     )
-    lines = list(bars.verdicts(jobs, rows, (lowest, mean, step)))
+    lines = list(targets.verdicts(jobs, rows, (lowest, mean, step)))
     assert [line.split()[0] for line in lines] == ["met", "missed", "met"]
     assert "tasks, eager, forward, bf16: geometric mean 6.00x, lowest 4.00x" in lines[0]
     assert "2 of 2 measurements" in lines[0]
     assert "0.7 µs a step at most" in lines[2]
 
 
-def test_a_bar_is_not_met_by_what_was_not_measured() -> None:
+def test_a_target_is_not_met_by_what_was_not_measured() -> None:
     jobs = [job(CASES[name], "bf16") for name in TASK_SHAPES[:2]]
-    (bar,) = bars.BARS[:1]
-    (nothing,) = bars.verdicts(jobs, [], [bar])
+    (target,) = targets.TARGETS[:1]
+    (nothing,) = targets.verdicts(jobs, [], [target])
     assert nothing.startswith("not measured") and "0 of 2" in nothing
-    (half,) = bars.verdicts(jobs, result(jobs[0], 9.0) + result(jobs[1], None), [bar])
+    (half,) = targets.verdicts(jobs, result(jobs[0], 9.0) + result(jobs[1], None), [target])
     assert half.startswith("not measured") and "only 1 of 2" in half
-    (low,) = bars.verdicts(jobs, result(jobs[0], 1.0), [bar])
+    (low,) = targets.verdicts(jobs, result(jobs[0], 1.0), [target])
     assert low.startswith("missed")
 
 
-def test_every_bar_has_its_measurements() -> None:
-    lines = list(bars.verdicts(plan_of_gpu(), []))
+def test_every_target_has_its_measurements() -> None:
+    lines = list(targets.verdicts(plan_of_gpu(), []))
     kinds = {(j.group, j.mode, j.graph) for j in plan_of_gpu() if j.regime is None}
-    assert kinds == {(bar.group, bar.mode, bar.graph) for bar in bars.BARS}
-    assert len(lines) > len(bars.BARS)
+    assert kinds == {(target.group, target.mode, target.graph) for target in targets.TARGETS}
+    assert len(lines) > len(targets.TARGETS)
 
 
 def test_a_fault_costs_one_job() -> None:

@@ -14,7 +14,7 @@ from cases import Case, evaluate, fast
 from cuda_cases import CASES, REGIMES, WIDE, WIDE_CASE, named, override
 from gpu import assert_same_bits, check, every_precision, numbers_of
 
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 pytestmark = [*gpu.MARKS, pytest.mark.only("cuda")]
 kernels = gpu.kernels

@@ -10,7 +10,7 @@ import torch
 from cases import Case, evaluate, fast
 from gpu import assert_same_bits, check, every_precision, forced, numbers_of
 
-from benchmarks.precision import PRECISIONS, Precision
+from benchmarks.speed.precision import PRECISIONS, Precision
 
 pytestmark = [*gpu.MARKS, pytest.mark.only("triton")]
 kernels = gpu.kernels

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import kernels
-from benchmarks.machine_code import time_loop
-from benchmarks.variants import Layer, Variant, variants
-from benchmarks.worker import Failed, Worker
+from benchmarks.gpu import kernels
+from benchmarks.gpu.machine_code import time_loop
+from benchmarks.gpu.variants import Layer, Variant, variants
+from benchmarks.speed.worker import Failed, Worker
 from fastlstm.kernels.triton.config import Device
 
 Row = dict[str, Any]

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.check import Judge
 from benchmarks.providers import Provider, provider
 from benchmarks.providers.remote import Remote
-from benchmarks.work import Contender, Work, of
+from benchmarks.speed.cases import Case
+from benchmarks.speed.check import Judge
+from benchmarks.speed.contender import Contender
+from benchmarks.speed.workload import Workload, make_workload
 
 PEERS = ("jax", "flax", "keras-torch", "keras-jax", "torchrl", "flashrnn", "haste")
 TINY = Case("tiny", 3, 5, 2, 1, 3, 4)
@@ -33,12 +34,12 @@ CASES = {
 EVERY_REFUSAL = """
 import sys, torch
 from benchmarks.providers import provider
-from benchmarks.work import of
+from benchmarks.speed.workload import make_workload
 from tests.test_peers import CASES, PEERS
 for case, *modes in CASES.values():
     for device in ("cpu", "meta"):
         for mode in modes:
-            work = of(case, mode, torch.float32, device)
+            work = make_workload(case, mode, torch.float32, device)
             for name in PEERS:
                 provider(name).refuses(work)
 heavy = {"jax", "flax", "keras", "torchrl", "tensordict", "flashrnn", "haste_pytorch"}
@@ -47,7 +48,9 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 
 
 @pytest.fixture(scope="module", params=PEERS)
-def peer(request: pytest.FixtureRequest) -> Iterator[tuple[Provider, Callable[[Work], Contender]]]:
+def peer(
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[Provider, Callable[[Workload], Contender]]]:
     """A provider and what makes its contenders; one process serves all tests of a remote one."""
     found = provider(request.param)
     missing = found.missing()
@@ -64,11 +67,11 @@ def peer(request: pytest.FixtureRequest) -> Iterator[tuple[Provider, Callable[[W
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_results(peer: tuple[Provider, Callable[[Work], Contender]], kind: str) -> None:
+def test_results(peer: tuple[Provider, Callable[[Workload], Contender]], kind: str) -> None:
     who, contender = peer
     case, *modes = CASES[kind]
     for mode in modes:
-        work = of(case, mode, torch.float32, input_gradient=True)
+        work = make_workload(case, mode, torch.float32, input_gradient=True)
         refusal = who.refuses(work)
         if refusal:
             pytest.skip(refusal)
@@ -100,7 +103,7 @@ def test_results(peer: tuple[Provider, Callable[[Work], Contender]], kind: str) 
 def test_refusals(name: str, kind: str, device: str, reason: str | None) -> None:
     """On the meta device as on a GPU: numbers are not looked at."""
     case, mode, *_ = CASES[kind]
-    assert provider(name).refuses(of(case, mode, torch.float32, device)) == reason
+    assert provider(name).refuses(make_workload(case, mode, torch.float32, device)) == reason
 
 
 def test_to_refuse_nothing_is_imported() -> None:

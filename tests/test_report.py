@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import charts, tables
-from benchmarks.results import FOLDER, Results, load
+from benchmarks.report import charts, tables
+from benchmarks.report.command import READMES
+from benchmarks.speed.results import FOLDER, Results, load
 
-ROOT = Path(__file__).parent.parent
 README = """# Title
 <!-- report: speed cpu-x-speed.json -->
 old
@@ -85,11 +85,33 @@ def test_committed_reports_are_fresh(capsys: pytest.CaptureFixture[str]) -> None
     assert command.main(["report", "--check"]) == 0, capsys.readouterr().out
 
 
-def test_every_table_of_the_readme_has_its_file() -> None:
+def test_a_committed_report_that_is_stale_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In each of the files that are filled or written."""
+    commit = load(FOLDER / "cpu-avx2-speed.json").environment["commit"][:7]
+    results = tmp_path / "results"
+    shutil.copytree(FOLDER, results)
+    copies = [tmp_path / f"{number}.md" for number in range(len(READMES))]
+    for readme, copy in zip(READMES, copies, strict=True):
+        shutil.copy(readme, copy)
+    options = ["report", "--results", str(results), "--readme", *map(str, copies), "--check"]
+    assert command.main(options) == 0
+    for file in (*copies, results / "README.md"):
+        fresh = file.read_text()
+        assert commit in fresh
+        file.write_text(fresh.replace(commit, "0123456"))
+        assert command.main(options) == 1
+        assert f"stale: {file}\n" in capsys.readouterr().out
+        file.write_text(fresh)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda file: file.parent.name)
+def test_every_table_of_a_readme_has_its_file(readme: Path) -> None:
     """A number that is typed in has no place there."""
     named = [
         line.split()[3]
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in readme.read_text().splitlines()
         if line.startswith("<!-- report:")
     ]
     assert named and all((FOLDER / name).exists() for name in named)
@@ -138,6 +160,22 @@ def test_a_faster_peer_is_shown_as_faster() -> None:
     assert tables.losses(results).startswith("No peer is faster")
 
 
+def test_the_small_table_has_six_rows_and_a_loss() -> None:
+    results = load(FOLDER / "cpu-avx2-speed.json")
+    made = tables.summary(results)
+    assert len(made.splitlines()) == 2 + 6
+    assert "| MNIST by rows: 28 inputs, 64 units, batch 128, 28 steps | " in made
+    assert "2 layers of 512 units" in made and "batch 1, 1 step |" in made
+    if "**" in tables.losses(results):
+        assert "**" in made, "a case in which a peer is faster"
+
+
+def test_the_small_table_leaves_out_what_was_not_measured(folder: Path) -> None:
+    """Its cases are named; a file of results without them has empty cells."""
+    made = tables.summary(load(folder / "cpu-x-speed.json"))
+    assert made.count("|  |  |  |  |  |  |") == 6
+
+
 def test_pictures_are_the_same_every_time(folder: Path) -> None:
     results = load(folder / "cpu-x-speed.json")
     for name, (rows, draw) in charts.charts(results).items():
@@ -153,7 +191,7 @@ def test_unknown_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "<!-- report: magic cpu-x-speed.json -->\n<!-- end of report -->"
     )
     assert report(folder) == 1
-    assert "there are: caption, speed" in capsys.readouterr().err
+    assert "there are: caption, summary, speed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", README.replace("<!-- end of report -->", "", 1)])

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 import fastlstm
-from benchmarks import BenchmarkError, floor, memory, results
+from benchmarks import BenchmarkError
 from benchmarks import __main__ as command
-from benchmarks.cases import ALL, CASES, GROUPS, Case, parse
-from benchmarks.check import Judge
 from benchmarks.providers import PROVIDERS, Provider, provider
-from benchmarks.timing import Timing, take_turns
-from benchmarks.work import MODES, Contender, Work, of, on_host
+from benchmarks.speed import floor, memory, results
+from benchmarks.speed.cases import ALL, CASES, GROUPS, Case, parse
+from benchmarks.speed.check import Judge
+from benchmarks.speed.contender import Contender, on_host
+from benchmarks.speed.timing import Timing, take_turns
+from benchmarks.speed.workload import MODES, Workload, make_workload
 
 Row = dict[str, Any]
 TINY = ("--case", "3,5,2,1,2,4")
@@ -152,7 +154,7 @@ def test_an_interruption_is_no_traceback(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.speed.measure", interrupt)
+    monkeypatch.setattr("benchmarks.speed.command.measure", interrupt)
     assert run(*TINY) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
 
@@ -175,7 +177,9 @@ def test_a_step_of_any_case(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_onnx_runtime_agrees(shape: str, packed: bool) -> None:
     case = parse(shape)
-    work = of(Case("", case.I, case.H, case.L, case.D, case.B, case.T, packed), "infer", F32)
+    work = make_workload(
+        Case("", case.I, case.H, case.L, case.D, case.B, case.T, packed), "infer", F32
+    )
     contender = provider("onnxruntime").contender(work)
     assert Judge(work).error("onnxruntime", contender, ours=True) < 1e-5
 
@@ -194,7 +198,7 @@ WAYS = [
 def test_ways_to_compute_the_same(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     for mode in ("step",) if case.T == 1 else ("infer", "train"):
-        work = of(case, mode, F32, input_gradient=True)
+        work = make_workload(case, mode, F32, input_gradient=True)
         who = provider(name)
         if who.missing() or who.refuses(work):
             continue
@@ -209,7 +213,7 @@ def test_ways_to_compute_the_same(name: str, case: Case, monkeypatch: pytest.Mon
 
 def test_resets_restart_and_lengths_end() -> None:
     """What the truth of the check is: nn.LSTM itself, called as its users have to call it."""
-    work = of(WAYS[2], "infer", F32)
+    work = make_workload(WAYS[2], "infer", F32)
     assert work.reset is not None and work.reset.any() and not work.reset.all()
     y = provider("torch").contender(work).results()["y"]
     whole, _ = work.lstm(work.x)
@@ -217,7 +221,7 @@ def test_resets_restart_and_lengths_end() -> None:
     assert torch.allclose(y[:first], whole[:first]) and not torch.allclose(
         y[first:], whole[first:]
     )
-    packed = of(WAYS[1], "infer", F32)
+    packed = make_workload(WAYS[1], "infer", F32)
     assert packed.lengths is not None
     y = provider("torch").contender(packed).results()["y"]
     for row, length in enumerate(packed.lengths.tolist()):
@@ -298,7 +302,7 @@ def test_wrong_results_are_not_timed(
 
 
 def test_a_peer_may_be_less_exact_but_not_wrong() -> None:
-    work = of(WAYS[0], "infer", F32)
+    work = make_workload(WAYS[0], "infer", F32)
     right = provider("torch").contender(work)
 
     def off(by: float) -> Contender:
@@ -325,9 +329,9 @@ def test_entries_of_pytest_benchmark() -> None:
 def test_a_process_of_its_own() -> None:
     """A remote provider's calls, results and memory come from there, and its failure is told."""
     from benchmarks.providers.remote import Remote
-    from benchmarks.worker import Failed
+    from benchmarks.speed.worker import Failed
 
-    work = of(WAYS[1], "train", F32, input_gradient=True)
+    work = make_workload(WAYS[1], "train", F32, input_gradient=True)
     with Remote("torch") as remote:
         contender = remote.contender(work)
         assert Judge(work).error("torch", contender, ours=True) < 1e-5
@@ -340,10 +344,10 @@ class Broken(Provider):
     name = label = "torch"
     packages = ("torch",)
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         return None
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         raise RuntimeError("out of order")
 
 
@@ -351,7 +355,8 @@ def test_a_peer_that_fails_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "benchmarks.measure.provider", lambda name: Broken() if name == "torch" else provider(name)
+        "benchmarks.speed.measure.provider",
+        lambda name: Broken() if name == "torch" else provider(name),
     )
     rows = speed(tmp_path, *TINY, "--modes", "infer", "--providers", "fastlstm", "torch")
     assert rows[0]["p50_us"] > 0

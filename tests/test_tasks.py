@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import binary, data, hello, mnist, records, train
-from benchmarks.task import Score, add_forget_bias
+from benchmarks.tasks import binary, data, hello, mnist, output, train
+from benchmarks.tasks.record import Record
+from benchmarks.tasks.task import Score, add_forget_bias
 
 PROVIDERS = tuple(train.PROVIDERS)
 SMALL = data.small_digits()
@@ -193,13 +194,13 @@ def test_hello_learns_ihello(provider: str) -> None:
 
 
 def test_the_speed_up_is_the_ratio_of_median_steps() -> None:
-    record = train.Record(
+    record = Record(
         task="binary", provider="torch", settings={}, loss=0.5, accuracy=0.75, exact=1, rows=4,
         seconds=9.0, step_ms={"p50": 3.0}, steps=3, environment={}, curve=(),
     )  # fmt: skip
     ours = replace(record, provider="fastlstm", step_ms={"p50": 2.0})
-    lines = records.table([ours, record]).splitlines()
+    lines = output.table([ours, record]).splitlines()
     assert lines[2].endswith("1.50x")
     assert lines[3].endswith("1.00x")
     assert "75.000%  1 of 4" in lines[2]
-    assert records.table([ours]).splitlines()[2].rstrip().endswith("2.00")
+    assert output.table([ours]).splitlines()[2].rstrip().endswith("2.00")

@@ -1,7 +1,7 @@
-"""Who can be timed. A provider makes a contender of any work it can do, with the same weights.
+"""The LSTMs that can be timed. A provider makes a contender of any workload that it can do.
 
-All of them are optional but PyTorch and this library: where a package is not installed, or cannot
-do some work, the provider says why.
+All of them but PyTorch and this library are optional. Where a package is not installed, or cannot
+do a workload, its provider says why.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 
 
 class Provider(ABC):
     """One way to compute an LSTM.
 
-    `packages` are those it needs; the version of the first is reported. `remote` says that it
-    brings a runtime, with threads and a global state, that has no place in the process of others,
-    `own_kernels` that it is to be as exact as this library promises.
+    `packages` are those it needs; the version of the first is reported. `remote` is True if it
+    brings a runtime with threads and a global state, and so needs a process of its own.
+    `own_kernels` is True if it must be as exact as this library promises.
     """
 
     name: str  # on the command line and in results
@@ -30,24 +31,24 @@ class Provider(ABC):
     own_kernels = False
 
     def missing(self) -> str | None:
-        """Why it cannot run on this machine at all; None if it can."""
+        """Return why it cannot run on this machine at all; None if it can."""
         absent = [name for name in self.packages if find_spec(name) is None]
         return f"{' and '.join(absent)} not installed" if absent else None
 
     def version(self) -> str | None:
-        """The version of its first package."""
+        """Return the version of its first package; None if it is not installed."""
         try:
             return version(self.packages[0])
         except PackageNotFoundError:
             return None
 
     @abstractmethod
-    def refuses(self, work: Work) -> str | None:
-        """Why it has no part in this work; None if it has. Reads no numbers."""
+    def refuses(self, work: Workload) -> str | None:
+        """Return why it cannot do this workload; None if it can. Reads no numbers."""
 
     @abstractmethod
-    def contender(self, work: Work) -> Contender:
-        """Its way to do the work. `work` is not to be changed."""
+    def contender(self, work: Workload) -> Contender:
+        """Make its contender for the workload, which must not be changed."""
 
 
 # Where each provider is. A module is imported when its provider is asked for.
@@ -75,7 +76,7 @@ PROVIDERS = tuple(_PLACES)
 
 @cache
 def provider(name: str) -> Provider:
-    """The provider of that name."""
+    """Return the provider of that name."""
     module, _, kind = _PLACES[name].partition(":")
     made: Provider = getattr(import_module(f".{module}", __package__), kind)()
     return made

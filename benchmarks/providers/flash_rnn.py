@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 from .pytorch import copy, from_module, refuses_all_but_plain
 
@@ -21,7 +22,7 @@ class FlashRNN(Provider):
     packages = ("flashrnn",)
     backend = "cuda_fused"  # "vanilla" is plain PyTorch, to check the layouts on a CPU
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if self.backend != "vanilla":
             if work.on_cpu:
                 return "for GPUs"
@@ -33,7 +34,7 @@ class FlashRNN(Provider):
                 return "H in steps of 16"
         return refuses_all_but_plain(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         from flashrnn import FlashRNNConfig, flashrnn
 
         H = work.case.H

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 from .jax_scan import Weights, array, from_function, prepare, single_bias
 from .pytorch import refuses_step
@@ -19,12 +20,12 @@ class FlaxRNN(Provider):
     packages = ("flax", "jax")
     remote = True
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if work.reset is not None:
             return "no resets"
         return refuses_step(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         prepare(work)
         import jax.numpy as jnp
         from flax import linen

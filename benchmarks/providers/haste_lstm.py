@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 from .jax_scan import ends, gradients
 from .pytorch import from_module, refuses_all_but_plain
@@ -20,14 +21,14 @@ class Haste(Provider):
     name, label = "haste", "Haste"
     packages = ("haste_pytorch",)
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if work.on_cpu:
             return "for GPUs"
         if work.dtype not in (torch.float32, torch.float64):
             return "no 16-bit dtypes"
         return refuses_all_but_plain(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         from haste_pytorch import LSTM
 
         case = work.case

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import BenchmarkError
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 from .pytorch import refuses_step
 
 # kernel [I, 4H], recurrent kernel [H, 4H] and bias [4H] of one layer and direction
 Weights = tuple[Any, Any, Any]
-# (weights, x, state, lengths, reset) -> (y, h, c), of JAX's arrays, named as in `Work`
+# (weights, x, state, lengths, reset) -> (y, h, c), of JAX's arrays, named as in `Workload`
 Forward = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any, Any]]
 
 
@@ -27,10 +28,10 @@ class JaxScan(Provider):
     packages = ("jax",)
     remote = True
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         return refuses_step(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         prepare(work)
         weights = [tuple(map(array, one)) for one in single_bias(work.lstm)]
         return from_function(work, partial(lstm, work.case.D), weights, lambda found: found)
@@ -79,7 +80,7 @@ def cell(recurrent: Any, carry: tuple[Any, Any], step: tuple[Any, Any, Any]) -> 
     return (where(live, h_next, h), where(live, c_next, c)), where(live, h_next, 0)
 
 
-def prepare(work: Work) -> None:
+def prepare(work: Workload) -> None:
     """Has JAX compute where the numbers of the work are, with their precision."""
     import jax
 
@@ -96,7 +97,7 @@ def prepare(work: Work) -> None:
 
 
 def from_function(
-    work: Work,
+    work: Workload,
     forward: Forward,
     weights: Any,
     by_direction: Callable[[Any], Iterable[Weights]],

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastlstm.weights import to_keras
 
 from .. import BenchmarkError
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 from .jax_scan import Weights, from_function, gradients, prepare
 from .pytorch import from_module, refuses_step
@@ -23,7 +24,7 @@ class _Keras(Provider):
 
     remote = True
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if work.reset is not None:
             return "no resets"
         if work.dtype == torch.float64:
@@ -37,7 +38,7 @@ class KerasTorch(_Keras):
     name, label = "keras-torch", "Keras, PyTorch"
     packages = ("keras",)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         os.environ["KERAS_TORCH_DEVICE"] = str(work.x.device)
         model = build("torch", work)
         variables: Any = nn.ParameterList([v.value for v in model.trainable_variables])
@@ -78,7 +79,7 @@ class KerasJax(_Keras):
     name, label = "keras-jax", "Keras, JAX"
     packages = ("keras", "jax")
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         prepare(work)
         import jax.numpy as jnp
 
@@ -96,7 +97,7 @@ class KerasJax(_Keras):
         return from_function(work, forward, weights, by_direction, batch_first=True)
 
 
-def build(backend: str, work: Work) -> Any:
+def build(backend: str, work: Workload) -> Any:
     """A keras.Model with the work's weights: it takes `inputs` and gives y, h, c, h, c, ..."""
     os.environ["KERAS_BACKEND"] = backend
     import keras

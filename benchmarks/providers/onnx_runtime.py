@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 from .pytorch import refuses_step
 
@@ -21,7 +22,7 @@ class OnnxRuntime(Provider):
     name, label = "onnxruntime", "ONNX Runtime"
     packages = ("onnxruntime", "onnx")
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if work.mode == "train":
             return "forward only"
         if work.dtype != torch.float32:
@@ -32,7 +33,7 @@ class OnnxRuntime(Provider):
             return "onnxruntime-gpu not installed"
         return refuses_step(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         runtime = session(work)
         if not work.on_cpu:
             return _on_gpu(runtime, work)
@@ -61,7 +62,7 @@ def _providers() -> list[str]:
     return available
 
 
-def inputs(work: Work) -> dict[str, Tensor]:
+def inputs(work: Workload) -> dict[str, Tensor]:
     """x [T, B, I], int32 lengths [B] of a ragged case, and h0_k and c0_k [D, B, H] of layer k."""
     case = work.case
     zeros = torch.zeros(case.L * case.D, case.B, case.H, device=work.x.device)
@@ -81,7 +82,7 @@ def outputs(found: list[Tensor]) -> dict[str, Tensor]:
     return {"y": y, "h": torch.cat(states[::2]), "c": torch.cat(states[1::2])}
 
 
-def _on_gpu(runtime: Any, work: Work) -> Contender:
+def _on_gpu(runtime: Any, work: Workload) -> Contender:
     """Inputs and outputs stay on the GPU. Synchronous: a call ends when the GPU has."""
     index = work.x.device.index or 0
     binding = runtime.io_binding()
@@ -119,7 +120,7 @@ def _on_gpu(runtime: Any, work: Work) -> Contender:
     return Contender(step if work.mode == "step" else call, results)
 
 
-def session(work: Work) -> Any:
+def session(work: Workload) -> Any:
     """An onnxruntime.InferenceSession of the work's LSTM, on as many threads as torch has."""
     import onnxruntime
 
@@ -133,7 +134,7 @@ def session(work: Work) -> Any:
     return onnxruntime.InferenceSession(model(work), options, providers=providers)
 
 
-def model(work: Work) -> bytes:
+def model(work: Workload) -> bytes:
     """The ONNX model: the inputs of `inputs`, the outputs of `outputs`."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper

@@ -10,7 +10,8 @@ import torch
 
 import fastlstm
 
-from ..work import Contender, Work, around
+from ..speed.contender import Contender, around
+from ..speed.workload import Workload
 from . import Provider
 from .pytorch import copy, from_module, refuses_step
 
@@ -29,14 +30,14 @@ class Ours(Provider):
         status = fastlstm.backends()[self.backend]
         return None if status.available else status.detail
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if self.backend in ("triton", "cuda") and work.on_cpu:
             return "for GPUs: on a CPU it is only checked"
         if self.backend == "cpu":
             return "on CPUs that is what fastlstm chooses" if work.on_cpu else "for CPUs"
         return refuses_step(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         module: Any = copy(work.lstm, fastlstm.LSTM)
         call = self.prepare(module)
         if work.reset is not None:
@@ -81,7 +82,7 @@ class Compiled(Ours):
 
     name, label = "fastlstm-compiled", "fastlstm, compiled"
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if work.lengths is not None:
             return "a packed batch, whose lengths would be a part of the code"
         return super().refuses(work)

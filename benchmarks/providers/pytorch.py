@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import memory
-from ..cases import Case
-from ..work import Contender, Work
+from ..speed import memory
+from ..speed.cases import Case
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 
 Call = Callable[..., tuple[Tensor, tuple[Tensor, Tensor]]]
@@ -23,10 +24,10 @@ class Plain(Provider):
     name, label = "torch", "nn.LSTM"
     packages = ("torch",)
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         return refuses_step(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         module = copy(work.lstm)
         return from_module(module, work, caller(module, work))
 
@@ -36,7 +37,7 @@ class Compiled(Plain):
 
     name, label = "torch-compiled", "nn.LSTM, compiled"
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         module = copy(work.lstm)
         torch.compiler.reset()
         call = torch.compile(caller(module, work))
@@ -49,14 +50,14 @@ class CellLoop(Plain):
     name, label = "cell-compiled", "cell loop, compiled"
     LONGEST = 32  # steps; the code grows with each, and so do the minutes of its compilation
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if work.lengths is not None:
             return "no ragged batches"
         if len(work.x) * work.case.L * work.case.D > self.LONGEST:
             return f"unrolled by the compiler: up to {self.LONGEST} steps in all layers"
         return super().refuses(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         module = copy(work.lstm)
         torch.compiler.reset()
         loop = partial(cell_loop, dict(module.named_parameters()), work.case, reset=work.reset)
@@ -73,14 +74,14 @@ def copy(lstm: nn.LSTM, kind: Callable[..., nn.RNNBase] = nn.LSTM) -> nn.RNNBase
     return module
 
 
-def refuses_step(work: Work) -> str | None:
+def refuses_step(work: Workload) -> str | None:
     """Why this work, if it is a step, has no meaning."""
     if work.mode == "step" and (work.case.D == 2 or work.lengths is not None):
         return "a stream has one direction and no lengths"
     return None
 
 
-def refuses_all_but_plain(work: Work) -> str | None:
+def refuses_all_but_plain(work: Workload) -> str | None:
     """Why this work is too much for who has one direction, no lengths and no resets."""
     if work.case.D == 2:
         return "one direction only"
@@ -91,7 +92,7 @@ def refuses_all_but_plain(work: Work) -> str | None:
     return refuses_step(work)
 
 
-def from_module(module: nn.RNNBase, work: Work, forward: Call | None = None) -> Contender:
+def from_module(module: nn.RNNBase, work: Workload, forward: Call | None = None) -> Contender:
     """The contender that calls `forward`, by default the module, as one calls nn.LSTM."""
     forward = module if forward is None else forward
     module.train(work.mode == "train")
@@ -113,7 +114,7 @@ def from_module(module: nn.RNNBase, work: Work, forward: Call | None = None) -> 
     return Contender(step if work.mode == "step" else infer, results)
 
 
-def _training(module: nn.RNNBase, work: Work, forward: Call) -> Contender:
+def _training(module: nn.RNNBase, work: Workload, forward: Call) -> Contender:
     rows = work.rows(work.x)
     leaves: dict[str, Tensor] = dict(module.named_parameters())
     if work.input_gradient:
@@ -152,7 +153,7 @@ def data(rows: object) -> Tensor:
     return rows if isinstance(rows, Tensor) else rows.data  # type: ignore[attr-defined]
 
 
-def caller(lstm: nn.RNNBase, work: Work) -> Call:
+def caller(lstm: nn.RNNBase, work: Workload) -> Call:
     """The module, or what users of nn.LSTM do where rows start again: a call for each step.
 
     The states are masked before it, as in CleanRL's recurrent PPO.

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..work import Contender, Work
-from ..worker import Worker
+from ..speed.contender import Contender
+from ..speed.worker import Worker
+from ..speed.workload import Workload
 from . import provider
 
 LONGEST = 120  # seconds for one answer, compilation included
@@ -43,7 +44,7 @@ class Remote:
         """Ends the process."""
         self._worker.close()
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         """The contender of that work; the one before it is gone."""
         # As bytes: tensors sent otherwise would move into memory that both processes share.
         tf32 = torch.backends.cudnn.allow_tf32
@@ -76,7 +77,7 @@ class Remotes:
         for process in self._processes.values():
             process.close()
 
-    def contender(self, name: str, work: Work) -> Contender:
+    def contender(self, name: str, work: Workload) -> Contender:
         """That of a provider; the one it had before is gone."""
         key = name, torch.get_num_threads()
         if key not in self._processes:

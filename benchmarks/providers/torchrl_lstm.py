@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..work import Contender, Work
+from ..speed.contender import Contender
+from ..speed.workload import Workload
 from . import Provider
 from .pytorch import from_module, refuses_step
 
@@ -23,7 +24,7 @@ class TorchRL(Provider):
     name, label = "torchrl", "TorchRL, Triton (CPU: pad)"
     packages = ("torchrl", "tensordict")
 
-    def refuses(self, work: Work) -> str | None:
+    def refuses(self, work: Workload) -> str | None:
         if work.lengths is not None:
             return "no ragged batches"
         if not work.on_cpu and work.case.D == 2:
@@ -32,7 +33,7 @@ class TorchRL(Provider):
             return "float32 only here"
         return refuses_step(work)
 
-    def contender(self, work: Work) -> Contender:
+    def contender(self, work: Workload) -> Contender:
         from tensordict import TensorDict
         from torchrl.modules import LSTMModule
 
