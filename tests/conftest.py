@@ -1,4 +1,7 @@
-"""Fixtures of every test: which backend runs, poisoned memory, fixed seeds, thread count.
+"""Which tests run, and the fixtures of every test: backend, poisoned memory, seeds, threads.
+
+Tests that take long carry a mark (LONG), and a plain `python -m pytest` runs a sample of them:
+tests/README.md says how to run the others.
 
 `backend` runs a test once on each backend of this machine; the tests of numbers (EVERY_BACKEND)
 run on the Triton and CUDA kernels too, interpreted and emulated where there is no GPU. A machine
@@ -28,15 +31,50 @@ from fastlstm import extension
 
 BACKENDS = ("reference", "cpu")
 
+# The marks of tests that take long, and what the sample of the short run is made of: the first
+# case of each test function, or the first test of each file.
+LONG = {
+    "interpreted": "function",
+    "emulated": "function",
+    "executed": "file",
+    "compiles": "file",
+    "slow": "file",
+}
+MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
 _INTERPRETABLE = {torch.float32, torch.float16}  # its bfloat16 products are wrong, float64 is ours
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Whose kernels the tests marked `gpu` run."""
+    """Whose kernels the tests marked `gpu` run, and which of the tests that take long."""
     parser.addoption(
         "--backend", choices=("triton", "cuda"), default="triton", help="of tests marked gpu"
     )
+    which = parser.getgroup("general").addoption
+    which("--all", action="store_true", help="every test, those that take long included")
+    which("--rest", action="store_true", help="only the tests that a plain run leaves out")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Says that this is the short run."""
+    if not _is_short(config):
+        return None
+    return f"short run: a sample of the tests marked {', '.join(LONG)}; --all runs every test"
+
+
+def _is_short(config: pytest.Config) -> bool:
+    """Whether nothing was asked for by option, mark, expression or name."""
+    options = config.option
+    asked = options.all or options.rest or options.markexpr or options.keyword
+    return not (asked or any("::" in argument for argument in config.args))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the cases of a backend whose kernels are interpreted or emulated here."""
+    call = getattr(item, "callspec", None)
+    mark = call and MARK_OF_BACKEND.get(call.params.get("backend"))
+    if mark:
+        item.add_marker(mark)
 
 
 @pytest.hookimpl(optionalhook=True)  # there may be no xdist
@@ -46,9 +84,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the kernels for GPUs cannot compute on a CPU, or not within seconds.
+    """Leave out what cannot run here, and in the short run what is not of its sample.
 
-    And of the tests on a GPU those of the other backend, and those of what this one has not.
+    That is what the kernels for GPUs cannot compute on a CPU, or not within seconds; of the tests
+    on a GPU those of the other backend, and those of what this one has not.
     """
     backend = config.getoption("--backend")
     items[:] = [
@@ -56,6 +95,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if _can_run(getattr(item, "callspec", None)) and _is_for(backend, item)
     ]
+    if config.option.rest or _is_short(config):
+        short, rest = _divide(items)
+        items[:], left = (rest, short) if config.option.rest else (short, rest)
+        config.hook.pytest_deselected(items=left)
+
+
+def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """The tests of the short run, those of the sample first, as they take longest; the rest."""
+    seen: set[tuple[str, ...]] = set()
+    sample, others, rest = [], [], []
+    for item in items:
+        mark = next((mark.name for mark in item.iter_markers() if mark.name in LONG), None)
+        if mark is None:
+            others.append(item)
+            continue
+        key = [mark, str(item.path)]
+        if LONG[mark] == "function":
+            key.append(getattr(item, "originalname", item.name))
+        (rest if tuple(key) in seen else sample).append(item)
+        seen.add(tuple(key))
+    return sample + others, rest
 
 
 def _is_for(backend: str, item: pytest.Item) -> bool:
@@ -69,7 +129,7 @@ def _is_for(backend: str, item: pytest.Item) -> bool:
 
 
 def _is_plain(case: Any) -> bool:
-    return case.kind == "LSTM" and not (case.proj or case.regularised)
+    return case.kind == "LSTM" and not (case.proj or case.extended)
 
 
 def _can_run(call: Any) -> bool:

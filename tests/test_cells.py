@@ -1,4 +1,4 @@
-"""Cells that torch.nn does not have: regularised, normalised, with peepholes; and nn.RNN."""
+"""Cells that torch.nn does not have: extended, normalised, with peepholes; and nn.RNN."""
 
 import pytest
 import torch
