@@ -20,9 +20,13 @@ from torch import Tensor
 import fastlstm
 from fastlstm import ops
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="these tests interpret the kernels, `-m gpu` compiles them"
-)
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="these tests interpret the kernels, `-m gpu` compiles them",
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
