@@ -31,15 +31,10 @@ from fastlstm import extension
 
 BACKENDS = ("reference", "cpu")
 
-# The marks of tests that take long, and what the sample of the short run is made of: the first
-# case of each test function, or the first test of each file.
-LONG = {
-    "interpreted": "function",
-    "emulated": "function",
-    "executed": "file",
-    "compiles": "file",
-    "slow": "file",
-}
+# The marks of tests that take long. The sample of them in the short run is, for each file and
+# mark, the first test; of those BY_CASE, also the first case of each function that has several.
+LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
+BY_CASE = ("interpreted", "emulated", "slow")
 MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
 _INTERPRETABLE = {torch.float32, torch.float16}  # its bfloat16 products are wrong, float64 is ours
@@ -103,18 +98,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """The tests of the short run, those of the sample first, as they take longest; the rest."""
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[str, str, str]] = set()
     sample, others, rest = [], [], []
     for item in items:
         mark = next((mark.name for mark in item.iter_markers() if mark.name in LONG), None)
         if mark is None:
             others.append(item)
             continue
-        key = [mark, str(item.path)]
-        if LONG[mark] == "function":
-            key.append(getattr(item, "originalname", item.name))
-        (rest if tuple(key) in seen else sample).append(item)
-        seen.add(tuple(key))
+        has_cases = mark in BY_CASE and hasattr(item, "callspec")
+        key = mark, str(item.path), getattr(item, "originalname", "") if has_cases else ""
+        (rest if key in seen else sample).append(item)
+        seen.add(key)
     return sample + others, rest
 
 
