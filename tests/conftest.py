@@ -98,17 +98,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """The tests of the short run, those of the sample first, as they take longest; the rest."""
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     sample, others, rest = [], [], []
     for item in items:
         mark = next((mark.name for mark in item.iter_markers() if mark.name in LONG), None)
         if mark is None:
             others.append(item)
             continue
+        file = mark, str(item.path)
+        function = (*file, getattr(item, "originalname", ""))
         has_cases = mark in BY_CASE and hasattr(item, "callspec")
-        key = mark, str(item.path), getattr(item, "originalname", "") if has_cases else ""
-        (rest if key in seen else sample).append(item)
-        seen.add(key)
+        (rest if (function if has_cases else file) in seen else sample).append(item)
+        seen |= {file, function}
     return sample + others, rest
 
 
