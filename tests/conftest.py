@@ -136,6 +136,8 @@ def _can_run(call: Any) -> bool:
         return (case is None or _is_plain(case)) and dtype is not torch.float64
     if dtype is not None and dtype not in _INTERPRETABLE:
         return False
+    if case is not None and case.T >= 1000:  # once is enough: tests/test_triton.py
+        return False
     return case is None or case.T * case.B < 1000 or dtype is torch.float32
 
 

@@ -58,6 +58,11 @@ def test_steps_regime(case: Case) -> None:
         check(case, torch.float32, "triton")
 
 
+def test_a_thousand_steps() -> None:
+    torch.set_num_threads(1)
+    check(Case(T=1000, B=2, I=3, H=5), torch.float32, "triton")
+
+
 SPREAD = [
     Case(T=3, B=18, I=5, H=150, directions=2),
     Case(T=3, B=3, I=5, H=150, lengths=(3, 0, 2), directions=2, layers=2),
