@@ -11,6 +11,7 @@ be there (CI does): then those tests fail with the reason.
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,19 +99,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """The tests of the short run, those of the sample first, as they take longest; the rest."""
-    seen: set[tuple[str, ...]] = set()
+    keys = [_keys(item) for item in items]
+    cases = Counter(function for _, _, function in keys)
+    seen: set[str] = set()
     sample, others, rest = [], [], []
-    for item in items:
-        mark = next((mark.name for mark in item.iter_markers() if mark.name in LONG), None)
-        if mark is None:
+    for item, (mark, file, function) in zip(items, keys, strict=True):
+        if not mark:
             others.append(item)
             continue
-        file = mark, str(item.path)
-        function = (*file, getattr(item, "originalname", ""))
-        has_cases = mark in BY_CASE and hasattr(item, "callspec")
-        (rest if (function if has_cases else file) in seen else sample).append(item)
+        key = function if mark in BY_CASE and cases[function] > 1 else file
+        (rest if key in seen else sample).append(item)
         seen |= {file, function}
     return sample + others, rest
+
+
+def _keys(item: pytest.Item) -> tuple[str, str, str]:
+    """The mark that says why a test takes long, "" if none does; its file and its function."""
+    mark = next((mark.name for mark in item.iter_markers() if mark.name in LONG), "")
+    file = f"{mark} {item.path}"
+    return mark, file, f"{file} {getattr(item, 'originalname', item.name)}"
 
 
 def _is_for(backend: str, item: pytest.Item) -> bool:

@@ -64,10 +64,10 @@ def test_a_thousand_steps() -> None:
 
 
 SPREAD = [
+    Case(T=4, B=3, I=5, H=150, reset=True, proj=20),
     Case(T=3, B=18, I=5, H=150, directions=2),
     Case(T=3, B=3, I=5, H=150, lengths=(3, 0, 2), directions=2, layers=2),
     Case(T=3, B=3, I=5, H=150, lengths=(1, 3, 2), packed=True, directions=2),
-    Case(T=4, B=3, I=5, H=150, reset=True, proj=20),
 ]
 
 
