@@ -89,10 +89,10 @@ class Case:
     def ragged(self) -> bool:
         """Whether torch.nn cannot take the call as it is."""
         padded = bool(self.lengths) and not self.packed
-        return self.reset or self.cell_states or padded or self.regularised
+        return self.reset or self.cell_states or padded or self.extended
 
     @property
-    def regularised(self) -> bool:
+    def extended(self) -> bool:
         """Whether its cell is one that torch.nn does not have."""
         return self.peephole or self.layer_norm or any(self.zoneout) or self.noise
 
@@ -141,7 +141,7 @@ def peer_dtype(dtype: torch.dtype) -> torch.dtype:
 def draw(case: Case, dtype: torch.dtype) -> Results:
     """Every number of a case, in float64 but exact in `dtype`: parameters, x, hx, gradients."""
     torch.manual_seed(0)
-    library = fastlstm if case.regularised else nn
+    library = fastlstm if case.extended else nn
     parameters = case.module(library, torch.float64).named_parameters()
     numbers = {f"w.{name}": p.detach() for name, p in parameters}
     for name, value in numbers.items():
@@ -265,7 +265,7 @@ def step_of(
     case: Case, weights: Results, features: int, layer: int, direction: int, x: Tensor
 ) -> Callable[[Tensor, list[Tensor], int], list[Tensor]]:
     """(x_t [B, I], states, t) -> the next states, by torch.nn or by the book."""
-    if case.regularised:
+    if case.extended:
         noise = None
         if case.noise:
             wide = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -308,7 +308,7 @@ def evaluate(
     case: Case, dtype: torch.dtype, numbers: Results, solver: Callable[..., Results]
 ) -> Results:
     """Outputs and "d <leaf>" gradients of a case in `dtype`, as float64, where `numbers` are."""
-    lstm = case.module(fastlstm if solver is fast or case.regularised else nn, dtype)
+    lstm = case.module(fastlstm if solver is fast or case.extended else nn, dtype)
     lstm.to(numbers["x"].device)
     lstm.load_state_dict({k[2:]: v for k, v in numbers.items() if k.startswith("w.")})
     leaves: dict[str, Tensor] = dict(lstm.named_parameters())

@@ -1,4 +1,7 @@
-"""Fixtures of every test: which backend runs, poisoned memory, fixed seeds, thread count.
+"""Which tests run, and the fixtures of every test: backend, poisoned memory, seeds, threads.
+
+Tests that take long carry a mark (LONG), and a plain `python -m pytest` runs a sample of them:
+tests/README.md says how to run the others.
 
 `backend` runs a test once on each backend of this machine; the tests of numbers (EVERY_BACKEND)
 run on the Triton and CUDA kernels too, interpreted and emulated where there is no GPU. A machine
@@ -8,6 +11,7 @@ be there (CI does): then those tests fail with the reason.
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,15 +32,45 @@ from fastlstm import extension
 
 BACKENDS = ("reference", "cpu")
 
+# The marks of tests that take long. The sample of them in the short run is, for each file and
+# mark, the first test; of those BY_CASE, also the first case of each function that has several.
+LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
+BY_CASE = ("interpreted", "emulated", "slow")
+MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
 _INTERPRETABLE = {torch.float32, torch.float16}  # its bfloat16 products are wrong, float64 is ours
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Whose kernels the tests marked `gpu` run."""
+    """Whose kernels the tests marked `gpu` run, and which of the tests that take long."""
     parser.addoption(
         "--backend", choices=("triton", "cuda"), default="triton", help="of tests marked gpu"
     )
+    which = parser.getgroup("general").addoption
+    which("--all", action="store_true", help="every test, those that take long included")
+    which("--rest", action="store_true", help="only the tests that a plain run leaves out")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Says that this is the short run."""
+    if not _is_short(config):
+        return None
+    return f"short run: a sample of the tests marked {', '.join(LONG)}; --all runs every test"
+
+
+def _is_short(config: pytest.Config) -> bool:
+    """Whether nothing was asked for by option, mark, expression or name."""
+    options = config.option
+    asked = options.all or options.rest or options.markexpr or options.keyword
+    return not (asked or any("::" in argument for argument in config.args))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the cases of a backend whose kernels are interpreted or emulated here."""
+    call = getattr(item, "callspec", None)
+    mark = call and MARK_OF_BACKEND.get(call.params.get("backend"))
+    if mark:
+        item.add_marker(mark)
 
 
 @pytest.hookimpl(optionalhook=True)  # there may be no xdist
@@ -46,9 +80,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the kernels for GPUs cannot compute on a CPU, or not within seconds.
+    """Leave out what cannot run here, and in the short run what is not of its sample.
 
-    And of the tests on a GPU those of the other backend, and those of what this one has not.
+    That is what the kernels for GPUs cannot compute on a CPU, or not within seconds; of the tests
+    on a GPU those of the other backend, and those of what this one has not.
     """
     backend = config.getoption("--backend")
     items[:] = [
@@ -56,6 +91,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if _can_run(getattr(item, "callspec", None)) and _is_for(backend, item)
     ]
+    if config.option.rest or _is_short(config):
+        short, rest = _divide(items)
+        items[:], left = (rest, short) if config.option.rest else (short, rest)
+        config.hook.pytest_deselected(items=left)
+
+
+def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """The tests of the short run, those of the sample first, as they take longest; the rest."""
+    keys = [_keys(item) for item in items]
+    cases = Counter(function for _, _, function in keys)
+    seen: set[str] = set()
+    sample, others, rest = [], [], []
+    for item, (mark, file, function) in zip(items, keys, strict=True):
+        if not mark:
+            others.append(item)
+            continue
+        key = function if mark in BY_CASE and cases[function] > 1 else file
+        (rest if key in seen else sample).append(item)
+        seen |= {file, function}
+    return sample + others, rest
+
+
+def _keys(item: pytest.Item) -> tuple[str, str, str]:
+    """The mark that says why a test takes long, "" if none does; its file and its function."""
+    mark = next((mark.name for mark in item.iter_markers() if mark.name in LONG), "")
+    file = f"{mark} {item.path}"
+    return mark, file, f"{file} {getattr(item, 'originalname', item.name)}"
 
 
 def _is_for(backend: str, item: pytest.Item) -> bool:
@@ -69,7 +131,7 @@ def _is_for(backend: str, item: pytest.Item) -> bool:
 
 
 def _is_plain(case: Any) -> bool:
-    return case.kind == "LSTM" and not (case.proj or case.regularised)
+    return case.kind == "LSTM" and not (case.proj or case.extended)
 
 
 def _can_run(call: Any) -> bool:
@@ -80,6 +142,8 @@ def _can_run(call: Any) -> bool:
     if backend == "cuda":
         return (case is None or _is_plain(case)) and dtype is not torch.float64
     if dtype is not None and dtype not in _INTERPRETABLE:
+        return False
+    if case is not None and case.T >= 1000:  # once is enough: tests/test_triton.py
         return False
     return case is None or case.T * case.B < 1000 or dtype is torch.float32
 

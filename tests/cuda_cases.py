@@ -25,12 +25,12 @@ REGIMES: list[dict[str, Any]] = [
     {"regime": "grid", "blocks": 2, "batch": 16},
 ]
 CASES = [
-    Case(T=1, B=1, I=1, H=33),
     Case(T=4, B=19, I=10, H=64, directions=2, hx=False),
     Case(T=5, B=3, I=5, H=50, bias=False, layers=2, batch_first=True),
     Case(T=5, B=11, I=10, H=40, lengths=(2, 0, 1, 5, 3, 5, 4, 0, 1, 2, 5), directions=2, layers=2),
     Case(T=6, B=5, I=10, H=33, lengths=(2, 6, 1, 6, 3), packed=True, directions=2),
     Case(T=9, B=9, I=10, H=48, reset=True, cell_states=True),
+    Case(T=1, B=1, I=1, H=33),
     Case(T=9, B=5, I=10, H=33, reset=True, lengths=(0, 9, 4, 1, 7)),
     Case(T=5, B=3, I=10, H=40, x_layout="reversed", grad_layout="all_alike", directions=2),
     Case(T=5, B=3, I=10, H=40, wrt=("c0",), through=("h_n",)),

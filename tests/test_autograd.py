@@ -57,6 +57,7 @@ def test_gradcheck(backend: str, case: Case) -> None:
     assert gradcheck(*as_function(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck(backend: str, case: Case) -> None:
     assert gradgradcheck(*as_function(case))

@@ -88,6 +88,7 @@ def test_one_graph(backend: str) -> None:
     assert counter.frame_count == 2  # with gradients and without
 
 
+@pytest.mark.slow
 @CPU
 @pytest.mark.parametrize("how", ["marked", "dynamic=True", "automatic"])
 @pytest.mark.parametrize("form", ["dense", "lengths"])
@@ -172,6 +173,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @CPU
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(backend: str, name: str) -> None:
@@ -184,6 +186,7 @@ def test_calls(backend: str, name: str) -> None:
     assert_same(got, run(model, model.parameters(), x, **options))
 
 
+@pytest.mark.slow
 @CPU
 @pytest.mark.parametrize("compiler", ["aot_eager", "aot_eager_decomp_partition"])
 @pytest.mark.parametrize("build", [CALLS["hx"][0], CALLS["everything"][0], CALLS["RNN"][0]])
@@ -237,6 +240,7 @@ def test_accelerated_model(backend: str) -> None:
     assert_same(run(model, model.parameters(), x), want)
 
 
+@pytest.mark.slow
 @CPU
 def test_inductor(backend: str) -> None:
     """Code is generated once, for every size: padded and packed, options, a cell."""
@@ -327,6 +331,7 @@ OPERANDS = [
 ]
 
 
+@pytest.mark.slow
 @CPU
 @pytest.mark.parametrize("case", OPERANDS, ids=str)
 def test_operators_pass_opcheck(backend: str, case: Case) -> None:

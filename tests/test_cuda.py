@@ -24,9 +24,13 @@ from benchmarks.speed.precision import PRECISIONS
 from fastlstm.kernels.cuda import CUDA, library
 from fastlstm.spec import LayerSpec
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="on a machine with a GPU `-m gpu` tests the kernels there"
-)
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="on a machine with a GPU `-m gpu` tests the kernels there",
+    ),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,7 +63,7 @@ def test_wide_layers(H: int, wishes: dict[str, Any], dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("wishes", [*REGIMES, {"device": SMALL_GPU}], ids=named)
-@pytest.mark.parametrize("case", CASES[1:6], ids=str)
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_tf32(case: Case, wishes: dict[str, Any]) -> None:
     """Factors rounded to TF32: numbers that go in are known to its spacing only."""
     numbers = draw(case, torch.float32)
@@ -279,7 +283,7 @@ def test_bad_plans_never_reach_a_kernel() -> None:
 
 def test_the_oracle_is_that_of_other_backends() -> None:
     """A kernel that is wrong by one rounding in a gate would not pass: the bounds are tight."""
-    case = CASES[1]
+    case = CASES[0]
     numbers, truth, allowed = expectation(case, torch.float16)
     spoiled = {k: v * 1.01 if k == "w.weight_hh_l0" else v for k, v in numbers.items()}
     with pytest.raises(AssertionError, match="out of bounds"):

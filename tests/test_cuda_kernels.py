@@ -17,7 +17,7 @@ from test_kernels import KEYS
 from benchmarks import BenchmarkError
 from benchmarks import __main__ as command
 from benchmarks.gpu import cuda_kernels
-from benchmarks.gpu.machine_code import time_loop
+from benchmarks.gpu.machine_code import counts, disassembled, resources, time_loop
 from fastlstm import extension
 
 Row = dict[str, Any]
@@ -42,11 +42,25 @@ def rows() -> list[Row]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.compiles
+def test_one_kernel_of_the_library() -> None:
+    """What the tests below hold true for all of them."""
+    library = extension.cuda_library()
+    if library is None:
+        pytest.skip("no library has been built: the tests below compile")
+    code = disassembled(library, "--gpu-architecture=sm_90", "-fun", "lstm_fwd_cluster_bf16_n1_r8")
+    row = resources(code) | counts(time_loop(code))
+    assert row["spill_bytes"] == row["spills_per_step"] == 0
+    assert row["mma_per_step"] > 0
+    assert row["barriers_per_step"] == 1
+
+
 def names(rows: list[Row], unless: Callable[[Row], bool]) -> list[str]:
     """What a failed assertion should show: the kernels for which it does not hold."""
     return [f"{row['kernel']} sm_{row['arch']}" for row in rows if not unless(row)]
 
 
+@pytest.mark.compiles
 def test_every_regime_and_type_is_there(rows: list[Row]) -> None:
     """In both passes, for few and for many sequences; clusters where GPUs have them."""
     regimes = [("block", 80), ("block", 90), ("cluster", 90), ("grid", 80), ("grid", 90)]
@@ -59,11 +73,13 @@ def test_every_regime_and_type_is_there(rows: list[Row]) -> None:
     assert all(row.keys() >= set(KEYS) for row in rows)
 
 
+@pytest.mark.compiles
 def test_nothing_spills(rows: list[Row]) -> None:
     assert names(rows, lambda row: row["spill_bytes"] == 0) == []
     assert names(rows, lambda row: row["spills_per_step"] == 0) == []
 
 
+@pytest.mark.compiles
 def test_the_largest_block_of_each_kernel_fits_a_multiprocessor(rows: list[Row]) -> None:
     """There are 2^16 registers; a warp takes 8 a lane at a time. No kernel is without a plan."""
 
@@ -77,6 +93,7 @@ def test_the_largest_block_of_each_kernel_fits_a_multiprocessor(rows: list[Row])
     assert names(rows, lambda row: row["shared_bytes"] <= limits[row["arch"]]) == []
 
 
+@pytest.mark.compiles
 def test_products_are_matrix_instructions(rows: list[Row]) -> None:
     """But for exact float32, which has none."""
 
@@ -87,11 +104,13 @@ def test_products_are_matrix_instructions(rows: list[Row]) -> None:
     assert names(rows, right) == []
 
 
+@pytest.mark.compiles
 def test_a_step_is_one_loop(rows: list[Row]) -> None:
     """With the copies of the inputs of a later step in it: other loops are not taken for it."""
     assert names(rows, lambda row: row["copies_per_step"] > 0) == []
 
 
+@pytest.mark.compiles
 def test_barriers_of_a_step(rows: list[Row]) -> None:
     """In a block the exchange is one, and no terms are shared among warps (plan.parts is 1).
 

@@ -94,6 +94,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 @needs_processes
 @pytest.mark.usefixtures("one_thread")
 def test_processes_learn_what_one_does(run: Run) -> None:
@@ -118,6 +119,7 @@ def test_processes_learn_what_one_does(run: Run) -> None:
         )
 
 
+@pytest.mark.slow
 @needs_processes
 def test_the_records_and_the_table_have_the_scaling(run: Run) -> None:
     rows = run.out.splitlines()
@@ -132,12 +134,14 @@ def test_the_records_and_the_table_have_the_scaling(run: Run) -> None:
         assert record["environment"]["threads"] == ours._threads(WORLD)
 
 
+@pytest.mark.slow
 @needs_processes
 def test_only_one_process_prints(run: Run) -> None:
     for start, times in (("data: ", 1), ("mnist lstm .* step ", 2 * EPOCHS), ("task ", 1)):
         assert len(re.findall(f"^{start}", run.out, re.MULTILINE)) == times, start
 
 
+@pytest.mark.slow
 @needs_processes
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--batch", "31")

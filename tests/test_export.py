@@ -96,6 +96,7 @@ CELLS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_export_of_other_cells(backend: str, cell: str) -> None:
     model = Model(CELLS[cell]()).eval()
@@ -111,6 +112,7 @@ def test_export_of_other_cells(backend: str, cell: str) -> None:
                 assert all(map(torch.equal, program.module()(**other), model(**other)))
 
 
+@pytest.mark.slow
 def test_saved_program_runs_in_a_new_process(backend: str, tmp_path: Path) -> None:
     lstm = fastlstm.LSTM(I, H, 2)
     x = torch.randn(T, B, I)
@@ -175,6 +177,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)  # the exporter warns that torchvision is not installed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_onnx(case: str) -> None:
     options, names = CASES[case]
@@ -190,6 +193,7 @@ def test_onnx(case: str) -> None:
         assert_same(session, model, given)
 
 
+@pytest.mark.slow
 def test_onnx_without_gradients() -> None:
     model = Model(fastlstm.LSTM(I, H)).eval()
     with torch.no_grad():
@@ -198,6 +202,7 @@ def test_onnx_without_gradients() -> None:
     assert_same(session, model, arguments(model.rnn, (), 9, 7))
 
 
+@pytest.mark.slow
 def test_onnx_of_an_example_of_one_step_of_one_sequence() -> None:
     model = Model(fastlstm.LSTM(I, H, batch_first=True)).eval()
     _, session = to_onnx(model, arguments(model.rnn, (), 1, 1))
@@ -205,6 +210,7 @@ def test_onnx_of_an_example_of_one_step_of_one_sequence() -> None:
         assert_same(session, model, arguments(model.rnn, (), t, b))
 
 
+@pytest.mark.slow
 def test_onnx_peepholes() -> None:
     model = Model(fastlstm.LSTM(I, H, bidirectional=True, peephole=True)).eval()
     proto, session = to_onnx(model, arguments(model.rnn, (), T, B))
@@ -212,6 +218,7 @@ def test_onnx_peepholes() -> None:
     assert_same(session, model, arguments(model.rnn, (), 9, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 def test_onnx_rnn(nonlinearity: str) -> None:
     rnn = fastlstm.RNN(I, H, 2, nonlinearity, bidirectional=True, batch_first=True)
@@ -229,6 +236,7 @@ UNROLLED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNROLLED)
 def test_onnx_of_what_its_nodes_lack(kind: str) -> None:
     model = Model(fastlstm.LSTM(I, H, **UNROLLED[kind])).eval()
@@ -237,6 +245,7 @@ def test_onnx_of_what_its_nodes_lack(kind: str) -> None:
     assert_same(session, model, arguments(model.rnn, (), T, 7))
 
 
+@pytest.mark.slow
 def test_onnx_reset() -> None:
     model = Model(fastlstm.LSTM(I, H)).eval()
     given = {"x": torch.randn(T, B, I), "reset": torch.rand(T, B) < 0.5}
@@ -245,6 +254,7 @@ def test_onnx_reset() -> None:
     assert_same(session, model, given)
 
 
+@pytest.mark.slow
 def test_onnx_cell() -> None:
     cell = fastlstm.LSTMCell(I, H).eval()
     x, h, c = torch.randn(B, I), torch.randn(B, H), torch.randn(B, H)

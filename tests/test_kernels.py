@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.gpu import kernels
-from benchmarks.gpu.machine_code import time_loop
+from benchmarks.gpu.machine_code import compile_variant, time_loop
 from benchmarks.gpu.variants import Layer, Variant, variants
 from benchmarks.speed.worker import Failed, Worker
 from fastlstm.kernels.triton.config import Device
@@ -67,10 +67,31 @@ def brief(rows: list[Row]) -> list[Row]:
     return [{name: row[name] for name in names} for row in rows]
 
 
+@pytest.mark.compiles
+def test_the_passes_of_one_layer() -> None:
+    """A layer that is asked for twice is compiled once, a forced regime without room never."""
+    layer = Layer("bfloat16", None, 28, 64, 1, 128, training=True)
+    crowded = Layer("bfloat16", None, 1024, 1024, 1, 4096, training=False, regime="persistent")
+    with kernels.fresh_compiler(), Worker(probe=int) as worker:
+        found = worker.run(variants, [layer, layer, crowded], [90], timeout=60)
+        rows = [worker.run(compile_variant, each, None, timeout=300) for each in found]
+    assert [each.kernel for each in found] == [
+        "lstm_fwd_sequence_kernel",
+        "lstm_bwd_sequence_kernel",
+    ]
+    for variant, row in zip(found, rows, strict=True):
+        assert ("PRECISION", "tf32") in variant.constants
+        assert variant.facts["H"] == 64 and "H 64" in str(variant)
+        assert row["spill_bytes"] == row["spills_per_step"] == 0
+        assert row["mma_per_step"] == row["wgmma_per_step"] > 0
+    assert rows[0]["barriers_per_step"] == 6  # as below
+
+
 def is_forward(row: Row) -> bool:
     return row["kernel"] == "lstm_fwd_sequence_kernel"
 
 
+@pytest.mark.compiles
 def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
     assert all(row.keys() >= set(KEYS) for row in compiled.rows)
     wanted = {
@@ -93,17 +114,20 @@ def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
     }
 
 
+@pytest.mark.compiles
 def test_nothing_spills(compiled: Compiled) -> None:
     assert brief([row for row in compiled.rows if row["spill_bytes"]]) == []
     assert brief([row for row in compiled.rows if row["spills_per_step"]]) == []
 
 
+@pytest.mark.compiles
 def test_shared_memory_is_there(compiled: Compiled) -> None:
     limits = {arch: Device(arch, 1).shared_bytes for arch in (80, 90)}
     assert limits == {80: 163 * 1024, 90: 227 * 1024}
     assert brief([r for r in compiled.rows if r["shared_bytes"] > limits[r["arch"]]]) == []
 
 
+@pytest.mark.compiles
 def test_products_are_matrix_instructions(compiled: Compiled) -> None:
     """But for exact float32, which has none, and steps whose product another kernel computes."""
 
@@ -114,6 +138,7 @@ def test_products_are_matrix_instructions(compiled: Compiled) -> None:
     assert brief([r for r in compiled.where(has_product) if r["mma_per_step"] == 0]) == []
 
 
+@pytest.mark.compiles
 def test_hopper_uses_its_own_matrix_instructions(compiled: Compiled) -> None:
     """In both passes of the sequence regime from H = 64 and 16 sequences on, and in the
     persistent forward pass whose weights stay on chip.
@@ -136,6 +161,7 @@ def test_hopper_uses_its_own_matrix_instructions(compiled: Compiled) -> None:
     assert brief([row for row in rows if row["wgmma_per_step"] != row["mma_per_step"]]) == []
 
 
+@pytest.mark.compiles
 def test_barriers_of_the_forward_sequence(compiled: Compiled) -> None:
     """Two round h for the next product and two lay out y; in training two more lay out c.
 
@@ -159,6 +185,7 @@ def test_barriers_of_the_forward_sequence(compiled: Compiled) -> None:
     assert max(r["barriers_per_step"] for r in plain if r["training"]) == 6
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kernel", ["lstm_fwd_step_kernel", "lstm_bwd_step_kernel"])
 def test_persistent_programs_exchange_in_order(compiled: Compiled, kernel: str) -> None:
     """Wait, barrier, read what others wrote, write, barrier, publish: nothing can move across."""
@@ -198,17 +225,6 @@ def test_a_loop_is_found_with_the_loops_in_it() -> None:
     assert time_loop(sass) == ["ADD R2", "BRA 0x20", "@P0 BRA 0x10"]
     with pytest.raises(ValueError, match="no loop"):
         time_loop("        /*0000*/   EXIT ;  /* 0x0 */")
-
-
-def test_variants_are_named_once_and_forced_regimes_need_room() -> None:
-    layer = Layer("float32", "tf32", 28, 64, 1, 128, training=True)
-    crowded = Layer("bfloat16", None, 1024, 1024, 1, 4096, training=False, regime="persistent")
-    with kernels.fresh_compiler(), Worker(probe=int) as worker:
-        forward, backward = worker.run(variants, [layer, layer, crowded], [90], timeout=60)
-    names = ["lstm_fwd_sequence_kernel", "lstm_bwd_sequence_kernel"]
-    assert [forward.kernel, backward.kernel] == names
-    assert ("PRECISION", "tf32") in forward.constants
-    assert forward.facts["H"] == 64 and "H 64" in str(forward)
 
 
 class FakeWorker:

@@ -22,6 +22,7 @@ def cpu_kernels() -> None:
         pytest.skip("the extension is missing")
 
 
+@pytest.mark.slow
 @EVERY_KERNEL
 def test_a_hundred_thousand_steps(recompute: bool) -> None:
     """In one call as in a thousand with the state handed on, with gradients of the last."""
@@ -50,6 +51,7 @@ def alike(y: Tensor, expected: Tensor) -> bool:
     return all(torch.equal(y[:, b], expected[:, 0]) for b in (0, 1, B // 3, B // 2, B - 2, B - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
 def test_more_gates_than_32_bits_count(padded: bool) -> None:
     """T*B*4H > 2^31, in inference; all sequences are alike."""
@@ -66,6 +68,7 @@ def test_more_gates_than_32_bits_count(padded: bool) -> None:
     assert alike(h_n, h_one)
 
 
+@pytest.mark.slow
 @needs_memory
 def test_more_gradients_than_32_bits_count() -> None:
     """The same in training, where kept gates alone would take 8 GiB."""

@@ -305,12 +305,14 @@ def as_function(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], list[Ten
     return function, [leaf.requires_grad_() for leaf in leaves]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CELLS, ids=str)
 def test_gradgradcheck_of_cells(backend: str, case: Case) -> None:
     assert gradcheck(*as_function(case))
     assert gradgradcheck(*as_function(case), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in (*CASES, *CELLS) if not c.packed], ids=str)
 def test_forward_mode(backend: str, case: Case) -> None:
     """Dual numbers, and dual numbers through backward."""
@@ -326,6 +328,7 @@ def test_forward_mode(backend: str, case: Case) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES[3:8], *CELLS[:-1]], ids=str)
 def test_third_order_by_differences(backend: str, case: Case) -> None:
     """The second derivative of a gradient that keeps its graph."""

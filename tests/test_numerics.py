@@ -93,7 +93,7 @@ LARGE = [
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SIZES + FEATURES + MEMORY + EXTREMES + GRADIENTS, ids=str)
+@pytest.mark.parametrize("case", FEATURES + SIZES + MEMORY + EXTREMES + GRADIENTS, ids=str)
 def test_error_is_that_of_pytorch(backend: str, case: Case, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)  # for the BLAS of the reference; the kernels do not care
     check(case, dtype, backend)

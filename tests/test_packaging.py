@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest has tomli
 
@@ -276,13 +277,21 @@ def test_every_import_is_a_declared_dependency() -> None:
 
 
 def test_readme_has_one_line_that_ci_runs() -> None:
+    """An installation and the tests, which .ci/run takes apart."""
+    line = re.compile(r"pip install .* && python -m pytest( .*)?")
     lines = [
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if line.endswith("python -m pytest -n auto --dist loadfile")
+        found for found in (ROOT / "README.md").read_text().splitlines() if line.fullmatch(found)
     ]
     assert len(lines) == 1
-    assert lines[0].startswith("pip install")
+    assert "[test]" in lines[0]
+
+
+def test_the_workflow_runs_every_mark() -> None:
+    """A job for each, beside the one that runs the README's command."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    parts = re.search(r"part: \[(.*)\]", workflow)[1]
+    assert set(LONG) <= set(re.findall(r"\w+", parts))
+    assert ".ci/run short" in workflow
 
 
 def test_no_machine_path_is_tracked() -> None:

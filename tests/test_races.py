@@ -69,6 +69,7 @@ def run(program: Path, regime: str, blocks: int, parts: int, H: int) -> tuple[in
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("regime", "blocks", "parts", "H"),
     [
@@ -116,6 +117,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_seen(folder: Path, tmp_path: Path, what: str) -> None:
     name, text, instead, arguments = BROKEN[what]

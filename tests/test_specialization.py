@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.compiles
 def test_one_kernel_for_every_length_and_batch() -> None:
     """Nothing in a signature depends on T, B or the rows, 1 and multiples of 16 among them."""
     run = subprocess.run(

@@ -73,6 +73,7 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "infer: " in printed and "geometric mean, n=1" in printed
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +194,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WAYS, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["fastlstm-reference", "fastlstm-cpu", "cell-compiled"])
 def test_ways_to_compute_the_same(name: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +244,7 @@ def test_cases() -> None:
     assert all(case.who for case in CASES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
 def test_other_precisions(tmp_path: Path, precision: str) -> None:
     options = ("--precision", precision, "--input-gradient", "--providers", "fastlstm", "torch")
@@ -292,6 +295,7 @@ class Wrong(fastlstm.LSTM):
         return y + 1e-4, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_wrong_results_are_not_timed(
     mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -317,6 +321,7 @@ def test_a_peer_may_be_less_exact_but_not_wrong() -> None:
         Judge(work).error("peer", off(float("nan")), ours=False)
 
 
+@pytest.mark.slow
 def test_entries_of_pytest_benchmark() -> None:
     """`pytest benchmarks`, of one case, without timing it."""
     quick = ["--benchmark-disable", "-p", "no:cacheprovider", "-q", "-k", "hello-infer or step"]
@@ -326,6 +331,7 @@ def test_entries_of_pytest_benchmark() -> None:
     assert " passed" in done.stdout and "failed" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own() -> None:
     """A remote provider's calls, results and memory come from there, and its failure is told."""
     from benchmarks.providers.remote import Remote

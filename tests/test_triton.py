@@ -21,9 +21,13 @@ import fastlstm
 from fastlstm.kernels.triton import TRITON
 from fastlstm.spec import LayerSpec
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="these tests interpret the kernels, `-m gpu` compiles them"
-)
+pytestmark = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="these tests interpret the kernels, `-m gpu` compiles them",
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +59,16 @@ def test_steps_regime(case: Case) -> None:
         check(case, torch.float32, "triton")
 
 
+def test_a_thousand_steps() -> None:
+    torch.set_num_threads(1)
+    check(Case(T=1000, B=2, I=3, H=5), torch.float32, "triton")
+
+
 SPREAD = [
+    Case(T=4, B=3, I=5, H=150, reset=True, proj=20),
     Case(T=3, B=18, I=5, H=150, directions=2),
     Case(T=3, B=3, I=5, H=150, lengths=(3, 0, 2), directions=2, layers=2),
     Case(T=3, B=3, I=5, H=150, lengths=(1, 3, 2), packed=True, directions=2),
-    Case(T=4, B=3, I=5, H=150, reset=True, proj=20),
 ]
 
 
