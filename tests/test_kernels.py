@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.gpu import kernels
-from benchmarks.gpu.machine_code import compile_variant, time_loop
+from benchmarks.gpu.machine_code import time_loop
+from benchmarks.gpu.triton_kernels import compile_variant
 from benchmarks.gpu.variants import Layer, Variant, variants
 from benchmarks.speed.worker import Failed, Worker
 from fastlstm.kernels.triton.config import Device

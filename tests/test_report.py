@@ -164,8 +164,8 @@ def test_the_small_table_has_six_rows_and_a_loss() -> None:
     results = load(FOLDER / "cpu-avx2-speed.json")
     made = tables.summary(results)
     assert len(made.splitlines()) == 2 + 6
-    assert "| MNIST by rows: 28 inputs, 64 units, batch 128, 28 steps | " in made
-    assert "2 layers of 512 units" in made and "batch 1, 1 step |" in made
+    assert "| MNIST by rows, 28→64, B=128, T=28 | " in made
+    assert "512→512→512, B=32" in made and "64→64, B=1, T=1 |" in made
     if "**" in tables.losses(results):
         assert "**" in made, "a case in which a peer is faster"
 

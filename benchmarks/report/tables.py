@@ -46,7 +46,7 @@ def main_table(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Make the small table: the cases of `SUMMARY`, with their shapes in words."""
+    """Make the small table: the cases of `SUMMARY`, with their shapes in short."""
     lines = [
         "| case | inference, µs | `nn.LSTM` | best other peer | training, µs | `nn.LSTM` "
         "| best other peer |",
@@ -55,18 +55,16 @@ def summary(results: Results) -> str:
     found = by_case(results)
     for name in SUMMARY:
         case = CASES[name]
-        cells = [f"{case.who}: {_shape_in_words(case)}"]
+        cells = [f"{case.who}, {_short_shape(case)}"]
         for mode in ("inference", "training"):
             cells += _three(found[name].get(mode, {}))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _shape_in_words(case: Case) -> str:
-    layers = f"{case.L} layers of " if case.L > 1 else ""
-    units = f"2 x {case.H}" if case.D == 2 else f"{case.H}"
-    steps = f"{case.T} step{'s' if case.T > 1 else ''}"
-    return f"{case.I} inputs, {layers}{units} units, batch {case.B}, {steps}"
+def _short_shape(case: Case) -> str:
+    units = f"2x{case.H}" if case.D == 2 else f"{case.H}"
+    return f"{'→'.join([str(case.I), *[units] * case.L])}, B={case.B}, T={case.T}"
 
 
 def means(results: Results) -> str:
