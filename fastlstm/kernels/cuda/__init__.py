@@ -45,7 +45,7 @@ class CudaBackend(Backend):
 
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
-        found = _error() or _input_obstacle(x) or lacks(spec)
+        found = self.error() or _input_obstacle(x) or lacks(spec)
         if found or torch.compiler.is_compiling():  # sizes may be symbols: the operator sees them
             return found
         from . import plan

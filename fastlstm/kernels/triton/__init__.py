@@ -46,7 +46,7 @@ class TritonBackend(Backend):
 
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
-        return _error() or _input_obstacle(x) or _cell_obstacle(spec, x)
+        return self.error() or _input_obstacle(x) or _cell_obstacle(spec, x)
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe in a line the regimes and tiles of both passes."""
