@@ -75,7 +75,7 @@ def _reason(backend: Backend, x: Tensor, specs: tuple[LayerSpec, ...]) -> str:
         return f"{derivative}, which is the reference's on every backend"
     if choice.name != AUTO:
         return asked
-    others = candidates(AUTO, x.device.type)
+    others = candidates(AUTO, x)
     obstacles = filter(None, (first_obstacle(other, x, specs) for other in others))
     return f"auto: {'; '.join(obstacles) or f'no backend has kernels for {x.device.type} tensors'}"
 

@@ -85,9 +85,10 @@ class _Input(NamedTuple):
             return cls(input.unsqueeze(1), input.shape[0], 1, True, False)
         if dims != 3:
             raise ValueError(f"{options.kind}: expected input to be 2-D or 3-D, got {size(input)}")
+        steps, batch, _ = input.shape
         if not options.batch_first:
-            return cls(input, input.shape[0], input.shape[1], False, False)
-        batch, steps, _ = input.shape
+            return cls(input, steps, batch, False, False)
+        steps, batch = batch, steps
         # One step of one sequence lies the same either way, but not in an exported program,
         # which may see others.
         if torch.compiler.is_compiling() or steps != 1 or batch != 1:
