@@ -108,11 +108,17 @@ def lstm_bwd_sequence_kernel(
         project = operand(project, dtype, PRECISION)
     bias = load_bias(b_ih, b_hh, w_row, inside)[:, None]
 
-    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
-    gain, gain_c, bias_c = load_norms(ln_hh, ln_c, b_ln_c, direction, w_row, inside, unit, H)
-    base = zoneout_base(seed, direction)
-    units_h = zoneout_units(base, out, 0)
-    units_c = zoneout_units(base, unit, 1)
+    peep_i, peep_f, peep_o = None, None, None
+    if w_ch is not None:
+        peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    gain, gain_c, bias_c = None, None, None
+    if ln_hh is not None:
+        gain, gain_c, bias_c = load_norms(ln_hh, ln_c, b_ln_c, direction, w_row, inside, unit, H)
+    base, units_h, units_c = None, None, None
+    if seed is not None:
+        base = zoneout_base(seed, direction)
+        units_h = zoneout_units(base, out, 0)
+        units_c = zoneout_units(base, unit, 1)
 
     h_at = (direction * B + n) * P + out[:, None]
     c_at = (direction * B + n) * H + unit[:, None]
@@ -185,7 +191,9 @@ def lstm_bwd_sequence_kernel(
         i, f, g, o, c_new = gates_and_cell(
             stacked + bias, is_cell, peep_i, peep_f, peep_o, c_before, UNITS, N, FAST
         )
-        keys = zoneout_rows(base, t, n)
+        keys = None
+        if seed is not None:
+            keys = zoneout_rows(base, t, n)
         if zoneout_h is not None:
             dh_stays, dh_total = zone_gradient(dh_total, zoneout_h, keys, units_h)
         if zoneout_c is not None:

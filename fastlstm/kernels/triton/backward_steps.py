@@ -30,7 +30,7 @@ from .primitives import (
     arrive,
     first_row,
     load_bias,
-    multiply_add,
+    product,
     split_gates,
     stack_gates,
     stacked_rows,
@@ -125,10 +125,14 @@ def lstm_bwd_step_kernel(
     k = tl.arange(0, K)
     w_tile = w_hh + k[None, :].to(tl.int64) * H + unit[:, None]
 
-    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
-    base = zoneout_base(seed, direction)
-    units_h = zoneout_units(base, unit, 0)
-    units_c = zoneout_units(base, unit, 1)
+    peep_i, peep_f, peep_o = None, None, None
+    if w_ch is not None:
+        peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    base, units_h, units_c = None, None, None
+    if seed is not None:
+        base = zoneout_base(seed, direction)
+        units_h = zoneout_units(base, unit, 0)
+        units_c = zoneout_units(base, unit, 1)
     u_real = u_inside[:, None] & real
     state_at = (direction * B + n) * H + unit[:, None]
     d_cell = tl.load(dc + state_at, u_real, 0)
@@ -185,17 +189,12 @@ def lstm_bwd_step_kernel(
             d_tile = dgates + (after_row + n) * (4 * H) + k[:, None]
             if PERSISTENT:
                 wait_for(counter, s * tl.num_programs(0))
-            total = dh
+            total = product(
+                None, w_tile, u_inside, d_tile, follows, H, 4 * H, K, False, STAGES, PRECISION
+            )
             if h_mask is not None:
-                total = tl.zeros([UNITS, N], tl.float32)
-            total = multiply_add(
-                total, None, w_tile, u_inside, d_tile, follows,
-                H, 4 * H, K, False, STAGES, PRECISION,
-            )  # fmt: skip
-            if h_mask is None:
-                dh = total
-            else:
-                dh += total * tl.load(h_mask + state_at, u_real, 0)
+                total *= tl.load(h_mask + state_at, u_real, 0)
+            dh += total
 
         if not ACTIVATED:
             if w_ch is None:
@@ -206,7 +205,9 @@ def lstm_bwd_step_kernel(
                 )
                 stacked = stack_gates(i, f, g, o, UNITS, N)
         i, f, g, o = split_gates(stacked, UNITS, N)
-        keys = zoneout_rows(base, t, n)
+        keys = None
+        if seed is not None:
+            keys = zoneout_rows(base, t, n)
         if zoneout_h is not None:
             dh += tl.load(dh_kept + state_at, u_active, 0)
             kept, dh = zone_gradient(dh, zoneout_h, keys, units_h)

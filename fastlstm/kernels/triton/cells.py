@@ -22,34 +22,27 @@ from .primitives import activate, logistic, split_gates, tanh
 _EPSILON = tl.constexpr(LAYER_NORM_EPSILON)  # of a variance
 
 
+# A jitted function must not return None: Triton 3.6 cannot compile that. So the callers ask first
+# whether the cell has what these load.
+
+
 @triton.jit
 def load_peepholes(w_ch, direction, unit, H: tl.constexpr):
-    """Load the peepholes of i, f and o, float32 ``[U, 1]`` each; None without peepholes.
-
-    w_ch is ``[D, 3H]`` or None; unit ``[U]``.
-    """
-    i, f, o = None, None, None
-    if w_ch is not None:
-        at = w_ch + direction * (3 * H) + unit[:, None]
-        i = tl.load(at, (unit < H)[:, None], 0).to(tl.float32)
-        f = tl.load(at + H, (unit < H)[:, None], 0).to(tl.float32)
-        o = tl.load(at + 2 * H, (unit < H)[:, None], 0).to(tl.float32)
+    """Load those of i, f and o, ``[U, 1]`` each."""
+    at = w_ch + direction * (3 * H) + unit[:, None]
+    i = tl.load(at, (unit < H)[:, None], 0).to(tl.float32)
+    f = tl.load(at + H, (unit < H)[:, None], 0).to(tl.float32)
+    o = tl.load(at + 2 * H, (unit < H)[:, None], 0).to(tl.float32)
     return i, f, o
 
 
 @triton.jit
 def load_norms(ln_hh, ln_c, b_ln_c, direction, row, inside, unit, H: tl.constexpr):
-    """Load what normalised numbers are scaled with, float32 columns; None without normalisation.
-
-    Returns the gain ``[4U, 1]`` of the products (``ln_hh [D, 4H]``), and gain and bias ``[U, 1]``
-    of the cells (``ln_c``, ``b_ln_c [D, H]``). row and inside are ``[4U]``, unit ``[U]``.
-    """
-    gain, gain_c, bias_c = None, None, None
-    if ln_hh is not None:
-        gain = tl.load(ln_hh + direction * (4 * H) + row, inside, 0).to(tl.float32)[:, None]
-        at = direction * H + unit
-        gain_c = tl.load(ln_c + at, unit < H, 0).to(tl.float32)[:, None]
-        bias_c = tl.load(b_ln_c + at, unit < H, 0).to(tl.float32)[:, None]
+    """Load what normalised products and cells are scaled with, as columns."""
+    gain = tl.load(ln_hh + direction * (4 * H) + row, inside, 0).to(tl.float32)[:, None]
+    at = direction * H + unit
+    gain_c = tl.load(ln_c + at, unit < H, 0).to(tl.float32)[:, None]
+    bias_c = tl.load(b_ln_c + at, unit < H, 0).to(tl.float32)[:, None]
     return gain, gain_c, bias_c
 
 
@@ -87,9 +80,9 @@ def cell_gradients(
     Gates, cells, dh and dc are ``[U, N]``; peepholes, gain_c and bias_c ``[U, 1]`` or None; unit
     ``[U]``. Returns ``[U, N]`` each: the gradients of i, f, g, o before activation and of
     c_before; what h is o times of; and, where c is normalised, the gradient of the result and c
-    without gain and bias, else None.
+    without gain and bias, else something of no use.
     """
-    normalised, d_out = None, None
+    normalised, d_out = c, dh
     if gain_c is None:
         tanh_c = tanh(c, FAST)
         dc += dh * o * (1.0 - tanh_c * tanh_c)
@@ -147,31 +140,22 @@ def _mix(x):
 
 @triton.jit
 def zoneout_base(seed, direction):
-    """Hash the seed ``int64 [1]`` and a direction: uint32 ``[1]``; None without a seed."""
-    base = None
-    if seed is not None:
-        value = tl.load(seed + tl.arange(0, 1))
-        low = value.to(tl.uint32)
-        base = _mix(_mix(low + direction.to(tl.uint32)) + (value >> 32).to(tl.uint32))
-    return base
+    """Hash the seed ``int64 [1]`` and a direction: uint32 ``[1]``."""
+    value = tl.load(seed + tl.arange(0, 1))
+    low = value.to(tl.uint32)
+    return _mix(_mix(low + direction.to(tl.uint32)) + (value >> 32).to(tl.uint32))
 
 
 @triton.jit
 def zoneout_units(base, unit, WHICH: tl.constexpr):
-    """Hash units ``[U]`` to uint32 ``[U, 1]``; WHICH is 0 for h, 1 for c. None without a seed."""
-    key = None
-    if base is not None:
-        key = _mix(base + (2 * unit + WHICH).to(tl.uint32))[:, None]
-    return key
+    """Hash units ``[U]`` to uint32 ``[U, 1]``; WHICH is 0 for h, 1 for c."""
+    return _mix(base + (2 * unit + WHICH).to(tl.uint32))[:, None]
 
 
 @triton.jit
 def zoneout_rows(base, t, n):
-    """Hash step t and sequences n ``[N]`` to uint32 ``[1, N]``; None without a seed."""
-    key = None
-    if base is not None:
-        key = _mix(_mix((base ^ 0x9E3779B9) + t.to(tl.uint32)) + n.to(tl.uint32))[None, :]
-    return key
+    """Hash step t and sequences n ``[N]`` to uint32 ``[1, N]``."""
+    return _mix(_mix((base ^ 0x9E3779B9) + t.to(tl.uint32)) + n.to(tl.uint32))[None, :]
 
 
 @triton.jit

@@ -115,11 +115,17 @@ def lstm_fwd_sequence_kernel(
         project = tl.load(w_hr + out[:, None] * H + unit, (out < P)[:, None] & (unit < H), 0)
         project = operand(project, dtype, PRECISION)
 
-    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
-    gain, gain_c, bias_c = load_norms(ln_hh, ln_c, b_ln_c, direction, w_row, inside, unit, H)
-    base = zoneout_base(seed, direction)
-    units_h = zoneout_units(base, out, 0)
-    units_c = zoneout_units(base, unit, 1)
+    peep_i, peep_f, peep_o = None, None, None
+    if w_ch is not None:
+        peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    gain, gain_c, bias_c = None, None, None
+    if ln_hh is not None:
+        gain, gain_c, bias_c = load_norms(ln_hh, ln_c, b_ln_c, direction, w_row, inside, unit, H)
+    base, units_h, units_c = None, None, None
+    if seed is not None:
+        base = zoneout_base(seed, direction)
+        units_h = zoneout_units(base, out, 0)
+        units_c = zoneout_units(base, unit, 1)
 
     h_at = (direction * B + n) * P + out[:, None]
     c_at = (direction * B + n) * H + unit[:, None]
@@ -179,7 +185,9 @@ def lstm_fwd_sequence_kernel(
         if w_hr is not None:
             zero = tl.zeros([P_TILE, N], tl.float32)
             h_new = tl.dot(project, operand(h_new, dtype, PRECISION), zero, PRECISION).to(dtype)
-        keys = zoneout_rows(base, t, n)
+        keys = None
+        if seed is not None:
+            keys = zoneout_rows(base, t, n)
         if zoneout_h is not None:
             h_new = zone(h, h_new, zoneout_h, keys, units_h).to(dtype)
         if zoneout_c is not None:

@@ -30,8 +30,8 @@ from .primitives import (
     arrive,
     first_row,
     load_bias,
-    multiply_add,
     operand,
+    product,
     split_gates,
     stack_gates,
     stacked_rows,
@@ -110,10 +110,14 @@ def lstm_fwd_step_kernel(
         w = operand(tl.load(w_tile, inside[:, None] & (k < P), 0), dtype, PRECISION)
     bias = load_bias(b_ih, b_hh, w_row, inside)[:, None]
 
-    peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
-    base = zoneout_base(seed, direction)
-    units_h = zoneout_units(base, unit, 0)
-    units_c = zoneout_units(base, unit, 1)
+    peep_i, peep_f, peep_o = None, None, None
+    if w_ch is not None:
+        peep_i, peep_f, peep_o = load_peepholes(w_ch, direction, unit, H)
+    base, units_h, units_c = None, None, None
+    if seed is not None:
+        base = zoneout_base(seed, direction)
+        units_h = zoneout_units(base, unit, 0)
+        units_c = zoneout_units(base, unit, 1)
     u_real = (unit < H)[:, None] & real
     state_at = (direction * B + n) * H + unit[:, None]
     cell = tl.load(c + state_at, u_real, 0)
@@ -155,9 +159,7 @@ def lstm_fwd_step_kernel(
             cell = tl.where(keep, cell, 0.0)
         if PERSISTENT:
             wait_for(counter, s * tl.num_programs(0))
-        stacked = multiply_add(
-            stacked, w, w_tile, inside, h_tile, known, 1, P, K, RESIDENT, STAGES, PRECISION
-        )  # fmt: skip
+        stacked += product(w, w_tile, inside, h_tile, known, 1, P, K, RESIDENT, STAGES, PRECISION)
         if w_ch is None:
             stacked = activate(stacked, is_cell, FAST)
         else:
@@ -173,7 +175,9 @@ def lstm_fwd_step_kernel(
         h_new = (o * tanh(c_new, FAST)).to(dtype)
         at = (row + n) * (D * H) + direction * H + unit[:, None]
         u_active = (unit < H)[:, None] & active
-        keys = zoneout_rows(base, t, n)
+        keys = None
+        if seed is not None:
+            keys = zoneout_rows(base, t, n)
         if zoneout_h is not None:
             before_at = (first_row(source, offsets, B) + n) * (D * H) + direction * H
             h = tl.load(out + before_at + unit[:, None], u_active & known, 0)

@@ -85,7 +85,9 @@ def tanh(x, FAST: tl.constexpr):
     if FAST:
         result = tanh_approx(x)
     else:
-        result = tl.where(x * x < 0.390625, tanh_near_zero(x), 2.0 * sigmoid(2.0 * x) - 1.0)
+        e = tl.exp(-2.0 * tl.abs(x))
+        far = 1.0 - 2.0 * (e / (1.0 + e))
+        result = tl.where(x * x < 0.390625, tanh_near_zero(x), tl.where(x < 0, -far, far))
     return result
 
 
@@ -106,8 +108,13 @@ def activate(stacked, is_cell, FAST: tl.constexpr):
         half = tl.where(is_cell, 1.0, 0.5)
         result = tanh_approx(stacked * half) * half + (1.0 - half)
     else:
-        twice = tl.where(is_cell, 2.0, 1.0)
-        result = sigmoid(stacked * twice) * twice + (1.0 - twice)
+        # With r = e / (1 + e), e = exp(-|scale x|): sigmoid(x) is r or 1 - r, tanh(x) 1 - 2 r up
+        # to its sign. Nothing cancels.
+        scale = tl.where(is_cell, 2.0, 1.0)
+        e = tl.exp(-tl.abs(stacked * scale))
+        rest = e / (1.0 + e)
+        far = 1.0 - scale * rest
+        result = tl.where(stacked < 0, tl.where(is_cell, -far, rest), far)
         small = is_cell & (stacked * stacked < 0.390625)
         result = tl.where(small, tanh_near_zero(stacked), result)
     return result
@@ -152,10 +159,9 @@ def load_bias(b_ih, b_hh, row, inside):
 
 
 @triton.jit
-def multiply_add(
-    total,  # float32 [M, N]
+def product(
     w,  # [M, K], with RESIDENT
-    w_tile,  # pointers [M, K] to its first K columns, W_STRIDE elements from one to the next
+    w_tile,  # pointers [M, K] to its first columns, without; W_STRIDE from one to the next
     w_real,  # [M]: rows that there are
     h_tile,  # pointers [K, N] to the first K rows of the other factor
     h_real,  # [N]: columns that there are
@@ -166,9 +172,14 @@ def multiply_add(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Return total + w h over SIZE terms, at once or in chunks of K."""
+    """w h ``[M, N]`` over SIZE terms, at once or in chunks of K.
+
+    The sum starts from zero, and what it is added to comes last: exact float32 products are one
+    chain of additions, and each of them would be rounded at the size of where the chain begins.
+    """
     k = tl.arange(0, K)
     dtype: tl.constexpr = h_tile.dtype.element_ty
+    total = tl.zeros([w_tile.shape[0], h_tile.shape[1]], tl.float32)
     if RESIDENT:
         h = tl.load(h_tile, (k < SIZE)[:, None] & h_real, 0, cache_modifier=".cg")
         total = tl.dot(w, operand(h, dtype, PRECISION), total, PRECISION)

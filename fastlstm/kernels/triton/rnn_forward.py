@@ -12,7 +12,7 @@ from .call import Call, weight_arguments
 from .config import rnn_plan
 from .ends import add_start, final_states
 from .launch import is_fast, launch
-from .primitives import first_row, load_bias, multiply_add, operand
+from .primitives import first_row, load_bias, operand, product
 from .rnn import act, rnn_arguments, rnn_grid
 
 __all__ = ["launch_rnn_fwd"]
@@ -152,9 +152,7 @@ def rnn_fwd_step_kernel(
     source = first_row(tl.maximum(tl.minimum(before, T - 1), 0), offsets, B)
     h_tile = y + (source + n) * (D * H) + direction * H + k[:, None]
     w_tile = w_hh + unit[:, None].to(tl.int64) * H + k
-    total = multiply_add(
-        total, None, w_tile, inside, h_tile, known, 1, H, K, False, STAGES, PRECISION
-    )
+    total += product(None, w_tile, inside, h_tile, known, 1, H, K, False, STAGES, PRECISION)
     at = (row + n) * (D * H) + direction * H + unit[:, None]
     h = act(total, RELU, FAST).to(y.dtype.element_ty)
     tl.store(y + at, h, inside[:, None] & active)
