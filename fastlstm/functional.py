@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastlstm.layer.checks import check_noise, check_pair, size
-from fastlstm.layer.stack import Options, run_cell, run_stack
+from fastlstm.layer.options import Options
+from fastlstm.layer.stack import run_cell, run_stack
 from fastlstm.spec import DENSE, Sequences
 
 __all__ = ["lstm", "lstm_cell", "rnn", "sequence_loss"]

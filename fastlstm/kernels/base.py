@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fastlstm.spec import LayerSpec
 
-__all__ = ["Backend", "constant", "get", "names", "register", "registered"]
+__all__ = [
+    "Backend",
+    "Cache",
+    "compute_dtype",
+    "constant",
+    "get",
+    "names",
+    "register",
+    "registered",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -82,13 +91,20 @@ class Backend:
         """Return the buffer in which it keeps these weights in an order of its own, if it does.
 
         Args:
-            cache: a dict that lives as long as the module, or None.
+            cache: a :class:`Cache` that lives as long as the module, or None.
             purpose: "forward", "backward", or "both" for a backward pass that computes the gates
                 again.
             weights: D groups, see :class:`fastlstm.spec.Weights`.
             spec: the layer.
         """
         return None
+
+
+class Cache(dict[Any, Tensor]):
+    """The packed weights of a layer, for :meth:`Backend.packed_weights`.
+
+    Not a plain dict, which torch.func would copy.
+    """
 
 
 _backends: dict[str, Backend] = {}

@@ -13,7 +13,7 @@ from fastlstm.kernels import operators
 from fastlstm.kernels.base import Backend, constant, register
 from fastlstm.spec import LayerSpec
 
-__all__ = ["CPU", "Cache"]
+__all__ = ["CPU", "plan"]
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _DEVICE = torch.device("cpu")  # named at every allocation: a default device may be another one
@@ -34,10 +34,6 @@ _ISA = operators.define_operator("cpu_isa", "() -> str")
 _PLAN = operators.define_operator(
     "cpu_plan", f"(int steps, int batch, {_SIZES}, int threads) -> str"
 )
-
-
-class Cache(dict[Any, Tensor]):
-    """Weights in the order of the kernels. Not a plain dict, which torch.func would copy."""
 
 
 class CpuBackend(Backend):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastlstm.layer.options import Options
 from fastlstm.spec import LayerSpec
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
@@ -59,13 +60,13 @@ def check_features(
         )
 
 
-def check_weights(weights: Sequence[Tensor], x: Tensor, options: Any) -> LayerSpec:
+def check_weights(weights: Sequence[Tensor], x: Tensor, options: Options) -> LayerSpec:
     """Check that every weight has the shape, dtype and device that go with ``x [..., I]``.
 
     Args:
         weights: those of all layers.
         x: the input of the first one.
-        options: the :class:`fastlstm.layer.stack.Options` of the call.
+        options: what else the call says.
 
     Returns:
         What the first layer is.
@@ -90,7 +91,7 @@ def check_weights(weights: Sequence[Tensor], x: Tensor, options: Any) -> LayerSp
     return spec
 
 
-def _first_layer(weights: Sequence[Tensor], options: Any) -> LayerSpec:
+def _first_layer(weights: Sequence[Tensor], options: Options) -> LayerSpec:
     """What the first layer is, by the number of weights and the shapes of its first two."""
     layers, directions = options.num_layers, options.directions
     lstm, extra = options.mode == "LSTM", options.peephole + 4 * options.layer_norm

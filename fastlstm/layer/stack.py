@@ -26,44 +26,12 @@ from fastlstm.layer.checks import (
     check_weights,
     size,
 )
+from fastlstm.layer.options import Options
 from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
 
-__all__ = ["Options", "run_cell", "run_stack"]
+__all__ = ["run_cell", "run_stack"]
 
 Final = tuple[Tensor, ...]  # (h_n, c_n), of an nn.RNN (h_n,)
-
-
-class Options(NamedTuple):
-    """How a stack computes; the sizes are those of its weights.
-
-    Dropout rates are 0 in evaluation. :func:`fastlstm.functional.lstm` describes the fields.
-    """
-
-    mode: str  # "LSTM", "RNN_TANH" or "RNN_RELU"
-    num_layers: int = 1
-    bidirectional: bool = False
-    batch_first: bool = False
-    dropout: float = 0.0
-    sequences: Sequences = DENSE
-    caches: Sequence[Any] | None = None
-    return_cell_states: bool = False
-    recompute: bool = False
-    peephole: bool = False
-    layer_norm: bool = False
-    zoneout: tuple[float, float] = (0.0, 0.0)
-    random_zoneout: bool = False  # draw which elements stay; else mix both states
-    recurrent_dropout: float = 0.0
-    weight_dropout: float = 0.0
-
-    @property
-    def kind(self) -> str:
-        """The name that messages begin with."""
-        return "LSTM" if self.mode == "LSTM" else "RNN"
-
-    @property
-    def directions(self) -> int:
-        """D."""
-        return 2 if self.bidirectional else 1
 
 
 class _Input(NamedTuple):
@@ -142,7 +110,7 @@ def run_stack(
         check_states(kind, hx, shapes, packed)
         check_like(hx, x)
     if sequences.lengths is not None or sequences.reset is not None:
-        options = options._replace(sequences=_checked(options, x, whole.unbatched))
+        options = options._replace(sequences=_check_sequences(options, x, whole.unbatched))
     arguments = backend, specs, whole, hx, weights, options
     if dtype:
         with switched_off(x):
@@ -154,8 +122,8 @@ def run_stack(
     return whole.undo(y), final, None if c_all is None else whole.undo(c_all)
 
 
-def _checked(options: Options, x: Tensor, unbatched: bool) -> Sequences:
-    """The lengths and resets of a call, on the device of x."""
+def _check_sequences(options: Options, x: Tensor, unbatched: bool) -> Sequences:
+    """Check the lengths and resets of a call; return them on the device of x."""
     kind, (sizes, lengths, reset) = options.kind, options.sequences
     if sizes is not None:
         raise ValueError(f"{kind}: lengths and reset have no meaning for packed input")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm.kernels.cpu import Cache
+from fastlstm.kernels.base import Cache
 from fastlstm.layer.checks import check_states
 from fastlstm.spec import LayerSpec
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastlstm import convert
 from fastlstm.functional import State, lstm_cell
-from fastlstm.kernels.cpu import Cache
+from fastlstm.kernels.base import Cache
 from fastlstm.layer.fast_path import fast_backend, infer
 from fastlstm.modules.base import tensors
 from fastlstm.spec import LayerSpec
