@@ -276,6 +276,18 @@ def test_every_import_is_a_declared_dependency() -> None:
     assert third_party("tests") <= test
 
 
+def test_import_brings_nothing_but_the_library() -> None:
+    """Beside torch: neither Triton, nor Dynamo, nor anything else that takes a second to load."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastlstm
+print(*sorted(m for m in set(sys.modules) - before if m.partition(".")[0] != "fastlstm"))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
 def test_readme_has_one_line_that_ci_runs() -> None:
     """An installation and the tests, which .ci/run takes apart."""
     line = re.compile(r"pip install .* && python -m pytest( .*)?")
