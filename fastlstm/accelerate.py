@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from fastlstm.convert import class_name, obstacle, original_class, rebuild, with_additions
+from fastlstm.convert import class_name, obstacle, original_class, rebuild, with_ours
 from fastlstm.modules import LSTM, RNN, LSTMCell
 
 __all__ = ["accelerate", "restore"]
@@ -42,8 +42,9 @@ def accelerate(
     that were returned for them. A module that is registered in several places is replaced by one
     module. A reference that is not a submodule, such as a list of your own, stays as it is.
 
-    A subclass is replaced if it has only a constructor of its own and methods that its base lacks;
-    these come along. Any other subclass stays, and so do modules that cannot be converted.
+    An instance of a subclass is replaced if the class has only a constructor of its own and
+    methods that its base lacks. What replaces it is an instance of that class too. Any other
+    subclass is left, and so are modules that cannot be converted.
 
     What was replaced, what was left and why is logged to ``logging.getLogger("fastlstm")`` at
     level INFO, one line for each module.
@@ -105,19 +106,22 @@ def _swap(
     dry_run: bool,
 ) -> M:
     """Replace what plan gives a target for, and report it."""
-    chosen, left_out = _patterns(include), _patterns(exclude)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb}: expected a module, got {type(model).__name__}")
+    chosen, left_out = _patterns("include", include), _patterns("exclude", exclude)
     unused = {*(chosen or ()), *(left_out or ())}
     lines: list[str] = []
     replaced: dict[nn.Module, nn.Module] = {}
-    for path, module in list(model.named_modules()):
+    for module, paths in _paths(model).items():
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            unused -= {pattern for pattern in unused if _matches(paths, (pattern,))}
         target, line = plan(module)
         if not line:
             continue
-        hits = {pattern for pattern in unused if fnmatchcase(path, pattern)}
-        unused -= hits
-        if target is not None and not _is_wanted(path, chosen, left_out):
+        wanted = chosen is None or _matches(paths, chosen)
+        if target is not None and (not wanted or _matches(paths, left_out or ())):
             target, line = None, "left, as include and exclude ask for"
-        lines.append(f"{path or 'the model'}: {line}")
+        lines.append(f"{paths[0] or 'the model'}: {line}")
         if target is not None and not dry_run:
             # The dictionaries of hooks are handed over, not copied: the handles refer to them.
             replaced[module] = rebuild(module, dict(module.__dict__), target)
@@ -146,19 +150,27 @@ def _nothing(verb: str) -> str:
     return f"no {package}.LSTM, {package}.LSTMCell or {package}.RNN in this model"
 
 
-def _patterns(patterns: Patterns) -> tuple[str, ...] | None:
+def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All modules, each with the paths under which it is registered."""
+    found: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(path)
+    return found
+
+
+def _patterns(name: str, patterns: Patterns) -> tuple[str, ...] | None:
     if patterns is None:
         return None
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if not found or not all(isinstance(pattern, str) and pattern for pattern in found):
+        raise ValueError(
+            f"{name} must be a pattern of paths such as 'encoder.*', or several; got {patterns!r}"
+        )
+    return found
 
 
-def _is_wanted(
-    path: str, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None
-) -> bool:
-    def matches(patterns: tuple[str, ...] | None) -> bool:
-        return any(fnmatchcase(path, pattern) for pattern in patterns or ())
-
-    return (include is None or matches(include)) and not matches(exclude)
+def _matches(paths: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
 
 def _to_ours(module: nn.Module) -> _Swap:
@@ -172,10 +184,10 @@ def _to_ours(module: nn.Module) -> _Swap:
     ours: Any = _OURS[kind]
     target = ours
     if actual is not kind:
-        target = with_additions(actual, kind, ours)
+        target = with_ours(actual, kind, ours)
         if isinstance(target, str):
             return _Swap(None, f"left, it is a {class_name(actual)}, {target}")
-    if problem := obstacle(module):
+    if problem := obstacle(module, target):
         return _Swap(None, f"left, {problem}")
     return _Swap(target, f"{class_name(actual)} -> {_described(ours, module)}")
 
@@ -188,12 +200,12 @@ def _to_theirs(module: nn.Module) -> _Swap:
         return _Swap(None, "")
     target: type[nn.Module] = _THEIRS[kind]
     if "_replaces" in vars(actual):
-        target = actual._replaces[0]
+        target = actual._replaces
     elif actual is not kind:
         return _Swap(None, f"left, it is a {class_name(actual)}, a subclass of fastlstm's")
     if isinstance(module, LSTM) and (lacking := module.beyond_torch()):
         return _Swap(None, f"left, nn.LSTM has no {', '.join(lacking)}")
-    if problem := obstacle(module):
+    if problem := obstacle(module, target):
         return _Swap(None, f"left, {problem}")
     return _Swap(target, f"{_described(kind, module)} -> {class_name(target)}")
 

@@ -85,7 +85,7 @@ class _Choice(threading.local):
     """What a thread has chosen."""
 
     name = _checked(os.environ.get("FASTLSTM_BACKEND") or AUTO, "FASTLSTM_BACKEND")
-    infers: Backend | None  # what computes plain calls on the CPU without gradients, for latency
+    fast: Backend | None  # what computes plain calls on the CPU without gradients, for latency
 
     def __init__(self) -> None:
         self.set(self.name)
@@ -93,7 +93,7 @@ class _Choice(threading.local):
     def set(self, name: str) -> None:
         asked = candidates(name, _CPU)
         self.name = name
-        self.infers = asked[0] if asked and asked[0].lstm_infer else None
+        self.fast = asked[0] if asked and asked[0].lstm_infer else None
 
 
 def candidates(name: str, x: Tensor) -> tuple[Backend, ...]:
@@ -175,10 +175,10 @@ def select(x: Tensor, specs: Sequence[LayerSpec]) -> Backend:
     if derived and higher_derivative() is not None:
         return REFERENCE
     name, obstacle = choice.name, None
-    for backend in candidates(name, x):
-        obstacle = first_obstacle(backend, x, specs)
+    for candidate in candidates(name, x):
+        obstacle = first_obstacle(candidate, x, specs)
         if obstacle is None:
-            return backend
+            return candidate
     if name == AUTO:
         return REFERENCE
     raise RuntimeError(

@@ -7,23 +7,18 @@ comes along: training mode, buffers, hooks, parametrizations, ``weight_norm``, y
 
 from __future__ import annotations
 
-import types
 from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["class_name", "convert", "obstacle", "original_class", "rebuild", "with_additions"]
+__all__ = ["class_name", "convert", "obstacle", "original_class", "rebuild", "with_ours"]
 
 M = TypeVar("M", bound=nn.Module)
 _SUBCLASS = "a subclass, whose own behaviour would be lost"
-# What every class has, and what building an instance from its state does not need.
-_UNIMPORTANT = {
-    "__abstractmethods__", "__annotations__", "__dict__", "__doc__", "__firstlineno__", "__init__",
-    "__module__", "__parameters__", "__qualname__", "__static_attributes__", "__weakref__",
-    "_abc_impl",
-}  # fmt: skip
+_OPTIONS = "_fastlstm_options"  # where a module of torch.nn keeps the settings that ours has
+_PRIVATE = ("_caches", "_cache", "_fast_settings")  # every module of this library makes its own
 
 
 def convert(source: nn.Module, kind: type[nn.Module], target: type[M]) -> M:
@@ -44,7 +39,7 @@ def convert(source: nn.Module, kind: type[nn.Module], target: type[M]) -> M:
     if actual is not kind:
         why = f", {_SUBCLASS}" if issubclass(actual, kind) else ""
         raise TypeError(f"expected a {class_name(kind)}, got a {class_name(actual)}{why}")
-    found = obstacle(source)
+    found = obstacle(source, target)
     if found:
         raise ValueError(f"cannot convert this {class_name(kind)}: {found}")
     state = {
@@ -59,21 +54,42 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return parametrize.type_before_parametrizations(module)
 
 
-def obstacle(source: nn.Module) -> str:
-    """Say why a module cannot be rebuilt as another class; "" if it can."""
+def obstacle(source: nn.Module, target: type[nn.Module]) -> str:
+    """Say why a module cannot be rebuilt as an instance of target; "" if it can."""
     if "forward" in source.__dict__:
         return "its forward has been replaced on the instance"
     if source._compiled_call_impl is not None:
         return "it has been compiled: convert first, then compile"
     if any(getattr(hook, "with_module", 0) for hook in source._load_state_dict_pre_hooks.values()):
         return "it has a load_state_dict pre-hook that is bound to this very module"
+    actual = original_class(source)
+    held = {*source.__dict__, *source._parameters, *source._buffers, *source._modules}
+    taken = sorted(
+        name
+        for name in held
+        if name in _PRIVATE or (hasattr(target, name) and not hasattr(actual, name))
+    )
+    if taken and not _is_ours(actual):
+        return f"fastlstm has another meaning for its {', '.join(taken)}"
     return ""
+
+
+def _is_ours(kind: type[nn.Module]) -> bool:
+    return any(base.__module__.startswith("fastlstm.") for base in kind.__mro__)
 
 
 def rebuild(source: nn.Module, state: dict[str, Any], target: type[M]) -> M:
     """Return an instance of target that holds state, parametrized as source is."""
-    for private in ("_caches", "_cache", "_stream"):  # this library's modules make their own
-        state.pop(private, None)
+    actual = original_class(source)
+    if _is_ours(actual):
+        for private in _PRIVATE:
+            state.pop(private, None)
+        if not _is_ours(target):
+            own = {name: value for name, value in state.items() if _is_option(name, actual)}
+            state = {name: value for name, value in state.items() if name not in own}
+            state |= {_OPTIONS: own} if own else {}
+    else:
+        state |= state.pop(_OPTIONS, {})
     if parametrize.is_parametrized(source):
         # Parametrizing gave source a class of its own, with a property for each parametrized
         # tensor; target gets one with the same properties.
@@ -86,56 +102,59 @@ def rebuild(source: nn.Module, state: dict[str, Any], target: type[M]) -> M:
     return result
 
 
+def _is_option(name: str, kind: type[nn.Module]) -> bool:
+    """Whether it is a setting that a class of this library has and ``torch.nn`` lacks."""
+    return any(
+        name in vars(base) and base.__module__.startswith("fastlstm.") for base in kind.__mro__
+    )
+
+
 def class_name(kind: type[nn.Module]) -> str:
     """Return how messages call a class: "nn.LSTM", "fastlstm.LSTM"."""
     package = "nn" if kind.__module__.startswith("torch.nn.") else kind.__module__.split(".")[0]
     return f"{package}.{kind.__qualname__}"
 
 
-@cache
-def with_additions(subclass: Any, kind: Any, target: Any) -> Any:
-    """Return a subclass of target with what subclass adds to kind, or why there is none.
+def with_ours(subclass: Any, kind: type[nn.Module], ours: Any) -> Any:
+    """Return a subclass of both, which computes as ours does, or a sentence why there is none.
 
     A subclass of ``nn.LSTM`` that has a constructor of its own and more methods, but changes none
-    that ``nn.LSTM`` has, computes what ``nn.LSTM`` computes. So target can take its place, with
-    these methods.
+    that ``nn.LSTM`` has, computes what ``nn.LSTM`` computes, so ours may do it instead.
 
     Args:
-        subclass: the class of the module that is to be replaced.
+        subclass: somebody's class.
         kind: the class of ``torch.nn`` that it inherits from.
-        target: what replaces that class.
+        ours: the class of this library that replaces that one.
     """
-    own: dict[str, Any] = {}
-    for base in reversed(subclass.__mro__):
-        if base in kind.__mro__:
-            continue
-        own |= {name: value for name, value in vars(base).items() if name not in _UNIMPORTANT}
-    changed = sorted(name for name in own if hasattr(kind, name) or hasattr(target, name))
+    between = [base for base in subclass.__mro__ if base not in kind.__mro__]
+    own = {name for base in between for name in vars(base)}
+    # Every class has its own of these.
+    own -= {"__init__", *vars(type("", (), {})), "__annotations__", "__slots__"}
+    changed = sorted(name for name in own if hasattr(kind, name) or hasattr(ours, name))
     if changed:
         return f"{_SUBCLASS}: it defines {', '.join(changed)}"
-    bound = sorted(name for name, value in own.items() if _names_its_class(value))
-    if bound:
-        return f"{_SUBCLASS}: {', '.join(bound)} calls super()"
-    own |= {"__module__": subclass.__module__, "__doc__": subclass.__doc__}
-    own |= {"_replaces": (subclass, kind), "__reduce_ex__": _reduce}
-    result = type(subclass.__name__, (target,), own)
+    if any(vars(base).get("__slots__") for base in between):
+        return f"{_SUBCLASS}: it has __slots__"
+    return _joined(subclass, ours)
+
+
+@cache
+def _joined(subclass: Any, ours: Any) -> Any:
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        subclass.__init__(self, *args, **options)
+        self.__setstate__(self.__dict__)  # what the modules of this library make for themselves
+
+    def __reduce_ex__(self: Any, protocol: int) -> Any:
+        return _new, (subclass, ours), self.__getstate__()
+
+    names = {"__module__": subclass.__module__, "__doc__": subclass.__doc__}
+    names |= {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "_replaces": subclass}
+    result = type(subclass)(subclass.__name__, (ours, subclass), names)
     result.__qualname__ = subclass.__qualname__
     return result
 
 
-def _names_its_class(value: Any) -> bool:
-    """Whether a member of a class refers to the class itself, as ``super()`` does."""
-    value = getattr(value, "__func__", value)  # of static and class methods
-    value = getattr(value, "fget", value)  # of properties
-    return isinstance(value, types.FunctionType) and "__class__" in value.__code__.co_freevars
-
-
-def _reduce(self: Any, protocol: int) -> Any:
-    """Pickle and copy an instance of a class that :func:`with_additions` has made."""
-    target = type(self).__mro__[1]
-    return _restore_instance, (*self._replaces, target), self.__getstate__()
-
-
-def _restore_instance(subclass: Any, kind: Any, target: Any) -> nn.Module:
-    made: type[nn.Module] = with_additions(subclass, kind, target)
+def _new(subclass: Any, ours: Any) -> Any:
+    """Make an empty instance, for pickle and copy."""
+    made = _joined(subclass, ours)
     return made.__new__(made)

@@ -71,7 +71,7 @@ def test_unknown_and_missing_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_environment_may_name_a_missing_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Importing works, calling does not: nothing takes its place."""
     monkeypatch.setattr(choice, "name", "cuda")
-    monkeypatch.setattr(choice, "infers", None)
+    monkeypatch.setattr(choice, "fast", None)
     monkeypatch.setattr(get("cuda"), "error", lambda: "nvcc was not found")
     with pytest.raises(RuntimeError, match=r'"cuda" backend cannot .*: nvcc was not found'):
         fastlstm.LSTM(I, H)(X)

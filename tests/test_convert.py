@@ -296,6 +296,15 @@ def test_choosing_modules(
     assert not any(isinstance(m, fastlstm.LSTM | fastlstm.RNN) for m in model.modules())
 
 
+def test_patterns_may_name_what_is_swapped_already() -> None:
+    model = nn.ModuleDict({"a": nn.LSTM(I, H), "b": nn.LSTM(I, H)})
+    for _ in range(2):
+        fastlstm.accelerate(model, include="a")
+    assert [type(module) for module in model.values()] == [fastlstm.LSTM, nn.LSTM]
+    fastlstm.accelerate(model, exclude="a")
+    assert [type(module) for module in model.values()] == [fastlstm.LSTM, fastlstm.LSTM]
+
+
 @pytest.mark.parametrize("word", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing(word: str) -> None:
     model = nn.Sequential(nn.LSTM(I, H), nn.Linear(H, H))
@@ -309,19 +318,102 @@ def test_subclasses_that_only_add_are_swapped(backend: str) -> None:
     x = torch.randn(2, 4, H)
     before = model[0](x)[0]
     fastlstm.accelerate(model)
+    for lstm, kind in zip(model, (Extended, Calling), strict=True):
+        assert isinstance(lstm, fastlstm.LSTM)
+        assert isinstance(lstm, kind)
+        assert (lstm.names, lstm.size, type(lstm).__name__) == (("h", "c"), H, kind.__name__)
     lstm = model[0]
-    assert isinstance(lstm, fastlstm.LSTM)
-    assert type(model[1]) is Calling  # super() would not find its class
     torch.testing.assert_close(lstm(x, lstm.start(2))[0], before)
-    assert (lstm.names, lstm.size, type(lstm).__name__) == (("h", "c"), H, "Extended")
-    for copied in copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm)):
+    assert model[1].note() == lstm.extra_repr()
+    made = type(lstm)(H)
+    for copied in copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm)), made:
         assert type(copied) is type(lstm)
-        assert torch.equal(copied(x)[0], lstm(x)[0])
         assert copied.start(2)[0].shape == (1, 2, H)
+        assert torch.equal(copied(x)[0], lstm(x)[0]) == (copied is not made)
     restored = fastlstm.restore(model)[0]
     assert type(restored) is Extended
     assert restored.weight_hh_l0 is lstm.weight_hh_l0
     torch.testing.assert_close(restored(x, restored.start(2))[0], before)
+
+
+class Meta(type):
+    """A class of classes of its own."""
+
+
+class Mixin(metaclass=Meta):
+    """Stands between."""
+
+    @property
+    def twice(self) -> int:
+        return 2 * self.hidden_size
+
+
+class Mixed(Mixin, nn.RNN):
+    """Inherits from something else too."""
+
+
+class Slotted(nn.LSTM):
+    """Has a place for its state that is not its dictionary."""
+
+    __slots__ = ("place",)
+
+
+def test_subclasses_of_several_classes() -> None:
+    rnn = fastlstm.accelerate(Mixed(I, H))
+    assert isinstance(rnn, Mixin) and isinstance(rnn, fastlstm.RNN)
+    assert rnn.twice == 2 * H
+    assert type(fastlstm.restore(rnn)) is Mixed
+    assert type(fastlstm.accelerate(Slotted(I, H))) is Slotted
+
+
+@pytest.mark.parametrize("name", ["weight_dropout", "zoneout", "specs", "_cache"])
+@pytest.mark.parametrize("kind", [nn.LSTM, Mixed])
+def test_an_attribute_of_ours_that_means_something_else(
+    kind: type[nn.Module], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Your own attribute must not become a setting of this library."""
+    if kind is Mixed and name in ("weight_dropout", "zoneout"):
+        kind = Extended
+    module = kind(H) if kind is Extended else kind(I, H)
+    setattr(module, name, 0.5)
+    assert fastlstm.accelerate(module, verbose=True) is module
+    assert f"fastlstm has another meaning for its {name}" in capsys.readouterr().out
+
+
+def test_a_submodule_of_a_name_of_ours() -> None:
+    module = nn.LSTM(I, H)
+    module.layer_norm = nn.LayerNorm(H)
+    assert fastlstm.accelerate(module) is module
+    with pytest.raises(ValueError, match="another meaning for its layer_norm"):
+        fastlstm.LSTM.from_torch(module)
+
+
+def test_settings_survive_the_way_there_and_back() -> None:
+    lstm = fastlstm.LSTM(I, H, recurrent_dropout=0.25, forget_bias=1.0).eval()
+    theirs = fastlstm.restore(lstm)
+    assert not hasattr(theirs, "recurrent_dropout")
+    again = fastlstm.accelerate(theirs)
+    assert (again.recurrent_dropout, again.forget_bias) == (0.25, 1.0)
+
+
+def test_patterns_see_every_path_of_a_shared_module() -> None:
+    shared = nn.LSTM(I, H)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    assert fastlstm.accelerate(model, exclude="b")["a"] is shared
+    fastlstm.accelerate(model, include="b")
+    assert model["a"] is model["b"] is not shared
+
+
+@pytest.mark.parametrize("patterns", [[], "", [5], [None], b"a"])
+def test_patterns_that_are_none(patterns: Any) -> None:
+    with pytest.raises(ValueError, match="include must be a pattern of paths"):
+        fastlstm.accelerate(nn.Sequential(nn.LSTM(I, H)), include=patterns)
+
+
+@pytest.mark.parametrize("model", [None, [nn.LSTM(I, H)]])
+def test_what_is_no_module(model: Any) -> None:
+    with pytest.raises(TypeError, match="accelerate: expected a module, got"):
+        fastlstm.accelerate(model)
 
 
 def test_version() -> None:

@@ -64,7 +64,7 @@ void Call::read_rows(const Array& x, const Array& batch_sizes) {
     s.T = batch_sizes.sizes[0];
     s.B = s.T ? static_cast<const i64*>(batch_sizes.data)[0] : 0;
   } else if (x.dim == 2) {  // one step: rows without an offset
-    packed_rows = true;
+    packed_rows = one_step = true;
     rows = s.B = x.sizes[0];
     s.T = 1;
   } else {
@@ -180,10 +180,9 @@ Rows Call::gates_of(const Array& t) const {
 States Call::states_of(const Array& t, const char* name, i64 n, int32_t expected) const {
   if (!t) return {};
   t.check_dtype(name, expected);
-  const bool flat = t.dim == 2 && sizes.D == 1;
-  flat ? t.check_shape(name, {sizes.B, n}) : t.check_shape(name, {sizes.D, sizes.B, n});
+  one_step ? t.check_shape(name, {sizes.B, n}) : t.check_shape(name, {sizes.D, sizes.B, n});
   STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
-  return {t.data, flat ? 0 : t.strides[0], t.strides[flat ? 0 : 1]};
+  return {t.data, one_step ? 0 : t.strides[0], t.strides[one_step ? 0 : 1]};
 }
 
 CellOptions Call::cell_of(const Array& h_mask, double zoneout_c, double zoneout_h, const Array& seed) const {

@@ -15,6 +15,7 @@ struct Call {
   Dtype dtype;                 // of the input
   int32_t type, compute_type;  // torch's numbers: the dtype of the input, and that of what is computed in between
   bool packed_rows;            // input [N, I] instead of [T, B, I]; also the input [B, I] of one step
+  bool one_step = false;       // input [B, I]: its states are [B, n]
   i64 rows = 0;                // N of packed input
   DirectionWeights weights[2] = {};
   std::vector<i64> row_offset, active, order, length;  // what `ragged` points to
@@ -32,7 +33,7 @@ struct Call {
   Rows shared_rows_of(const Array& t, const char* name, i64 n, int32_t expected) const;
   // Gates [D, T, B, 4H] or packed [D, N, 4H], contiguous: a direction walks through its own memory.
   Rows gates_of(const Array& t) const;
-  // States [D, B, n], or [B, n] with one direction.
+  // States [D, B, n], or those [B, n] of one step.
   States states_of(const Array& t, const char* name, i64 n, int32_t expected) const;
   // h_mask [D, B, P], seed [1], or absent.
   CellOptions cell_of(const Array& h_mask, double zoneout_c, double zoneout_h, const Array& seed) const;

@@ -1,4 +1,4 @@
-"""The backends: each line below registers one, in the order in which ``auto`` asks them.
+"""The backends, in the order in which ``auto`` asks those that have the device of the input.
 
 :mod:`fastlstm.kernels.base` says what a backend is; README.md in this folder says how to add one.
 """

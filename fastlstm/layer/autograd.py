@@ -18,10 +18,10 @@ from fastlstm.layer import vmap
 from fastlstm.layer.by_reference import pull_back
 from fastlstm.layer.call import (
     Call,
-    Optional,
+    MaybeTensors,
     Tensors,
     call_tensors,
-    results,
+    count_results,
     with_tensors,
     without_tensors,
 )
@@ -32,7 +32,7 @@ __all__ = ["run"]
 _is_transformed = torch._C._are_functorch_transforms_active
 
 
-def run(call: Call, inputs: Optional) -> Tensors:
+def run(call: Call, inputs: MaybeTensors) -> Tensors:
     """Return the outputs of a layer; those that follow its results have no meaning to the caller.
 
     Args:
@@ -48,20 +48,24 @@ def run(call: Call, inputs: Optional) -> Tensors:
     return forward(call, inputs, save=False)
 
 
-def _run_transformed(call: Call, inputs: Optional) -> Tensors:
+def _run_transformed(call: Call, inputs: MaybeTensors) -> Tensors:
     """All outputs, under whatever transform of torch.func is left."""
     return _TransformedLayer.apply(call, *inputs)
 
 
 def _differentiate(
-    call: Call, needed: Sequence[bool], inputs: Optional, kept: Optional, incoming: Optional
+    call: Call,
+    needed: Sequence[bool],
+    inputs: MaybeTensors,
+    kept: MaybeTensors,
+    incoming: MaybeTensors,
 ) -> Tensors:
     """As `gradients`, with derivatives of its own and under transforms."""
     sizes = len(inputs), len(kept)
     return _Gradient.apply(call, tuple(needed), sizes, *inputs, *kept, *incoming)
 
 
-def _keep(ctx: Any, call: Call, inputs: Optional, outputs: Tensors) -> None:
+def _keep(ctx: Any, call: Call, inputs: MaybeTensors, outputs: Tensors) -> None:
     own = call_tensors(call)
     # y, and of an LSTM c_all and gates: backward has no use for the final states
     ctx.save_for_backward(*own, *inputs, outputs[0], *outputs[3:])
@@ -74,7 +78,7 @@ def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     own, inputs, kept = _split((ctx.own, ctx.inputs), ctx.saved_tensors)
     call = with_tensors(ctx.call, own)
     needed = ctx.needs_input_grad[1:]
-    incoming = incoming[: results(call)]
+    incoming = incoming[: count_results(call)]
     arguments = (call, needed, inputs, kept, incoming)
     if any(map(_is_legacy_batch, incoming)):
         found = pull_back(*arguments)
@@ -105,7 +109,7 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensors:
         outputs = forward(call, inputs, save=True)
         _keep(ctx, call, inputs, outputs)
-        return outputs[: results(call)]
+        return outputs[: count_results(call)]
 
     backward = staticmethod(_backward)
 
@@ -120,7 +124,7 @@ class _TransformedLayer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, arguments: Any, outputs: Tensors) -> None:
         call, *inputs = arguments
-        ctx.mark_non_differentiable(*outputs[results(call) :])
+        ctx.mark_non_differentiable(*outputs[count_results(call) :])
         _keep(ctx, call, inputs, outputs)
 
     backward = staticmethod(_backward)

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastlstm import reference
-from fastlstm.layer.call import Call, Optional, Tensors
+from fastlstm.layer.call import Call, MaybeTensors, Tensors
 from fastlstm.spec import State
 
 __all__ = ["by_reference", "pull_back"]
 
 
-def by_reference(call: Call, inputs: Optional) -> Tensors:
+def by_reference(call: Call, inputs: MaybeTensors) -> Tensors:
     """Return the results of a layer from ``(x, h0, c0, *weights)``."""
     if call.members:
         one = call._replace(members=0)
@@ -37,7 +37,11 @@ def _first_of_tensors(leaf: Any) -> int | None:
 
 
 def pull_back(
-    call: Call, needed: Sequence[bool], inputs: Optional, kept: Optional, incoming: Optional
+    call: Call,
+    needed: Sequence[bool],
+    inputs: MaybeTensors,
+    kept: MaybeTensors,
+    incoming: MaybeTensors,
 ) -> Tensors:
     """Return the gradients of a layer's inputs, as :func:`fastlstm.layer.compute.gradients`."""
 

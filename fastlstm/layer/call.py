@@ -11,16 +11,16 @@ from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences
 
 __all__ = [
     "Call",
-    "Optional",
+    "MaybeTensors",
     "Tensors",
     "call_tensors",
-    "results",
+    "count_results",
     "with_tensors",
     "without_tensors",
 ]
 
 Tensors = tuple[Tensor, ...]
-Optional = Sequence[Any]
+MaybeTensors = Sequence[Any]
 """Tensors, or None where there is none."""
 
 
@@ -51,13 +51,13 @@ def without_tensors(call: Call) -> Call:
     return with_tensors(call, (None,) * 5) if call_tensors(call) else call
 
 
-def with_tensors(call: Call, tensors: Optional) -> Call:
+def with_tensors(call: Call, tensors: MaybeTensors) -> Call:
     """Return the call with what :func:`call_tensors` found in it."""
     if not tensors:
         return call
     return call._replace(sequences=Sequences(*tensors[:3]), noise=Noise(*tensors[3:]))
 
 
-def results(call: Call) -> int:
+def count_results(call: Call) -> int:
     """Return how many outputs have a derivative; those that follow them are for backward."""
     return 3 + call.cell_states if call.spec.is_lstm else 2

@@ -16,12 +16,12 @@ from torch import Tensor
 from fastlstm import kernels  # noqa: F401 (registers the backends)
 from fastlstm.kernels.base import compute_dtype, get
 from fastlstm.kernels.operators import cell_options
-from fastlstm.layer.call import Call, Optional, Tensors
+from fastlstm.layer.call import Call, MaybeTensors, Tensors
 
 __all__ = ["forward", "gradients"]
 
 
-def forward(call: Call, inputs: Optional, save: bool) -> Tensors:
+def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
     """Compute a layer.
 
     Args:
@@ -66,7 +66,11 @@ def forward(call: Call, inputs: Optional, save: bool) -> Tensors:
 
 
 def gradients(
-    call: Call, needed: Sequence[bool], inputs: Optional, kept: Optional, incoming: Optional
+    call: Call,
+    needed: Sequence[bool],
+    inputs: MaybeTensors,
+    kept: MaybeTensors,
+    incoming: MaybeTensors,
 ) -> Tensors:
     """Compute the gradients of a layer's inputs.
 

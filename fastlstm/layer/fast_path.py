@@ -24,7 +24,7 @@ def fast_backend(x: Tensor) -> Backend | None:
 
     No compiler, transform or autocast is at work then. It leaves the dtype to the operators.
     """
-    backend = choice.infers
+    backend = choice.fast
     if (
         backend is None
         or not x.is_cpu

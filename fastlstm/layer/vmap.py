@@ -22,16 +22,16 @@ from torch.nn.functional import linear
 from fastlstm.kernels.base import compute_dtype, get
 from fastlstm.kernels.rows import layout
 from fastlstm.layer.by_reference import by_reference, pull_back
-from fastlstm.layer.call import Call, Optional, Tensors
+from fastlstm.layer.call import Call, MaybeTensors, Tensors
 from fastlstm.spec import Noise, Sequences
 
 __all__ = ["gradient_rule", "layer_rule"]
 
-Run = Callable[[Call, Optional], Tensors]
-Differentiate = Callable[[Call, Sequence[bool], Optional, Optional, Optional], Tensors]
+Run = Callable[[Call, MaybeTensors], Tensors]
+Differentiate = Callable[[Call, Sequence[bool], MaybeTensors, MaybeTensors, MaybeTensors], Tensors]
 
 
-def layer_rule(run: Run, info: Any, in_dims: Any, call: Call, inputs: Optional) -> Any:
+def layer_rule(run: Run, info: Any, in_dims: Any, call: Call, inputs: MaybeTensors) -> Any:
     """Return the outputs of a vmapped layer, and their vmapped dimensions."""
     call_dims, *dims = in_dims
     if info.batch_size and _is_foldable(call, call_dims, dims):
@@ -51,7 +51,7 @@ def gradient_rule(
     in_dims: Any,
     call: Call,
     needed: Sequence[bool],
-    tensors: tuple[Optional, Optional, Optional],
+    tensors: tuple[MaybeTensors, MaybeTensors, MaybeTensors],
 ) -> Any:
     """Return the gradients of a vmapped layer, and their dimensions; of weights one a sample.
 
@@ -129,7 +129,7 @@ class _Members:
             members=self.models * max(self.members, 1),
         )
 
-    def tensors(self, tensors: Optional, dims: Sequence[Any]) -> list[Any]:
+    def tensors(self, tensors: MaybeTensors, dims: Sequence[Any]) -> list[Any]:
         return [self._first(t, dim) for t, dim in zip(tensors, dims, strict=True)]
 
     def undo(self, outputs: Sequence[Tensor]) -> tuple[Tensors, tuple[int, ...]]:
@@ -185,7 +185,7 @@ class _Fold:
         h_mask = self.rows(call.noise.h_mask, dims.noise.h_mask)
         return call._replace(sequences=sequences, noise=call.noise._replace(h_mask=h_mask))
 
-    def inputs(self, inputs: Optional, dims: Sequence[int | None]) -> list[Any]:
+    def inputs(self, inputs: MaybeTensors, dims: Sequence[int | None]) -> list[Any]:
         """``(x, h0, c0, *weights)``, of weights that are not vmapped."""
         data = [self.rows(t, dim) for t, dim in zip(inputs[:3], dims[:3], strict=True)]
         return [*data, *inputs[3:]]
@@ -196,9 +196,9 @@ def _per_sample(
     fold: _Fold,
     call: Call,
     needed: Sequence[bool],
-    inputs: Optional,
-    kept: Optional,
-    incoming: Optional,
+    inputs: MaybeTensors,
+    kept: MaybeTensors,
+    incoming: MaybeTensors,
 ) -> Any:
     """Gradients of folded inputs, those of weights apart for each sample; of a plain cell.
 
@@ -233,7 +233,7 @@ def _per_sample(
 
 
 def _weight_gradients(
-    fold: _Fold, call: Call, inputs: Optional, y: Tensor, dgates: Tensor
+    fold: _Fold, call: Call, inputs: MaybeTensors, y: Tensor, dgates: Tensor
 ) -> list[list[Tensor]]:
     """The gradients of each direction's weights from those of its gates, one for each sample."""
     x, h0 = inputs

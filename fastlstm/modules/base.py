@@ -91,7 +91,7 @@ class Layers(nn.RNNBase):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state.pop("_caches", None)
-        state.pop("_stream", None)
+        state.pop("_fast_settings", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

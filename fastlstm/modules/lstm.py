@@ -278,9 +278,9 @@ class LSTM(Layers):
     def _infer(self, x: Tensor, hx: Any) -> tuple[Tensor, State] | None:
         """One plain layer without gradients, for latency; None for what `lstm` has to look at."""
         backend = fast_backend(x)
-        if backend is None or x.dim() != 3 or (stream := self._stream) is None:
+        if backend is None or x.dim() != 3 or (settings := self._fast_settings) is None:
             return None
-        take, directions, cache, batch_first = stream
+        take, directions, cache, batch_first = settings
         try:
             weights = take(self._parameters)
         except KeyError:
@@ -294,16 +294,16 @@ class LSTM(Layers):
         return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
 
     @cached_property
-    def _stream(self) -> tuple[Any, int, Any, bool] | None:
+    def _fast_settings(self) -> tuple[Any, int, Any, bool] | None:
         """What `_infer` has to know of the settings, None if it cannot compute them."""
-        noisy = self.recurrent_dropout or self.weight_dropout or self.zoneout != (0.0, 0.0)
-        if self.num_layers > 1 or self.peephole or self.layer_norm or noisy:
+        noisy = self.training and self.weight_dropout > 0
+        if self.num_layers > 1 or noisy or self._spec().is_extended:
             return None
         take = itemgetter(*self._flat_weights_names)
         return take, self._D, self._caches[0], self.batch_first
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_stream", None)  # every setting is looked at again
+        self.__dict__.pop("_fast_settings", None)  # a setting may have changed
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
