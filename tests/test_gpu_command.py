@@ -11,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cases
+import gpu as judges
+import oracle
 import pytest
 import torch
 
@@ -23,7 +26,7 @@ from benchmarks.speed import floor
 from benchmarks.speed import measure as rows_of
 from benchmarks.speed.cases import CASES, TASK_SHAPES, Case
 from benchmarks.speed.job import Job
-from benchmarks.speed.precision import PRECISIONS
+from benchmarks.speed.precision import PRECISIONS, Precision
 from benchmarks.speed.results import load
 from benchmarks.speed.timing import take_turns
 from benchmarks.speed.worker import Failed, Worker
@@ -75,6 +78,23 @@ def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
     packed = [j.case for j in jobs if j.group == "packed"]
     assert {int(case.lengths.max()) for case in packed} == {500, 4000}
     assert {j.case.H for j in jobs if j.group == "float32"} == {64, 128, 256, 512}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=str)
+def test_every_precision_has_the_yardsticks_of_the_cpu(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is worse than PyTorch is held against PyTorch step by step, and the reference."""
+    monkeypatch.setattr(judges, "DEVICE", "cpu")
+    case = cases.Case(T=3, B=2, I=3, H=5)
+    with fastlstm.backend("reference"):
+        judges.check(case, precision)
+        asked = []
+        monkeypatch.setattr(oracle, "complaints", lambda *_: ["too far off"])
+        monkeypatch.setattr(oracle, "with_products", lambda *args: asked.append(args) or args[-2])
+        with pytest.raises(AssertionError, match="too far off"):
+            judges.check(case, precision)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
