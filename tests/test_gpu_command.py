@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,14 +21,14 @@ import torch
 import fastlstm
 from benchmarks import __main__ as command
 from benchmarks.gpu import command as gpu
-from benchmarks.gpu import targets
+from benchmarks.gpu import targets, timings
 from benchmarks.gpu.plan import GROUPS, plan_of_gpu
 from benchmarks.speed import floor
 from benchmarks.speed import measure as rows_of
 from benchmarks.speed.cases import CASES, TASK_SHAPES, Case
 from benchmarks.speed.job import Job
 from benchmarks.speed.precision import PRECISIONS, Precision
-from benchmarks.speed.results import load
+from benchmarks.speed.results import Results, load
 from benchmarks.speed.timing import take_turns
 from benchmarks.speed.worker import Failed, Worker
 
@@ -41,7 +42,7 @@ def job(case: Case = TINY, precision: str = "exact", mode: str = "infer", **othe
 
 
 def measure(of: Job) -> list[rows_of.Row]:
-    return rows_of.measure(of, MACHINE, "cpu", gpu.PROVIDERS, 0.001, 2, backend="reference")
+    return rows_of.measure(of, MACHINE, "cpu", timings.PROVIDERS, 0.001, 2, backend="reference")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -201,6 +202,48 @@ def test_timings_are_what_the_timer_says() -> None:
     assert len(made) == 1 + 1 + 5 * (1 + 2)  # lazy set-up, warm-up; before and in every block
 
 
+def test_every_group_has_its_share_of_any_time() -> None:
+    jobs = [job for job in plan_of_gpu() if job.regime is None]
+    dealt = timings.spread(jobs)
+    assert sorted(map(str, dealt)) == sorted(map(str, jobs))
+    sizes = Counter(job.group for job in jobs)
+    for end in range(len(jobs)):
+        done = Counter(job.group for job in dealt[:end])
+        for group, size in sizes.items():
+            assert abs(done[group] - size * end / len(jobs)) <= 1.5, (end, group)
+    for group in sizes:  # the most important ones first, as before
+        assert [j for j in dealt if j.group == group] == [j for j in jobs if j.group == group]
+
+
+def test_forced_regimes_are_timed_however_short_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def perform(of: Job, *_: Any, **__: Any) -> list[rows_of.Row]:
+        nonlocal now
+        now += 1
+        return [{**row, "skipped": "for the test"} for row in result(of, 2.0)]
+
+    monkeypatch.setattr(timings, "Worker", Inline)
+    monkeypatch.setattr(timings, "measure", perform)
+    monkeypatch.setattr(timings, "monotonic", lambda: now)
+    work = partial(rows_of.work_through, clock=lambda: now)
+    monkeypatch.setattr(timings, "work_through", work)
+    monkeypatch.setattr(floor, "measure", lambda device: MACHINE)
+    results = Results(tmp_path / "rows.json", {"cpu": "one"})
+    jobs = plan_of_gpu()
+    took = timings.Timings(results, "triton", "cuda", lambda job: job.group, quick=True)
+    left = took.run(jobs, deadline=50)
+    own = [row for row in results.rows if row["provider"] == "fastlstm"]
+    assert Counter(row["group"] == "persistent" for row in own) == {False: 40, True: 10}
+    assert {row["group"] for row in own} == set(GROUPS)
+    assert all(row["tests"] == row["group"] for row in own)
+    assert len(left) == len(jobs) - 50
+    assert left == timings.pending(left, results, "cuda")
+    assert len(timings.pending(jobs, results, "cuda")) == len(left)
+
+
 def test_budget_ends_the_run_and_names_what_is_left() -> None:
     jobs, now, saved = plan_of_gpu()[:5], 0.0, []
 
@@ -290,39 +333,10 @@ def test_a_process_past_use_is_replaced() -> None:
 
 def test_measures_in_another_process() -> None:
     with Worker(partial(rows_of.synchronize, "cpu")) as worker:
-        arguments = (job(), MACHINE, "cpu", gpu.PROVIDERS, 0.001, 2)
+        arguments = (job(), MACHINE, "cpu", timings.PROVIDERS, 0.001, 2)
         rows = worker.run(rows_of.measure, *arguments, timeout=60)
     assert [row["provider"] for row in rows] == ["fastlstm", "torch"]
     assert not any("error" in row for row in rows)
-
-
-def test_a_command_past_its_time_is_ended_with_its_children(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    code = "import subprocess, sys; print('started', flush=True); subprocess.run(['sleep', '60'])"
-    start = time.monotonic()
-    assert gpu.run([sys.executable, "-c", code], log, timeout=1.0) is None
-    assert time.monotonic() - start < 20
-    assert log.read_text() == "started\n\nended after 1 s\n"
-
-
-@pytest.mark.parametrize(
-    ("code", "passed"),
-    [
-        ("print('3 passed, 1 skipped in 2s')", "passed"),
-        ("print('1 failed, 3 passed in 2s'); exit(1)", "failed"),
-        ("print('3 skipped in 2s')", "failed"),
-        ("print('10 deselected in 2s'); exit(5)", "failed"),
-        ("", "failed"),
-    ],
-)
-def test_tests_have_passed_only_if_some_did(
-    code: str, passed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = gpu.run
-    monkeypatch.setattr(
-        gpu, "run", lambda command, *rest, **more: run([sys.executable, "-c", code], *rest, **more)
-    )
-    assert gpu.run_tests(tmp_path / "log", 60) == passed
 
 
 def test_a_forced_regime_holds_in_calls_and_in_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,33 +379,69 @@ class Inline:
         return function(*args)
 
 
-@pytest.mark.parametrize("tests", ["passed", "failed", "skipped"])
+class Told:
+    """Stands in for Tests: what their outcome is."""
+
+    outcome = ""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def run(self, timeout: float) -> str:
+        assert 0 < timeout <= 480
+        return self.outcome
+
+    def status(self, precision: str | None = None) -> str:
+        return self.outcome
+
+
+@pytest.mark.parametrize("outcome", ["passed", "failed", "unfinished", "skipped"])
 def test_the_command(
-    tests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    outcome: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From start to end, on the CPU, with two jobs."""
+    """From start to end, on the CPU, with two jobs; then a call that finds all of it done."""
     jobs = [job(mode=mode) for mode in ("infer", "train")]
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "SECONDS", 0.01)
-    monkeypatch.setattr(gpu, "Worker", Inline)
+    monkeypatch.setattr(timings, "SECONDS", 0.01)
+    monkeypatch.setattr(timings, "Worker", Inline)
     monkeypatch.setattr(gpu, "plan_of_gpu", lambda: jobs)
-    monkeypatch.setattr(gpu, "run_tests", lambda log, timeout, *selection: tests)
+    monkeypatch.setattr(Told, "outcome", outcome)
+    monkeypatch.setattr(gpu, "Tests", Told)
     monkeypatch.setattr(gpu, "run_recorder", lambda folder, log: True)
     monkeypatch.setattr(floor, "measure", lambda device: MACHINE)
     options = ["--out", str(tmp_path), "--quick", "--commit", "abc", "--backend", "reference"]
-    status = command.main(["gpu", *options, *["--skip-tests"] * (tests == "skipped")])
-    assert status == (tests == "failed")
+    options += ["--timings"] * (outcome == "skipped")
+    status = command.main(["gpu", *options])
+    assert status == (outcome in ("failed", "unfinished"))
     results = load(tmp_path / "gpu-reference-speed.json")
     assert results.environment["commit"] == "abc"
     assert results.environment["machine"]["launch"] == MACHINE.launch
-    assert {"torch", "triton", "date"} <= results.environment.keys()
+    assert {"torch", "triton", "date", "source"} <= results.environment.keys()
     assert len(results.rows) == 4
     for row in results.rows:
-        assert row["tests"] == tests
+        assert row["tests"] == outcome
         assert {"p50_us", "floor_us"} <= row.keys()
     printed = capsys.readouterr().out
     assert "tasks, eager, forward, exact" in printed
-    assert ("Not to be published" in printed) == (tests != "passed")
+    assert ("Not to be published" in printed) == (outcome != "passed")
+    assert command.main(["gpu", *options, "--timings"]) == status
+    assert load(tmp_path / "gpu-reference-speed.json").rows == results.rows
+    monkeypatch.setattr(gpu, "digest", lambda root: "another source")
+    assert command.main(["gpu", *options, "--timings"]) == status
+    assert load(tmp_path / "gpu-reference-speed.json").environment["source"] == "another source"
+    assert (tmp_path / "gpu-reference-speed.json.old").exists()
+
+
+@pytest.mark.parametrize("phase", ["--tests", "--timings"])
+def test_a_phase_comes_alone(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "test", lambda *_: seen.append("--tests") or True)
+    monkeypatch.setattr(gpu, "time", lambda *_: seen.append("--timings") or True)
+    assert command.main(["gpu", "--out", str(tmp_path), phase]) == 0
+    assert seen == [phase]
 
 
 def test_the_recorder_is_a_command_of_its_own(
