@@ -155,7 +155,7 @@ def test_more_sequences_share_a_block_when_the_gpu_is_full() -> None:
 
 
 def test_more_sequences_share_a_cluster_when_no_other_finds_a_place() -> None:
-    """Clusters lie in one part of a GPU, so fewer run together than its multiprocessors suggest."""
+    """They lie in one part of a GPU: fewer run together than its multiprocessors suggest."""
     h100 = DEVICES["sm_90"]
     plan = plan_of("bf16", False, 8, 512, 1, h100)
     assert plan is not None and plan.regime == CLUSTER
