@@ -64,6 +64,40 @@ def test_a_run_goes_on_where_it_was_ended(project: Path) -> None:
     assert tests.status() == "skipped"
 
 
+FAULTY = """
+import sys, types, pytest
+
+class Cuda:
+    broken = False
+    def is_initialized(self): return True
+    def synchronize(self):
+        if self.broken: raise RuntimeError("an illegal memory access was encountered")
+
+sys.modules["torch"] = types.SimpleNamespace(cuda=Cuda())
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(6))
+def test_kernel(number):
+    if number == 2:
+        sys.modules["torch"].cuda.broken = True
+    sys.modules["torch"].cuda.synchronize()
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_gpu_counts_against_one_test(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after it runs in a new process."""
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(testing, "find_spec", lambda name: name == "xdist")
+    (project / "test_some.py").write_text(FAULTY)
+    tests = some_tests(project)
+    assert tests.run(100) == "failed"
+    ends = {name[-2]: outcome for name, outcome in tests.outcomes().items()}
+    assert ends == {str(n): "failed" if n == 2 else "passed" for n in range(6)}
+
+
 @pytest.mark.parametrize(
     ("lines", "status"),
     [

@@ -98,10 +98,10 @@ def main(args: argparse.Namespace) -> int:
         failed = not test(args, tests, limit)
     if both or args.timings:
         failed |= not time(args, facts, tests, start + args.budget)
-    outcome = worst(part.status() for part in tests.values())
-    if outcome != "passed":
-        print(f"Not to be published: tests {outcome}.")
-    return int(failed or outcome in ("failed", "unfinished"))
+    overall = worst(part.status() for part in tests.values())
+    if overall != "passed":
+        print(f"Not to be published: tests {overall}.")
+    return int(failed or overall in ("failed", "unfinished"))
 
 
 def parts_of(backend: str) -> tuple[str, ...]:
@@ -133,16 +133,18 @@ def time(
     results = Results(args.out / f"gpu-{args.backend}-speed.json", facts)
     if not args.fresh:
         resume(results)
+    for row in results.rows:  # the tests may have gone on since
+        row["tests"] = outcome(tests, row["precision"], row["regime"])
     jobs = [job for job in plan_of_gpu() if job.group in args.groups]
     if FORCED not in tests:
         jobs = [job for job in jobs if job.regime is None]
 
-    def outcome(job: Job) -> str:
-        part = GENERAL if job.regime is None else FORCED
-        return tests[part].status(job.precision.name)
+    def of_tests(job: Job) -> str:
+        return outcome(tests, job.precision.name, job.regime)
 
-    timings = Timings(results, args.backend, DEVICE, outcome, args.quick)
+    timings = Timings(results, args.backend, DEVICE, of_tests, args.quick)
     left_out = timings.run(pending(jobs, results, DEVICE), deadline)
+    results.add([])  # writes what the tests have become, too
     print(f"\nrows: {results.file}")
     chosen = [job for job in jobs if job.regime is None]
     print("\n".join(targets.verdicts(chosen, results.rows, targets.targets_of(args.backend))))
@@ -153,6 +155,11 @@ def time(
     if failures:
         print(f"{failures} rows are errors.")
     return failures == 0
+
+
+def outcome(tests: Mapping[str, Tests], precision: str, regime: str | None) -> str:
+    """Return how the tests of a row have ended."""
+    return tests[GENERAL if regime is None else FORCED].status(precision)
 
 
 def resume(results: Results) -> None:
