@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from cases import Case, Results, draw, evaluate, fast, plain, stepwise
-from oracle import hold, judge
+from cases import Case, Results, draw, evaluate, plain, stepwise
+from oracle import judge, settle
 
 import fastlstm
 from benchmarks.speed.precision import PRECISIONS, Precision
@@ -42,17 +42,21 @@ def numbers_of(case: Case, dtype: torch.dtype) -> Results:
 
 
 def check(
-    case: Case, precision: Precision, forced: AbstractContextManager[None] | None = None
+    case: Case,
+    precision: Precision,
+    forced: AbstractContextManager[None] | None = None,
+    numbers: Results | None = None,
 ) -> None:
     """Assert that fastlstm, training and inferring, is as close to float64 as cuDNN is.
 
-    `forced` is forced upon the kernels, not upon the yardsticks.
-    What cuDNN cannot do it does one step at a time. TF32 is a permission that cuDNN does not use
-    at every size: there the reference, whose products may round to TF32 as well, is a second
-    yardstick, and the numbers that go in are known to TF32's spacing only.
+    `forced` is forced upon the kernels, not upon the yardsticks; `numbers` are those of the case
+    unless there are others. What cuDNN cannot do it does one step at a time. Beyond its bounds
+    the yardsticks are those that the CPU's tests have for such backends (`oracle.settle`): cuDNN
+    a step at a time, and the reference, whose products are the same cuBLAS's. In TF32 the numbers
+    that go in are known to its spacing only.
     """
     dtype = precision.dtype
-    numbers = numbers_of(case, dtype)
+    numbers = numbers or numbers_of(case, dtype)
     solver = stepwise if case.ragged else plain
     with precision.applied():
         truth, allowed = judge(
@@ -61,12 +65,8 @@ def check(
             numbers,
             arithmetic=precision.eps if precision.tf32 else None,
         )
-        if precision.tf32:
-            with fastlstm.backend("reference"):
-                _, second = judge(lambda d, n: evaluate(case, d, n, fast), dtype, numbers, truth)
-            allowed = {name: max(bound, second[name]) for name, bound in allowed.items()}
         with forced or nullcontext():
-            hold(case, dtype, numbers, truth, allowed)
+            settle(case, dtype, numbers, truth, allowed, backend="gpu")
 
 
 def forced(regime: str) -> AbstractContextManager[None]:

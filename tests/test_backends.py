@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib import import_module
 
 import pytest
 import torch
@@ -87,6 +88,13 @@ def test_triton_without_a_gpu_is_reported() -> None:
     reason = "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
     assert f"triton    no   {reason}" in run.stdout
     assert f'the "triton" backend is not available here: {reason}' in run.stderr
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.3.1", "3.5.0+git00112233"])
+def test_an_old_triton_is_named(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", version)
+    reason = f"Triton {version} is too old: the kernels need 3.6"
+    assert import_module("fastlstm.kernels.triton")._load.__wrapped__() == reason
 
 
 def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

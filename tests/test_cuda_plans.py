@@ -154,6 +154,24 @@ def test_more_sequences_share_a_block_when_the_gpu_is_full() -> None:
     assert (few.batch, many.batch) == (8, 16)
 
 
+def test_more_sequences_share_a_cluster_when_no_other_finds_a_place() -> None:
+    """They lie in one part of a GPU: fewer run together than its multiprocessors suggest."""
+    h100 = DEVICES["sm_90"]
+    plan = plan_of("bf16", False, 8, 512, 1, h100)
+    assert plan is not None and plan.regime == CLUSTER
+    blocks = plan.blocks
+    most = h100[1] // blocks
+    for together in (most, most - 1, 1):
+        resident = [0, 0, 0, 0]
+        resident[blocks.bit_length() - 2] = together
+        for groups, batch in ((together, 8), (together + 1, 16)):
+            found = plan_of("bf16", False, 8 * groups, 512, 1, (*h100, *resident))
+            assert found is not None and found.batch == batch
+            assert found.order_of_sums == plan.order_of_sums
+    with pytest.raises(RuntimeError, match="not the arguments of a plan"):
+        plan_of("bf16", False, 8, 512, 1, (*h100, 1, 2))
+
+
 def test_old_gpus_and_too_many_units_have_a_reason() -> None:
     turing = [75, 40, 64 << 10, 1]
     assert library.cuda_plan(0, False, 1, 64, 1, turing, [-1, 0, 0]) == []

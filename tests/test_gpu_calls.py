@@ -9,7 +9,7 @@ import gpu
 import pytest
 import torch
 from cases import Case, Results, evaluate, fast
-from gpu import DEVICE, assert_same_bits, every_precision, numbers_of
+from gpu import DEVICE, assert_same_bits, check, every_precision, numbers_of
 from torch import Tensor, nn
 
 import fastlstm
@@ -75,17 +75,41 @@ def test_row_does_not_see_its_neighbours(H: int, precision: Precision) -> None:
         assert torch.equal(got[name][:, others], want[name][:, others]), name
 
 
+BATCHES = ((5, 6), (5, 7), (0, 7), (3, 19), (5, 69))  # first row, and the one after the last
+every_width = pytest.mark.parametrize("H", [33, 64, 256, 512])
+
+
+def some_rows(numbers: Results, start: int, stop: int) -> Results:
+    """The numbers of a call with these rows of the batch alone."""
+    return {k: v if k[:2] == "w." else v[:, start:stop] for k, v in numbers.items()}
+
+
 @every_precision
-@pytest.mark.parametrize("H", [33, 64, 256, 512])
-def test_row_does_not_see_the_size_of_its_batch(H: int, precision: Precision) -> None:
-    """A row's outputs, dx, dh0 and dc0 are the same bits in batches of 1 to 200."""
+@every_width
+def test_rows_are_right_in_any_batch(H: int, precision: Precision) -> None:
+    """Not the same bits: cuBLAS splits the sums of its products by the number of rows."""
     full = Case(T=5, B=200, I=28, H=H, directions=2, wrt=("x", "h0", "c0"))
     numbers = {k: v.detach() for k, v in numbers_of(full, precision.dtype).items()}
+    for start, stop in ((0, 200), *BATCHES):
+        case = replace(full, B=stop - start)
+        check(case, precision, numbers=some_rows(numbers, start, stop))
+
+
+@pytest.mark.only("cuda")
+@every_precision
+@every_width
+def test_kernels_do_not_see_the_size_of_the_batch(H: int, precision: Precision) -> None:
+    """The same bits where input products have one term, whatever their order and precision."""
+    full = Case(T=5, B=200, I=28, H=H, directions=2, wrt=("h0", "c0"))
+    numbers = {k: v.detach() for k, v in numbers_of(full, precision.dtype).items()}
+    numbers["x"] = nn.functional.one_hot(numbers["x"].argmax(-1), full.I).double()
+    for name in [name for name in numbers if "weight_ih" in name]:
+        numbers[name] = numbers[name].half().double()  # as short as TF32
     with precision.applied():
         want = evaluate(full, precision.dtype, numbers, fast)
-        for start, stop in ((5, 6), (5, 7), (0, 7), (3, 19), (5, 69)):
-            rows = {k: v if k[:2] == "w." else v[:, start:stop] for k, v in numbers.items()}
-            got = evaluate(replace(full, B=stop - start), precision.dtype, rows, fast)
+        for start, stop in BATCHES:
+            case, rows = replace(full, B=stop - start), some_rows(numbers, start, stop)
+            got = evaluate(case, precision.dtype, rows, fast)
             assert_same_bits(got, {name: want[name][:, start:stop] for name in got})
 
 

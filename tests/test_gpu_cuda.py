@@ -1,7 +1,7 @@
 """Plans of the CUDA kernels that they do not choose by themselves at these shapes, on a GPU.
 
-`compute-sanitizer --tool racecheck python -m pytest -m gpu --backend cuda tests/test_gpu_cuda.py`
-looks for races between threads of a block, `--tool memcheck` for what lies outside of memory.
+Under `compute-sanitizer` they show races between threads of a block, and what lies outside of
+memory: tests/README.md has the commands.
 """
 
 from dataclasses import replace

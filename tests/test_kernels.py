@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks.gpu import kernels
 from benchmarks.gpu.machine_code import time_loop
 from benchmarks.gpu.triton_kernels import compile_variant
-from benchmarks.gpu.variants import Layer, Variant, variants
+from benchmarks.gpu.variants import DTYPES, Layer, Variant, layers, sample, variants
 from benchmarks.speed.worker import Failed, Worker
 from fastlstm.kernels.triton.config import Device
 
@@ -226,6 +226,17 @@ def test_a_loop_is_found_with_the_loops_in_it() -> None:
     assert time_loop(sass) == ["ADD R2", "BRA 0x20", "@P0 BRA 0x10"]
     with pytest.raises(ValueError, match="no loop"):
         time_loop("        /*0000*/   EXIT ;  /* 0x0 */")
+
+
+def test_a_sample_has_every_kernel_with_every_cell() -> None:
+    """What .ci/run compiles under the oldest Triton."""
+    with kernels.fresh_compiler(), Worker(probe=int) as worker:
+        found = worker.run(variants, layers(DTYPES, quick=True), [80, 90], timeout=60)
+    chosen = sample(found)
+    assert chosen == sample(found) and 60 < len(chosen) < len(found) / 3
+    for names in (("kernel", "arch", "regime", "cell"), ("kernel", "arch", "dtype", "precision")):
+        kinds = {tuple(each.facts[name] for name in names) for each in found}
+        assert kinds == {tuple(each.facts[name] for name in names) for each in chosen}
 
 
 class FakeWorker:

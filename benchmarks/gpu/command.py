@@ -1,53 +1,40 @@
 """`python -m benchmarks gpu`: the kernels of a backend beside cuDNN, tested, recorded and timed.
 
-First the tests that need a GPU, then the cuDNN results that machines without one are tested
-against, then the timings, most important first, until the budget is spent. Kernels that
-the library takes only on request, such as the persistent ones, come last, with tests of their own,
-because they could hang. A figure is a median over short blocks in which both take turns in one
-process, after the results of both have been checked against float64. A ratio is the median over
-the rounds of (time of cuDNN / time of fastlstm): above 1 fastlstm is faster.
+Two phases, which may be two calls. `--tests`: the tests that need a GPU, the cuDNN results that
+machines without one are tested against, and at last the tests of kernels that the library takes
+only on request, which could hang. `--timings`: the kernels beside cuDNN (timings.py). Without
+either, both. All of it is written as it comes; a call goes on where the one before was ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import signal
-import subprocess
+import hashlib
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 
 from .. import BenchmarkError
-from ..speed import floor
 from ..speed.environment import environment
 from ..speed.job import Job
-from ..speed.measure import Row, describe_job, line, measure, synchronize, work_through
 from ..speed.results import Results
-from ..speed.worker import Worker
 from . import targets
 from .plan import GROUPS, plan_of_gpu
+from .testing import FORCED, GENERAL, ROOT, Tests, run, worst
+from .timings import Timings, pending
 
-ROOT = Path(__file__).parents[2]
 DEVICE = "cuda"
 BACKENDS = ("triton", "cuda", "reference")
-PROVIDERS = ("fastlstm", "torch")
 
-PROCESSES = 12  # of the tests, at most: each one has a share of the GPU's memory
-TESTS_SHARE = 0.5  # of the budget, at most: what the tests leave is for the timings
+TESTS_SHARE = 0.5  # of the budget, at most, where timings follow
 RECORDING = 90  # seconds for the cuDNN results
-MACHINE = 90  # seconds for the rates of the machine, the start of CUDA included
-FORCED_TESTS = "tests/test_gpu_forced.py"
-FORCED_SECONDS = 100  # for these, at most
-SECONDS, ROUNDS = 0.4, 20  # of one measurement
-QUICKLY = 4  # --quick: so many times less of both
+FORCED_SECONDS = 100  # for tests of kernels that could hang, at most
+SOURCES = ("fastlstm", "csrc", "tests", "benchmarks")
+SUFFIXES = (".py", ".cpp", ".h", ".cu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=480,
         metavar="SECONDS",
-        help="start no measurement after this time; tests get half (default: %(default)s)",
+        help="start nothing after this time; beside timings, tests get half (%(default)s)",
     )
+    add("--tests", action="store_true", help="only test and record, no timings")
+    add("--timings", action="store_true", help="only time; rows tell how the tests have ended")
+    add("--fresh", action="store_true", help="start anew, whatever earlier calls have written")
     add("--quick", action="store_true", help="take a quarter of the time for every measurement")
-    add("--skip-tests", action="store_true", help='do not run the tests; the rows say "skipped"')
     add(
         "--groups",
         nargs="+",
@@ -95,62 +84,103 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Test, record, time; 0 if nothing failed. Raises BenchmarkError without a CUDA GPU."""
     require(DEVICE)
-    deadline = monotonic() + args.budget
+    start = monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     facts = environment(DEVICE)
     facts["commit"] = args.commit or facts["commit"]
+    facts["source"] = digest(ROOT)
     print("\n".join(f"{name:16} {value}" for name, value in facts.items()), flush=True)
+    tests = {part: Tests(args.out, args.backend, part, facts) for part in parts_of(args.backend)}
+    both = args.tests == args.timings
+    failed = False
+    if both or args.tests:
+        limit = start + args.budget * (TESTS_SHARE if both else 1)
+        failed = not test(args, tests, limit)
+    if both or args.timings:
+        failed |= not time(args, facts, tests, start + args.budget)
+    overall = worst(part.status() for part in tests.values())
+    if overall != "passed":
+        print(f"Not to be published: tests {overall}.")
+    return int(failed or overall in ("failed", "unfinished"))
 
-    tests = "skipped"
-    if not args.skip_tests:
-        timeout = args.budget * TESTS_SHARE
-        log = args.out / f"gpu-{args.backend}-tests.log"
-        tests = run_tests(log, timeout, "--backend", args.backend, f"--ignore={FORCED_TESTS}")
+
+def parts_of(backend: str) -> tuple[str, ...]:
+    """Return the parts of the tests: the CUDA kernels have no regime that has to be asked for."""
+    return (GENERAL, FORCED) if backend == "triton" else (GENERAL,)
+
+
+def test(args: argparse.Namespace, tests: Mapping[str, Tests], deadline: float) -> bool:
+    """Run the tests and record cuDNN's results, each part whatever became of the others.
+
+    Returns whether the results were recorded.
+    """
+    if args.fresh:
+        for part in tests.values():
+            part.forget()
+    kept = FORCED_SECONDS if FORCED in tests else 0
+    left = deadline - monotonic()
+    tests[GENERAL].run(max(left - min(kept, left / 4), 1))
     recorded = run_recorder(args.fixtures, args.out / "gpu-recording.log")
+    if FORCED in tests:
+        tests[FORCED].run(max(min(FORCED_SECONDS, deadline - monotonic()), 1))
+    return recorded
 
-    jobs = [job for job in plan_of_gpu() if job.group in args.groups]
-    chosen = [job for job in jobs if job.regime is None]
-    # The CUDA kernels have no regime that they have to be told to take.
-    imposed = [job for job in jobs if job.regime is not None and args.backend == "triton"]
+
+def time(
+    args: argparse.Namespace, facts: dict[str, Any], tests: Mapping[str, Tests], deadline: float
+) -> bool:
+    """Time what has not been timed yet; return whether no row of a chosen regime is an error."""
     results = Results(args.out / f"gpu-{args.backend}-speed.json", facts)
+    if not args.fresh:
+        resume(results)
+    for row in results.rows:  # the tests may have gone on since
+        row["tests"] = outcome(tests, row["precision"], row["regime"])
+    jobs = [job for job in plan_of_gpu() if job.group in args.groups]
+    if FORCED not in tests:
+        jobs = [job for job in jobs if job.regime is None]
 
-    def save(tests: str, new: Sequence[Row]) -> None:
-        results.add({**row, "tests": tests} for row in new)
-        print("\n".join(map(line, new)), flush=True)
+    def of_tests(job: Job) -> str:
+        return outcome(tests, job.precision.name, job.regime)
 
-    def failed(job: Job) -> Row:
-        return describe_job(job, "fastlstm", DEVICE, args.backend)
-
-    quickly = QUICKLY if args.quick else 1
-    with Worker(partial(synchronize, DEVICE)) as worker:
-        machine = worker.run(floor.measure, DEVICE, timeout=MACHINE)
-        results.environment["machine"] = asdict(machine)
-        print(f"\nmeasured: {machine}\n", flush=True)
-
-        def perform(job: Job, timeout: float) -> list[Row]:
-            how = (machine, DEVICE, PROVIDERS, SECONDS / quickly, ROUNDS // quickly)
-            timed = partial(measure, backend=args.backend)
-            return worker.run(timed, job, *how, timeout=timeout)
-
-        limits = {"failed": failed, "deadline": deadline}
-        left_out = work_through(chosen, perform, partial(save, tests), **limits)
-        proven = "skipped"
-        if imposed and not args.skip_tests and (left := deadline - monotonic()) > 0:
-            log = args.out / "gpu-forced-tests.log"
-            proven = run_tests(log, min(FORCED_SECONDS, left), FORCED_TESTS)
-        left_out += work_through(imposed, perform, partial(save, proven), **limits)
-
-    print(f"\nrows: {results.file}; tests: {tests}; of forced regimes: {proven}")
+    timings = Timings(results, args.backend, DEVICE, of_tests, args.quick)
+    left_out = timings.run(pending(jobs, results, DEVICE), deadline)
+    results.add([])  # writes what the tests have become, too
+    print(f"\nrows: {results.file}")
+    chosen = [job for job in jobs if job.regime is None]
     print("\n".join(targets.verdicts(chosen, results.rows, targets.targets_of(args.backend))))
     if left_out:
         print(f"left out, for want of time: {len(left_out)} of {len(jobs)} measurements:")
         print("\n".join(f"  {job}" for job in left_out))
-    if tests != "passed":
-        print(f"Not to be published: tests {tests}.")
     failures = sum("error" in row and row["regime"] is None for row in results.rows)
     if failures:
         print(f"{failures} rows are errors.")
-    return int(tests == "failed" or not recorded or failures > 0)
+    return failures == 0
+
+
+def outcome(tests: Mapping[str, Tests], precision: str, regime: str | None) -> str:
+    """Return how the tests of a row have ended."""
+    return tests[GENERAL if regime is None else FORCED].status(precision)
+
+
+def resume(results: Results) -> None:
+    """Take over the rows of the file; those of another machine or source are put aside."""
+    try:
+        results.resume()
+    except BenchmarkError as error:
+        assert results.file is not None
+        aside = results.file.with_suffix(".json.old")
+        results.file.replace(aside)
+        print(f"{error}; it is now {aside}", flush=True)
+
+
+def digest(root: Path) -> str:
+    """Return a text that is another one for other sources, wherever they are checked out."""
+    found = hashlib.sha256()
+    for folder in SOURCES:
+        for file in sorted((root / folder).rglob("*")):
+            if file.suffix in SUFFIXES:
+                found.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def require(device: str) -> None:
@@ -162,25 +192,6 @@ def require(device: str) -> None:
         )
 
 
-def run_tests(log: Path, timeout: float, *selection: str) -> str:
-    """`pytest -m gpu` with such arguments: "passed" or "failed"."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    command += ["-rfE", "--durations=15", *selection]
-    processes = max(1, min(PROCESSES, (os.cpu_count() or 1) - 2))
-    if find_spec("xdist"):  # most of the time goes into compiling kernels, one core for each
-        command += ["-n", str(processes), "--dist", "worksteal"]
-    if find_spec("pytest_timeout"):  # a kernel that waits for ever takes one test with it
-        command += ["--timeout=100", "--timeout-method=thread"]
-    # The tests run deterministically, which cuBLAS refuses without a workspace of its own.
-    status = run(command, log, timeout, CUBLAS_WORKSPACE_CONFIG=":4096:8")
-    tail = log.read_text(errors="replace").splitlines()[-30:]
-    print("\n".join(tail), flush=True)
-    # No test at all, or none that was not skipped, is no success either.
-    passed = status == 0 and bool(tail) and bool(re.search(r"\b[1-9]\d* passed", tail[-1]))
-    print(f"tests: {'passed' if passed else 'failed'}, log in {log}", flush=True)
-    return "passed" if passed else "failed"
-
-
 def run_recorder(folder: Path, log: Path) -> bool:
     """Writes what `tests/test_cudnn.py` compares with; True if it worked."""
     command = [sys.executable, str(ROOT / "tests/recorder.py"), str(folder.resolve())]
@@ -188,24 +199,3 @@ def run_recorder(folder: Path, log: Path) -> bool:
     print(log.read_text(errors="replace"), end="", flush=True)
     print(f"cuDNN results: {'written to' if status == 0 else 'FAILED, not in'} {folder}\n")
     return status == 0
-
-
-def run(command: Sequence[str], log: Path, timeout: float, **variables: str) -> int | None:
-    """The exit status of a command in the checkout that writes to `log`; None past `timeout`."""
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": python_path, **variables},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # to end its children with it
-        )
-        try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            file.write(f"\nended after {timeout:.0f} s\n")
-            return None

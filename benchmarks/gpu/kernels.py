@@ -28,7 +28,7 @@ from ..speed.environment import environment
 from ..speed.worker import Failed, Worker
 from . import cuda_kernels
 from .triton_kernels import compile_variant
-from .variants import DTYPES, PROCESSORS, Variant, layers, variants
+from .variants import DTYPES, PROCESSORS, Variant, layers, sample, variants
 
 Row = dict[str, Any]
 STDOUT = Path("-")
@@ -88,6 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="triton: compile only for the shapes that are timed, and one of each kind of call",
     )  # fmt: skip
     add(
+        "--sample", action="store_true",
+        help="triton: of these, only the first of each kernel, regime, cell and type of number",
+    )  # fmt: skip
+    add(
         "--json", nargs="?", type=Path, const=STDOUT, metavar="FILE",
         help="write the rows to FILE; without one, to the standard output instead of the table",
     )  # fmt: skip
@@ -135,6 +139,7 @@ def _triton(args: argparse.Namespace) -> Iterator[tuple[Variant, list[Row] | Fai
     with fresh_compiler(), ExitStack() as stack:
         workers = [stack.enter_context(Worker(probe=int)) for _ in range(PROCESSES)]
         found = workers[0].run(variants, wanted, args.arch, timeout=TIMEOUT)
+        found = sample(found) if args.sample else found
         for variant, outcome in _progress(_compile(found, workers, args.asm), len(found)):
             failed = isinstance(outcome, Failed)
             yield variant, outcome if failed else [variant.facts | outcome]

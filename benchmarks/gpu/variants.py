@@ -138,6 +138,17 @@ def variants(layers: Iterable[Layer], archs: Iterable[int]) -> list[Variant]:
     return list(dict.fromkeys(v for arch in archs for l in layers for v in _of(l, arch)))
 
 
+SAMPLED = ("kernel", "arch", "regime", "cell", "dtype", "precision")
+
+
+def sample(found: Iterable[Variant]) -> list[Variant]:
+    """Keep the first of each kernel, GPU, regime, cell and type of number."""
+    first: dict[tuple[Any, ...], Variant] = {}
+    for variant in found:
+        first.setdefault(tuple(variant.facts[name] for name in SAMPLED), variant)
+    return list(first.values())
+
+
 def _of(layer: Layer, arch: int) -> Iterator[Variant]:
     from fastlstm.kernels.triton import config, launch
 

@@ -20,14 +20,17 @@ Sizes layer_sizes(i64 input, i64 hidden, i64 projected, i64 directions) {
   return s;
 }
 
-// device: compute capability, multiprocessors, bytes of shared memory of a block, blocks of a cluster; wish: regime,
-// blocks, batch. problem: null, or why there is no plan.
+// device: compute capability, multiprocessors, bytes of shared memory of a block, blocks of a cluster, and, if they are
+// known, how many clusters of 2, 4, 8 and 16 blocks are resident together; wish: regime, blocks, batch. problem: null,
+// or why there is no plan.
 cuda::Plan planned(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
                    const std::vector<i64>& wish, const char** problem) {
-  STD_TORCH_CHECK(kind >= 0 && kind < 4 && device.size() == 4 && wish.size() == 3 && hidden > 0 && hidden < 1 << 20,
+  STD_TORCH_CHECK(kind >= 0 && kind < 4 && (device.size() == 4 || device.size() == 8) && wish.size() == 3 &&
+                      hidden > 0 && hidden < 1 << 20,
                   "fastlstm: not the arguments of a plan");
-  return cuda::plan_of({cuda::Kind(kind), backward, int(hidden), int(directions), B},
-                       {int(device[0]), int(device[1]), int(device[2]), int(device[3])},
+  cuda::Device gpu{int(device[0]), int(device[1]), int(device[2]), int(device[3]), {}};
+  for (size_t i = 4; i < device.size(); ++i) gpu.resident[i - 4] = int(device[i]);
+  return cuda::plan_of({cuda::Kind(kind), backward, int(hidden), int(directions), B}, gpu,
                        {int(wish[0]), int(wish[1]), int(wish[2])}, problem);
 }
 

@@ -117,7 +117,8 @@ struct Launch {
   }
 };
 
-// {compute capability * 10, multiprocessors, bytes of shared memory of a block, blocks of the largest cluster}
+// {compute capability * 10, multiprocessors, bytes of shared memory of a block, blocks of the largest cluster}, and on
+// a GPU how many clusters of 2, 4, 8 and 16 blocks are resident together, if each block takes a multiprocessor.
 inline std::vector<int64_t> device_facts([[maybe_unused]] int64_t device) {
 #ifdef FASTLSTM_EMULATE
   return {90, 132, 227 << 10, 16};  // of an H100
@@ -129,31 +130,37 @@ inline std::vector<int64_t> device_facts([[maybe_unused]] int64_t device) {
   cudaFuncAttributes found;
   check(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(block_kernels().begin->forward)),
         "looking for code for this GPU");
-  int cluster = 1;
+  int cluster = 1, resident[4] = {};
 #ifndef FASTLSTM_NO_CLUSTER
   if (arch >= 90 && attribute(cudaDevAttrClusterLaunch, index)) {
     // Asked for as a launch would be: large ones need more multiprocessors side by side than some GPUs have, and this
     // build may have no code of clusters for this one.
     const auto* symbol = reinterpret_cast<const void*>(cluster_kernels().begin->forward);
-    for (int blocks = 16; cluster == 1 && blocks > 1; blocks /= 2) {
+    for (int i = 0; i < 4; ++i) {
+      const unsigned blocks = 2u << i;
       cudaLaunchConfig_t config{};
       cudaLaunchAttribute size{};
       size.id = cudaLaunchAttributeClusterDimension;
-      size.val.clusterDim = {unsigned(blocks), 1, 1};
-      config.gridDim = dim3(unsigned(blocks));
+      size.val.clusterDim = {blocks, 1, 1};
+      config.gridDim = dim3(blocks);
       config.blockDim = dim3(kMaxWarps * kLanes);
       config.dynamicSmemBytes = size_t(shared);
       config.attrs = &size;
       config.numAttrs = 1;
       int active = 0;
       if (allow(symbol, shared, true) == cudaSuccess &&
-          cudaOccupancyMaxActiveClusters(&active, symbol, &config) == cudaSuccess && active > 0)
-        cluster = blocks;
+          cudaOccupancyMaxActiveClusters(&active, symbol, &config) == cudaSuccess && active > 0) {
+        resident[i] = active;
+        cluster = int(blocks);
+      }
     }
     cudaGetLastError();  // a refusal is an answer
   }
 #endif
-  return {arch, attribute(cudaDevAttrMultiProcessorCount, index), shared, cluster};
+  return {arch,        attribute(cudaDevAttrMultiProcessorCount, index),
+          shared,      cluster,
+          resident[0], resident[1],
+          resident[2], resident[3]};
 #endif
 }
 

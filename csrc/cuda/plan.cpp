@@ -87,10 +87,19 @@ struct Chooser {
     return false;
   }
 
+  // Groups that run together. Clusters have to lie in one part of the GPU: some multiprocessors are left over.
+  int64_t together(const Plan& p) const {
+    int asked = 0;
+    if (p.regime == Regime::cluster)
+      for (int i = 0; i < 4; ++i)
+        if (p.blocks == 2 << i) asked = device.resident[i];
+    return asked > 0 ? asked : device.processors / p.blocks;
+  }
+
   // More sequences a group once all processors have some; the order of sums stays.
   void widen(Plan* p) const {
     const int64_t groups = shape.D * ((shape.B + kSequences - 1) / kSequences);
-    const bool full = groups * p->blocks > device.processors;
+    const bool full = groups > together(*p);
     if (wish.batch ? wish.batch == 2 * kSequences : full) {
       bool fits = false;
       Plan wide = plan(p->regime, p->tiles, 2 * kSequences, &fits);
@@ -99,7 +108,7 @@ struct Chooser {
     }
     p->groups = shape.D * ((shape.B + p->batch - 1) / p->batch);
     if (p->regime == Regime::grid) {
-      p->groups = std::min<int64_t>(p->groups, device.processors / p->blocks);
+      p->groups = std::min(p->groups, together(*p));
       p->exchange_words = p->groups * 2 * Shared::buffer_words(shape.kind, shape.backward, shape.H, p->batch);
     }
     if (p->rest == Rest::global) p->rest_words = p->groups * p->blocks * rest_words_of_a_block(*p, shape.kind, shape.H);

@@ -31,6 +31,7 @@ struct Device {
   int processors;    // streaming multiprocessors
   int shared_bytes;  // that one block may use
   int cluster;       // blocks of the largest cluster; 1 where there are none
+  int resident[4];   // clusters of 2, 4, 8 and 16 blocks that find a place together; 0 where nobody has asked
 };
 
 struct Shape {

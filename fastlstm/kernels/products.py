@@ -61,13 +61,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write out = a b, summed in float32 and rounded once."""
-    if not a.is_cuda:
-        out.copy_(product(a, b))
-    elif out.dtype is a.dtype:
-        torch.mm(a, b, out=out)
+    """Write out = a b, summed in float32 and rounded once.
+
+    On a GPU a 16-bit result would not do: where cuBLAS splits a sum it then adds up the parts in
+    16 bits, unless the whole process forbids it.
+    """
+    if a.is_cuda and out.dtype is torch.float32:
+        of = {} if a.dtype is torch.float32 else {"out_dtype": torch.float32}
+        torch.mm(a, b, **of, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        out.copy_(product(a, b))
 
 
 def input_products(x: Tensor, groups: Sequence[Weights]) -> Tensor:

@@ -50,6 +50,12 @@ class Device(NamedTuple):
     processors: int  # streaming multiprocessors
     shared_bytes: int  # that one block may use
     cluster: int  # blocks of the largest cluster; 1 where there are none
+    resident: tuple[int, ...] = ()  # clusters of 2, 4, 8 and 16 blocks together, if they are known
+
+    @property
+    def numbers(self) -> list[int]:
+        """The GPU as the operators take it."""
+        return [*self[:4], *self.resident]
 
 
 class Plan(NamedTuple):
@@ -191,7 +197,7 @@ def plan_of(kind: str, backward: bool, B: int, spec: LayerSpec, device: Device) 
 def _plan_of(
     kind: int, backward: bool, B: int, H: int, D: int, device: Device, wish: _Wish
 ) -> Plan:
-    arguments = kind, backward, B, H, D, list(device), wish.numbers
+    arguments = kind, backward, B, H, D, device.numbers, wish.numbers
     with _disable_current_modes():  # a plan is no part of a program that is traced
         found = library.cuda_plan(*arguments)
         problem = "" if found else library.cuda_obstacle(*arguments)
@@ -211,7 +217,8 @@ def device_of(x: Tensor) -> Device:
 @cache
 def _device(index: int) -> Device:
     with _disable_current_modes():
-        return Device(*library.cuda_device(index))
+        arch, processors, shared_bytes, cluster, *resident = library.cuda_device(index)
+    return Device(arch, processors, shared_bytes, cluster, tuple(resident))
 
 
 def describe(spec: LayerSpec, B: int, x: Tensor) -> str:

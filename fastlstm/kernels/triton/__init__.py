@@ -21,6 +21,7 @@ from fastlstm.spec import LayerSpec
 __all__ = ["TRITON", "TritonBackend"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_OLDEST = 3, 6  # of Triton: the compiler of 3.5 has not been tried
 _MOST_UNITS_WITHOUT_GATES = 128
 _OPERATORS = define("triton")
 
@@ -85,6 +86,10 @@ def _load() -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for CUDA, and this torch is built for ROCm"
     try:
+        from triton import __version__
+
+        if _release(__version__) < _OLDEST:
+            return "Triton {} is too old: the kernels need {}.{}".format(__version__, *_OLDEST)
         from triton import knobs
 
         if not knobs.runtime.interpret and not torch.cuda.is_available():
@@ -93,6 +98,12 @@ def _load() -> str | None:
     except (ImportError, AttributeError) as error:  # of a broken Triton, or one of long ago
         return f"Triton cannot be loaded: {error}"
     return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a version, such as (3, 6) of "3.6.0+git1234"."""
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
 
 
 def _input_obstacle(x: Tensor) -> str | None:
