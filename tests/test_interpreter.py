@@ -65,7 +65,7 @@ def check(case: Case, precision: Precision, **changes: str) -> None:
     with (
         fastlstm.backend("triton"),
         precision.applied(),
-        rounding(tf32=bool(precision.tf32)),
+        rounding(tf32=bool(precision.tf32), worst=True),
         override(**changes),
     ):
         hold(case, precision.dtype, numbers, truth, allowed)
@@ -124,14 +124,15 @@ def test_tf32_has_ten_bits() -> None:
     assert np.isnan(round_to_tf32(np.float32([np.nan]))).all()
 
 
-def test_tanh_errs_by_all_that_it_may() -> None:
+@pytest.mark.parametrize("worst", [False, True])
+def test_tanh_errs_by_what_it_may(worst: bool) -> None:
     x = torch.randn(1000).numpy()
-    error = tanh_approx(x) / np.tanh(x.astype(np.float64)) - 1
-    assert np.abs(error).max() < 1.001 * TANH_ERROR
-    assert np.median(np.abs(error)) > 0.999 * TANH_ERROR
-    assert (error > 0).any()
-    assert (error < 0).any()
-    assert np.abs(tanh_approx(np.float32([20, -20, np.inf]))).max() <= 1
+    error = tanh_approx(x, worst) / np.tanh(x.astype(np.float64)) - 1
+    assert 0.99 * TANH_ERROR < np.abs(error).max() < 1.001 * TANH_ERROR
+    assert (error > TANH_ERROR / 2).any()
+    assert (error < -TANH_ERROR / 2).any()
+    assert (np.abs(error) < TANH_ERROR / 2).any() != worst
+    assert np.abs(tanh_approx(np.float32([20, -20, np.inf]), worst)).max() <= 1
 
 
 def test_sums_round_term_by_term() -> None:
@@ -146,4 +147,4 @@ def test_sums_round_term_by_term() -> None:
 
 def test_other_instructions_are_named() -> None:
     with pytest.raises(NotImplementedError, match=r"ex2\.approx"):
-        assembly("ex2.approx.f32 $0, $1;", None, False)
+        assembly("ex2.approx.f32 $0, $1;", None, False, False)
