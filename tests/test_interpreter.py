@@ -94,6 +94,13 @@ def test_normalised(precision: Precision) -> None:
 
 @interpreted
 @on_a_cpu
+def test_long_sums() -> None:
+    """A chain of 4H terms that began at dy, and not at zero, would be out of bounds by 1.9."""
+    check(Case(T=3, B=3, I=5, H=256), PRECISIONS["exact"])
+
+
+@interpreted
+@on_a_cpu
 def test_tf32_is_coarser() -> None:
     """And is not what other tests of float32 get, whose plans may be those of TF32."""
     case, tf32 = Case(T=3, B=3, I=10, H=17), PRECISIONS["tf32"]
