@@ -4,7 +4,8 @@ Tests that take long carry a mark (LONG), and a plain `python -m pytest` runs a 
 tests/README.md says how to run the others.
 
 `backend` runs a test once on each backend of this machine; the tests of numbers (EVERY_BACKEND)
-run on the Triton and CUDA kernels too, interpreted and emulated where there is no GPU. A machine
+run on the Triton and CUDA kernels too, interpreted and emulated where there is no GPU. What is
+interpreted rounds as a GPU does (tests/interpreter.py), with exact products in float32. A machine
 without a compiled library skips its share, unless FASTLSTM_REQUIRE_EXTENSION=1 says that it has to
 be there (CI does): then those tests fail with the reason.
 """
@@ -13,6 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -27,6 +29,8 @@ if not torch.cuda.is_available():  # before Triton reads it: the kernels run on 
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("FASTLSTM_EMULATE", "1")
 
+from interpreter import rounding
+
 import fastlstm
 from fastlstm import extension
 
@@ -38,7 +42,7 @@ LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
 BY_CASE = ("interpreted", "emulated", "slow")
 MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
-_INTERPRETABLE = {torch.float32, torch.float16}  # its bfloat16 products are wrong, float64 is ours
+_KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}  # of both kinds for GPUs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -139,10 +143,10 @@ def _can_run(call: Any) -> bool:
     if backend not in ("triton", "cuda"):
         return True
     dtype, case = (call.params.get(name) for name in ("dtype", "case"))
-    if backend == "cuda":
-        return (case is None or _is_plain(case)) and dtype is not torch.float64
-    if dtype is not None and dtype not in _INTERPRETABLE:
+    if dtype is not None and dtype not in _KERNEL_DTYPES:
         return False
+    if backend == "cuda":
+        return case is None or _is_plain(case)
     if case is not None and case.T >= 1000:  # once is enough: tests/test_triton.py
         return False
     return case is None or case.T * case.B < 1000 or dtype is torch.float32
@@ -160,7 +164,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         if os.environ.get("FASTLSTM_REQUIRE_EXTENSION") == "1":
             pytest.fail(f"FASTLSTM_REQUIRE_EXTENSION=1, but a library is missing: {missing}")
         pytest.skip(f"a library is missing: {missing}")
-    with fastlstm.backend(request.param):
+    roundings = rounding if request.param == "triton" else nullcontext
+    with fastlstm.backend(request.param), roundings():
         yield request.param
 
 

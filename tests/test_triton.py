@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
+from interpreter import rounding
 from oracle import check
 from test_numerics import FEATURES, GRADIENTS
 from test_ragged import PACKED, PADDED, RESET
@@ -33,7 +34,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def triton() -> Iterator[None]:
     """The interpreted kernels compute every call of these tests."""
-    with fastlstm.backend("triton"):
+    with fastlstm.backend("triton"), rounding():
         yield
 
 
@@ -72,7 +73,7 @@ SPREAD = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", SPREAD, ids=str)
 def test_hidden_sizes_beyond_one_program(case: Case, dtype: torch.dtype) -> None:
     """Above H = 128 the gates are kept for backward, which smaller layers compute again."""
@@ -231,7 +232,13 @@ def test_cell() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_refuses_what_it_cannot_compute(dtype: torch.dtype) -> None:
+def test_refuses_what_it_cannot_compute(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter on its own, as users have it: tests/interpreter.py can do bfloat16."""
+    from fastlstm.kernels.triton import launch
+
+    monkeypatch.setattr(launch, "rounds_as_gpu", False)
     lstm = fastlstm.LSTM(5, 7, dtype=dtype)
     with pytest.raises(RuntimeError, match=r'"triton" backend cannot .*float'):
         lstm(torch.zeros(2, 3, 5, dtype=dtype))

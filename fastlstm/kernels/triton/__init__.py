@@ -113,7 +113,7 @@ def _input_obstacle(x: Tensor) -> str | None:
     if _interpreted():
         if not x.is_cpu:
             return f"the input is on {x.device}, the interpreter needs it on the CPU"
-        if x.dtype is torch.bfloat16:
+        if x.dtype is torch.bfloat16 and not _rounds_as_gpu():
             return "Triton's interpreter multiplies bfloat16 wrongly"
     elif not x.is_cuda:
         return f"the input is on {x.device}, the triton kernels need it on a CUDA device"
@@ -145,6 +145,13 @@ def _interpreted() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+@constant
+def _rounds_as_gpu() -> bool:
+    from .launch import rounds_as_gpu
+
+    return rounds_as_gpu
 
 
 @constant
