@@ -83,7 +83,7 @@ class Published:
             lengths = torch.tensor(self.case.lengths or [self.case.T] * self.case.B)
             there = torch.arange(self.case.T)[:, None] < lengths  # [T, B]
             off = max(half_a_digit(text) for pair in pairs for text in pair)
-            compared[name] = got, want * there[..., None].to(got.device), off
+            compared[name] = got, want * there[..., None], off
         return compared
 
 

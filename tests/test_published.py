@@ -1,7 +1,7 @@
 """Numbers that real cuDNN computed and others printed, and the examples of ONNX's nodes.
 
 They need no GPU: tests/published.py has them. What is recorded on a GPU comes on top
-(tests/test_cudnn.py).
+(tests/test_cudnn.py), and there tests/test_gpu_published.py asks the compiled kernels.
 """
 
 from dataclasses import replace
@@ -29,11 +29,13 @@ def within(backend: str, tolerance: float) -> float:
     return min(tolerance, CLOSE) if backend in ("cpu", "reference") else tolerance
 
 
-def hold(published: Published, tolerance: float) -> None:
+def hold(published: Published, tolerance: float, device: str = "cpu") -> None:
     """Assert that fastlstm computes what was printed, up to the tolerance and the last digit."""
+    numbers = {name: value.to(device) for name, value in published.numbers().items()}
     with torch.set_grad_enabled(published.has_gradients):
-        found = evaluate(published.case, torch.float32, published.numbers(), fast)
-    for name, (got, want, off) in published.compared(found).items():
+        found = evaluate(published.case, torch.float32, numbers, fast)
+    there = {name: value.cpu() for name, value in found.items()}
+    for name, (got, want, off) in published.compared(there).items():
         beyond = (got - want).abs() - tolerance * want.abs() - off
         assert beyond.max() <= 0, f"{name} is {got.tolist()}, published {want.tolist()}"
 
