@@ -35,7 +35,9 @@ BACKENDS = ("reference", "cpu")
 # The marks of tests that take long. The sample of them in the short run is, for each file and
 # mark, the first test; of those BY_CASE, also the first case of each function that has several.
 LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
-BY_CASE = ("interpreted", "emulated", "slow")
+BY_CASE = ("interpreted", "emulated", "executed", "slow")
+THINNED = {"executed": 3}  # of those marked so --rest takes each third, --all every one
+EXECUTED = "executed in "  # and a precision: a property of reports, see test_executed.py
 MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
 _INTERPRETABLE = {torch.float32, torch.float16}  # its bfloat16 products are wrong, float64 is ours
@@ -93,8 +95,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     if config.option.rest or _is_short(config):
         short, rest = _divide(items)
-        items[:], left = (rest, short) if config.option.rest else (short, rest)
-        config.hook.pytest_deselected(items=left)
+        chosen = set(_thinned(rest) if config.option.rest else short)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in (*short, *rest) if item in chosen]
 
 
 def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
@@ -111,6 +114,16 @@ def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.It
         (rest if key in seen else sample).append(item)
         seen |= {file, function}
     return sample + others, rest
+
+
+def _thinned(rest: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """What --rest takes: of tests that are THINNED some, always the same, else all."""
+    seen: Counter[str] = Counter()
+    for item in rest:
+        mark, *_ = _keys(item)
+        if seen[mark] % THINNED.get(mark, 1) == 0:
+            yield item
+        seen[mark] += 1
 
 
 def _keys(item: pytest.Item) -> tuple[str, str, str]:
@@ -146,6 +159,20 @@ def _can_run(call: Any) -> bool:
     if case is not None and case.T >= 1000:  # once is enough: tests/test_triton.py
         return False
     return case is None or case.T * case.B < 1000 or dtype is torch.float32
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The worst errors of the kernels that were executed, as parts of what the oracle allows."""
+    worst: dict[str, float] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name.startswith(EXECUTED):
+                    precision = name.removeprefix(EXECUTED)
+                    worst[precision] = max(worst.get(precision, 0.0), value)
+    if worst:
+        errors = ", ".join(f"{precision} {worst[precision]:.2f}" for precision in sorted(worst))
+        terminalreporter.write_line(f"executed PTX, worst error / error allowed: {errors}")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,0 +1,63 @@
+"""Cases through executed PTX, for tests/test_executed.py: in a process that does not interpret."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from cases import Case, draw, evaluate, plain, stepwise
+from oracle import complaints, judge, measure, outcomes
+from ptx.backend import executed
+
+from benchmarks.speed.precision import PRECISIONS
+
+
+class Run(NamedTuple):
+    """A case, and how it is executed."""
+
+    case: Case
+    precision: str
+    arch: int
+    regime: str | None = None
+
+    def __str__(self) -> str:
+        regime = f"-{self.regime}" if self.regime else ""
+        return f"sm_{self.arch}-{self.precision}{regime}-{self.case}"
+
+
+class Verdict(NamedTuple):
+    """What came out."""
+
+    ratio: float  # the largest error of all tensors, as a part of what is allowed
+    complaints: list[str]
+    kernels: set[str]
+    launches: int
+    races: set[tuple[str, str, str]]
+
+
+def judged(run: Run) -> Verdict:
+    """Execute a case and hold it against the oracle, training and inferring."""
+    from fastlstm.kernels.triton import config
+
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    case, precision = run.case, PRECISIONS[run.precision]
+    numbers = draw(case, precision.dtype)
+    solver = stepwise if case.ragged else plain
+    truth, allowed = judge(
+        lambda d, n: evaluate(case, d, n, solver),
+        precision.dtype,
+        numbers,
+        arithmetic=precision.eps if precision.tf32 else None,
+    )
+    forced = config.override(regime=run.regime) if run.regime else nullcontext()
+    with precision.applied(), forced, executed(run.arch) as log:
+        found = outcomes(case, precision.dtype, numbers)
+    ratio = 0.0
+    for got in found.values():
+        for name, error in measure(got, {name: truth[name] for name in got}).items():
+            ratio = max(ratio, error / allowed[name] if error else 0.0)
+    said = [line for got in found.values() for line in complaints(got, truth, allowed)]
+    return Verdict(ratio, said, log.kernels, log.launches, log.races)
