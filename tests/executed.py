@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from cases import Case, draw, evaluate, plain, stepwise
+from cases import Case, Results, draw, evaluate, fast, plain, stepwise
 from oracle import complaints, judge, measure, outcomes
-from ptx.backend import executed
+from ptx.backend import Log, executed
+from ptx.faults import Fault
 
 from benchmarks.speed.precision import PRECISIONS
 
@@ -61,3 +64,46 @@ def judged(run: Run) -> Verdict:
             ratio = max(ratio, error / allowed[name] if error else 0.0)
     said = [line for got in found.values() for line in complaints(got, truth, allowed)]
     return Verdict(ratio, said, log.kernels, log.launches, log.races)
+
+
+class Broken(NamedTuple):
+    """A place in the PTX of a kernel that was changed, and what gave that away."""
+
+    place: str
+    seen: str  # "" if nothing did
+
+
+def broken(run: Run, pattern: str, instead: str) -> list[Broken]:
+    """Change the PTX of one pass at each match of a pattern in turn, and look what shows it."""
+    sources: list[str] = []
+    right, _ = _results(run, lambda ptx: sources.append(ptx) or ptx)
+    found = []
+    for source in dict.fromkeys(sources):
+        for match in re.finditer(pattern, source):
+            text = source[: match.start()] + match.expand(instead) + source[match.end() :]
+            found.append(Broken(match[0], _seen(run, right, source, text)))
+    return found
+
+
+def _seen(run: Run, right: Results, source: str, text: str) -> str:
+    """What gives it away that `text` was executed instead of `source`."""
+    try:
+        got, log = _results(run, lambda ptx: text if ptx == source else ptx)
+    except Fault as fault:
+        return f"fault: {fault}"
+    if log.races:
+        return f"race: {min(log.races)}"
+    same = all(torch.equal(got[name], value) for name, value in right.items())
+    return "" if same else "other numbers"
+
+
+def _results(run: Run, edit: Callable[[str], str]) -> tuple[Results, Log]:
+    from fastlstm.kernels.triton import config
+
+    precision = PRECISIONS[run.precision]
+    forced = config.override(regime=run.regime) if run.regime else nullcontext()
+    numbers = draw(run.case, precision.dtype)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    with torch.inference_mode(), precision.applied(), forced, executed(run.arch, edit) as log:
+        return evaluate(run.case, precision.dtype, numbers, fast), log

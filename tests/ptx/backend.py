@@ -4,9 +4,10 @@ For a process in which Triton does not interpret (TRITON_INTERPRET=0).
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -28,7 +29,7 @@ from .faults import Fault
 from .translate import Kernel
 
 _OPERATORS = ("lstm_fwd", "lstm_bwd", "rnn_fwd", "rnn_bwd")
-_compiled: dict[Any, tuple[Kernel, int]] = {}  # with its bytes of shared memory
+_compiled: dict[Any, tuple[str, int]] = {}  # PTX, and bytes of shared memory
 
 
 @dataclass
@@ -41,13 +42,16 @@ class Log:
 
 
 @contextmanager
-def executed(arch: int) -> Iterator[Log]:
-    """Compute every call in this block by executing PTX for a GPU of that architecture."""
+def executed(arch: int, edit: Callable[[str], str] = str) -> Iterator[Log]:
+    """Compute every call in this block by executing PTX for a GPU of that architecture.
+
+    `edit` may change the PTX of a kernel, to see that what is broken shows.
+    """
     log = Log()
     device = Device(arch, PROCESSORS[arch])
 
     def run(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **given: Any) -> None:
-        _launch(log, arch, kernel, grid, given)
+        _launch(log, edit, arch, kernel, grid, given)
 
     with ExitStack() as stack:
         library = stack.enter_context(torch.library._scoped_library("fastlstm", "IMPL"))
@@ -62,17 +66,22 @@ def executed(arch: int) -> Iterator[Log]:
 
 
 def _launch(
-    log: Log, arch: int, kernel: JITFunction, grid: tuple[int, ...], given: dict[str, Any]
+    log: Log,
+    edit: Callable[[str], str],
+    arch: int,
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    given: dict[str, Any],
 ) -> None:
-    names = set(kernel.arg_names)
-    options = {name: value for name, value in given.items() if name not in names}
+    options = {name: value for name, value in given.items() if name not in kernel.arg_names}
     arguments = [given[parameter.name] for parameter in kernel.params]
-    program, shared_bytes = _program(kernel, arguments, options, arch)
+    ptx, shared_bytes = _ptx(kernel, arguments, options, arch)
     passed = [
         value
         for value, parameter in zip(arguments, kernel.params, strict=True)
         if not _is_constant(parameter, value)
     ]
+    program = _translated(edit(ptx), kernel.__name__)
     tensors = [value for value in passed if isinstance(value, Tensor)]
     found = execute(program, grid, list(map(_bits, passed)), tensors, shared_bytes)
     log.launches += 1
@@ -80,10 +89,13 @@ def _launch(
     log.races |= {(kernel.__name__, *race) for race in found}
 
 
-def _program(
+_translated = lru_cache(maxsize=None)(Kernel)
+
+
+def _ptx(
     kernel: JITFunction, arguments: list[Any], options: dict[str, Any], arch: int
-) -> tuple[Kernel, int]:
-    """The kernel, compiled for these arguments as Triton's launcher would."""
+) -> tuple[str, int]:
+    """What Triton compiles for these arguments, as its launcher would; bytes of shared memory."""
     signature, constants, attributes = {}, {}, {}
     for number, (value, parameter) in enumerate(zip(arguments, kernel.params, strict=True)):
         if _is_constant(parameter, value):
@@ -97,11 +109,10 @@ def _program(
     if key not in _compiled:
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
-        shared = compiled.metadata.shared
-        limit = Device(arch, 1).shared_bytes
+        shared, limit = compiled.metadata.shared, Device(arch, 1).shared_bytes
         if shared > limit:
             raise Fault(f"{name}: {shared} bytes of shared memory, and sm_{arch} has {limit}")
-        _compiled[key] = Kernel(compiled.asm["ptx"], name), shared
+        _compiled[key] = compiled.asm["ptx"], shared
     return _compiled[key]
 
 
