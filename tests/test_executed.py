@@ -25,20 +25,18 @@ TIMEOUT = 600  # seconds for a case
 
 def small(case: Case) -> Case:
     """Fewer steps and sequences: as many as fill one tile and begin another."""
-    T, B, lengths = min(case.T, 5), min(case.B, 18), case.lengths
-    if len(lengths) > 12:
-        B, lengths = 9, tuple(min(length, T) for length in lengths[:9])
-    elif lengths:
-        B = case.B
-    if lengths or case.reset:  # and resets come in time
-        T = max((T, *lengths)) if lengths and not case.reset else case.T
+    wide = case.H > 128
+    T, B, lengths = min(case.T, 4 if wide else 9 if case.reset else 6), min(case.B, 18), ()
+    if case.lengths:
+        B = min(case.B, 9)
+        lengths = tuple(min(length, T) for length in case.lengths[:B])
     return replace(case, T=T, B=B, lengths=lengths)
 
 
 def few(case: Case) -> Case:
     """Still fewer: programs that wait for each other are all there at once."""
     case = small(case)
-    return case if case.lengths else replace(case, T=min(case.T, 4), B=min(case.B, 7))
+    return case if case.lengths else replace(case, B=min(case.B, 7))
 
 
 def runs(

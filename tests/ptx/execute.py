@@ -1,6 +1,8 @@
-"""All blocks of a launch, by turns: each runs until it waits for another."""
+"""All blocks of a launch; each runs until it waits for another."""
 
+from collections.abc import Iterator
 from itertools import product
+from random import Random
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +15,7 @@ from .races import Races
 from .shared import Shared
 from .translate import Kernel
 
-_MOST_ROUNDS = 100_000
+_MOST_TURNS = 100_000
 
 
 class Block:
@@ -75,12 +77,17 @@ def execute(
     return set[tuple[str, str]]().union(*(block.races.found for block in blocks))
 
 
-def _run(running: list) -> None:
-    """In turns, forward and backward: the order of blocks is nobody's to rely on."""
-    ended = object()
-    for turn in range(_MOST_ROUNDS):
-        order = running[::-1] if turn % 2 else running
-        running = [one for one in order if next(one, ended) is not ended]
+def _run(running: list[Iterator[None]]) -> None:
+    """Let blocks go on until they wait, now these and now those, always by the same chance.
+
+    A block that gets ahead of the others finds out what does not wait for them.
+    """
+    chance, ended = Random(0), object()
+    for _ in range(_MOST_TURNS):
+        going = [one for one in running if chance.random() < 0.5]
+        chance.shuffle(going)
+        gone = {id(one) for one in going if next(one, ended) is ended}
+        running = [one for one in running if id(one) not in gone]
         if not running:
             return
     raise Fault(f"a deadlock: {len(running)} blocks wait for ever")
