@@ -66,6 +66,21 @@ def test_a_missing_barrier_is_a_race(barrier: str) -> None:
     assert where.startswith("ld.shared") and "reads what another warp has just written" in what
 
 
+@pytest.mark.parametrize(("barrier", "races"), [("bar.sync 0;", 0), ("", 1)])
+def test_a_release_needs_a_barrier(barrier: str, races: int) -> None:
+    """It publishes what the other warp has stored only if that warp is known to be done."""
+    body = f"""
+    st.global.b32 [%rd3], %r1;
+    {barrier}
+    setp.eq.s32 %p1, %r1, 0;
+    @%p1 red.global.gpu.release.add.u32 [%rd3+256], 1;
+    """
+    values = numbers(65)
+    found = run(body, values)
+    assert values[64] == 65 and len(found) == races
+    assert all("publishes what another warp" in what for _, what in found)
+
+
 def test_two_threads_that_disagree_are_a_race() -> None:
     found = run("mov.b32 %r5, 0;\nst.shared.b32 [%r5], %r1;", numbers(), threads=32)
     assert {what for _, what in found} == {"two threads write different values"}
@@ -198,6 +213,7 @@ def worker() -> Iterator[Worker]:
 
 
 SEQUENCE = Case(T=4, B=16, I=32, H=32)
+PERSISTENT = Run(Case(T=3, B=7, I=10, H=160), "bf16", 80, "persistent")
 BARRIER = r"bar\.sync\s+0;"
 
 
@@ -218,6 +234,16 @@ def test_removed_barriers_are_seen(worker: Worker, arch: int) -> None:
     found = changed(worker, Run(SEQUENCE, "bf16", arch), BARRIER)
     assert len(found) >= 10 and len(unseen(found)) <= 2
     assert sum("race" in change.seen for change in found) >= len(found) - 2
+
+
+# Triton puts a barrier of its own beside the kernel's: only without both does one publish early.
+BEFORE_RELEASE = rf"{BARRIER}(\s*\.loc[^\n]*\s*){BARRIER}(?=[^@]*@\S+\s+red\.)"
+
+
+@pytest.mark.executed
+def test_a_program_that_publishes_early_is_seen(worker: Worker) -> None:
+    found = changed(worker, PERSISTENT, BEFORE_RELEASE, r"\1")
+    assert all("publishes" in change.seen for change in found)
 
 
 @pytest.mark.executed
@@ -251,5 +277,4 @@ LOOP = (
 @pytest.mark.executed
 def test_programs_that_do_not_wait_are_seen(worker: Worker) -> None:
     """In the persistent regime: what comes from another program is not there yet."""
-    run = Run(Case(T=3, B=7, I=10, H=160), "bf16", 80, "persistent")
-    assert not unseen(changed(worker, run, LOOP, r"\1"))
+    assert not unseen(changed(worker, PERSISTENT, LOOP, r"\1"))

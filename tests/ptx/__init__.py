@@ -9,7 +9,7 @@ divides a block, an instruction that the emulator does not know. Races are colle
 |---|---|
 | `parse.py`, `translate.py`, `instruction.py` | from text to a Python function |
 | `integers.py`, `floats.py`, `conversions.py`, `control.py` | opcodes that work on registers |
-| `data_movement.py`, `matrices.py`, `clusters.py` | opcodes that reach memory or other threads |
+| `data_movement.py`, `matrices.py`, `messages.py` | opcodes that reach memory or other threads |
 | `arithmetic.py` | rounding, and the errors of approximations |
 | `memory.py`, `shared.py`, `races.py` | address spaces, and who has touched them |
 | `copies.py`, `products.py`, `cluster.py` | what copies, products and clusters do |

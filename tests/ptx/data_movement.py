@@ -98,6 +98,7 @@ def store(i: Instruction) -> Lines | None:
     columns = ", ".join(f"{i.spread(r)}.astype({bits}).reshape(N, 1)" for r in names(group))
     memory = {"global": "memory", "shared": "shared"}[space]
     return [
+        *_released(i),
         f"_d = np.ascontiguousarray(np.hstack([{columns}])).view(np.uint8)",
         f"{memory}.store({i.address(at, space == 'global')}, {i.mask}, _d, {i.where})",
     ]
@@ -112,6 +113,7 @@ def atomic(i: Instruction) -> Lines | None:
     address = i.address(at, wide=True)
     return [
         *(["yield"] if "acquire" in i.parts else []),
+        *_released(i),
         f"_m = {i.mask if i.guarded else 'ONE'}",
         f"if _m.sum() != 1: raise Fault('several threads: ' + {i.where})",
         f"_o = memory.load({address}, _m, 4, {i.where}).view(U32).reshape(-1)",
@@ -119,6 +121,11 @@ def atomic(i: Instruction) -> Lines | None:
         f"memory.store({address}, _m, _d, {i.where})",
         *(i.assign(register[0], "_o") if register else []),
     ]
+
+
+def _released(i: Instruction) -> Lines:
+    """What comes before a store that publishes."""
+    return [f"memory.release({i.mask}, {i.where})"] if "release" in i.parts else []
 
 
 @opcode("cp")

@@ -102,6 +102,12 @@ class Memory:
             self._races.write(self._accesses(number), at, size, self._races.of(mask), where)
             scatter(self._storages.bytes_of(number), at, data[lanes])
 
+    def release(self, mask: Mask, where: str) -> None:
+        """Publish to other blocks what was written so far."""
+        warps = self._races.of(mask)
+        for log in self._log.values() if warps.size else ():
+            self._races.release(log, warps, where)
+
     def _accesses(self, number: int) -> Accesses:
         if number not in self._log:
             self._log[number] = Accesses(self._storages.bytes_of(number).size)

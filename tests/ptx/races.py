@@ -67,6 +67,11 @@ class Races:
             self.report(where, "writes what another warp has just read")
         log.wrote_at[b], log.wrote_by[b] = self.epoch, w
 
+    def release(self, log: Accesses, warps: np.ndarray, where: str) -> None:
+        """A thread publishes what its warp wrote, and the others before the last barrier."""
+        if ((log.wrote_at == self.epoch) & (log.wrote_by != warps[0])).any():
+            self.report(where, "publishes what another warp has just written")
+
     def read_by_all(self, log: Accesses, at: np.ndarray, size: int, where: str) -> None:
         """The tensor core reads: what any warp wrote has to lie behind a barrier."""
         b, _ = _units(at, size, at)

@@ -8,13 +8,13 @@ import numpy as np
 
 from . import (
     arithmetic,
-    clusters,
     control,
     conversions,
     data_movement,
     floats,
     integers,
     matrices,
+    messages,
     products,
 )
 from .faults import Fault
@@ -22,7 +22,7 @@ from .instruction import PARAMETER, lines_of
 from .parse import Source, parse
 from .types import F32, U16, U32, U64
 
-OPCODE_FILES = (integers, floats, conversions, control, data_movement, matrices, clusters)
+OPCODE_FILES = (integers, floats, conversions, control, data_movement, matrices, messages)
 _ZEROS = {
     "p": "np.zeros(N, bool)",
     "rs": "np.zeros(N, U16)",

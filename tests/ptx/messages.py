@@ -1,4 +1,4 @@
-"""Blocks of a cluster: their shared memory, and barriers that count bytes.
+"""What blocks of a cluster send to each other's shared memory, and barriers that count it.
 
 PTX ISA, "Instructions": mapa and st.async of "Data Movement and Conversion Instructions", mbarrier
 of "Parallel Synchronization and Communication Instructions". An address in another block's shared
