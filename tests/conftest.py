@@ -36,7 +36,7 @@ BACKENDS = ("reference", "cpu")
 # mark, the first test; of those BY_CASE, also the first case of each function that has several.
 LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
 BY_CASE = ("interpreted", "emulated", "executed", "slow")
-THINNED = {"executed": 3}  # of those marked so --rest takes each third, --all every one
+THINNED = {"executed": 3}  # of a function's cases --rest takes each third, --all every one
 EXECUTED = "executed in "  # and a precision: a property of reports, see test_executed.py
 MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
@@ -120,10 +120,10 @@ def _thinned(rest: list[pytest.Item]) -> Iterator[pytest.Item]:
     """What --rest takes: of tests that are THINNED some, always the same, else all."""
     seen: Counter[str] = Counter()
     for item in rest:
-        mark, *_ = _keys(item)
-        if seen[mark] % THINNED.get(mark, 1) == 0:
+        mark, _, function = _keys(item)
+        if seen[function] % THINNED.get(mark, 1) == 0:
             yield item
-        seen[mark] += 1
+        seen[function] += 1
 
 
 def _keys(item: pytest.Item) -> tuple[str, str, str]:

@@ -102,6 +102,7 @@ def test_an_unknown_opcode_is_named(opcode: str) -> None:
         ("st.shared.v4.b32 [%r2], {%r1, %r1, %r1, %r1};", "misaligned"),
         ("setp.lt.s32 %p1, %r1, 9;\n@%p1 bra $L;\n$L:", "divergent branch"),
     ],
+    ids=["end", "start", "alignment", "shared", "alignment of shared", "branch"],
 )
 def test_a_fault_says_what_and_where(body: str, message: str) -> None:
     if "v4" in body or "v2" in body:  # the others are out of bounds before

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import fastlstm
-from benchmarks.gpu.variants import PROCESSORS, _type
+from benchmarks.gpu.variants import PROCESSORS, type_name
 from fastlstm.kernels import triton as backend
 from fastlstm.kernels.triton import launch, operators
 from fastlstm.kernels.triton.config import Device
@@ -101,7 +101,7 @@ def _ptx(
         if _is_constant(parameter, value):
             signature[parameter.name], constants[(number,)] = "constexpr", value
             continue
-        signature[parameter.name] = _type(value)
+        signature[parameter.name] = type_name(value)
         if _is_aligned(value) and not parameter.do_not_specialize_on_alignment:
             attributes[(number,)] = [["tt.divisibility", 16]]
     name = kernel.__name__
