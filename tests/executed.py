@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ptx.backend import Log, executed
 from ptx.faults import Fault
 
 from benchmarks.speed.precision import PRECISIONS
+from fastlstm.kernels.triton.config import override
 
 
 class Run(NamedTuple):
@@ -39,13 +40,19 @@ class Verdict(NamedTuple):
     races: set[tuple[str, str, str]]
 
 
-def judged(run: Run) -> Verdict:
-    """Execute a case and hold it against the oracle, training and inferring."""
-    from fastlstm.kernels.triton import config
-
+@contextmanager
+def executing(run: Run, edit: Callable[[str], str] = str) -> Iterator[Log]:
+    """Execute in the precision and regime of a run, on memory that begins as NaN."""
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
+    forced = override(regime=run.regime) if run.regime else nullcontext()
+    with PRECISIONS[run.precision].applied(), forced, executed(run.arch, edit) as log:
+        yield log
+
+
+def judged(run: Run) -> Verdict:
+    """Execute a case and hold it against the oracle, training and inferring."""
     case, precision = run.case, PRECISIONS[run.precision]
     numbers = draw(case, precision.dtype)
     solver = stepwise if case.ragged else plain
@@ -55,8 +62,7 @@ def judged(run: Run) -> Verdict:
         numbers,
         arithmetic=precision.eps if precision.tf32 else None,
     )
-    forced = config.override(regime=run.regime) if run.regime else nullcontext()
-    with precision.applied(), forced, executed(run.arch) as log:
+    with executing(run) as log:
         found = outcomes(case, precision.dtype, numbers)
     ratio = 0.0
     for got in found.values():
@@ -98,12 +104,8 @@ def _seen(run: Run, right: Results, source: str, text: str) -> str:
 
 
 def _results(run: Run, edit: Callable[[str], str]) -> tuple[Results, Log]:
-    from fastlstm.kernels.triton import config
-
-    precision = PRECISIONS[run.precision]
-    forced = config.override(regime=run.regime) if run.regime else nullcontext()
-    numbers = draw(run.case, precision.dtype)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    with torch.inference_mode(), precision.applied(), forced, executed(run.arch, edit) as log:
-        return evaluate(run.case, precision.dtype, numbers, fast), log
+    """The outputs of a case whose PTX is edited, without gradients."""
+    dtype = PRECISIONS[run.precision].dtype
+    numbers = draw(run.case, dtype)
+    with torch.inference_mode(), executing(run, edit) as log:
+        return evaluate(run.case, dtype, numbers, fast), log

@@ -130,7 +130,7 @@ def _released(i: Instruction) -> Lines:
 
 @opcode("cp")
 def copy(i: Instruction) -> Lines | None:
-    """cp.async: from global to shared memory; past its source size it writes zeros."""
+    """cp.async: from global to shared memory; zeros if its source size is 0."""
     if i.parts[1] != "async":
         return None
     if i.parts[2] == "commit_group":
