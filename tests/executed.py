@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from cases import Case, Results, draw, evaluate, fast, plain, stepwise
 from oracle import complaints, judge, measure, outcomes
-from ptx.backend import Log, executed
 from ptx.faults import Fault
 
 from benchmarks.speed.precision import PRECISIONS
 from fastlstm.kernels.triton.config import override
+
+if TYPE_CHECKING:
+    from ptx.backend import Log
 
 
 class Run(NamedTuple):
@@ -36,13 +38,14 @@ class Verdict(NamedTuple):
     ratio: float  # the largest error of all tensors, as a part of what is allowed
     complaints: list[str]
     kernels: set[str]
-    launches: int
     races: set[tuple[str, str, str]]
 
 
 @contextmanager
 def executing(run: Run, edit: Callable[[str], str] = str) -> Iterator[Log]:
     """Execute in the precision and regime of a run, on memory that begins as NaN."""
+    from ptx.backend import executed  # it needs Triton, tests are collected without
+
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
@@ -69,7 +72,7 @@ def judged(run: Run) -> Verdict:
         for name, error in measure(got, {name: truth[name] for name in got}).items():
             ratio = max(ratio, error / allowed[name] if error else 0.0)
     said = [line for got in found.values() for line in complaints(got, truth, allowed)]
-    return Verdict(ratio, said, log.kernels, log.launches, log.races)
+    return Verdict(ratio, said, log.kernels, log.races)
 
 
 class Broken(NamedTuple):

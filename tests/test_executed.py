@@ -104,7 +104,8 @@ def test_other_cells(worker: Worker, run: Run, record_property: Record) -> None:
     ids=str,
 )
 def test_one_launch_a_step(worker: Worker, run: Run, record_property: Record) -> None:
-    check(worker, run, record_property)
+    kernels = check(worker, run, record_property).kernels
+    assert kernels and all("_step_" in name for name in kernels)
 
 
 @pytest.mark.executed
@@ -124,4 +125,5 @@ def test_one_launch_a_step(worker: Worker, run: Run, record_property: Record) ->
 def test_programs_that_wait_for_each_other(
     worker: Worker, run: Run, record_property: Record
 ) -> None:
-    check(worker, run, record_property)
+    kernels = check(worker, run, record_property).kernels
+    assert kernels and all("_step_" in name for name in kernels)

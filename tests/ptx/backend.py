@@ -36,7 +36,6 @@ _compiled: dict[Any, tuple[str, int]] = {}  # PTX, and bytes of shared memory
 class Log:
     """What was executed."""
 
-    launches: int = 0
     kernels: set[str] = field(default_factory=set)
     races: set[tuple[str, str, str]] = field(default_factory=set)  # kernel, instruction, what
 
@@ -84,7 +83,6 @@ def _launch(
     program = _translated(edit(ptx), kernel.__name__)
     tensors = [value for value in passed if isinstance(value, Tensor)]
     found = execute(program, grid, list(map(_bits, passed)), tensors, shared_bytes)
-    log.launches += 1
     log.kernels.add(kernel.__name__)
     log.races |= {(kernel.__name__, *race) for race in found}
 
