@@ -39,7 +39,11 @@ BACKENDS = ("reference", "cpu")
 # The marks of tests that take long. The sample of them in the short run is, for each file and
 # mark, the first test; of those BY_CASE, also the first case of each function that has several.
 LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
-BY_CASE = ("interpreted", "emulated", "slow")
+BY_CASE = ("interpreted", "emulated", "executed", "slow")
+# Of a function's cases --rest takes each seventh, --all every one. Precisions and GPUs take turns by
+# 4 and 2, so the step must share no factor with them.
+THINNED = {"executed": 7}
+EXECUTED = "executed in "  # and a precision: a property of reports, see test_executed.py
 MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
 _KERNEL_DTYPES = {torch.float32, torch.float16, torch.bfloat16}  # of both kinds for GPUs
@@ -97,8 +101,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     if config.option.rest or _is_short(config):
         short, rest = _divide(items)
-        items[:], left = (rest, short) if config.option.rest else (short, rest)
-        config.hook.pytest_deselected(items=left)
+        chosen = set(_thinned(rest) if config.option.rest else short)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in (*short, *rest) if item in chosen]
 
 
 def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
@@ -115,6 +120,16 @@ def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.It
         (rest if key in seen else sample).append(item)
         seen |= {file, function}
     return sample + others, rest
+
+
+def _thinned(rest: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """What --rest takes: of tests that are THINNED some, always the same, else all."""
+    seen: Counter[str] = Counter()
+    for item in rest:
+        mark, _, function = _keys(item)
+        if seen[function] % THINNED.get(mark, 1) == 0:
+            yield item
+        seen[function] += 1
 
 
 def _keys(item: pytest.Item) -> tuple[str, str, str]:
@@ -150,6 +165,20 @@ def _can_run(call: Any) -> bool:
     if case is not None and case.T >= 1000:  # once is enough: tests/test_triton.py
         return False
     return case is None or case.T * case.B < 1000 or dtype is torch.float32
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The worst errors of the kernels that were executed, as parts of what the oracle allows."""
+    worst: dict[str, float] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name.startswith(EXECUTED):
+                    precision = name.removeprefix(EXECUTED)
+                    worst[precision] = max(worst.get(precision, 0.0), value)
+    if worst:
+        errors = ", ".join(f"{precision} {worst[precision]:.2f}" for precision in sorted(worst))
+        terminalreporter.write_line(f"executed PTX, worst error / error allowed: {errors}")
 
 
 @pytest.fixture(params=BACKENDS)

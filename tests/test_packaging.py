@@ -254,7 +254,7 @@ def third_party(folder: str) -> set[str]:
                     func=ast.Name(id="extra"), args=[ast.Constant(value=str(module))]
                 ) if folder == "benchmarks":
                     names.add(module.removeprefix("torch.utils."))
-    own = {"fastlstm", "benchmarks", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    own = {"fastlstm", "benchmarks", *(path.stem for path in (ROOT / "tests").iterdir())}
     roots = {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
     return {{"sklearn": "scikit-learn"}.get(name, name) for name in roots}
 

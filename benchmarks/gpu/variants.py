@@ -174,7 +174,7 @@ def _variant(started: Any, layer: Layer, arch: int) -> Variant:
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
         else:
-            signature.append((parameter.name, _type(value)))
+            signature.append((parameter.name, type_name(value)))
     plan = started.plan
     facts = {
         "kernel": started.kernel.__name__,
@@ -210,7 +210,8 @@ def _variant(started: Any, layer: Layer, arch: int) -> Variant:
     )
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """Triton's name for the type of an argument."""
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"

@@ -105,6 +105,17 @@ def cell_gradients(
 
 
 @triton.jit
+def _sum_of_products(a, b):
+    """Sum a b over rows: ``[1, N]`` of ``[M, N]``.
+
+    Each product is rounded, for which it is an FMA of its own. Else a thread would add the rounded
+    product of another to its own in one FMA, which does not round its own; the other thread does
+    the opposite, and the two, which hold the same column, have different sums.
+    """
+    return tl.sum(tl.fma(a, b, 0.0), 0)[None, :]
+
+
+@triton.jit
 def normalise(values, inside, SIZE: tl.constexpr):
     """Bring columns of SIZE values (``inside [M, 1]`` of a tile) to mean 0 and variance 1.
 
@@ -112,7 +123,7 @@ def normalise(values, inside, SIZE: tl.constexpr):
     """
     mean = tl.sum(values, 0)[None, :] / SIZE
     centred = tl.where(inside, values - mean, 0.0)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0)[None, :] / SIZE + _EPSILON)
+    factor = 1.0 / tl.sqrt_rn(_sum_of_products(centred, centred) / SIZE + _EPSILON)
     return centred * factor, factor
 
 
@@ -120,7 +131,7 @@ def normalise(values, inside, SIZE: tl.constexpr):
 def normalise_gradient(d, normalised, factor, inside, SIZE: tl.constexpr):
     """Go back through :func:`normalise`; d ``[M, N]`` is 0 outside."""
     mean = tl.sum(d, 0)[None, :] / SIZE
-    along = tl.sum(d * normalised, 0)[None, :] / SIZE
+    along = _sum_of_products(d, normalised) / SIZE
     return tl.where(inside, (d - mean - normalised * along) * factor, 0.0)
 
 

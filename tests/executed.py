@@ -1,0 +1,114 @@
+"""Cases through executed PTX, for tests/test_executed.py: in a process that does not interpret."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from cases import Case, Results, draw, evaluate, fast, plain, stepwise
+from oracle import complaints, judge, measure, outcomes
+from ptx.faults import Fault
+
+from benchmarks.speed.precision import PRECISIONS
+from fastlstm.kernels.triton.config import override
+
+if TYPE_CHECKING:
+    from ptx.backend import Log
+
+
+class Run(NamedTuple):
+    """A case, and how it is executed."""
+
+    case: Case
+    precision: str
+    arch: int
+    regime: str | None = None
+
+    def __str__(self) -> str:
+        regime = f"-{self.regime}" if self.regime else ""
+        return f"sm_{self.arch}-{self.precision}{regime}-{self.case}"
+
+
+class Verdict(NamedTuple):
+    """What came out."""
+
+    ratio: float  # the largest error of all tensors, as a part of what is allowed
+    complaints: list[str]
+    kernels: set[str]
+    races: set[tuple[str, str, str]]
+
+
+@contextmanager
+def executing(run: Run, edit: Callable[[str], str] = str) -> Iterator[Log]:
+    """Execute in the precision and regime of a run, on memory that begins as NaN."""
+    from ptx.backend import executed  # it needs Triton, tests are collected without
+
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    forced = override(regime=run.regime) if run.regime else nullcontext()
+    with PRECISIONS[run.precision].applied(), forced, executed(run.arch, edit) as log:
+        yield log
+
+
+def judged(run: Run) -> Verdict:
+    """Execute a case and hold it against the oracle, training and inferring."""
+    case, precision = run.case, PRECISIONS[run.precision]
+    numbers = draw(case, precision.dtype)
+    solver = stepwise if case.ragged else plain
+    truth, allowed = judge(
+        lambda d, n: evaluate(case, d, n, solver),
+        precision.dtype,
+        numbers,
+        arithmetic=precision.eps if precision.tf32 else None,
+    )
+    with executing(run) as log:
+        found = outcomes(case, precision.dtype, numbers)
+    ratio = 0.0
+    for got in found.values():
+        for name, error in measure(got, {name: truth[name] for name in got}).items():
+            ratio = max(ratio, error / allowed[name] if error else 0.0)
+    said = [line for got in found.values() for line in complaints(got, truth, allowed)]
+    return Verdict(ratio, said, log.kernels, log.races)
+
+
+class Broken(NamedTuple):
+    """A place in the PTX of a kernel that was changed, and what gave that away."""
+
+    place: str
+    seen: str  # "" if nothing did
+
+
+def broken(run: Run, pattern: str, instead: str) -> list[Broken]:
+    """Change the PTX of one pass at each match of a pattern in turn, and look what shows it."""
+    sources: list[str] = []
+    right, _ = _results(run, lambda ptx: sources.append(ptx) or ptx)
+    found = []
+    for source in dict.fromkeys(sources):
+        for match in re.finditer(pattern, source):
+            text = source[: match.start()] + match.expand(instead) + source[match.end() :]
+            found.append(Broken(match[0], _seen(run, right, source, text)))
+    return found
+
+
+def _seen(run: Run, right: Results, source: str, text: str) -> str:
+    """What gives it away that `text` was executed instead of `source`."""
+    try:
+        got, log = _results(run, lambda ptx: text if ptx == source else ptx)
+    except Fault as fault:
+        return f"fault: {fault}"
+    if log.races:
+        return f"race: {min(log.races)}"
+    same = all(torch.equal(got[name], value) for name, value in right.items())
+    return "" if same else "other numbers"
+
+
+def _results(run: Run, edit: Callable[[str], str]) -> tuple[Results, Log]:
+    """The outputs of a case whose PTX is edited, without gradients."""
+    dtype = PRECISIONS[run.precision].dtype
+    numbers = draw(run.case, dtype)
+    with torch.inference_mode(), executing(run, edit) as log:
+        return evaluate(run.case, dtype, numbers, fast), log

@@ -1,0 +1,93 @@
+"""All blocks of a launch; each runs until it waits for another."""
+
+from collections.abc import Iterator
+from itertools import product
+from random import Random
+
+import numpy as np
+from torch import Tensor
+
+from .cluster import Cluster, MBarriers
+from .copies import Copies
+from .faults import Fault
+from .memory import Memory, Storages
+from .races import Races
+from .shared import Shared
+from .translate import Kernel
+
+_MOST_TURNS = 100_000
+
+
+class Block:
+    """What a block has of its own; the function that a kernel becomes takes one."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, ...],
+        index: tuple[int, ...],
+        storages: Storages,
+        shared_bytes: int,
+        cluster: Cluster,
+    ) -> None:
+        self.grid, self.index, self.cluster = grid, index, cluster
+        self.threads = kernel.source.threads
+        self.rank = len(cluster.shared)
+        self.races = Races(self.threads)
+        self.memory = Memory(storages, self.races)
+        self.shared = Shared(shared_bytes, self.threads, self.races)
+        self.copies = Copies(self.memory, self.shared)
+        self.mbarriers = MBarriers()
+        cluster.shared.append(self.shared)
+        cluster.mbarriers.append(self.mbarriers)
+
+
+def execute(
+    kernel: Kernel,
+    grid: tuple[int, ...],
+    arguments: list[int],
+    tensors: list[Tensor],
+    shared_bytes: int,
+) -> set[tuple[str, str]]:
+    """Launch a kernel.
+
+    Args:
+        kernel: what to run.
+        grid: blocks along x, y and z.
+        arguments: the bits of the parameters, in order; those left out are 0.
+        tensors: every tensor whose address is among them, on the CPU.
+        shared_bytes: shared memory of a block.
+
+    Returns:
+        Races: an instruction, and what it does.
+
+    Raises:
+        Fault: something that the hardware would not forgive, or a deadlock.
+    """
+    grid = (*grid, 1, 1)[:3]
+    size = kernel.source.cluster
+    arguments = arguments + [0] * (kernel.source.parameters - len(arguments))
+    storages, cluster, blocks = Storages(tensors), Cluster(size), []
+    for z, y, x in product(*map(range, reversed(grid))):
+        if len(cluster.shared) == size:
+            cluster = Cluster(size)
+        blocks.append(Block(kernel, grid, (x, y, z), storages, shared_bytes, cluster))
+    with np.errstate(all="ignore"):
+        _run([kernel.run(block, arguments) for block in blocks])
+    return set[tuple[str, str]]().union(*(block.races.found for block in blocks))
+
+
+def _run(running: list[Iterator[None]]) -> None:
+    """Let blocks go on until they wait, now these and now those, always by the same chance.
+
+    A block that gets ahead of the others finds out what does not wait for them.
+    """
+    chance, ended = Random(0), object()
+    for _ in range(_MOST_TURNS):
+        going = [one for one in running if chance.random() < 0.5]
+        chance.shuffle(going)
+        gone = {id(one) for one in going if next(one, ended) is ended}
+        running = [one for one in running if id(one) not in gone]
+        if not running:
+            return
+    raise Fault(f"a deadlock: {len(running)} blocks wait for ever")

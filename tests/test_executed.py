@@ -1,0 +1,129 @@
+"""The PTX that Triton makes of the kernels, executed on CPU tensors: the cases of the GPU tests.
+
+Each case is executed for sm_80 or sm_90 by turns, so that both meet every precision and kernel.
+The shapes are smaller, since an emulated thread takes a million times as long; the kernels are
+those of a GPU. tests/README.md says what this proves.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import pytest
+import test_gpu
+import test_gpu_cells
+import test_gpu_forced
+from cases import Case
+from executed import Run, Verdict, judged
+
+from benchmarks.gpu.kernels import fresh_compiler
+from benchmarks.speed.precision import PRECISIONS
+from benchmarks.speed.worker import Worker
+
+WIDEST = 260  # units; a wider layer takes minutes
+TIMEOUT = 600  # seconds for a case
+
+
+def small(case: Case) -> Case:
+    """Fewer steps and sequences: as many as fill one tile and begin another."""
+    wide = case.H > 128
+    T, B, lengths = min(case.T, 4 if wide else 9 if case.reset else 6), min(case.B, 18), ()
+    if case.lengths:
+        B = min(case.B, 9)
+        lengths = tuple(min(length, T) for length in case.lengths[:B])
+    return replace(case, T=T, B=B, lengths=lengths)
+
+
+def few(case: Case) -> Case:
+    """Still fewer: programs that wait for each other are all there at once."""
+    case = small(case)
+    return case if case.lengths else replace(case, B=min(case.B, 7))
+
+
+def runs(
+    cases: Iterable[Case], first: str, archs: tuple[int, int], regime: str | None = None
+) -> list[Run]:
+    """Every case in every precision, beginning with `first` and the first of the GPUs."""
+    names = list(PRECISIONS)
+    names = names[names.index(first) :] + names[: names.index(first)]
+    found = []
+    for number, case in enumerate(dict.fromkeys(cases)):
+        for place, name in enumerate(names):
+            if case.layer_norm and name == "exact":  # no room for its numbers: the kernels refuse
+                continue
+            found.append(Run(case, name, archs[(number + place) % 2], regime))
+    return found
+
+
+def shrunk(cases: Iterable[Case], how: Callable[[Case], Case] = small) -> list[Case]:
+    return [how(case) for case in cases if case.H <= WIDEST]
+
+
+# The most telling case comes first: it is the sample of the short run.
+GPU = test_gpu.RAGGED + test_gpu.SIZES + test_gpu.FEATURES + test_gpu.MEMORY + test_gpu.GRADIENTS
+CELLS = [case for case in test_gpu_cells.CASES if case not in test_gpu_cells.WIDE_NORMALISED]
+WIDE = Case(T=3, B=7, I=28, H=512, hx=False)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    """A process in which Triton compiles."""
+    with fresh_compiler(), Worker(probe=int) as found:
+        yield found
+
+
+Record = Callable[[str, object], None]
+
+
+def check(worker: Worker, run: Run, record: Record) -> Verdict:
+    """Assert that a case is right, and that nothing raced."""
+    verdict: Verdict = worker.run(judged, run, timeout=TIMEOUT)
+    record(f"executed in {run.precision}", verdict.ratio)
+    assert not verdict.complaints, "\n".join([str(run), *verdict.complaints])
+    assert not verdict.races, f"{run}: {sorted(verdict.races)}"
+    return verdict
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize("run", runs(shrunk(GPU), "bf16", (90, 80)), ids=str)
+def test_error_is_that_of_pytorch(worker: Worker, run: Run, record_property: Record) -> None:
+    check(worker, run, record_property)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    "run", runs(shrunk(test_gpu_cells.TOGETHER[1:2] + CELLS), "tf32", (90, 80)), ids=str
+)
+def test_other_cells(worker: Worker, run: Run, record_property: Record) -> None:
+    check(worker, run, record_property)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    "run",
+    runs(shrunk(test_gpu_forced.STEPS[3:] + test_gpu_forced.STEPS), "exact", (80, 90), "steps"),
+    ids=str,
+)
+def test_one_launch_a_step(worker: Worker, run: Run, record_property: Record) -> None:
+    kernels = check(worker, run, record_property).kernels
+    assert kernels and all("_step_" in name for name in kernels)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    "run",
+    [
+        *runs(
+            shrunk(test_gpu_forced.PERSISTENT[1:] + test_gpu_forced.PERSISTENT, few),
+            "fp16",
+            (90, 80),
+            "persistent",
+        ),
+        Run(WIDE, "bf16", 90, "persistent"),
+    ],
+    ids=str,
+)
+def test_programs_that_wait_for_each_other(
+    worker: Worker, run: Run, record_property: Record
+) -> None:
+    kernels = check(worker, run, record_property).kernels
+    assert kernels and all("_step_" in name for name in kernels)
