@@ -47,7 +47,7 @@ from .steps import launch_steps
     do_not_specialize_on_alignment=["offsets", "lengths", "reset", "h0", "h_mask", "seed"],
 )
 def lstm_fwd_step_kernel(
-    projected,  # float32 [D, rows, 4H]: input products, and h0 through w_hh in the first rows
+    products,  # float32 [D, rows, 4H]: input products, and h0 through w_hh in the first rows
     w_hh,  # [4H, P], direction 0
     b_ih,  # [4H] or None
     b_hh,  # [4H] or None
@@ -138,7 +138,7 @@ def lstm_fwd_step_kernel(
         row = first_row(t, offsets, B)
         active = real & (t < length)
         stacked = tl.load(
-            projected
+            products
             + (direction.to(tl.int64) * rows + row) * (4 * H)
             + w_row[:, None]
             + n * (4 * H),
@@ -221,7 +221,7 @@ def launch_lstm_fwd_steps(call: Call, plan: Plan, outputs: Outputs) -> None:
     if c0 is not None:
         c.copy_(c0)
     arguments = {
-        "projected": products,
+        "products": products,
         **weight_arguments(weights, "w_hh", "b_ih", "b_hh"),
         "h_all": masked,
         "out": out,

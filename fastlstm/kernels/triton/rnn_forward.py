@@ -23,7 +23,7 @@ __all__ = ["launch_rnn_fwd"]
     do_not_specialize_on_alignment=["h0", "offsets", "lengths", "reset"],
 )
 def rnn_fwd_sequence_kernel(
-    projected,  # float32 [D, rows, H]: input products
+    products,  # float32 [D, rows, H]: input products
     w_hh,  # [H, H], direction 0
     b_ih,  # [H] or None
     b_hh,  # [H] or None
@@ -71,7 +71,7 @@ def rnn_fwd_sequence_kernel(
     if lengths is not None:
         length = tl.load(lengths + n, real, 0)
         steps = tl.max(length, 0).to(tl.int32)
-    x_tile = projected + direction.to(tl.int64) * rows * H + unit[:, None] + n * H
+    x_tile = products + direction.to(tl.int64) * rows * H + unit[:, None] + n * H
     y_tile = y + direction * H + unit[:, None] + n * (D * H)
 
     t = (steps - 1) * direction
@@ -100,7 +100,7 @@ def rnn_fwd_sequence_kernel(
     do_not_specialize_on_alignment=["offsets", "lengths", "reset"],
 )
 def rnn_fwd_step_kernel(
-    projected,  # float32 [D, rows, H]: input products, and h0 through w_hh in the first rows
+    products,  # float32 [D, rows, H]: input products, and h0 through w_hh in the first rows
     w_hh,  # [H, H], direction 0
     b_ih,  # [H] or None
     b_hh,  # [H] or None
@@ -143,7 +143,7 @@ def rnn_fwd_step_kernel(
     active = (n < B) & (t < length)
     total = load_bias(b_ih, b_hh, unit, inside)[:, None]
     x_at = (direction.to(tl.int64) * rows + row + n) * H + unit[:, None]
-    total += tl.load(projected + x_at, inside[:, None] & active, 0)
+    total += tl.load(products + x_at, inside[:, None] & active, 0)
     before = tl.where(backwards, t + 1, t - 1)
     begins = tl.where(backwards, length - 1 - before, before) < 0
     known = active & (begins == 0)
@@ -169,7 +169,7 @@ def launch_rnn_fwd(call: Call, outputs: Outputs) -> None:
     arguments = {
         **rnn_arguments(call, plan),
         **weight_arguments(call.weights, "b_ih", "b_hh"),
-        "projected": products,
+        "products": products,
         "y": y,
         "FAST": is_fast(call.x),
     }
