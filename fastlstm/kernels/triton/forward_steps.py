@@ -137,15 +137,6 @@ def lstm_fwd_step_kernel(
         t = tl.where(backwards, last - s, s)
         row = first_row(t, offsets, B)
         active = real & (t < length)
-        stacked = tl.load(
-            products
-            + (direction.to(tl.int64) * rows + row) * (4 * H)
-            + w_row[:, None]
-            + n * (4 * H),
-            inside[:, None] & active,
-            0,
-        )
-        stacked += bias
 
         # h of the step before: 0 where the sequence begins or is reset
         before = tl.where(backwards, t + 1, t - 1)
@@ -159,7 +150,10 @@ def lstm_fwd_step_kernel(
             cell = tl.where(keep, cell, 0.0)
         if PERSISTENT:
             wait_for(counter, s * tl.num_programs(0))
-        stacked += product(w, w_tile, inside, h_tile, known, 1, P, K, RESIDENT, STAGES, PRECISION)
+        stacked = product(w, w_tile, inside, h_tile, known, 1, P, K, RESIDENT, STAGES, PRECISION)
+        # Loaded now and not before the product, which needs the registers.
+        g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
+        stacked += tl.load(products + g_at, inside[:, None] & active, 0) + bias
         if w_ch is None:
             stacked = activate(stacked, is_cell, FAST)
         else:
@@ -168,7 +162,6 @@ def lstm_fwd_step_kernel(
             )
             stacked = stack_gates(i, f, g, o, UNITS, N)
         if gates is not None:
-            g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
             tl.store(gates + g_at, stacked.to(gates.dtype.element_ty), inside[:, None] & active)
         i, f, g, o = split_gates(stacked, UNITS, N)
         c_new = f * cell + i * g

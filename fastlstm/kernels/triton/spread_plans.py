@@ -84,7 +84,7 @@ def _forward_tiles(problem: Problem, device: Device) -> list[_Tile]:
         narrow = [_Tile(32, batch, 64, 4) for batch in (16, 32, 64)]
         return [*narrow, _Tile(32, 128, 64, 8)]
     # the tiles of both factors take registers too
-    return [_Tile(32, 16, 64, 4), _Tile(32, 32, 64, 8), _Tile(32, 64, 32, 8)]
+    return [_Tile(32, 16, 32, 4), _Tile(32, 32, 64, 8), _Tile(32, 64, 32, 8)]
 
 
 def _backward_tiles(problem: Problem, device: Device) -> list[_Tile]:
