@@ -1,14 +1,19 @@
 """Builds the kernels: csrc/ -> libraries in fastlstm/, for torch.ops.load_library.
 
-_C.so: of CPUs, and the plans of all. _cuda.so: of GPUs, wherever nvcc is; a GPU need not be there.
-_emulator.so, of a development install: the same on a CPU, for tests.
+_C.so: of CPUs, and the plans of all. _cuda.so: of GPUs, where torch was built with CUDA and there
+is an nvcc; a GPU need not be there. _emulator.so, of a development install: the same on a CPU, for
+tests.
 
-The install succeeds without any of them, on a slower backend: the reason goes to the terminal,
-unless there simply is no nvcc, and to a file beside them, which fastlstm.backends() quotes.
-FASTLSTM_REQUIRE_EXTENSION=1 makes it an error, of _cuda.so FASTLSTM_CUDA=1; FASTLSTM_CUDA=0 leaves
-that out.
+The install succeeds without any of them, on a slower backend. The reason goes to a file beside
+them, which fastlstm.backends() quotes, and to the terminal, unless CUDA simply is not there.
+FASTLSTM_REQUIRE_EXTENSION=1 makes it an error. FASTLSTM_CUDA=1 builds _cuda.so whatever torch was
+built with, and makes it an error if that fails; FASTLSTM_CUDA=0 leaves it out.
+
+Objects stay in build/objects. The next build compiles a source again if its command has changed,
+or any file that the compiler read.
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -94,30 +99,58 @@ class Library(NamedTuple):
 
     def build(self, folder: Path, scratch: Path, pool: Executor) -> None:
         recipe = self.recipe()
-        torch = importlib.util.find_spec("torch")  # not imported: only its headers are needed
-        if torch is None or torch.origin is None:
-            raise BuildError(
-                "torch is not visible to the build: install torch first, then run "
-                "pip install with --no-build-isolation"
-            )
-        torch_root = Path(torch.origin).parent
-        include = ["-Icsrc", "-isystem", str(torch_root / "include")]
+        include = ["-Icsrc", "-isystem", str(torch_folder() / "include")]
 
         def compile_source(source: str) -> str:
             target = scratch / self.name / Path(source).with_suffix(".o")
-            target.parent.mkdir(parents=True, exist_ok=True)
             flags = [*recipe.sources[source], *include, "-c", source, "-o", str(target)]
-            run([*recipe.compiler, *flags], recipe.advice)
+            compile_changed([*recipe.compiler, *flags], target, recipe.advice)
             return str(target)
 
         objects = list(pool.map(compile_source, recipe.sources))
         # `import torch` does not make its symbols global, so the library has to name the one that
         # has them; that one is in memory by then, hence no search path.
-        link = [*recipe.link, "-shared", f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+        link = [*recipe.link, "-shared", f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         if sys.platform == "linux":
             link += ["-Xlinker", "-zdefs"]  # what is missing fails here, not in the first call
         target = str(folder / f"{self.name}.so")
         run([*recipe.compiler, *objects, *link, "-o", target], recipe.advice)
+
+
+def torch_folder() -> Path:
+    """Where torch is. It is not imported: only its headers are needed."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        raise BuildError(
+            "torch is not visible to the build: install torch first, then run "
+            "pip install with --no-build-isolation"
+        )
+    return Path(torch.origin).parent
+
+
+def compile_changed(command: list[str], target: Path, advice: str) -> None:
+    """Run a command that compiles `target`, unless it and all that it reads are as last time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".stamp")
+    known = all(file.exists() for file in (target, dependencies, stamp))
+    if known and stamp.read_text() == digest(command, dependencies):
+        return
+    stamp.unlink(missing_ok=True)
+    run([*command, "-MD", "-MF", str(dependencies)], advice)
+    stamp.write_text(digest(command, dependencies))
+
+
+def digest(command: list[str], dependencies: Path) -> str:
+    """Of a command and of the content of every file that the compiler says it has read.
+
+    The headers of torch and of the compiler are among them, so a new one of those compiles again.
+    """
+    found = hashlib.sha256(shlex.join(command).encode())
+    names = dependencies.read_text().replace("\\\n", " ").partition(": ")[2]
+    for name in re.findall(r"(?:\\.|\S)+", names):
+        file = Path(re.sub(r"\\(.)", r"\1", name))  # a space in a name has a backslash before it
+        found.update(file.read_bytes() if file.exists() else b"")
+    return found.hexdigest()
 
 
 def run(command: list[str], advice: str) -> None:
@@ -156,6 +189,8 @@ def cuda() -> Recipe:
     wanted = os.environ.get("FASTLSTM_CUDA")
     if wanted == "0":
         raise Absent("the CUDA kernels were left out of the build (FASTLSTM_CUDA=0)")
+    if wanted != "1" and not torch_has_cuda():
+        raise Absent("torch was built without CUDA; FASTLSTM_CUDA=1 builds its kernels anyway")
     homes = [home for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     path = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes)]
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(path))
@@ -178,6 +213,12 @@ def cuda() -> Recipe:
     return Recipe(
         compiler, sources | dict.fromkeys(CUDA_HOST, flags), architectures(least=80), advice
     )
+
+
+def torch_has_cuda() -> bool:
+    """Whether torch was built with CUDA, by the file in which its build has written it down."""
+    version = (torch_folder() / "version.py").read_text()
+    return re.search(r"^cuda\b.*= *['\"]", version, re.MULTILINE) is not None
 
 
 def architectures(least: int) -> list[str]:
@@ -233,7 +274,7 @@ class BuildLibraries(build_ext):
         wanted = [library for library in LIBRARIES if self.inplace or library.name != "_emulator"]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
-            scratch = Path(self.build_temp)
+            scratch = Path("build", "objects")  # pip throws self.build_temp away
             builds = [waiting.submit(each.build, folder, scratch, pool) for each in wanted]
         for library, build in zip(wanted, builds, strict=True):
             error = build.exception()

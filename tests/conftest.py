@@ -40,9 +40,9 @@ BACKENDS = ("reference", "cpu")
 # mark, the first test; of those BY_CASE, also the first case of each function that has several.
 LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
 BY_CASE = ("interpreted", "emulated", "executed", "slow")
-# Of a function's cases --rest takes each seventh, --all every one. Precisions and GPUs take turns
-# by 4 and 2, so the step must share no factor with them.
-THINNED = {"executed": 7}
+# Of a function's cases --rest takes each fifth or seventh, --all and -m every one. Precisions,
+# types and GPUs take turns by 4, 3 and 2, so the step must share no factor with them.
+THINNED = {"interpreted": 5, "executed": 7}
 EXECUTED = "executed in "  # and a precision: a property of reports, see test_executed.py
 MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 

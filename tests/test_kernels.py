@@ -40,10 +40,12 @@ class Compiled(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """Every row of the quick set, and the folder of PTX and machine code."""
+def compiled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Compiled:
+    """Every row of the quick set, of a sample with --rest; and the folder of PTX and SASS."""
     folder = tmp_path_factory.mktemp("kernels")
     run = [sys.executable, "-m", "benchmarks", "kernels", "--quick", "--json", "--asm", folder]
+    if request.config.option.rest:
+        run.append("--sample")
     root = Path(__file__).parent.parent
     done = subprocess.run(run, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

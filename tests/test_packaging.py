@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import LONG
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest has tomli
@@ -68,6 +69,16 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def give_torch(tree: Path, cuda: str | None) -> None:
+    """Put a torch into `tree` that is this one, but for the CUDA that it says it has."""
+    folder = tree / "torch"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "version.py").write_text(f"debug = False\ncuda: Optional[str] = {cuda!r}\n")
+    for name in ("include", "lib"):
+        (folder / name).symlink_to(Path(torch.__file__).parent / name)
+
+
 def build(
     tree: Path, before: str = "pass", *, inplace: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
@@ -89,7 +100,9 @@ def build(
 def answer(tree: Path, library: str) -> int:
     """Of a library that was built; then it has no report."""
     assert not (tree / f"fastlstm/{LIBRARIES[library]}_error.txt").exists()
-    return ctypes.CDLL(str(tree / f"fastlstm/{library}.so")).answer()
+    built = tree / f"fastlstm/{library}.so"
+    copy = tree / f"{built.stat().st_mtime_ns}.so"  # a path that was loaded is not loaded again
+    return ctypes.CDLL(shutil.copy(built, copy)).answer()
 
 
 def missing(tree: Path, library: str) -> str:
@@ -120,6 +133,37 @@ def test_build_to_be_packed(tree: Path) -> None:
     assert done.returncode == 0, done.stderr
     (built,) = tree.glob("build/lib*/fastlstm")
     assert {path.name for path in built.iterdir()} == {"_C.so", "_cuda_error.txt"}
+
+
+@pytest.mark.usefixtures("compiler")
+def test_only_what_changed_is_compiled_again(tree: Path) -> None:
+    def compiled() -> set[str]:
+        """The sources of the objects that this build has made."""
+        before = {path: path.stat().st_mtime_ns for path in tree.glob("build/**/*.o")}
+        done = build(tree)
+        assert done.returncode == 0, done.stderr
+        after = {path: path.stat().st_mtime_ns for path in tree.glob("build/**/*.o")}
+        made = (path for path, time in after.items() if before.get(path) != time)
+        return {str(path.relative_to(tree / "build/objects")) for path in made}
+
+    header, source = tree / "csrc/an answer.h", tree / "csrc/bindings/register.cpp"
+    header.write_text(BINDINGS)
+    source.write_text('#include "../an answer.h"\n')
+    assert len(compiled()) > 20
+    assert answer(tree, "_C") == 42
+    os.utime(source)
+    assert compiled() == set()
+    header.write_text(BINDINGS.replace("42", "45"))
+    assert compiled() == {"_C/csrc/bindings/register.o"}
+    assert answer(tree, "_C") == 45
+
+    setup = (tree / "setup.py").read_text()
+    (tree / "setup.py").write_text(setup.replace('"-mavx2"', '"-mavx2", "-DNEW"'))
+    assert compiled() <= {"_C/csrc/cpu/isa/avx2.o"}
+    source.write_text("int broken = no_such_name;")
+    assert build(tree).returncode == 0
+    assert build(tree).returncode == 0
+    assert "no_such_name" in missing(tree, "_C")
 
 
 def gpus(tree: Path) -> dict[str, list[str]]:
@@ -160,6 +204,7 @@ def test_cuda(tree: Path, wanted: str | None, all_regimes: list[str], clusters: 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("where", ["PATH", "CUDA_HOME"])
 def test_cuda_is_built_wherever_there_is_nvcc(tree: Path, where: str) -> None:
+    give_torch(tree, cuda="13.0")
     (tree / "bin").mkdir()
     (tree / "nvcc").rename(tree / "bin/nvcc")
     path = os.environ["PATH"].split(os.pathsep)
@@ -169,6 +214,20 @@ def test_cuda_is_built_wherever_there_is_nvcc(tree: Path, where: str) -> None:
     places = {"PATH": f"{tree / 'bin'}{os.pathsep}{path}", "CUDA_HOME": str(tree)}
     done = build(tree, FASTLSTM_CUDA="", **{"PATH": path, where: places[where]})
     assert done.returncode == 0, done.stderr
+    assert answer(tree, "_cuda") == 42
+
+
+@pytest.mark.usefixtures("compiler")
+def test_cuda_is_left_out_where_torch_has_none(tree: Path) -> None:
+    """Nobody is kept waiting for a compiler whose kernels could not be called."""
+    give_torch(tree, cuda=None)
+    done = build(tree, FASTLSTM_CUDA="", CUDACXX=str(tree / "nvcc"))
+    assert done.returncode == 0, done.stderr
+    assert "torch was built without CUDA" in missing(tree, "_cuda")
+    assert not (tree / "nvcc.log").exists()
+    assert "WITHOUT" not in done.stderr
+
+    assert build(tree, FASTLSTM_CUDA="1", CUDACXX=str(tree / "nvcc")).returncode == 0
     assert answer(tree, "_cuda") == 42
 
 
@@ -187,6 +246,7 @@ def test_cuda_that_cannot_be_built(
     tree: Path, before: str, variables: dict[str, str], reason: str, told: int
 ) -> None:
     """Is missing and says why; only where nvcc was there and failed does the install say so."""
+    give_torch(tree, cuda="13.0")
     if "no nvcc" not in reason:
         variables = {"CUDACXX": str(tree / "nvcc")} | variables
     done = build(tree, before, **variables, FASTLSTM_CUDA="")
