@@ -1,4 +1,5 @@
-// A stub of the CUDA runtime: it keeps what launches ask for, refuses what a driver refuses, and runs nothing.
+// A stub of the CUDA runtime: it keeps what launches ask for and refuses what a driver refuses. It runs nothing, unless
+// it is given somebody who runs kernels (tests/ptx/cuda.py).
 //
 // tests/test_cuda_host.py links it with csrc/cuda/bindings.cpp, the host's part of the CUDA kernels, as it is. The
 // kernels are empty functions, one for each line that the tables of kernels can have. A GPU is described by its
@@ -84,6 +85,10 @@ int current = 0, devices = 2;
 std::map<const void*, Allowed> allowed;
 cudaError_t last = cudaSuccess;
 std::string launches;
+
+// Gets the line of a launch, and the argument of the kernel as bytes.
+using Runner = void (*)(const char* launch, const void* argument, size_t bytes);
+Runner runner = nullptr;
 
 cudaError_t give(cudaError_t error) {
   if (error != cudaSuccess) last = error;
@@ -177,6 +182,8 @@ __attribute__((visibility("default"))) const char* stub_launches() {
   return given.c_str();
 }
 
+__attribute__((visibility("default"))) void stub_runner(Runner given) { runner = given; }
+
 __attribute__((visibility("default"))) void stub_gpu(int arch, int parts, int processors, int shared_of_a_block) {
   gpu.arch = arch;
   gpu.parts.assign(size_t(parts), processors / parts);
@@ -257,13 +264,15 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   const Found found = find(function);
   const Layer& layer = *(found.backward ? static_cast<Layer*>(static_cast<Backward*>(arguments[0]))
                                         : static_cast<Layer*>(static_cast<Forward*>(arguments[0])));
-  launches += "{\"regime\": " + std::to_string(found.regime) + member("kind", int(found.kernel->kind)) +
-              member("batch", found.kernel->batch) + member("resident", found.kernel->resident) +
-              member("backward", found.backward) + member("grid", config->gridDim.x) +
-              member("block", config->blockDim.x) + member("shared", int64_t(config->dynamicSmemBytes)) +
-              member("cluster", with.cluster) + member("cooperative", with.cooperative) +
-              member("stream", reinterpret_cast<intptr_t>(config->stream)) + member("device", current) +
-              member("first_group", layer.first_group) + member("T", layer.T) + "}\n";
+  const std::string line = "{\"regime\": " + std::to_string(found.regime) + member("kind", int(found.kernel->kind)) +
+                           member("batch", found.kernel->batch) + member("resident", found.kernel->resident) +
+                           member("backward", found.backward) + member("grid", config->gridDim.x) +
+                           member("block", config->blockDim.x) + member("shared", int64_t(config->dynamicSmemBytes)) +
+                           member("cluster", with.cluster) + member("cooperative", with.cooperative) +
+                           member("stream", reinterpret_cast<intptr_t>(config->stream)) + member("device", current) +
+                           member("first_group", layer.first_group) + member("T", layer.T) + "}\n";
+  launches += line;
+  if (runner) runner(line.c_str(), arguments[0], found.backward ? sizeof(Backward) : sizeof(Forward));
   return cudaSuccess;
 }
 

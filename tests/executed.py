@@ -1,11 +1,16 @@
-"""Cases through executed PTX, for tests/test_executed.py: in a process that does not interpret."""
+"""Cases through executed PTX, of Triton's kernels and of the CUDA C++ ones.
+
+For tests/test_executed.py and tests/test_executed_cuda.py, in a process that does not interpret
+and has not loaded the emulator of csrc/cuda.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from cases import Case, Results, draw, evaluate, fast, plain, stepwise
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """A case, and how it is executed."""
+    """A case, and how Triton's kernels are executed."""
 
     case: Case
     precision: str
@@ -30,6 +35,37 @@ class Run(NamedTuple):
     def __str__(self) -> str:
         regime = f"-{self.regime}" if self.regime else ""
         return f"sm_{self.arch}-{self.precision}{regime}-{self.case}"
+
+    @contextmanager
+    def executed(self, edit: Callable[[str], str]) -> Iterator[Log]:
+        """Serve the calls of this block."""
+        from ptx.backend import executed  # it needs Triton, tests are collected without
+
+        forced = override(regime=self.regime) if self.regime else nullcontext()
+        with forced, executed(self.arch, edit) as log:
+            yield log
+
+
+class CudaRun(NamedTuple):
+    """A case, and how the CUDA C++ kernels are executed."""
+
+    case: Case
+    precision: str
+    arch: int
+    wishes: dict[str, Any]  # as plan.override() takes them
+    library: Path | None = None  # the host's part: see cuda_stub.py
+
+    def __str__(self) -> str:
+        wishes = "-".join(str(value) for value in self.wishes.values())
+        return f"sm_{self.arch}-{self.precision}-{wishes}-{self.case}"
+
+    def executed(self, edit: Callable[[str], str]) -> AbstractContextManager[Log]:
+        """Serve the calls of this block."""
+        from ptx.cuda import executed
+
+        assert self.library is not None
+        tf32 = PRECISIONS[self.precision].tf32
+        return executed(self.library, self.arch, edit, tf32=tf32, **self.wishes)
 
 
 class Verdict(NamedTuple):
@@ -42,19 +78,16 @@ class Verdict(NamedTuple):
 
 
 @contextmanager
-def executing(run: Run, edit: Callable[[str], str] = str) -> Iterator[Log]:
+def executing(run: Run | CudaRun, edit: Callable[[str], str] = str) -> Iterator[Log]:
     """Execute in the precision and regime of a run, on memory that begins as NaN."""
-    from ptx.backend import executed  # it needs Triton, tests are collected without
-
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
-    forced = override(regime=run.regime) if run.regime else nullcontext()
-    with PRECISIONS[run.precision].applied(), forced, executed(run.arch, edit) as log:
+    with PRECISIONS[run.precision].applied(), run.executed(edit) as log:
         yield log
 
 
-def judged(run: Run) -> Verdict:
+def judged(run: Run | CudaRun) -> Verdict:
     """Execute a case and hold it against the oracle, training and inferring."""
     case, precision = run.case, PRECISIONS[run.precision]
     numbers = draw(case, precision.dtype)
@@ -82,7 +115,7 @@ class Broken(NamedTuple):
     seen: str  # "" if nothing did
 
 
-def broken(run: Run, pattern: str, instead: str) -> list[Broken]:
+def broken(run: Run | CudaRun, pattern: str, instead: str) -> list[Broken]:
     """Change the PTX of one pass at each match of a pattern in turn, and look what shows it."""
     sources: list[str] = []
     right, _ = _results(run, lambda ptx: sources.append(ptx) or ptx)
@@ -94,7 +127,7 @@ def broken(run: Run, pattern: str, instead: str) -> list[Broken]:
     return found
 
 
-def _seen(run: Run, right: Results, source: str, text: str) -> str:
+def _seen(run: Run | CudaRun, right: Results, source: str, text: str) -> str:
     """What gives it away that `text` was executed instead of `source`."""
     try:
         got, log = _results(run, lambda ptx: text if ptx == source else ptx)
@@ -106,7 +139,7 @@ def _seen(run: Run, right: Results, source: str, text: str) -> str:
     return "" if same else "other numbers"
 
 
-def _results(run: Run, edit: Callable[[str], str]) -> tuple[Results, Log]:
+def _results(run: Run | CudaRun, edit: Callable[[str], str]) -> tuple[Results, Log]:
     """The outputs of a case whose PTX is edited, without gradients."""
     dtype = PRECISIONS[run.precision].dtype
     numbers = draw(run.case, dtype)

@@ -6,7 +6,6 @@ way from a layer to its launches has run before a GPU sees it; the emulator does
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,48 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from fastlstm import extension
+from cuda_stub import ROOT, STUB, TESTS, compile_to, host_library
 
 pytestmark = pytest.mark.slow
-TESTS = Path(__file__).parent
-ROOT = TESTS.parent
-COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = [
-    *("-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DFASTLSTM_STUB"),
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    f"-I{ROOT / 'csrc'}",
-    *("-isystem", str(Path(torch.__file__).parent / "include")),
-]
-STUB = TESTS / "cudart_stub.cpp"
 KINDS = ("bf16", "f16", "tf32", "exact")
 BLOCK, CLUSTER, GRID = range(3)
 NAMES = ("block", "cluster", "grid")
 
 
-def compile_to(target: Path, source: Path, runtime: Path) -> Path:
-    flags = [*FLAGS, f"-I{runtime}", "-c", source, "-o", target]
-    subprocess.run([*COMPILER, *flags], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What cuda_host.py prints."""
-    if sys.platform != "linux":
-        pytest.skip("the CUDA kernels are for Linux")
-    missing = extension.error() or (not shutil.which(COMPILER[0]) and "there is no compiler")
-    if missing and os.environ.get("FASTLSTM_REQUIRE_EXTENSION") == "1":
-        pytest.fail(missing)
-    if missing:
-        pytest.skip(missing)
-    folder = tmp_path_factory.mktemp("host")
-    sources = [ROOT / "csrc/cuda/bindings.cpp", ROOT / "csrc/cuda/plan.cpp", STUB]
-    objects = [compile_to(folder / f"{s.stem}.o", s, TESTS / "cudart") for s in sources]
-    library = folder / "host.so"
-    link = ["-shared", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-Wl,-zdefs"]
-    subprocess.run([*COMPILER, *objects, *link, "-o", library], check=True)
+    library = host_library(tmp_path_factory.mktemp("host"))
     variables = {
         "FASTLSTM_EMULATE": "1",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import Case
 from executed import Broken, Run, broken
-from ptx.arithmetic import ERROR, tanh_approx
+from ptx.arithmetic import ERROR, divide, fma_down, tanh_approx
 from ptx.execute import execute
 from ptx.faults import Fault, Unknown
 from ptx.products import mma
@@ -25,11 +25,11 @@ ADDRESS = """
 """  # %r2 is a thread's place in shared memory, %rd3 in the tensor: four bytes each
 
 
-def kernel(body: str, threads: int = 64, cluster: int = 1) -> Kernel:
+def kernel(body: str, threads: int = 64, cluster: int = 1, divides: bool = False) -> Kernel:
     """A kernel that takes one tensor."""
     head = f".visible .entry k(.param .u64 k_param_0) .reqntid {threads}"
     head += f" .reqnctapercluster {cluster}" if cluster > 1 else ""
-    return Kernel(f"{head}\n{{\n{ADDRESS}{body}\nret;\n}}", "k")
+    return Kernel(f"{head}\n{{\n{ADDRESS}{body}\nret;\n}}", "k", divides)
 
 
 def run(
@@ -205,6 +205,68 @@ def test_approximations_err_within_their_bounds() -> None:
     exact = np.tanh(x.astype(np.float64))
     error = np.abs(tanh_approx(x.view(np.uint32)).view(np.float32) - exact) / np.abs(exact + 1e-99)
     assert ERROR["tanh"] / 2 < error[x != 0].max() < ERROR["tanh"] * (1 + 2**-10)
+
+
+# Each thread counts down from its number modulo 3; even ones take another way through the loop.
+DIVIDED = """
+    rem.u32 %r3, %r1, 3;
+    mov.b32 %r4, 0;
+    and.b32 %r5, %r1, 1;
+    setp.eq.s32 %p1, %r5, 0;
+$LOOP:
+    setp.eq.s32 %p2, %r3, 0;
+    @%p2 bra $DONE;
+    @%p1 bra $EVEN;
+    add.s32 %r4, %r4, 10;
+    bra.uni $NEXT;
+$EVEN:
+    add.s32 %r4, %r4, 1;
+$NEXT:
+    sub.s32 %r3, %r3, 1;
+    bra.uni $LOOP;
+$DONE:
+    st.shared.b32 [%r2], %r4;
+    bar.sync 0;
+    xor.b32 %r6, %r2, 128;
+    ld.shared.b32 %r7, [%r6];
+    st.global.b32 [%rd3], %r7;
+"""
+
+
+def test_threads_that_a_branch_divides_meet_again() -> None:
+    values = numbers()
+    assert not execute(kernel(DIVIDED, divides=True), (1,), [values.data_ptr()], [values], 256)
+    counted = [n % 3 * (1 if n % 2 == 0 else 10) for n in range(64)]
+    assert values.tolist() == counted[32:] + counted[:32]
+
+
+def test_halves_of_a_block_at_two_barriers_are_a_deadlock() -> None:
+    """PTX would count both as one; C++ does not allow it."""
+    body = """
+    setp.lt.s32 %p1, %r1, 32;
+    @%p1 bra $OTHER;
+    bar.sync 0;
+    ret;
+$OTHER:
+    bar.sync 0;
+"""
+    values = numbers()
+    with pytest.raises(Fault, match="a deadlock: threads wait for others"):
+        execute(kernel(body, divides=True), (1,), [values.data_ptr()], [values], 256)
+
+
+def test_integers_divide_towards_zero() -> None:
+    a, b = (np.array(x, np.int32) for x in ([7, -7, 7, -7, 0], [2, 2, -2, -2, 5]))
+    quotient, rest = divide(a, b)
+    assert quotient.tolist() == [3, -3, -3, 3, 0] and rest.tolist() == [1, -1, 1, -1, 0]
+
+
+def test_rounding_down() -> None:
+    """By a sum that float64 has exactly, and by one that it has not."""
+    a, b, c = (
+        np.array(x, np.float32).view(np.uint32) for x in ([1.5, -1.0], [1, 2**-40], [2**24, 2**24])
+    )
+    assert fma_down(a, b, c).view(np.float32).tolist() == [2**24, 2**24 - 1]
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,30 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return single(wide(a) * wide(b) + wide(c))
 
 
+def fma_down(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c, rounded towards minus infinity: a product is exact in float64, so is the error."""
+    product, other = wide(a) * wide(b), wide(c)
+    total = product + other
+    part = total - product
+    error = (product - (total - part)) + (other - part)
+    rounded = total.astype(F32)
+    above = (rounded > total) | ((rounded == total) & (error < 0))
+    return np.where(above, np.nextafter(rounded, F32(-np.inf)), rounded).view(U32)
+
+
+def divide(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quotient, towards zero, and remainder of integers; what is divided by 0 is not defined."""
+    some = np.where(b == 0, np.ones_like(b), b)
+    rest = np.fmod(a, some)
+    return (a - rest) // some, rest
+
+
+def bits_inserted(a: np.ndarray, b: np.ndarray, at: int, length: int) -> np.ndarray:
+    """bfi: the lowest `length` bits of a instead of those of b from bit `at` on."""
+    mask = U32((1 << length) - 1 << at & 0xFFFFFFFF)
+    return (b & ~mask) | ((a << U32(at)) & mask)
+
+
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """Rounded to nearest, ties to even; a NaN stays one."""
     tie = (x >> U32(16)) & U32(1)

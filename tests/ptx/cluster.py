@@ -32,6 +32,10 @@ class MBarriers:
         for a, n in zip(address[lanes], size[lanes], strict=True):
             self.at(int(a), where).arrive(int(n), where)
 
+    def senders(self, address: int, parity: int) -> set[int]:
+        """The warps of this block whose bytes a phase of that parity has counted."""
+        return self.at(address, "try_wait").senders[parity]
+
     def parity(self, address: int) -> int:
         """The parity of the phase that has not ended."""
         return self.at(address, "try_wait").phase % 2
@@ -49,6 +53,7 @@ class MBarrier:
     def __init__(self, count: int) -> None:
         self._count = self._pending = count
         self._bytes = self.phase = 0
+        self.senders: list[set[int]] = [set(), set()]  # by the parity of the phase
 
     def arrive(self, size: int, where: str) -> None:
         if self._pending == 0:
@@ -57,13 +62,16 @@ class MBarrier:
         self._pending -= 1
         self._complete()
 
-    def receive(self, size: int) -> None:
+    def receive(self, size: int, warps: set[int]) -> None:
+        """Count bytes that these warps of the barrier's own block have sent."""
+        self.senders[self.phase % 2] |= warps
         self._bytes -= size
         self._complete()
 
     def _complete(self) -> None:
         if self._pending == 0 and self._bytes == 0:
             self._pending, self.phase = self._count, self.phase + 1
+            self.senders[self.phase % 2] = set()
 
 
 class Cluster:
@@ -92,17 +100,24 @@ class Cluster:
         return out
 
     def store_async(
-        self, address: np.ndarray, data: np.ndarray, barrier: np.ndarray, mask: Mask, where: str
+        self,
+        sender: int,
+        address: np.ndarray,
+        data: np.ndarray,
+        barrier: np.ndarray,
+        mask: Mask,
+        where: str,
     ) -> None:
-        """st.async: the barrier, which lies in the same block, counts the bytes."""
+        """st.async of block `sender`: the barrier beside the data counts the bytes."""
         size = data.shape[1]
         for rank, lanes in self._lanes(address, mask):
             at = self.shared[rank].check(address[lanes] & _ADDRESS, size, where)
             scatter(self.shared[rank].bytes, at, data[lanes])
-            for b in map(int, barrier[lanes]):
+            for lane, b in zip(np.flatnonzero(lanes), map(int, barrier[lanes]), strict=True):
                 if b >> int(_RANK) != rank:
                     raise Fault(f"{where}: data and barrier in different blocks")
-                self.mbarriers[rank].at(b & int(_ADDRESS), where).receive(size)
+                warps = {int(lane) // 32} if rank == sender else set()
+                self.mbarriers[rank].at(b & int(_ADDRESS), where).receive(size, warps)
 
     def _lanes(self, address: np.ndarray, mask: Mask) -> list[tuple[int, np.ndarray]]:
         """The ranks that are addressed, and the lanes that do it."""

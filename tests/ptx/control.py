@@ -5,29 +5,38 @@ Communication Instructions" bar, barrier.cluster, fence and elect.sync; shfl.syn
 and Conversion Instructions". A fence does nothing here: stores are seen at once.
 """
 
+from .flow import ENDED
 from .instruction import Instruction, Lines, expression, opcode
 
 
 @opcode("bra")
 def branch(i: Instruction) -> Lines | None:
-    """To a label, by all threads of a block or by none."""
+    """To a label."""
     target = i.labels.get(i.operands[0])
-    if target is None:
-        return None
-    if not i.guarded:
-        return [f"pc = {target}", "continue"]
-    return [
-        f"_c = {i.mask}",
-        "if _c.all():",
-        f" pc = {target}",
-        " continue",
-        f"if _c.any(): raise Fault('divergent branch: ' + {i.where})",
-    ]
+    return None if target is None else _go(i, target)
 
 
 @opcode("ret")
 def leave(i: Instruction) -> Lines | None:
-    return None if i.guarded else ["return"]
+    return _go(i, ENDED)
+
+
+def _go(i: Instruction, target: int) -> Lines:
+    """`flow` is None in a kernel whose branches must not divide a block."""
+    if i.divided:
+        return [f"pc, ACT = flow.divide(ACT, {i.guard or 'True'}, {target}, pc + 1)", "continue"]
+    if not i.guard:
+        return [f"pc = {target}", "continue"]
+    return [
+        f"_c = {i.guard}",
+        "if _c.all():",
+        f" pc = {target}",
+        " continue",
+        "if _c.any():",
+        f" if flow is None: raise Fault('divergent branch: ' + {i.where})",
+        f" pc, ACT = flow.divide(None, _c, {target}, pc + 1)",
+        " continue",
+    ]
 
 
 @opcode("bar", "barrier")
@@ -39,7 +48,7 @@ def barrier(i: Instruction) -> Lines | None:
         return ["while block.cluster.phase == _phase: yield", "block.races.barrier()"]
     if i.parts[1] == "warp":
         return []
-    if i.parts[1] != "sync" or i.guarded:
+    if i.parts[1] != "sync" or i.guard:
         return None
     return ["block.races.barrier()"]
 

@@ -18,6 +18,8 @@ def convert(i: Instruction) -> str | None:
         upper, lower = (f"to_{to[:-2]}({i.spread(o, 'b32')})" for o in i.operands[1:])
         return f"({lower}.astype(U32) | {upper}.astype(U32) << U32(16))"
     operand = i.operands[1]
+    if i.parts == ["cvt", "sat", "f32", "f32"]:  # to [0, 1]; a NaN becomes 0
+        return f"np.fmin(np.fmax({i.single(operand)}, F32(0)), F32(1)).view(U32)"
     if source == "f32" and to in _FROM_SINGLE and i.parts[1] == ("rna" if to == "tf32" else "rn"):
         return _FROM_SINGLE[to].format(i.spread(operand, "b32"))
     if to == "f32" and source in _TO_SINGLE and len(i.parts) == 3:

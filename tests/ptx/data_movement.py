@@ -2,10 +2,10 @@
 
 PTX ISA, "Instructions", "Data Movement and Conversion Instructions": mov, ld, st, cp.async; of
 "Parallel Synchronization and Communication Instructions" atom, red. State spaces: .global is the
-storages of tensors, .shared starts at 0, .param holds a number for each argument.
+storages of tensors, .shared starts at 0, .param is what the launch gives, in its own window.
 """
 
-from .instruction import BITS, PARAMETER, Instruction, Lines, names, opcode, width_of
+from .instruction import BITS, Instruction, Lines, names, opcode, width_of
 
 
 @opcode("mov")
@@ -53,11 +53,10 @@ def load(i: Instruction) -> Lines | None:
     width = int(i.type[1:]) // 8
     size = i.vector * width
     space = next((p for p in i.parts if p in ("param", "global", "shared", "shared::cluster")), "")
-    if space == "param":
-        return i.assign(group, _parameter(i, group, at[1:-1].strip()))
-    address = i.address(at, wide=space == "global")
+    address = i.address(at, wide=space in ("global", "param"))
     found = {
-        "global": f"memory.load({address}, {i.mask}, {size}, {i.where})",
+        "param": f"P.load({address}, {i.mask}, {size}, {i.where})",
+        "global": f"memory.load({address}, {i.mask}, {size}, {i.where}, {'acquire' in i.parts})",
         "shared": f"shared.load({address}, {i.mask}, {size}, {i.where})",
         "shared::cluster": f"block.cluster.load({address}, {i.mask}, {size}, {i.where})",
     }.get(space)
@@ -69,21 +68,18 @@ def load(i: Instruction) -> Lines | None:
         columns = f"_d[:, {number * width}:{(number + 1) * width}]"
         bits = f"np.ascontiguousarray({columns}).view({BITS[width]}).reshape(-1)"
         wanted = width_of(register)
-        lines += i.assign(register, bits if wanted == 8 * width else f"{bits}.astype(U{wanted})")
+        if i.type[0] == "s" and wanted > 8 * width:
+            bits += f".view(np.int{8 * width}).astype(np.int{wanted}).view(U{wanted})"
+        elif wanted != 8 * width:
+            bits += f".astype(U{wanted})"
+        lines += i.assign(register, bits)
     return lines
 
 
-def _parameter(i: Instruction, register: str, name: str) -> str:
-    """A parameter by its name, or by an address that a register holds."""
-    width = width_of(register)
-    if name.startswith("%"):
-        found = f"[P[int(a) - PARAMETER] % 2**64 for a in {name[1:]}]"
-        return f"np.array({found}, U64).astype(U{width})"
-    number = i.value(name, "b32").removeprefix("U32(").removesuffix(")")
-    value = f"P[{int(number) - PARAMETER}]"
-    if i.type == "s32" and width == 64:
-        return f"np.full(N, (int({value}) + 2**31) % 2**32 - 2**31, np.int64).view(U64)"
-    return f"np.full(N, {value}, U{width})"
+@opcode("cvta")
+def convert_address(i: Instruction) -> Lines | None:
+    """Generic addresses of global memory are those of global memory."""
+    return i.assign(*map(str, (i.operands[0], i.operands[1][1:]))) if "global" in i.parts else None
 
 
 @opcode("st")
@@ -114,7 +110,7 @@ def atomic(i: Instruction) -> Lines | None:
     return [
         *(["yield"] if "acquire" in i.parts else []),
         *_released(i),
-        f"_m = {i.mask if i.guarded else 'ONE'}",
+        f"_m = {i.mask if i.masked else 'ONE'}",
         f"if _m.sum() != 1: raise Fault('several threads: ' + {i.where})",
         f"_o = memory.load({address}, _m, 4, {i.where}).view(U32).reshape(-1)",
         f"_d = (_o + {i.value(value)}).astype(U32).reshape(N, 1).view(np.uint8)",

@@ -10,7 +10,8 @@ from torch import Tensor
 from .cluster import Cluster, MBarriers
 from .copies import Copies
 from .faults import Fault
-from .memory import Memory, Storages
+from .flow import Flow
+from .memory import Memory, Parameters, Storages
 from .races import Races
 from .shared import Shared
 from .translate import Kernel
@@ -29,9 +30,11 @@ class Block:
         storages: Storages,
         shared_bytes: int,
         cluster: Cluster,
+        threads: int,
     ) -> None:
         self.grid, self.index, self.cluster = grid, index, cluster
-        self.threads = kernel.source.threads
+        self.threads = threads
+        self.flow = Flow(threads) if kernel.divides else None
         self.rank = len(cluster.shared)
         self.races = Races(self.threads)
         self.memory = Memory(storages, self.races)
@@ -45,18 +48,22 @@ class Block:
 def execute(
     kernel: Kernel,
     grid: tuple[int, ...],
-    arguments: list[int],
+    arguments: list[int | bytes],
     tensors: list[Tensor],
     shared_bytes: int,
+    threads: int | None = None,
+    cluster: int | None = None,
 ) -> set[tuple[str, str]]:
     """Launch a kernel.
 
     Args:
         kernel: what to run.
         grid: blocks along x, y and z.
-        arguments: the bits of the parameters, in order; those left out are 0.
+        arguments: the bits of the parameters, in order, or bytes; those left out are 0.
         tensors: every tensor whose address is among them, on the CPU.
         shared_bytes: shared memory of a block.
+        threads: of a block, where the kernel does not say it.
+        cluster: blocks of a cluster, where the kernel does not say it.
 
     Returns:
         Races: an instruction, and what it does.
@@ -65,15 +72,16 @@ def execute(
         Fault: something that the hardware would not forgive, or a deadlock.
     """
     grid = (*grid, 1, 1)[:3]
-    size = kernel.source.cluster
-    arguments = arguments + [0] * (kernel.source.parameters - len(arguments))
-    storages, cluster, blocks = Storages(tensors), Cluster(size), []
+    size, threads = cluster or kernel.source.cluster, threads or kernel.source.threads
+    assert threads, "a kernel without .reqntid needs to be told the number of threads"
+    parameters = Parameters(kernel.source.parameters, arguments)
+    storages, together, blocks = Storages(tensors, several=kernel.divides), Cluster(size), []
     for z, y, x in product(*map(range, reversed(grid))):
-        if len(cluster.shared) == size:
-            cluster = Cluster(size)
-        blocks.append(Block(kernel, grid, (x, y, z), storages, shared_bytes, cluster))
+        if len(together.shared) == size:
+            together = Cluster(size)
+        blocks.append(Block(kernel, grid, (x, y, z), storages, shared_bytes, together, threads))
     with np.errstate(all="ignore"):
-        _run([kernel.run(block, arguments) for block in blocks])
+        _run([kernel.run(block, parameters) for block in blocks])
     return set[tuple[str, str]]().union(*(block.races.found for block in blocks))
 
 

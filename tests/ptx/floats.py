@@ -15,7 +15,7 @@ _UNORDERED = {f"{name}u": sign for name, sign in _ORDERED.items()}  # true of a 
 
 
 def _is_approximate(i: Instruction) -> bool:
-    return i.type == "f32" and i.parts[1] in ("approx", "full", "rn")
+    return i.type == "f32" and i.parts[1] in ("approx", "full")
 
 
 @expression("add", "sub", "mul")
@@ -31,10 +31,11 @@ def binary(i: Instruction) -> str | None:
 
 @expression("fma")
 def fused(i: Instruction) -> str | None:
-    """Rounded once: the sum of an exact product is a float64 before."""
-    if i.type != "f32":
+    """Rounded once: the sum of an exact product is a float64 before. .rm rounds down."""
+    if i.type != "f32" or i.parts[1] not in ("rn", "rm"):
         return None
-    return f"fma({', '.join(i.spread(operand) for operand in i.operands[1:])})"
+    function = "fma" if i.parts[1] == "rn" else "fma_down"
+    return f"{function}({', '.join(i.spread(operand) for operand in i.operands[1:])})"
 
 
 @expression("neg", "abs")
@@ -64,15 +65,18 @@ def function(i: Instruction) -> str | None:
 
 @expression("div", "rcp")
 def quotient(i: Instruction) -> str | None:
-    if not _is_approximate(i):
-        return None
-    ends = "np.full(N, 0x3F800000, U32)" if i.opcode == "rcp" else i.spread(i.operands[1])
-    return f"div_full({ends}, {i.spread(i.operands[-1])})"
+    """.rn as IEEE 754 has it."""
+    above = "np.full(N, 0x3F800000, U32)" if i.opcode == "rcp" else i.spread(i.operands[1])
+    below = i.spread(i.operands[-1])
+    if i.type == "f32" and i.parts[1] == "rn":
+        return f"({above}.view(F32) / {below}.view(F32)).view(U32)"
+    return f"div_full({above}, {below})" if _is_approximate(i) else None
 
 
 @expression("sqrt")
 def root(i: Instruction) -> str | None:
-    return f"np.sqrt({i.single(i.operands[1])}).view(U32)" if _is_approximate(i) else None
+    exact = i.type == "f32" and i.parts[1] in ("approx", "rn")
+    return f"np.sqrt({i.single(i.operands[1])}).view(U32)" if exact else None
 
 
 @expression("setp")
@@ -105,10 +109,11 @@ def compare_pairs(i: Instruction) -> Lines | None:
     """Two predicates: of the lower numbers and of the upper ones."""
     kind = i.type.removesuffix("x2")
     both = re.fullmatch(r"%(p\d+)\|%(p\d+)", i.operands[0])
-    if kind not in ("bf16", "f16") or kind == i.type or not both or i.guarded:
+    if kind not in ("bf16", "f16") or kind == i.type or not both:
         return None
     low, high = (_comparison(i.parts[1], f"_a[{n}]", f"_b[{n}]") for n in (0, 1))
     if low is None:
         return None
     a, b = (f"pairs({i.spread(operand, 'b32')}, '{kind}')" for operand in i.operands[1:])
-    return [f"_a, _b = {a}, {b}", f"{both[1]} = {low}", f"{both[2]} = {high}"]
+    results = i.assign(f"%{both[1]}", low) + i.assign(f"%{both[2]}", high)
+    return [f"_a, _b = {a}, {b}", *results]

@@ -1,7 +1,7 @@
 """One instruction on its way to Python, and the table of opcodes.
 
-Registers keep bits: %rs uint16, %r uint32, %rd uint64, %p bool, an array [threads] each, under
-their own names without the %. Operands are the PTX ISA's "Instruction Operands".
+Registers keep bits: %rs uint16, %r and %f uint32, %rd uint64, %p bool, an array [threads] each,
+under their own names without the %. Operands are the PTX ISA's "Instruction Operands".
 """
 
 import re
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from .faults import Unknown
 from .parse import operands
 
-PARAMETER = 1 << 30  # the address of parameter 0; that of parameter 1 is one more
 BITS = {1: "np.uint8", 2: "U16", 4: "U32", 8: "U64"}  # by bytes
 _SIGNED = {"16": "np.int16", "32": "np.int32", "64": "np.int64"}
 
@@ -21,14 +20,17 @@ Lines = list[str]
 class Instruction:
     """Its parts, and the Python that its operands become.
 
-    `parts` are the opcode and its modifiers, the last of them the type; `mask` is the Python of
-    its guard, "None" without one; `where` is a Python string that says where a fault was.
+    `parts` are the opcode and its modifiers, the last of them the type; `guard` is the Python of
+    its guard, "" without one; `mask` that of the threads that execute it, "None" if all do;
+    `where` is a Python string that says where a fault was. `divided`: only the threads ACT are
+    there.
     """
 
-    def __init__(self, text: str, labels: dict[str, int]) -> None:
-        self.labels = labels
+    def __init__(self, text: str, labels: dict[str, int], divided: bool = False) -> None:
+        self.labels, self.divided = labels, divided
         guarded = re.match(r"@(!?)%(p\d+)\s+(.*)", text, re.S)
-        self.mask = ("~" if guarded[1] else "") + guarded[2] if guarded else "None"
+        self.guard = ("~" if guarded[1] else "") + guarded[2] if guarded else ""
+        self.mask = " & ".join(["ACT"] * divided + [self.guard] * bool(guarded)) or "None"
         self.text = guarded[3] if guarded else text
         opcode, *rest = self.text.split(None, 1)
         self.operands = operands(rest[0]) if rest else []
@@ -37,8 +39,8 @@ class Instruction:
         self.where = repr(self.text[:90])
 
     @property
-    def guarded(self) -> bool:
-        """Whether it has a guard."""
+    def masked(self) -> bool:
+        """Whether only some of the threads may execute it."""
         return self.mask != "None"
 
     @property
@@ -58,14 +60,12 @@ class Instruction:
     def value(self, operand: str, kind: str | None = None) -> str:
         """The bits of an operand; `kind` is a type as wide as they are."""
         kind = kind or self.type
-        if re.fullmatch(r"%(p|rs|rd|r)\d+", operand):
+        if re.fullmatch(r"%(p|rs|rd|r|f)\d+", operand):
             return operand[1:]
         if special := _special(operand):
             return special
         if operand == "global_smem":
             return "SMEM64" if "64" in kind else "SMEM"
-        if found := re.fullmatch(r"\w+_param_(\d+)", operand):
-            return f"U32({PARAMETER + int(found[1])})"
         if operand.startswith("0f"):
             return f"U32({int(operand[2:], 16)})"
         try:
@@ -95,25 +95,36 @@ class Instruction:
     def address(self, operand: str, wide: bool) -> str:
         """`[register + offset]`, in 64 bits or 32."""
         base, _, offset = (part.strip() for part in operand[1:-1].strip().partition("+"))
+        width = 64 if wide else 32
+        if base.isdecimal():
+            return f"np.full(N, {int(base) + int(offset or '0')}, U{width})"
         if not base.startswith("%") and base != "global_smem":
             raise self.unknown()
         found = "SMEM" if base == "global_smem" else base[1:]
-        width = 64 if wide else 32
         move = int(offset or "0")
         return f"({found} + U{width}({move % 2**width}))" if move else found
 
     def assign(self, register: str, expression: str) -> Lines:
         """Write a register, where the guard allows it."""
         name = register[1:]
-        if self.guarded:
+        if self.masked:
             expression = f"np.where({self.mask}, {expression}, {name})"
         return [f"{name} = {expression}"]
+
+    def assign_all(self, group: str, expression: str) -> Lines:
+        """Write the registers of `{...}`, where the guard allows it."""
+        if not self.masked:
+            return [f"{listed(group)} = {expression}"]
+        lines = [f"_r = {expression}"]
+        for number, name in enumerate(names(group)):
+            lines += self.assign(name, f"_r[{number}]")
+        return lines
 
 
 def _special(operand: str) -> str | None:
     """Special registers: "Special Registers" of the PTX ISA."""
-    if operand == "%tid.x":
-        return "TID"
+    if operand in ("%tid.x", "%ntid.x"):
+        return "TID" if operand == "%tid.x" else "np.full(N, N, U32)"
     if found := re.fullmatch(r"%(n?ctaid)\.([xyz])", operand):
         return f"{found[1].upper()}_{found[2]}"
     if found := re.fullmatch(r"%clusterid\.([xyz])", operand):  # clusters lie along x
@@ -167,13 +178,13 @@ def expression(*bases: str) -> Callable[[Expression], Expression]:
     return register
 
 
-def lines_of(text: str, labels: dict[str, int]) -> Lines:
-    """The Python of an instruction.
+def lines_of(text: str, labels: dict[str, int], divided: bool = False) -> Lines:
+    """The Python of an instruction; `divided`: of one that only the threads ACT execute.
 
     Raises:
         Unknown: the emulator has not learned it.
     """
-    i = Instruction(text, labels)
+    i = Instruction(text, labels, divided)
     for handler in _OPCODES.get(i.opcode, ()):
         lines = handler(i)
         if lines is not None:

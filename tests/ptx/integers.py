@@ -54,6 +54,25 @@ def product(i: Instruction) -> str | None:
     return f"({found} + {i.value(c[0], 'b64' if '32' in i.type else 'b32')})" if c else found
 
 
+@expression("div", "rem")
+def quotient(i: Instruction) -> str | None:
+    _, a, b = i.operands
+    if not _is_integer(i) or len(i.parts) != 2:
+        return None
+    place = 0 if i.opcode == "div" else 1
+    if i.type[0] == "s":
+        return f"divide({i.signed(a)}, {i.signed(b)})[{place}].view({i.word})"
+    return f"divide(np.asarray({i.value(a)}), np.asarray({i.value(b)}))[{place}]"
+
+
+@expression("bfi")
+def insert(i: Instruction) -> str | None:
+    _, a, b, at, length = i.operands
+    if i.type != "b32" or not (at.isdecimal() and length.isdecimal()):
+        return None
+    return f"bits_inserted(np.asarray({i.value(a)}), np.asarray({i.value(b)}), {at}, {length})"
+
+
 @expression("shl", "shr")
 def shift(i: Instruction) -> str | None:
     """Shifts as far as the width, and further, leave nothing but the sign."""

@@ -15,18 +15,17 @@ _KINDS = ("tf32", "bf16", "f16")
 @opcode("ldmatrix")
 def load(i: Instruction) -> Lines | None:
     """ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16: up to four matrices of 8 x 8."""
-    if i.parts[3] != "m8n8" or i.type != "b16" or i.guarded:
+    if i.parts[3] != "m8n8" or i.type != "b16" or i.guard:
         return None
     count, trans = int(i.parts[4][1:]), "trans" in i.parts
     address = i.address(i.operands[1], False)
-    return [
-        f"{listed(i.operands[0])} = load_matrices(shared, {address}, {count}, {trans}, {i.where})"
-    ]
+    found = f"load_matrices(shared, {address}, {count}, {trans}, {i.where})"
+    return i.assign_all(i.operands[0], found)
 
 
 @opcode("stmatrix")
 def store(i: Instruction) -> Lines | None:
-    if i.parts[3] != "m8n8" or i.type != "b16" or i.guarded:
+    if i.parts[3] != "m8n8" or i.type != "b16" or i.guard:
         return None
     address, trans = i.address(i.operands[0], False), "trans" in i.parts
     return [f"store_matrices(shared, {address}, {listed(i.operands[1])}, {trans}, {i.where})"]
@@ -37,10 +36,10 @@ def product(i: Instruction) -> Lines | None:
     """mma.sync.aligned.m16n8k16.row.col.f32.KIND.KIND.f32, with k8 for TF32."""
     kind = i.parts[7]
     shape = "m16n8k8" if kind == "tf32" else "m16n8k16"
-    if kind not in _KINDS or i.parts[3] != shape or i.type != "f32" or i.guarded:
+    if kind not in _KINDS or i.parts[3] != shape or i.type != "f32" or i.guard:
         return None
-    d, a, b, c = map(listed, i.operands)
-    return [f"{d} = mma('{kind}', {a}, {b}, {c})"]
+    a, b, c = map(listed, i.operands[1:])
+    return i.assign_all(i.operands[0], f"mma('{kind}', {a}, {b}, {c})")
 
 
 @opcode("wgmma")
@@ -63,4 +62,4 @@ def product_of_warpgroups(i: Instruction) -> Lines | None:
     sources = f"{listed(a) if in_registers else a[1:]}, {b[1:]}"
     options = f"{scale.removeprefix('%')}, {trans_a}, {trans_b}, {i.where}"
     shape = f"'{kind}', {form[1]}"
-    return [f"{listed(d)} = wgmma(shared, {shape}, {listed(d)}, {sources}, {options})"]
+    return i.assign_all(d, f"wgmma(shared, {shape}, {listed(d)}, {sources}, {options})")

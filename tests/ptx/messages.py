@@ -2,10 +2,11 @@
 
 PTX ISA, "Instructions": mapa and st.async of "Data Movement and Conversion Instructions", mbarrier
 of "Parallel Synchronization and Communication Instructions". An address in another block's shared
-memory has the rank of this block in its upper eight bits.
+memory has the rank of this block in its upper eight bits. Who has waited for the bytes of a warp
+comes after all that this warp did before it sent them: csrc/cuda/exchange.h relies on that.
 """
 
-from .instruction import BITS, Instruction, Lines, expression, opcode
+from .instruction import BITS, Instruction, Lines, expression, names, opcode
 
 
 @expression("mapa")
@@ -18,11 +19,12 @@ def address_in(i: Instruction) -> str | None:
 def store_async(i: Instruction) -> Lines | None:
     if "async" not in i.parts:
         return None
-    to, value, barrier = i.operands
+    to, values, barrier = i.operands
     bits = BITS[int(i.type[1:]) // 8]
-    data = f"{i.spread(value)}.astype({bits}).reshape(N, 1).view(np.uint8)"
+    columns = ", ".join(f"{i.spread(r)}.astype({bits}).reshape(N, 1)" for r in names(values))
+    data = f"np.ascontiguousarray(np.hstack([{columns}])).view(np.uint8)"
     ends = f"{i.address(to, False)}, {data}, {i.address(barrier, False)}"
-    return [f"block.cluster.store_async({ends}, {i.mask}, {i.where})"]
+    return [f"block.cluster.store_async(block.rank, {ends}, {i.mask}, {i.where})"]
 
 
 @opcode("mbarrier")
@@ -40,9 +42,13 @@ def mbarrier(i: Instruction) -> Lines | None:
         size = i.spread(i.operands[2], "b32") if "expect_tx" in modifiers else "np.zeros(N, int)"
         return [f"block.mbarriers.arrive({address}, {size}, {i.mask}, {i.where})"]
     if action == "try_wait" and "parity" in modifiers:
-        phase = f"int({i.spread(i.operands[2], 'b32')}[0])"
+        phase = i.spread(i.operands[2], "b32")
+        done = i.operands[0]  # a name of Triton's, or a register
         return [
-            f"_a, _p = int(({address})[0]), {phase}",
+            f"_l = {f'int(np.argmax({i.mask}))' if i.masked else 0}  # they all wait for the same",
+            f"_a, _p = int(({address})[_l]), int({phase}[_l])",
             "while block.mbarriers.parity(_a) == _p: yield",
+            "block.races.order(shared.accesses, block.mbarriers.senders(_a, _p))",
+            *(i.assign(done, "ONE") if done.startswith("%") else []),
         ]
     return None

@@ -67,6 +67,11 @@ class Races:
             self.report(where, "writes what another warp has just read")
         log.wrote_at[b], log.wrote_by[b] = self.epoch, w
 
+    def order(self, log: Accesses, warps: set[int]) -> None:
+        """What these warps have done so far lies before what any warp does from now on."""
+        for at, by in ((log.wrote_at, log.wrote_by), (log.read_at, log.read_by)):
+            at[np.isin(by, [*warps])] = 0
+
     def release(self, log: Accesses, warps: np.ndarray, where: str) -> None:
         """A thread publishes what its warp wrote, and the others before the last barrier."""
         if ((log.wrote_at == self.epoch) & (log.wrote_by != warps[0])).any():
