@@ -102,11 +102,15 @@ def pairs(bits: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return widen(lower, kind), widen(upper, kind)
 
 
+def add_halves(x: np.ndarray, y: np.ndarray, kind: str) -> np.ndarray:
+    """add.bf16, add.f16: the bits of a sum of numbers that are given as float64."""
+    return (to_bf16 if kind == "bf16" else to_f16)(single(x + y))
+
+
 def add_pairs(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
     """add.bf16x2, add.f16x2."""
-    rounded = to_bf16 if kind == "bf16" else to_f16
     lower, upper = (
-        rounded(single(x + y)).astype(U32)
+        add_halves(x, y, kind).astype(U32)
         for x, y in zip(pairs(a, kind), pairs(b, kind), strict=True)
     )
     return lower | upper << U32(16)

@@ -2,7 +2,8 @@
 
 PTX ISA, "Instructions": "Floating Point Instructions" (add, sub, mul, fma, min, max, neg, abs, and
 the approximations tanh, ex2, rcp, div, sqrt), "Half Precision Floating Point Instructions"
-(add.f16x2), "Comparison and Selection Instructions" and "Half Precision Comparison Instructions".
+(add.f16, add.f16x2), "Comparison and Selection Instructions" and "Half Precision Comparison
+Instructions".
 `.ftz` is ignored: denormals are kept.
 """
 
@@ -26,6 +27,9 @@ def binary(i: Instruction) -> str | None:
         return f"({i.single(a)} {sign} {i.single(b)}).view(U32)"
     if i.opcode == "add" and i.type in ("bf16x2", "f16x2"):
         return f"add_pairs({i.value(a)}, {i.value(b)}, '{i.type[:-2]}')"
+    if i.opcode == "add" and i.type in ("bf16", "f16"):
+        x, y = (f"widen({i.spread(operand)}, '{i.type}')" for operand in (a, b))
+        return f"add_halves({x}, {y}, '{i.type}')"
     return None
 
 
