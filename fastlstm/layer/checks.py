@@ -146,7 +146,7 @@ def check_packed(
     if x.dim() != 2:
         raise RuntimeError(f"{kind}: packed rows must be 2-D [N, I], got {size(x)}")
     if torch.compiler.is_compiling():  # values are not known yet: the operator checks them
-        batch = int(batch_sizes[0]) if hx is None else hx[0].shape[1]
+        batch: Any = batch_sizes[0].item() if hx is None else hx[0].shape[1]
         return batch_sizes.shape[0], batch, x.shape[1]
     sizes = batch_sizes.tolist()
     if sum(sizes) != x.shape[0] or sizes != sorted(sizes, reverse=True) or sizes[-1:] < [1]:
@@ -169,6 +169,14 @@ def check_pair(hx: Any, dims: int | None) -> tuple[Tensor, Tensor]:
     if len(hx) != 2:
         raise RuntimeError(message)
     return hx[0], hx[1]
+
+
+def check_steps(kind: str, steps: int, input: Tensor) -> None:
+    """Check that there is a step."""
+    if torch.compiler.is_compiling():  # T may be a value that only a run knows
+        torch._check(steps > 0)
+    elif steps == 0:
+        raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
 
 
 def check_unbatched(kind: str, hx: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -17,12 +17,15 @@ __all__ = ["fast_backend", "infer"]
 
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
 
 
 def fast_backend(x: Tensor) -> Backend | None:
     """Return the backend that takes x as it is, without any preparation, if there is one.
 
-    No compiler, transform or autocast is at work then. It leaves the dtype to the operators.
+    No compiler, transform, mode, trace or autocast is at work then. It leaves the dtype to the
+    operators.
     """
     backend = choice.fast
     if (
@@ -32,6 +35,8 @@ def fast_backend(x: Tensor) -> Backend | None:
         or _is_transformed()
         or _is_autocast()
         or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or _tracing() is not None
         or backend.error() is not None
     ):
         return None
