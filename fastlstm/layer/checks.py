@@ -48,6 +48,11 @@ def check_features(
     """Check that input ``[..., I]`` has the I and, unless error is None, the dtype of weights."""
     dtype = weights[0].dtype
     if error is not None and input.dtype is not dtype:
+        if input.is_quantized:
+            raise error(
+                f"{kind}: input is {input.dtype}, and PyTorch's quantization converts modules of "
+                "torch.nn only: call fastlstm.restore(model), or to_torch(), before prepare"
+            )
         module = f" or the module with .to({input.dtype})" if input.is_floating_point() else ""
         raise error(
             f"{kind}: input is {input.dtype} but the weights are {dtype}: convert the input with "

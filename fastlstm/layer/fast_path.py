@@ -11,14 +11,13 @@ from torch.autograd import forward_ad
 
 from fastlstm.backends import choice
 from fastlstm.kernels.base import Backend
+from fastlstm.layer.recorded import PRE_DISPATCH, dispatch_modes, has_key, tracing
 from fastlstm.spec import LayerSpec
 
 __all__ = ["fast_backend", "infer"]
 
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
 
 
 def fast_backend(x: Tensor) -> Backend | None:
@@ -35,8 +34,9 @@ def fast_backend(x: Tensor) -> Backend | None:
         or _is_transformed()
         or _is_autocast()
         or forward_ad._current_level >= 0
-        or _dispatch_modes()
-        or _tracing() is not None
+        or dispatch_modes()
+        or has_key(PRE_DISPATCH)
+        or tracing() is not None
         or backend.error() is not None
     ):
         return None

@@ -24,7 +24,16 @@ from fastlstm.layer import compute
 from fastlstm.layer.call import Call, MaybeTensors, Tensors, count_results
 from fastlstm.spec import LayerSpec, Noise, Sequences
 
-__all__ = ["derive", "forward", "gradients", "is_recorded"]
+__all__ = [
+    "PRE_DISPATCH",
+    "derive",
+    "dispatch_modes",
+    "forward",
+    "gradients",
+    "has_key",
+    "is_recorded",
+    "tracing",
+]
 
 _INPUTS = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, "
@@ -39,8 +48,11 @@ _LAYER_GRADIENTS = operators.define_operator(
     "layer_gradients",
     f"({_INPUTS}, Tensor[] kept, Tensor?[] incoming, bool[] needed, {_CALL}) -> Tensor[]",
 )
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+# What looks at every operator: dispatch modes, make_fx(pre_dispatch=True), torch.jit.trace
+dispatch_modes = torch._C._len_torch_dispatch_stack
+has_key = torch._C._dispatch_tls_is_dispatch_key_included
+PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+tracing = torch._C._get_tracing_state
 
 
 def is_recorded() -> bool:
@@ -48,9 +60,9 @@ def is_recorded() -> bool:
     if torch.compiler.is_dynamo_compiling():
         return torch.compiler.is_exporting()
     return (
-        _dispatch_modes() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+        dispatch_modes() > 0
+        or has_key(PRE_DISPATCH)
+        or tracing() is not None
         or torch.compiler.is_compiling()
     )
 

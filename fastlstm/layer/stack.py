@@ -28,7 +28,7 @@ from fastlstm.layer.checks import (
     size,
 )
 from fastlstm.layer.options import Options
-from fastlstm.layer.recorded import is_recorded
+from fastlstm.layer.recorded import is_recorded, tracing
 from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
 
 __all__ = ["run_cell", "run_stack"]
@@ -185,7 +185,7 @@ def _walk(
 
 def _needs_batch() -> bool:
     """Whether the operator of a layer has to be told B of packed rows, which is a value there."""
-    return is_recorded() and torch._C._get_tracing_state() is None
+    return is_recorded() and tracing() is None
 
 
 def _zeros(spec: LayerSpec, whole: _Input, options: Options) -> tuple[Tensor, ...]:

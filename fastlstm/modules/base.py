@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastlstm.layer.checks import check_states
 from fastlstm.modules.stand_in import StandIn
 from fastlstm.spec import LayerSpec
 
-__all__ = ["Layers", "tensors"]
+__all__ = ["Layers", "by_sample", "is_by_sample", "tensors"]
 
 
 class Layers(StandIn, nn.RNNBase):
@@ -108,3 +109,23 @@ def tensors(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
         return list(map(parameters.__getitem__, names))
     except KeyError:
         return [getattr(module, name) for name in names]
+
+
+def is_by_sample(weights: Sequence[Tensor]) -> bool:
+    """Whether PyTorch wants the gradient of each sample by ``call_for_per_sample_grads``.
+
+    Its weights refuse every function but those of PyTorch that it knows.
+    """
+    module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
+    return module is not None and any(isinstance(w, module.ExpandedWeight) for w in weights)
+
+
+def by_sample(module: Any, input: Any, hx: Any) -> Any:
+    """Compute a call whose weights are such, as the module of ``torch.nn`` does without oneDNN."""
+    c: Any = torch._C
+    enabled = c._get_mkldnn_enabled()
+    c._set_mkldnn_enabled(False)
+    try:
+        return module.to_torch()(input, hx)
+    finally:
+        c._set_mkldnn_enabled(enabled)

@@ -15,7 +15,7 @@ from fastlstm import convert
 from fastlstm.functional import State, lstm
 from fastlstm.layer.checks import check_input, check_noise, check_pair
 from fastlstm.layer.fast_path import fast_backend, infer
-from fastlstm.modules.base import Layers, tensors
+from fastlstm.modules.base import Layers, by_sample, is_by_sample, tensors
 from fastlstm.modules.stand_in import drawn
 from fastlstm.spec import LayerSpec
 
@@ -259,6 +259,8 @@ class LSTM(Layers):
             if node is not None:
                 return node
         weights = tensors(self, self._flat_weights_names)
+        if not more and is_by_sample(weights):
+            return by_sample(self, input, hx)
         settings = self._settings()
         settings.update(
             return_cell_states=return_cell_states,

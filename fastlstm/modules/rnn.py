@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm import convert
 from fastlstm.functional import rnn
 from fastlstm.layer.checks import check_input
-from fastlstm.modules.base import Layers, tensors
+from fastlstm.modules.base import Layers, by_sample, is_by_sample, tensors
 from fastlstm.modules.stand_in import drawn
 
 __all__ = ["RNN"]
@@ -122,6 +122,8 @@ class RNN(Layers):
         settings = self._settings()
         settings["nonlinearity"] = self.nonlinearity
         weights = tensors(self, self._flat_weights_names)
+        if is_by_sample(weights) and lengths is None and reset is None:
+            return by_sample(self, input, hx)
         if isinstance(input, Tensor):
             return rnn(
                 input,
