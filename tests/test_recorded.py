@@ -17,6 +17,7 @@ import torch
 from cases import EVERY_BACKEND
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
@@ -118,6 +119,32 @@ def test_a_gradient_penalty_of_an_exported_program(backend: str) -> None:
     torch.testing.assert_close(*penalties)
 
 
+TRANSFORMS: dict[str, Callable[[Any, Tensor, dict[str, Tensor]], Any]] = {
+    "vmap": lambda f, x, w: vmap(lambda x: f(w, x))(torch.stack([x, x.flip(0)])),
+    "grad": lambda f, x, w: grad(lambda w: f(w, x).sum())(w),
+    "per sample": lambda f, x, w: vmap(grad(lambda w, x: f(w, x).sum()), (None, 0))(
+        w, torch.stack([x, x.flip(0)])
+    ),
+    "jvp": lambda f, x, w: jvp(lambda x: f(w, x), (x,), (x.flip(0),)),
+    "hessian": lambda f, x, w: hessian(lambda x: f(w, x).sum())(x),
+}
+
+
+@CPU
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("layer", PLAIN)
+def test_transform_an_exported_program(backend: str, layer: str, transform: str) -> None:
+    model, x = Model(LAYERS[layer]()), torch.randn(T, B, I)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    found = [
+        TRANSFORMS[transform](
+            lambda w, x, module=module: functional_call(module, w, (x,)).square(), x, weights
+        )
+        for module in (model, torch.export.export(model, (x,)).module())
+    ]
+    torch.testing.assert_close(*found)
+
+
 @CPU
 @pytest.mark.parametrize("layer", PLAIN)
 @pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
@@ -125,8 +152,8 @@ def test_a_gradient_penalty_of_an_exported_program(backend: str) -> None:
 def test_make_fx_and_train(backend: str, layer: str, tracing: str, pre_dispatch: bool) -> None:
     model = Model(LAYERS[layer]())
     x = torch.randn(T, B, I)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
             graph = make_fx(
                 model,
                 tracing_mode=tracing,
@@ -249,11 +276,13 @@ def outputs(result: Any) -> list[Tensor]:
 
 @CPU
 @pytest.mark.parametrize("name", TRACED)
-@pytest.mark.parametrize("grad", [True, False])
-def test_trace_and_go_on_with_other_weights_and_sizes(backend: str, name: str, grad: bool) -> None:
+@pytest.mark.parametrize("enabled", [True, False])
+def test_trace_and_go_on_with_other_weights_and_sizes(
+    backend: str, name: str, enabled: bool
+) -> None:
     build, inputs = TRACED[name]
     module = build()
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(enabled):
         for warm in range(2):
             traced = torch.jit.trace(module, inputs[0])
             for p in module.parameters():

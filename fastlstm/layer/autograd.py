@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from fastlstm.backends import higher_derivative
 from fastlstm.layer import vmap
-from fastlstm.layer.by_reference import pull_back
+from fastlstm.layer.by_reference import by_reference, pull_back
 from fastlstm.layer.call import (
     Call,
     MaybeTensors,
@@ -205,9 +206,14 @@ class _Gradient(torch.autograd.Function):
         return vmap.gradient_rule(_differentiate, info, dims, call, needed, groups)
 
 
-def _run_recorded(call: Call, inputs: MaybeTensors) -> Tensors:
-    """A layer whose operator somebody has recorded, with the outputs that the operator has."""
-    return (_TransformedLayer if call.save else _Layer).apply(call, *inputs)
+def _run_operator(call: Call, inputs: MaybeTensors) -> Tensors:
+    """What the operator of a recorded layer returns, with its derivative."""
+    if higher_derivative() is not None and not call.save:
+        return by_reference(call, inputs)
+    if call.save or _is_transformed():
+        outputs = _run_transformed(call._replace(save=True), inputs)
+        return outputs if call.save else outputs[: count_results(call)]
+    return _Layer.apply(call, *inputs)
 
 
-derive(_run_recorded, _differentiate)
+derive(_run_operator, _differentiate)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastlstm.kernels import flops, operators
 from fastlstm.layer import compute
@@ -94,7 +95,7 @@ def derive(
     run: Callable[[Call, MaybeTensors], Tensors],
     differentiate: Callable[..., Tensors],
 ) -> None:
-    """Give both operators their derivatives.
+    """Give both operators their derivatives, under the transforms of torch.func too.
 
     Args:
         run: makes a layer a node of the autograd graph; takes what :func:`forward` takes.
@@ -104,25 +105,47 @@ def derive(
 
     def of_layer(*tensors: Any, **options: Any) -> list[Tensor]:
         call, inputs = _read(tensors, options)
-        if _wants_gradient(inputs):
-            return list(run(call, inputs))
-        with torch._C._AutoDispatchBelowAutograd():
-            return _LAYER(*tensors, **options)
+        return list(run(call, inputs))
 
     def of_gradients(*arguments: Any, **options: Any) -> list[Tensor]:
         *tensors, kept, incoming, needed = arguments
         call, inputs = _read(tensors, options)
-        if _wants_gradient((*inputs, *incoming)):
-            return list(differentiate(call, needed, inputs, kept, incoming))
+        return list(differentiate(call, needed, inputs, kept, incoming))
+
+    for operator, derived, where in (
+        (_LAYER, of_layer, lambda arguments: arguments[:4]),
+        (_LAYER_GRADIENTS, of_gradients, lambda arguments: (*arguments[:4], arguments[-2])),
+    ):
+        operators.add_kernel(operator.name(), derived, "FuncTorchDynamicLayerFrontMode")
+        operators.add_kernel(operator.name(), _where_wanted(operator, derived, where), "Autograd")
+
+
+def _where_wanted(
+    operator: Any, derived: Callable[..., list[Tensor]], where: Callable[[Any], Any]
+) -> Callable[..., list[Tensor]]:
+    """Return a kernel that is `derived` where a derivative is wanted, and plain elsewhere.
+
+    Args:
+        operator: the operator.
+        derived: it with a derivative.
+        where: returns those of its arguments that may have one.
+    """
+
+    def kernel(*arguments: Any, **options: Any) -> list[Tensor]:
+        if forward_ad._current_level >= 0 or _wants_gradient(where(arguments)):
+            return derived(*arguments, **options)
         with torch._C._AutoDispatchBelowAutograd():
-            return _LAYER_GRADIENTS(*arguments, **options)
+            return operator(*arguments, **options)
 
-    operators.add_kernel(_LAYER.name(), of_layer, "Autograd")
-    operators.add_kernel(_LAYER_GRADIENTS.name(), of_gradients, "Autograd")
+    return kernel
 
 
-def _wants_gradient(tensors: MaybeTensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _wants_gradient(tensors: Any) -> bool:
+    """Whether autograd has to know of a tensor, or of one in a list of them."""
+    if not torch.is_grad_enabled():
+        return False
+    flat = (t for part in tensors for t in (part if isinstance(part, list | tuple) else (part,)))
+    return any(t is not None and t.requires_grad for t in flat)
 
 
 def _tensors(call: Call, inputs: MaybeTensors) -> tuple[Any, ...]:
