@@ -83,7 +83,7 @@ def _keep(ctx: Any, call: Call, inputs: MaybeTensors, outputs: Tensors) -> None:
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for backward. Tools that draw graphs expect no None among the saved ones."""
     ctx.present = [t is not None for t in tensors]
-    ctx.save_for_backward(*(t for t in tensors if t is not None))
+    ctx.save_for_backward(*[t for t in tensors if t is not None])
 
 
 def _saved(ctx: Any) -> tuple[Tensor | None, ...]:

@@ -58,14 +58,9 @@ tracing = torch._C._get_tracing_state
 
 def is_recorded() -> bool:
     """Whether somebody records this call, or looks at every operator in it."""
-    if torch.compiler.is_dynamo_compiling():
-        return torch.compiler.is_exporting()
-    return (
-        dispatch_modes() > 0
-        or has_key(PRE_DISPATCH)
-        or tracing() is not None
-        or torch.compiler.is_compiling()
-    )
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()
+    return dispatch_modes() > 0 or has_key(PRE_DISPATCH) or tracing() is not None
 
 
 def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
