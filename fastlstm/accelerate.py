@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.modules import rnn as torch_rnn  # torch.nn.LSTM may be replaced by ours
 
 from fastlstm.convert import class_name, obstacle, original_class, rebuild, with_ours
 from fastlstm.modules import LSTM, RNN, LSTMCell
@@ -17,7 +19,11 @@ __all__ = ["accelerate", "restore"]
 _log = logging.getLogger("fastlstm")
 M = TypeVar("M", bound=nn.Module)
 Patterns = str | Sequence[str] | None
-_OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell, nn.RNN: RNN}
+_OURS: dict[type[nn.Module], Any] = {ours.torch_class: ours for ours in (LSTM, LSTMCell, RNN)}
+_SCRIPTED = (
+    "left, it is TorchScript: its forward is compiled, not Python. Build the model in Python and "
+    "load the weights into it"
+)
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
@@ -113,7 +119,7 @@ def _swap(
     lines: list[str] = []
     replaced: dict[nn.Module, nn.Module] = {}
     for module, paths in _paths(model).items():
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase | torch.jit.ScriptModule):
             unused -= {pattern for pattern in unused if _matches(paths, (pattern,))}
         target, line = plan(module)
         if not line:
@@ -175,8 +181,11 @@ def _matches(paths: Sequence[str], patterns: Sequence[str]) -> bool:
 
 def _to_ours(module: nn.Module) -> _Swap:
     """What accelerate makes of a module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        names = {kind.__name__ for kind in _OURS}
+        return _Swap(None, _SCRIPTED if module.original_name in names else "")
     actual: Any = original_class(module)
-    if actual in (nn.GRU, nn.RNNCell, nn.GRUCell):
+    if actual in (torch_rnn.GRU, torch_rnn.RNNCell, torch_rnn.GRUCell):
         return _Swap(None, f"left, fastlstm has no {actual.__name__}")
     kind: Any = next((kind for kind in _OURS if issubclass(actual, kind)), None)
     if kind is None:

@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["class_name", "convert", "obstacle", "original_class", "rebuild", "with_ours"]
+__all__ = [
+    "class_name",
+    "convert",
+    "joined_class",
+    "obstacle",
+    "original_class",
+    "rebuild",
+    "with_ours",
+]
 
 M = TypeVar("M", bound=nn.Module)
 _SUBCLASS = "a subclass, whose own behaviour would be lost"
@@ -93,7 +101,8 @@ def rebuild(source: nn.Module, state: dict[str, Any], target: type[M]) -> M:
     if parametrize.is_parametrized(source):
         # Parametrizing gave source a class of its own, with a property for each parametrized
         # tensor; target gets one with the same properties.
-        own = {k: v for k, v in vars(type(source)).items() if k not in ("__module__", "__doc__")}
+        made = ("__module__", "__doc__", "_public")
+        own = {k: v for k, v in vars(type(source)).items() if k not in made}
         target = type(f"Parametrized{target.__name__}", (target,), own)
         lists = nn.ModuleDict(dict(source.get_submodule("parametrizations").named_children()))
         state["_modules"] = {**state["_modules"], "parametrizations": lists}
@@ -147,11 +156,21 @@ def _joined(subclass: Any, ours: Any) -> Any:
     def __reduce_ex__(self: Any, protocol: int) -> Any:
         return _new, (subclass, ours), self.__getstate__()
 
-    names = {"__module__": subclass.__module__, "__doc__": subclass.__doc__}
-    names |= {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "_replaces": subclass}
-    result = type(subclass)(subclass.__name__, (ours, subclass), names)
-    result.__qualname__ = subclass.__qualname__
-    return result
+    names = {"__init__": __init__, "__reduce_ex__": __reduce_ex__, "_replaces": subclass}
+    return joined_class(ours, subclass, subclass, names)
+
+
+def joined_class(ours: Any, theirs: Any, like: Any, names: dict[str, Any]) -> Any:
+    """Make a class that derives from both, and computes as ours does.
+
+    Args:
+        ours: a class of this library.
+        theirs: a class of ``torch.nn``, or a subclass of it.
+        like: which of them it is named after.
+        names: what it has of its own.
+    """
+    shared = {name: getattr(like, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(theirs)(like.__name__, (ours, theirs), shared | names)
 
 
 def _new(subclass: Any, ours: Any) -> Any:

@@ -6,6 +6,7 @@ Their operators are defined in Python, by :mod:`fastlstm.kernels.cpu` and
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def error() -> str | None:
     """Load the CPU kernels; return why they are missing, or None."""
     reason = _error_of("_C", "_build_error.txt", "the extension")
     if reason is None:
-        torch.ops.fastlstm.cpu_isa()  # raises for a FASTLSTM_ISA that this machine does not have
+        isa()  # raises for a FASTLSTM_ISA that this machine does not have
     return reason
 
 
@@ -81,6 +82,11 @@ def load_cuda(emulated: bool) -> None:
 
 
 def isa() -> str:
-    """Return the instruction set of the CPU kernels in use: "avx512", "avx2" or "portable"."""
-    load()
-    return str(torch.ops.fastlstm.cpu_isa())
+    """Return the instruction set of the loaded CPU kernels: "avx512", "avx2" or "portable"."""
+    c: Any = torch._C
+    state = c._get_tracing_state()
+    c._set_tracing_state(None)  # torch.jit.trace can record no operator that returns text
+    try:
+        return str(torch.ops.fastlstm.cpu_isa())
+    finally:
+        c._set_tracing_state(state)

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from fastlstm.layer.checks import check_noise, check_pair, size
 from fastlstm.layer.options import Options
+from fastlstm.layer.overrides import overridable
 from fastlstm.layer.stack import run_cell, run_stack
 from fastlstm.spec import DENSE, Sequences
 
@@ -23,6 +24,7 @@ State = tuple[Tensor, Tensor]
 Cache = MutableMapping[Any, Tensor]
 
 
+@overridable
 def lstm(
     input: Tensor,
     hx: State | None,
@@ -121,6 +123,7 @@ def lstm(
     return (y, (h_n, c_n)) if c_all is None else (y, (h_n, c_n), c_all)
 
 
+@overridable
 def rnn(
     input: Tensor,
     hx: Tensor | None,
@@ -184,6 +187,7 @@ def rnn(
     return y, h_n
 
 
+@overridable
 def lstm_cell(
     input: Tensor,
     hx: State | None,

@@ -40,8 +40,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, impl, register_fake
+from torch.library import Library, register_fake
 
+from fastlstm.kernels import flops
 from fastlstm.spec import LayerSpec, Noise
 
 _SEQUENCES = "Tensor? batch_sizes, Tensor? lengths, Tensor? reset"
@@ -71,7 +72,20 @@ _RNN_SCHEMAS = {
     ),
 }
 
-library = Library("fastlstm", "DEF")
+
+def _library() -> Library:
+    """Own the namespace of the operators; take it over from an import before this one.
+
+    Notebooks and test plugins forget modules and import them again, in the same process.
+    """
+    namespace = vars(torch.ops.fastlstm)
+    if "_library" in namespace:
+        namespace["_library"]._destroy()
+    namespace["_library"] = Library("fastlstm", "DEF")
+    return namespace["_library"]
+
+
+library = _library()
 
 
 class Operators(NamedTuple):
@@ -92,28 +106,42 @@ def define(backend: str, *, rnn: bool = True, members: bool = False) -> Operator
         members: whether its operators compute ensembles.
     """
     schemas = _LSTM_SCHEMAS | (_RNN_SCHEMAS if rnn else {})
-    return Operators(
-        *(
-            define_operator(
-                f"{name}_{backend}", f"({schema}{', int members=0' * members}) -> ()", fake=True
-            )
-            for name, schema in schemas.items()
-        )
-    )
+    found = []
+    for name, schema in schemas.items():
+        full = f"({schema}{', int members=0' * members}) -> ()"
+        operator = define_operator(f"{name}_{backend}", full)
+        add_fake(operator.name(), _writes_only_its_arguments)
+        flops.add(operator, flops.backward if name.endswith("bwd") else flops.forward)
+        found.append(operator)
+    return Operators(*found)
 
 
-def define_operator(name: str, schema: str, *, fake: bool = False) -> Any:
+def define_operator(name: str, schema: str) -> Any:
     """Define one operator ``fastlstm::NAME`` and return it.
 
     Args:
         name: its name.
         schema: its arguments and results, ``"(Tensor x) -> ()"``.
-        fake: whether compiled code may contain it; it then writes nothing but its arguments.
     """
     library.define(name + schema)
-    if fake:
-        register_fake(f"fastlstm::{name}")(_writes_only_its_arguments)
     return getattr(torch.ops.fastlstm, name).default
+
+
+def add_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Let a function compute an operator.
+
+    Args:
+        name: of the operator, "fastlstm::lstm_fwd_cpu".
+        kernel: takes its arguments.
+        key: where: "CPU", "CUDA"; "CompositeExplicitAutograd" for every device; "Autograd" for
+            its derivative, see :mod:`fastlstm.layer.recorded`.
+    """
+    library.impl(name, kernel, key)
+
+
+def add_fake(name: str, kernel: Callable[..., Any]) -> None:
+    """Let a function allocate what an operator returns, so that graphs may contain it."""
+    register_fake(name, kernel, lib=library)
 
 
 def _writes_only_its_arguments(*args: object, **options: object) -> None:
@@ -135,7 +163,7 @@ def load_on_first_use(
     loaded = False
 
     def bind(operator: Any) -> Callable[..., None]:
-        def kernel(*args: Any, **options: Any) -> None:
+        def kernel(*args: Any, **options: Any) -> Any:
             nonlocal loaded
             if loaded:
                 raise RuntimeError(f"{operator.name()} has no kernel for tensors on this device")
@@ -143,12 +171,12 @@ def load_on_first_use(
             if reason is not None:
                 raise RuntimeError(f"the {name} kernels are not available here: {reason}")
             loaded = True
-            operator(*args, **options)
+            return operator(*args, **options)
 
         return kernel
 
     for operator in filter(None, operators):
-        impl(operator.name(), "CompositeExplicitAutograd", bind(operator))
+        add_kernel(operator.name(), bind(operator), "CompositeExplicitAutograd")
 
 
 def cell_options(spec: LayerSpec, noise: Noise) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from fastlstm.backends import higher_derivative
 from fastlstm.layer import vmap
-from fastlstm.layer.by_reference import pull_back
+from fastlstm.layer.by_reference import by_reference, pull_back
 from fastlstm.layer.call import (
     Call,
     MaybeTensors,
@@ -25,7 +26,7 @@ from fastlstm.layer.call import (
     with_tensors,
     without_tensors,
 )
-from fastlstm.layer.compute import forward, gradients
+from fastlstm.layer.recorded import derive, forward, gradients, is_recorded
 
 __all__ = ["run"]
 
@@ -43,7 +44,12 @@ def run(call: Call, inputs: MaybeTensors) -> Tensors:
         kinds = [level.key() for level in get_interpreter_stack() or ()]
         save = torch.is_grad_enabled() or TransformType.Grad in kinds
         return _run_transformed(call if save else call._replace(save=False), inputs)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    # Whether a recorded call needs a derivative shows when it is run.
+    if (
+        not is_recorded()
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in inputs)
+    ):
         return _Layer.apply(call, *inputs)
     return forward(call, inputs, save=False)
 
@@ -68,14 +74,26 @@ def _differentiate(
 def _keep(ctx: Any, call: Call, inputs: MaybeTensors, outputs: Tensors) -> None:
     own = call_tensors(call)
     # y, and of an LSTM c_all and gates: backward has no use for the final states
-    ctx.save_for_backward(*own, *inputs, outputs[0], *outputs[3:])
+    _save(ctx, *own, *inputs, outputs[0], *outputs[3:])
     ctx.call, ctx.own, ctx.inputs = without_tensors(call), len(own), len(inputs)
     if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
         ctx.set_materialize_grads(False)
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for backward. Tools that draw graphs expect no None among the saved ones."""
+    ctx.present = [t is not None for t in tensors]
+    ctx.save_for_backward(*[t for t in tensors if t is not None])
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What :func:`_save` was given."""
+    rest = iter(ctx.saved_tensors)
+    return tuple([next(rest) if present else None for present in ctx.present])
+
+
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    own, inputs, kept = _split((ctx.own, ctx.inputs), ctx.saved_tensors)
+    own, inputs, kept = _split((ctx.own, ctx.inputs), _saved(ctx))
     call = with_tensors(ctx.call, own)
     needed = ctx.needs_input_grad[1:]
     incoming = incoming[: count_results(call)]
@@ -148,7 +166,7 @@ class _Gradient(torch.autograd.Function):
         call, needed, sizes, *tensors = arguments
         inputs, _, incoming = _split(sizes, tensors)
         own = call_tensors(call)
-        ctx.save_for_backward(*own, *inputs, *incoming)
+        _save(ctx, *own, *inputs, *incoming)
         ctx.call, ctx.own = without_tensors(call), len(own)
         ctx.needed, ctx.sizes = needed, sizes
 
@@ -157,7 +175,7 @@ class _Gradient(torch.autograd.Function):
         """Second derivatives: of inputs and of the incoming gradients."""
         create_graph = torch.is_grad_enabled()
         count, kept = ctx.sizes
-        tensors, inputs, incoming = _split((ctx.own, count), ctx.saved_tensors)
+        tensors, inputs, incoming = _split((ctx.own, count), _saved(ctx))
         call = with_tensors(ctx.call, tensors)
         with torch.enable_grad():
             # Views cut the graph at this layer: x may itself depend on the weights.
@@ -186,3 +204,16 @@ class _Gradient(torch.autograd.Function):
         dims = (in_dims[0], *_split(sizes, in_dims[3:]))
         groups = _split(sizes, tensors)
         return vmap.gradient_rule(_differentiate, info, dims, call, needed, groups)
+
+
+def _run_operator(call: Call, inputs: MaybeTensors) -> Tensors:
+    """What the operator of a recorded layer returns, with its derivative."""
+    if higher_derivative() is not None and not call.save:
+        return by_reference(call, inputs)
+    if call.save or _is_transformed():
+        outputs = _run_transformed(call._replace(save=True), inputs)
+        return outputs if call.save else outputs[: count_results(call)]
+    return _Layer.apply(call, *inputs)
+
+
+derive(_run_operator, _differentiate)

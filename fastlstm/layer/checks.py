@@ -48,6 +48,11 @@ def check_features(
     """Check that input ``[..., I]`` has the I and, unless error is None, the dtype of weights."""
     dtype = weights[0].dtype
     if error is not None and input.dtype is not dtype:
+        if input.is_quantized:
+            raise error(
+                f"{kind}: input is {input.dtype}, and PyTorch's quantization converts modules of "
+                "torch.nn only: call fastlstm.restore(model), or to_torch(), before prepare"
+            )
         module = f" or the module with .to({input.dtype})" if input.is_floating_point() else ""
         raise error(
             f"{kind}: input is {input.dtype} but the weights are {dtype}: convert the input with "
@@ -146,7 +151,7 @@ def check_packed(
     if x.dim() != 2:
         raise RuntimeError(f"{kind}: packed rows must be 2-D [N, I], got {size(x)}")
     if torch.compiler.is_compiling():  # values are not known yet: the operator checks them
-        batch = int(batch_sizes[0]) if hx is None else hx[0].shape[1]
+        batch: Any = batch_sizes[0].item() if hx is None else hx[0].shape[1]
         return batch_sizes.shape[0], batch, x.shape[1]
     sizes = batch_sizes.tolist()
     if sum(sizes) != x.shape[0] or sizes != sorted(sizes, reverse=True) or sizes[-1:] < [1]:
@@ -169,6 +174,14 @@ def check_pair(hx: Any, dims: int | None) -> tuple[Tensor, Tensor]:
     if len(hx) != 2:
         raise RuntimeError(message)
     return hx[0], hx[1]
+
+
+def check_steps(kind: str, steps: int, input: Tensor) -> None:
+    """Check that there is a step."""
+    if torch.compiler.is_compiling():  # T may be a value that only a run knows
+        torch._check(steps > 0)
+    elif steps == 0:
+        raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
 
 
 def check_unbatched(kind: str, hx: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from fastlstm.kernels.base import compute_dtype, get
 from fastlstm.kernels.operators import cell_options
 from fastlstm.layer.call import Call, MaybeTensors, Tensors
 
-__all__ = ["forward", "gradients"]
+__all__ = ["forward", "gradients", "outputs"]
 
 
 def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
@@ -34,35 +34,42 @@ def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
     """
     x, h0, c0, *weights = inputs
     backend, spec = get(call.backend), call.spec
+    packed = backend.packed_weights(call.cache, "forward", weights, spec)
+    found = outputs(call, inputs, save)
+    arguments = _dense(x), _contiguous(weights, call), spec.directions, _dense(h0)
+    if spec.is_lstm:
+        backend.lstm_fwd(*arguments, _dense(c0), *_rows(call), *found, packed, **_options(call))
+        return tuple([t for t in found if t is not None])
+    relu = spec.mode == "RNN_RELU"
+    backend.rnn_fwd(*arguments, *_rows(call), relu, *found, packed, **_options(call))
+    return found
+
+
+def outputs(call: Call, inputs: MaybeTensors, save: bool) -> tuple[Any, ...]:
+    """Allocate what :func:`forward` returns; of an LSTM with None for what nobody wants."""
+    x, h0, *_ = inputs
+    spec = call.spec
     D, H, P = spec.directions, spec.hidden_size, spec.state_size
     dtype, device = x.dtype, x.device
     shape = x.shape[:-1]
     lead = shape[:1] if call.members else ()
     B = shape[-1] if call.sequences.batch_sizes is None else _batch(call, h0)
-    packed = backend.packed_weights(call.cache, "forward", weights, spec)
     # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
     y = torch.empty(*shape, D * P, dtype=dtype, device=device)
     h_n = torch.empty(*lead, D, B, P, dtype=dtype, device=device)
-    arguments = _dense(x), _contiguous(weights, call), D, _dense(h0)
     if not spec.is_lstm:
-        relu = spec.mode == "RNN_RELU"
-        backend.rnn_fwd(*arguments, *_rows(call), relu, y, h_n, packed, **_options(call))
         return y, h_n
     c_n = torch.empty(*lead, D, B, H, dtype=dtype, device=device)
-    outputs = [y, h_n, c_n]
     c_all = gates = None
     if save or call.cell_states:
         c_all = torch.empty(*shape, D * H, dtype=compute_dtype(dtype), device=device)
-        outputs.append(c_all)
-    if save and not call.recompute and not spec.layer_norm and backend.keeps_gates(spec):
-        kept = compute_dtype(dtype) if backend.wide else dtype
-        size = *lead, D, *shape[len(lead) :], 4 * H
-        gates = torch.empty(size, dtype=kept, device=device)
-        outputs.append(gates)
-    backend.lstm_fwd(
-        *arguments, _dense(c0), *_rows(call), y, h_n, c_n, c_all, gates, packed, **_options(call)
-    )
-    return tuple(outputs)
+    if save and not call.recompute and not spec.layer_norm:
+        backend = get(call.backend)
+        if backend.keeps_gates(spec):
+            kept = compute_dtype(dtype) if backend.wide else dtype
+            size = *lead, D, *shape[len(lead) :], 4 * H
+            gates = torch.empty(size, dtype=kept, device=device)
+    return y, h_n, c_n, c_all, gates
 
 
 def gradients(

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from fastlstm.backends import choice
 from fastlstm.kernels.base import Backend
+from fastlstm.layer.recorded import PRE_DISPATCH, dispatch_modes, has_key, tracing
 from fastlstm.spec import LayerSpec
 
 __all__ = ["fast_backend", "infer"]
@@ -22,7 +23,8 @@ _is_transformed = torch._C._are_functorch_transforms_active
 def fast_backend(x: Tensor) -> Backend | None:
     """Return the backend that takes x as it is, without any preparation, if there is one.
 
-    No compiler, transform or autocast is at work then. It leaves the dtype to the operators.
+    No compiler, transform, mode, trace or autocast is at work then. It leaves the dtype to the
+    operators.
     """
     backend = choice.fast
     if (
@@ -32,6 +34,9 @@ def fast_backend(x: Tensor) -> Backend | None:
         or _is_transformed()
         or _is_autocast()
         or forward_ad._current_level >= 0
+        or dispatch_modes()
+        or has_key(PRE_DISPATCH)
+        or tracing() is not None
         or backend.error() is not None
     ):
         return None

@@ -22,11 +22,13 @@ from fastlstm.layer.checks import (
     check_pair,
     check_reset,
     check_states,
+    check_steps,
     check_unbatched,
     check_weights,
     size,
 )
 from fastlstm.layer.options import Options
+from fastlstm.layer.recorded import is_recorded, tracing
 from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
 
 __all__ = ["run_cell", "run_stack"]
@@ -57,9 +59,9 @@ class _Input(NamedTuple):
         if not options.batch_first:
             return cls(input, steps, batch, False, False)
         steps, batch = batch, steps
-        # One step of one sequence lies the same either way, but not in an exported program,
-        # which may see others.
-        if torch.compiler.is_compiling() or steps != 1 or batch != 1:
+        # One step of one sequence lies the same either way, but not in a graph, which may see
+        # others.
+        if torch.compiler.is_compiling() or is_recorded() or steps != 1 or batch != 1:
             return cls(input.transpose(0, 1), steps, batch, False, True)
         return cls(input, steps, batch, False, False)
 
@@ -100,8 +102,7 @@ def run_stack(
     if options.num_layers > 1:  # all others are alike
         specs = spec, spec._replace(input_size=spec.directions * spec.state_size)
     backend = select(x, specs)
-    if whole.steps == 0:
-        raise RuntimeError(f"{kind}: expected at least one time step, got input {size(input)}")
+    check_steps(kind, whole.steps, input)
     if hx is not None:
         if whole.unbatched:
             hx = check_unbatched(kind, hx)
@@ -147,6 +148,8 @@ def _walk(
     """Compute one layer after the other."""
     L, x = options.num_layers, whole.x
     each = len(weights) // L
+    if hx is None and options.sequences.batch_sizes is not None and _needs_batch():
+        hx = _zeros(specs[0], whole, options)
     if hx is None:
         states: Sequence[State] = (State(),) * L
     elif L == 1:
@@ -178,6 +181,18 @@ def _walk(
     if L == 1:
         return x, finals[0], c_all
     return x, tuple(map(torch.cat, zip(*finals, strict=True))), c_all
+
+
+def _needs_batch() -> bool:
+    """Whether the operator of a layer has to be told B of packed rows, which is a value there."""
+    return is_recorded() and tracing() is None
+
+
+def _zeros(spec: LayerSpec, whole: _Input, options: Options) -> tuple[Tensor, ...]:
+    """The states that None stands for."""
+    rows = options.num_layers * spec.directions, whole.batch
+    h_0 = whole.x.new_zeros(*rows, spec.state_size)
+    return (h_0, whole.x.new_zeros(*rows, spec.hidden_size)) if spec.is_lstm else (h_0,)
 
 
 def _compute(

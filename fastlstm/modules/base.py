@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm.kernels.base import Cache
 from fastlstm.layer.checks import check_states
+from fastlstm.modules.stand_in import StandIn
 from fastlstm.spec import LayerSpec
 
-__all__ = ["Layers", "tensors"]
+__all__ = ["Layers", "by_sample", "is_by_sample", "tensors"]
 
 
-class Layers(nn.RNNBase):
+class Layers(StandIn, nn.RNNBase):
     """A stack of L layers of D directions: what LSTM and RNN share.
 
     They subclass ``nn.RNNBase`` and not ``nn.LSTM`` or ``nn.RNN`` because ``torch.compile``
-    refuses these. The weights are read at every call, so parametrizations, ``weight_norm``,
-    ``torch.func.functional_call``, assignments and edits of ``.data`` all take effect.
+    refuses these; ``isinstance`` takes them for one all the same. The weights are read at every
+    call, so parametrizations, ``weight_norm``, ``torch.func.functional_call``, assignments and
+    edits of ``.data`` all take effect.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -69,10 +72,10 @@ class Layers(nn.RNNBase):
             sizes: the last dimension of each state.
             options: lengths and reset, which have no meaning here.
         """
+        kind = "LSTM" if self.mode == "LSTM" else "RNN"
         if any(option is not None for option in options):
             raise ValueError(
-                f"{self._get_name()}: lengths and reset have no meaning for a PackedSequence: "
-                "pad the input"
+                f"{kind}: lengths and reset have no meaning for a PackedSequence: pad the input"
             )
         order = input.sorted_indices
         rows = self.num_layers * self._D
@@ -82,7 +85,7 @@ class Layers(nn.RNNBase):
         if hx is None or order is None:
             return None if hx is None else tuple(hx)
         shapes = [(rows, order.shape[0], n) for n in sizes]
-        check_states(self._get_name(), hx, shapes, packed=True)
+        check_states(kind, hx, shapes, packed=True)
         return tuple(state.index_select(1, order) for state in hx)
 
     def flatten_parameters(self) -> None:
@@ -106,3 +109,23 @@ def tensors(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
         return list(map(parameters.__getitem__, names))
     except KeyError:
         return [getattr(module, name) for name in names]
+
+
+def is_by_sample(weights: Sequence[Tensor]) -> bool:
+    """Whether PyTorch wants the gradient of each sample by ``call_for_per_sample_grads``.
+
+    Its weights refuse every function but those of PyTorch that it knows.
+    """
+    module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
+    return module is not None and any(isinstance(w, module.ExpandedWeight) for w in weights)
+
+
+def by_sample(module: Any, input: Any, hx: Any) -> Any:
+    """Compute a call whose weights are such, as the module of ``torch.nn`` does without oneDNN."""
+    c: Any = torch._C
+    enabled = c._get_mkldnn_enabled()
+    c._set_mkldnn_enabled(False)
+    try:
+        return module.to_torch()(input, hx)
+    finally:
+        c._set_mkldnn_enabled(enabled)

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import rnn as torch_rnn  # torch.nn.LSTMCell may be replaced by ours
 
 from fastlstm import convert
 from fastlstm.functional import State, lstm_cell
 from fastlstm.kernels.base import Cache
 from fastlstm.layer.fast_path import fast_backend, infer
 from fastlstm.modules.base import tensors
+from fastlstm.modules.stand_in import StandIn, drawn
 from fastlstm.spec import LayerSpec
 
 __all__ = ["LSTMCell"]
@@ -19,7 +21,7 @@ __all__ = ["LSTMCell"]
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class LSTMCell(nn.RNNCellBase):
+class LSTMCell(StandIn, nn.RNNCellBase):
     """``torch.nn.LSTMCell``: one step, with the same arguments, parameters and results.
 
     Args:
@@ -29,6 +31,8 @@ class LSTMCell(nn.RNNCellBase):
         device: of the parameters.
         dtype: of the parameters; float32, float64, bfloat16 or float16.
     """
+
+    torch_class = torch_rnn.LSTMCell
 
     def __init__(
         self,
@@ -59,10 +63,17 @@ class LSTMCell(nn.RNNCellBase):
             ValueError, RuntimeError: see :func:`fastlstm.functional.lstm_cell`.
         """
         weights = tensors(self, _NAMES if self.bias else _NAMES[:2])
-        if not torch.is_grad_enabled() and input.dim() == 2 and (backend := fast_backend(input)):
-            result = infer(backend, input, hx, weights, self._cache)
-            if result is not None:
-                return result
+        is_tensor = isinstance(input, Tensor)
+        if is_tensor and not torch.is_grad_enabled() and input.dim() == 2:
+            backend = fast_backend(input)
+            if backend is not None:
+                result = infer(backend, input, hx, weights, self._cache)
+                if result is not None:
+                    return result
+        if not is_tensor or hx is not None:
+            node = drawn(self, (input, hx))
+            if node is not None:
+                return node
         # Compiled code would depend on what is in the cache, and makes no use of it.
         cache = None if torch.compiler.is_compiling() else self._cache
         return lstm_cell(input, hx, weights, cache=cache)
@@ -79,8 +90,8 @@ class LSTMCell(nn.RNNCellBase):
     @classmethod
     def from_torch(cls, source: nn.LSTMCell) -> LSTMCell:
         """A cell that shares the parameters of an ``nn.LSTMCell``; see :mod:`fastlstm.convert`."""
-        return convert.convert(source, nn.LSTMCell, cls)
+        return convert.convert(source, torch_rnn.LSTMCell, cls)
 
     def to_torch(self) -> nn.LSTMCell:
         """An ``nn.LSTMCell`` that shares these parameters; see :mod:`fastlstm.convert`."""
-        return convert.convert(self, LSTMCell, nn.LSTMCell)
+        return convert.convert(self, LSTMCell, torch_rnn.LSTMCell)

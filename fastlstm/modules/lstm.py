@@ -8,13 +8,15 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import rnn as torch_rnn  # torch.nn.LSTM may be replaced by ours
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
 from fastlstm.functional import State, lstm
 from fastlstm.layer.checks import check_input, check_noise, check_pair
 from fastlstm.layer.fast_path import fast_backend, infer
-from fastlstm.modules.base import Layers, tensors
+from fastlstm.modules.base import Layers, by_sample, is_by_sample, tensors
+from fastlstm.modules.stand_in import drawn
 from fastlstm.spec import LayerSpec
 
 __all__ = ["LSTM"]
@@ -56,6 +58,11 @@ class LSTM(Layers):
         TypeError, ValueError: as ``nn.LSTM``; ValueError for a probability out of range, and for
             a forget_bias without biases.
     """
+
+    torch_class = torch_rnn.LSTM
+    get_expected_cell_size = torch_rnn.LSTM.get_expected_cell_size
+    check_forward_args = torch_rnn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch_rnn.LSTM.permute_hidden  # type: ignore[assignment]
 
     # What an nn.LSTM lacks when it is converted, and what an older pickle lacks.
     forget_bias: float | None = None
@@ -242,7 +249,18 @@ class LSTM(Layers):
             result = self._infer(input, hx)
             if result is not None:
                 return result
+        if hx is not None or not isinstance(input, Tensor):
+            keywords = {
+                "lengths": lengths,
+                "reset": reset,
+                "return_cell_states": return_cell_states,
+            }
+            node = drawn(self, (input, hx), keywords)
+            if node is not None:
+                return node
         weights = tensors(self, self._flat_weights_names)
+        if not more and is_by_sample(weights):
+            return by_sample(self, input, hx)
         settings = self._settings()
         settings.update(
             return_cell_states=return_cell_states,
@@ -322,7 +340,7 @@ class LSTM(Layers):
     @classmethod
     def from_torch(cls, source: nn.LSTM) -> LSTM:
         """A module that shares the parameters of an ``nn.LSTM``; see :mod:`fastlstm.convert`."""
-        return convert.convert(source, nn.LSTM, cls)
+        return convert.convert(source, torch_rnn.LSTM, cls)
 
     def to_torch(self) -> nn.LSTM:
         """An ``nn.LSTM`` that shares these parameters; see :mod:`fastlstm.convert`.
@@ -334,7 +352,7 @@ class LSTM(Layers):
         if lacking := self.beyond_torch():
             advice = "" if lacking[0] in ("layer_norm", "peephole", "zoneout") else ": call eval()"
             raise ValueError(f"to_torch: nn.LSTM has no {', '.join(lacking)}{advice}")
-        return convert.convert(self, LSTM, nn.LSTM)
+        return convert.convert(self, LSTM, torch_rnn.LSTM)
 
     def beyond_torch(self) -> list[str]:
         """Return the options, by name, without which ``nn.LSTM`` would compute something else.

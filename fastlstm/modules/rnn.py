@@ -6,12 +6,14 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import rnn as torch_rnn  # torch.nn.RNN may be replaced by ours
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
 from fastlstm.functional import rnn
 from fastlstm.layer.checks import check_input
-from fastlstm.modules.base import Layers, tensors
+from fastlstm.modules.base import Layers, by_sample, is_by_sample, tensors
+from fastlstm.modules.stand_in import drawn
 
 __all__ = ["RNN"]
 
@@ -34,6 +36,8 @@ class RNN(Layers):
     Raises:
         TypeError, ValueError: as ``nn.RNN``.
     """
+
+    torch_class = torch_rnn.RNN
 
     def __init__(
         self,
@@ -111,9 +115,15 @@ class RNN(Layers):
         Raises:
             ValueError, RuntimeError, TypeError: see :func:`fastlstm.functional.rnn`.
         """
+        if hx is not None or not isinstance(input, Tensor):
+            node = drawn(self, (input, hx), {"lengths": lengths, "reset": reset})
+            if node is not None:
+                return node
         settings = self._settings()
         settings["nonlinearity"] = self.nonlinearity
         weights = tensors(self, self._flat_weights_names)
+        if is_by_sample(weights) and lengths is None and reset is None:
+            return by_sample(self, input, hx)
         if isinstance(input, Tensor):
             return rnn(
                 input,
@@ -138,8 +148,8 @@ class RNN(Layers):
     @classmethod
     def from_torch(cls, source: nn.RNN) -> RNN:
         """A module that shares the parameters of an ``nn.RNN``; see :mod:`fastlstm.convert`."""
-        return convert.convert(source, nn.RNN, cls)
+        return convert.convert(source, torch_rnn.RNN, cls)
 
     def to_torch(self) -> nn.RNN:
         """An ``nn.RNN`` that shares these parameters; see :mod:`fastlstm.convert`."""
-        return convert.convert(self, RNN, nn.RNN)
+        return convert.convert(self, RNN, torch_rnn.RNN)

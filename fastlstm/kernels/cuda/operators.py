@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import impl
 
-from fastlstm.kernels.operators import contiguous, plainly, read_cell_options, zero
+from fastlstm.kernels.operators import add_kernel, contiguous, plainly, read_cell_options, zero
 from fastlstm.kernels.products import (
     gates_again,
     gradient_groups,
@@ -188,4 +187,6 @@ def _gates(x: Tensor, groups: Sequence[Weights], h_before: Sequence[Tensor]) -> 
 
 
 for _function in (lstm_fwd, lstm_bwd):
-    impl(f"fastlstm::{_function.__name__}_cuda", "CPU" if plan.EMULATED else "CUDA", _function)
+    add_kernel(
+        f"fastlstm::{_function.__name__}_cuda", _function, "CPU" if plan.EMULATED else "CUDA"
+    )

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.library import impl
 
-from fastlstm.kernels.operators import contiguous, plainly, read_cell_options, zero
+from fastlstm.kernels.operators import add_kernel, contiguous, plainly, read_cell_options, zero
 from fastlstm.kernels.products import gradient_groups, weight_groups
 from fastlstm.kernels.rows import layout
 from fastlstm.spec import (
@@ -181,4 +180,4 @@ def _refuse(call: Call) -> None:
 
 for _function in (lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd):
     for _key in _DISPATCH_KEYS:
-        impl(f"fastlstm::{_function.__name__}_triton", _key, _function)
+        add_kernel(f"fastlstm::{_function.__name__}_triton", _function, _key)
