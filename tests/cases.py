@@ -67,6 +67,7 @@ class Case:
     x_scale: float = 1.0
     weight_scale: float = 1.0
     bias_scale: float = 1.0
+    values: str = "normal"  # "positive": no sum has terms of both signs; "constant": see `draw`
     wrt: tuple[str, ...] = ()
     through: tuple[str, ...] = ()
     kind: str = "LSTM"  # or "RNN_TANH", "RNN_RELU"
@@ -139,7 +140,10 @@ def peer_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def draw(case: Case, dtype: torch.dtype) -> Results:
-    """Every number of a case, in float64 but exact in `dtype`: parameters, x, hx, gradients."""
+    """Every number of a case, in float64 but exact in `dtype`: parameters, x, hx, gradients.
+
+    Constant ones are those of NVIDIA's RNN sample: weights 1 / H^2, everything else 1.
+    """
     torch.manual_seed(0)
     library = fastlstm if case.extended else nn
     parameters = case.module(library, torch.float64).named_parameters()
@@ -154,6 +158,11 @@ def draw(case: Case, dtype: torch.dtype) -> Results:
     numbers["c0"] = torch.randn(stack, case.B, case.H, dtype=torch.float64) * case.x_scale
     for name, shape in case.output_shapes().items():
         numbers[f"g.{name}"] = torch.randn(shape, dtype=torch.float64)
+    for name, value in numbers.items():
+        if case.values == "positive":
+            value.abs_()
+        elif case.values == "constant":
+            value.fill_(1 / case.H**2 if ".weight" in name else 1)
     return {name: value.to(peer_dtype(dtype)).double() for name, value in numbers.items()}
 
 

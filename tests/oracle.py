@@ -12,7 +12,10 @@ One rounding is what nobody can avoid. It has two parts, neither of them typed i
 - of the result: half the spacing of the dtype at the largest value of the tensor;
 - of the arguments: how far the truth moves when every number that goes in moves by half a spacing
   of the arithmetic (float32 for 16-bit dtypes), from the truths at the neighbours. It grows with
-  T, and where a large bias swallows small products, just as rounding errors do.
+  T, just as rounding errors do.
+
+The CPU kernels count denormal numbers as zero. So the peer is measured with
+torch.set_flush_denormal(True), and a result may be off by the smallest normal number.
 
 Rounding errors are proportional to the spacing. That scales the moves of the neighbours to the
 arithmetic, and it makes up for the wider truth that float64 lacks. There the truth is `stepwise`,
@@ -62,17 +65,18 @@ def judge(
     wide = dtype == torch.float64
     peer, eps = peer_dtype(dtype), torch.finfo(dtype).eps
     arithmetic = arithmetic or min(eps, torch.finfo(torch.float32).eps)
+    tiny = torch.finfo(torch.float64 if wide else torch.float32).smallest_normal
     errors, moves = [], []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the BLAS rounds by the thread count, and the verdict is cached
     with torch.backends.mkldnn.flags(enabled=not wide, allow_tf32=None):  # no float64 in oneDNN
         plain_truth = solve(torch.float64, numbers)
         truth = truth or plain_truth
-        errors.append(measure(solve(peer, numbers), truth))
+        errors.append(measure(flushing(solve, peer, numbers), truth))
         for _ in range(NEIGHBOURS):
             near = {name: move(value, peer) for name, value in numbers.items()}
             near_truth = solve(torch.float64, near)
-            errors.append(measure(solve(peer, near), near_truth))
+            errors.append(measure(flushing(solve, peer, near), near_truth))
             moves.append(measure(near_truth, truth))
     torch.set_num_threads(threads)
     direct = measure(plain_truth, truth)  # 0 unless there is a better truth
@@ -83,8 +87,18 @@ def judge(
         far = scaled + direct[name]
         moved = max(m[name] for m in moves) / 2 * arithmetic / torch.finfo(peer).eps
         rounding = moved + eps * max(size, torch.finfo(dtype).smallest_normal) / 2
+        rounding += tiny
         allowed[name] = 2 * far + rounding + (far + rounding if wide else 0)
     return truth, allowed
+
+
+def flushing(solve: Callable[..., Results], dtype: torch.dtype, numbers: Results) -> Results:
+    """PyTorch's solution where denormal numbers are zero."""
+    torch.set_flush_denormal(True)
+    try:
+        return solve(dtype, numbers)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def move(value: Tensor, dtype: torch.dtype) -> Tensor:

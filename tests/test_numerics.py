@@ -66,6 +66,15 @@ EXTREMES = [
     Case(T=5, B=3, I=10, H=17, x_scale=1e-40, bias=False, directions=2),
 ]
 
+# Sums whose terms are small beside the bias, beside each other, or all of one sign.
+SUMS = [
+    Case(T=5, B=3, I=28, H=64, values="constant"),
+    Case(T=5, B=3, I=28, H=64, values="positive", weight_scale=0.3, directions=2),
+    Case(T=5, B=3, I=64, H=64, weight_scale=1e-2, bias_scale=30.0, recompute=True),
+    Case(T=5, B=3, I=1, H=64, x_scale=1000.0, kind="RNN_RELU"),
+    Case(T=3, B=5, I=64, H=64, values="positive", weight_scale=0.3, proj=33),
+]
+
 GRADIENTS = [
     Case(T=5, B=3, I=10, H=17, wrt=("h0",)),
     Case(T=5, B=3, I=10, H=17, wrt=("c0",), through=("h_n",)),
@@ -88,12 +97,13 @@ LARGE = [
     Case(T=5, B=13, I=33, H=300, directions=2),
     Case(T=3, B=128, I=300, H=256),
     Case(T=5, B=3, I=64, H=320, proj=100),
+    Case(T=3, B=9, I=1, H=512, x_scale=1000.0, kind="RNN_RELU"),
 ]
 
 
 @EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", FEATURES + SIZES + MEMORY + EXTREMES + GRADIENTS, ids=str)
+@pytest.mark.parametrize("case", FEATURES + SIZES + MEMORY + EXTREMES + SUMS + GRADIENTS, ids=str)
 def test_error_is_that_of_pytorch(backend: str, case: Case, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)  # for the BLAS of the reference; the kernels do not care
     check(case, dtype, backend)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "lstm.h"
+#include "out_of_memory.h"
 
 namespace fastlstm {
 
@@ -45,8 +46,9 @@ class Array {
     i64 strides[3], step = 1;
     for (size_t k = shape.size(); k-- > 0; step *= std::max(shape.begin()[k], i64(1))) strides[k] = step;
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(i64(shape.size()), shape.begin(), strides, dtype,
-                                                    aoti_torch_device_type_cpu(), 0, &handle));
+    if (aoti_torch_empty_strided(i64(shape.size()), shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0,
+                                 &handle))
+      throw OutOfMemory(size_t(step) * aoti_torch_dtype_element_size(dtype));
     return Array(handle);
   }
   explicit Array(std::optional<AtenTensorHandle> handle) : Array(handle ? Array(*handle) : Array()) {}

@@ -2,8 +2,6 @@
 // has a first dimension more, [members, ...].
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "bindings/passes.h"
+#include "cpu/parallel.h"
 
 namespace fastlstm {
 
@@ -56,9 +55,7 @@ void run_members(i64 members, const Arguments&... arguments) {
   };
   const Threads threads = torch_threads();
   if (2 * members > threads.count) {
-    torch::stable::parallel_for(0, members, 1, [&](i64 begin, i64 end) {
-      for (i64 k = begin; k < end; ++k) run(k, {1, nullptr});
-    });
+    parallel(threads, members, [&](i64 k) { run(k, {1, nullptr}); });
   } else {
     for (i64 k = 0; k < members; ++k) run(k, threads);
   }

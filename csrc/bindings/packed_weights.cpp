@@ -41,7 +41,7 @@ PackedWeights::PackedWeights(const Call& call, Kind kind, const Array& cache) : 
                     cache.sizes[0] >= i64(bytes) + kHeaderBytes && cache.contiguous();
   if (fits && share(call, static_cast<char*>(cache.data))) return;
   own_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-  STD_TORCH_CHECK(own_ || !bytes, "fastlstm: out of memory for packed weights");
+  if (!own_ && bytes) throw OutOfMemory(bytes);
   data_ = own_.get();
   pack(call);
 }
@@ -71,7 +71,12 @@ bool PackedWeights::share(const Call& call, char* base) {
   header_ = header;
   data_ = base + kHeaderBytes;
   header->hash.store(0, std::memory_order_release);
-  pack(call);
+  try {
+    pack(call);
+  } catch (...) {  // no memory: a later call may have it
+    header->readers.store(0, std::memory_order_release);
+    throw;
+  }
   // Weights that changed while they were packed may be a mixture: good for this call at most.
   if (hash_weights(call) == wanted) header->hash.store(wanted, std::memory_order_release);
   header->readers.store(1, std::memory_order_release);

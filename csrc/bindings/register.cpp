@@ -1,15 +1,16 @@
 // Gives the operators to torch, on LibTorch's stable ABI.
 #include "bindings/operators.h"
+#include "out_of_memory.h"
 
 namespace fastlstm {
 
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
-  m.impl("lstm_fwd_cpu", TORCH_BOX(&lstm_fwd_cpu));
-  m.impl("lstm_bwd_cpu", TORCH_BOX(&lstm_bwd_cpu));
-  m.impl("lstm_infer_cpu", TORCH_BOX(&lstm_infer_cpu));
-  m.impl("lstm_cell_infer_cpu", TORCH_BOX(&lstm_cell_infer_cpu));
-  m.impl("rnn_fwd_cpu", TORCH_BOX(&rnn_fwd_cpu));
-  m.impl("rnn_bwd_cpu", TORCH_BOX(&rnn_bwd_cpu));
+  m.impl("lstm_fwd_cpu", TORCH_BOX(&Guarded<&lstm_fwd_cpu>::call));
+  m.impl("lstm_bwd_cpu", TORCH_BOX(&Guarded<&lstm_bwd_cpu>::call));
+  m.impl("lstm_infer_cpu", TORCH_BOX(&Guarded<&lstm_infer_cpu>::call));
+  m.impl("lstm_cell_infer_cpu", TORCH_BOX(&Guarded<&lstm_cell_infer_cpu>::call));
+  m.impl("rnn_fwd_cpu", TORCH_BOX(&Guarded<&rnn_fwd_cpu>::call));
+  m.impl("rnn_bwd_cpu", TORCH_BOX(&Guarded<&rnn_bwd_cpu>::call));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {

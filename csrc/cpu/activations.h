@@ -1,6 +1,7 @@
 // sigmoid and tanh of a vector.
 #pragma once
 
+#include "cpu/float_mode.h"
 #include "cpu/simd.h"
 
 namespace fastlstm {
@@ -25,10 +26,12 @@ FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& frac
   fraction = fma(r * r, p, r);
 }
 
+// A closed gate is 0: sigmoid(-88) would be denormal.
 FASTLSTM_INLINE Vec<float> sigmoid(Vec<float> x) {
   Vec<float> scale, fraction;
-  split_exp(-clamp(x, -86.0f, 87.0f), scale, fraction);  // sigmoid(-86) = 4e-38
-  return divide(splat(1.0f), fma(scale, fraction, scale) + 1.0f);
+  split_exp(-clamp(x, -88.0f, 87.0f), scale, fraction);
+  const Vec<float> s = divide(splat(1.0f), fma(scale, fraction, scale) + 1.0f);
+  return kFlushesDenormals ? s : s < 0x1p-126f ? Vec<float>{} : s;
 }
 
 // (exp(2x) - 1) / (exp(2x) + 1) without cancellation near zero and without overflow.

@@ -1,5 +1,8 @@
-// Gate sums: bias + x w_ih^T + h w_hh^T, before their activation. The forward pass and a backward pass that computes
+// Gate sums: (x w_ih^T + bias) + h w_hh^T, before their activation. The forward pass and a backward pass that computes
 // the gates again share this file: the terms are added in one order, so both get the same bits.
+//
+// Each product starts from zero. Small terms would be rounded one by one at the size of a large bias, or of the other
+// product, if they were added to that.
 #pragma once
 
 #include "cpu/pack.h"
@@ -13,21 +16,41 @@ struct GateSums {
   const ForwardPack<S>& at;
   const S* packed;
 
-  // acc = bias + x w_ih^T, where acc[r][p * kPanelVectors + v] is vector v of tile + p, for row r. x: [R] rows of I.
+  // acc[r][p * kPanelVectors + v] is vector v of tile + p, for row r.
+  // acc = x w_ih^T + bias. x: [R] rows of I.
   template <int R, int P>
   FASTLSTM_INLINE void start(Vec<S> (&acc)[R][P * kPanelVectors], const S* const (&x)[R], i64 tile) const {
+    product<R, P>(acc, x, packed + at.w_ih, s.I, tile);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
-      for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] = load(packed + at.bias + tile * kPanel<S> + v * kLanes<S>);
-    accumulate<S, R, P, kPanelVectors>(acc, x, 1, packed + at.w_ih + tile * s.I * kPanel<S>, s.I * kPanel<S>, kPanel<S>,
-                                       s.I);
+      for (int v = 0; v < P * kPanelVectors; ++v)
+        acc[r][v] += load(packed + at.bias + tile * kPanel<S> + v * kLanes<S>);
   }
   // acc += h w_hh^T. h: [R] rows of P.
   template <int R, int P>
   FASTLSTM_INLINE void add_hidden(Vec<S> (&acc)[R][P * kPanelVectors], const S* const (&h)[R], i64 tile) const {
-    accumulate<S, R, P, kPanelVectors>(acc, h, 1, packed + at.w_hh + tile * s.P * kPanel<S>, s.P * kPanel<S>, kPanel<S>,
-                                       s.P);
+    alignas(64) S sum[R * P * kPanelVectors][kLanes<S>];  // the registers are taken
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+      for (int v = 0; v < P * kPanelVectors; ++v) store(sum[r * P * kPanelVectors + v], acc[r][v]);
+    product<R, P>(acc, h, packed + at.w_hh, s.P, tile);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+      for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] += load(sum[r * P * kPanelVectors + v]);
+  }
+
+ private:
+  template <int R, int P>
+  FASTLSTM_INLINE void product(Vec<S> (&acc)[R][P * kPanelVectors], const S* const (&a)[R], const S* w, i64 K,
+                               i64 tile) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+      for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] = Vec<S>{};
+    accumulate<S, R, P, kPanelVectors>(acc, a, 1, w + tile * K * kPanel<S>, K * kPanel<S>, kPanel<S>, K);
   }
 };
 

@@ -21,6 +21,7 @@ size_t backward_bytes(const Sizes& s, bool is_double) {
 }
 
 void pack_forward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed) {
+  const FlushDenormals flush;
   for (i64 d = 0; d < s.D; ++d)
     if (dtype == Dtype::f64)
       pack_forward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * ForwardPack<double>(s).size);
@@ -29,6 +30,7 @@ void pack_forward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, 
 }
 
 void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed) {
+  const FlushDenormals flush;
   for (i64 d = 0; d < s.D; ++d)
     if (dtype == Dtype::f64)
       pack_backward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * BackwardPack<double>(s).size);
@@ -48,12 +50,14 @@ void with_cell(const Sizes& s, const CellOptions& cell, const F& f) {
 }
 
 void forward(const ForwardParams& p) {
+  const FlushDenormals flush;
   with_cell(p.sizes, p.cell, [&](auto cell) {
     p.dtype == Dtype::f64 ? forward_layer<double, cell.value>(p) : forward_layer<float, cell.value>(p);
   });
 }
 
 void backward(const BackwardParams& p) {
+  const FlushDenormals flush;
   with_cell(p.sizes, p.cell, [&](auto cell) {
     p.dtype == Dtype::f64 ? backward_layer<double, cell.value>(p) : backward_layer<float, cell.value>(p);
   });

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "cpu/simd.h"
+#include "out_of_memory.h"
 
 namespace fastlstm {
 namespace {
@@ -26,8 +27,8 @@ inline S* element(void* data, i64 offset) {
   return static_cast<S*>(data) + offset;
 }
 
-// Aligned, uninitialised memory that lives as long as the object. std::vector would fill it with zeros, and the linker
-// could merge its functions across instruction sets.
+// Aligned, uninitialised memory that lives as long as the object; throws OutOfMemory. std::vector would fill it with
+// zeros, and the linker could merge its functions across instruction sets.
 template <class E>
 class Buffer {
  public:
@@ -35,7 +36,7 @@ class Buffer {
   explicit Buffer(i64 n) {
     size_ = size_t(n) * sizeof(E);
     block_ = std::malloc(size_ + 64);  // aligned here: std::aligned_alloc bypasses malloc's fast path
-    if (!block_) std::abort();         // on one of torch's threads nobody could catch an exception
+    if (!block_) throw OutOfMemory(size_ + 64);
     data_ = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(block_) + 63) & ~uintptr_t(63));
   }
   ~Buffer() { std::free(block_); }

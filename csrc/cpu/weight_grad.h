@@ -1,9 +1,12 @@
 // Weight gradients: sums over rows of a^T d, where a [rows, K] is what went into a product and d [rows, N] is the
 // gradient of its result. They are kept in panel order, and every chunk of the backward pass adds to them. Each sum
 // runs over the rows in one fixed order, whatever the number of threads is, so results are reproducible.
+//
+// A sum has three levels, because one long chain would be inaccurate: blocks of rows, a group of blocks, all groups.
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/long_sum.h"
 
 namespace fastlstm {
 namespace {
@@ -12,8 +15,15 @@ template <class S>
 class WeightGrad {
  public:
   WeightGrad() = default;
-  // The sums are [panels of N][K][kPanel]. They are not set until rows are added.
-  WeightGrad(i64 K, i64 N) : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {}
+  // The sums are [panels of N][K][kPanel]. They are not set until rows are added. bias: whether the sums of d are
+  // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk.
+  WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows)
+      : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {
+    if (chunks * ceil_div(rows, kRows) > kGroup) groups_ = Buffer<S>(panels_ * K * kPanel<S>);
+    if (!bias) return;
+    bias_ = Buffer<LongSum<S>>(panels_ * kPanelVectors);
+    bias_.zero();
+  }
 
   bool allocated() const { return bool(sums_); }
 
@@ -21,31 +31,51 @@ class WeightGrad {
   // copies its columns of a.
   i64 parts(i64 threads) const { return depth_groups() * smaller(panels_, ceil_div(threads, depth_groups())); }
 
-  // sums += a^T d over `rows` rows (sums = a^T d if these are the first), for part `part` of `parts`. d: rows of N
-  // (padded to whole vectors) at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out.
+  // sums += a^T d over the `rows` rows of a chunk, for part `part` of `parts`. d: rows of N (padded to whole vectors)
+  // at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out.
   template <class Fill>
-  void add(i64 part, i64 parts, i64 rows, bool first_rows, const S* d, i64 d_pitch, const Fill& fill) const {
+  void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill) const {
     const i64 panel_groups = parts / depth_groups(), group = part / panel_groups, which = part % panel_groups;
     const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups();
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
     const i64 a_pitch = pitch<S>(k_end - k_begin);
     const Buffer<S> a(smaller(rows, kRows) * a_pitch);
     for (i64 first = 0; first < rows; first += kRows) {
-      const i64 count = smaller(kRows, rows - first);
+      const i64 count = smaller(kRows, rows - first), block = blocks_ + first / kRows;
       for (i64 row = 0; row < count; ++row) fill(first + row, k_begin, k_end, &a[row * a_pitch]);
       for (i64 panel = panel_begin; panel < panel_end; ++panel) {
         const S* dp = d + first * d_pitch + panel * kPanel<S>;
-        S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
+        const i64 at = (panel * K_ + k_begin) * kPanel<S>, width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
+        if (group == 0 && bias_)
+          for (i64 v = 0; v < ceil_div(width, kLanes<S>); ++v)
+            bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
+        if (block > 0 && block % kGroup == 0) end_group(at, (k_end - k_begin) * kPanel<S>, block == kGroup);
         // This product has the k of the sums as its rows, and the rows of a and d as its k.
-        multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
-                         smaller(kPanel<S>, N_ - panel * kPanel<S>), !first_rows || first > 0);
+        multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, &sums_[at], kPanel<S>, width,
+                         block % kGroup > 0);
       }
     }
+  }
+  // After all parts of a chunk.
+  void end_chunk(i64 rows) { blocks_ += ceil_div(rows, kRows); }
+  // Adds the last group to the others, for one panel.
+  void end_panel(i64 panel) const {
+    const i64 n = K_ * kPanel<S>;
+    if (blocks_ > kGroup)
+      for (i64 k = panel * n; k < (panel + 1) * n; k += kLanes<S>)
+        store(&sums_[k], load(&groups_[k]) + load(&sums_[k]));
   }
 
   i64 panels() const { return panels_; }
 
-  // Copies the columns of one panel: row(n)[k] = sum of a[.][k_begin + k] * d[.][n] for k < count.
+  // Copies the sums of d of one panel: out(n) = sum of d[.][n].
+  template <class Out>
+  void copy_bias(i64 panel, const Out& out) const {
+    for (i64 n = panel * kPanel<S>; n < smaller(N_, (panel + 1) * kPanel<S>); ++n)
+      out(n) = bias_[n / kLanes<S>].total()[n % kLanes<S>];
+  }
+
+  // Copies the columns of one panel, after end_panel: row(n)[k] = sum of a[.][k_begin + k] * d[.][n] for k < count.
   template <class Row>
   void copy_panel(i64 panel, i64 k_begin, i64 count, const Row& row) const {
     const i64 width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
@@ -61,10 +91,19 @@ class WeightGrad {
  private:
   static constexpr i64 kRows = 128;   // rows that are summed on their own: short chains are accurate, and fit L1 or L2
   static constexpr i64 kDepth = 240;  // columns of a in one block
+  static constexpr i64 kGroup = 256;  // blocks: as many as a sum of all rows has in most calls
   i64 depth_groups() const { return ceil_div(K_, kDepth); }
 
+  // Adds n sums from place `at` on to those of all groups; they begin anew.
+  void end_group(i64 at, i64 n, bool first) const {
+    for (i64 k = at; k < at + n; k += kLanes<S>)
+      store(&groups_[k], first ? load(&sums_[k]) : load(&groups_[k]) + load(&sums_[k]));
+  }
+
   i64 K_ = 0, N_ = 0, panels_ = 0;
-  Buffer<S> sums_;
+  Buffer<S> sums_, groups_;  // groups_: of all groups but the last one, where there are several
+  Buffer<LongSum<S>> bias_;  // [panels of N][kPanelVectors]
+  i64 blocks_ = 0;           // of earlier chunks
 };
 
 }  // namespace

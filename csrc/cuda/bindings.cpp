@@ -8,6 +8,7 @@
 
 #include "bindings/array.h"
 #include "launch.h"
+#include "out_of_memory.h"
 
 namespace fastlstm::cuda {
 namespace {
@@ -200,8 +201,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
 #endif
-  m.impl("lstm_recur_fwd", TORCH_BOX(&lstm_recur_fwd));
-  m.impl("lstm_recur_bwd", TORCH_BOX(&lstm_recur_bwd));
+  m.impl("lstm_recur_fwd", TORCH_BOX(&Guarded<&lstm_recur_fwd>::call));
+  m.impl("lstm_recur_bwd", TORCH_BOX(&Guarded<&lstm_recur_bwd>::call));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) { m.impl("cuda_device", TORCH_BOX(&device_facts)); }

@@ -33,7 +33,7 @@ class BackwardDirection {
   i64 time(i64 step) const { return all_.direction == 0 ? s_.T - 1 - step : step; }
   void begin_chunk(i64 first_step, i64 steps);
   i64 chunk_rows() const { return chunk.start[steps_]; }
-  void end_chunk() { first_rows_ = first_rows_ && chunk_rows() == 0; }
+  void end_chunk();
 
   void recompute(i64 row_begin, i64 row_end) const;
 
@@ -103,10 +103,10 @@ class BackwardDirection {
   const S* packed_;
   const BackwardParams::Gradients& dw_;
   const Extended<S>* const extended_;  // null if the cell is not extended
-  WeightGrad<S> gates_;                // of [w_ih | w_hh | b]; with layer normalisation of w_ih
+  WeightGrad<S> gates_;                // of [w_ih | w_hh] and b; with layer normalisation of w_ih
   WeightGrad<S> recurrent_;            // of w_hh, with layer normalisation
   WeightGrad<S> projection_;           // of w_hr
-  Buffer<S> vectors_;                  // [tiles][vectors()][kLanes] sums of vector_grads
+  Buffer<LongSum<S>> vectors_;         // [tiles][vectors()] sums of vector_grads
   const i64 capacity_;                 // steps of a full chunk
   i64 first_step_ = 0, steps_ = 0;
   bool first_rows_ = true;  // nothing has been added to the weight gradients yet

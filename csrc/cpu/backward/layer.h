@@ -2,6 +2,8 @@
 // for those of a chunk.
 #pragma once
 
+#include <memory>
+
 #include "cpu/backward/extended.h"
 #include "cpu/backward/lane.h"
 #include "cpu/backward/products.h"
@@ -37,18 +39,14 @@ class BackwardLayer {
   explicit BackwardLayer(const BackwardParams& p)
       : p_(p), s_(p.sizes), plan_(make_plan<S>(s_, p.threads.count)), capacity_(chunk_capacity<S>(s_)),
         shares_(ceil_div(p.threads.count, s_.D)), lane_count_(s_.D * plan_.lanes),
-        extended_(kCell == Cell::extended, s_, p.dtype, p.cell, p.weights), lanes_(lane_count_) {
-    for (i64 d = 0; d < s_.D; ++d) directions_[d] = new Direction(p, extended_[d], d, capacity_);
+        extended_(kCell == Cell::extended, s_, p.dtype, p.cell, p.weights),
+        lanes_(new std::unique_ptr<Lane>[size_t(lane_count_)]) {
+    for (i64 d = 0; d < s_.D; ++d) directions_[d].reset(new Direction(p, extended_[d], d, capacity_));
     for (i64 k = 0; k < lane_count_; ++k) {
       const i64 d = k / plan_.lanes;
-      lanes_[k] = new Lane(p, plan_, extended_[d], d, k % plan_.lanes, directions_[d]->chunk);
+      lanes_[k].reset(new Lane(p, plan_, extended_[d], d, k % plan_.lanes, directions_[d]->chunk));
     }
   }
-  ~BackwardLayer() {
-    for (i64 k = 0; k < lane_count_; ++k) delete lanes_[k];
-    for (i64 d = 0; d < s_.D; ++d) delete directions_[d];
-  }
-  BackwardLayer(const BackwardLayer&) = delete;
 
   void run() {
     for (i64 first = 0; first < s_.T; first += capacity_) {
@@ -131,7 +129,7 @@ class BackwardLayer {
     const auto add = [&](const WeightGrad<S>& grad, void (Direction::*part)(i64, i64)) {
       if (!grad.allocated()) return;
       const i64 parts = grad.parts(shares_);
-      parallel(p_.threads, s_.D * parts, [&](i64 item) { (directions_[item / parts]->*part)(item % parts, parts); });
+      parallel(p_.threads, s_.D * parts, [&](i64 item) { ((*directions_[item / parts]).*part)(item % parts, parts); });
     };
     add(directions_[0]->gate_weights(), &Direction::gate_weight_grad);
     add(directions_[0]->recurrent_weights(), &Direction::recurrent_weight_grad);
@@ -141,7 +139,7 @@ class BackwardLayer {
     const auto write = [&](const WeightGrad<S>& grad, void (Direction::*panel)(i64) const) {
       if (grad.allocated())
         parallel(p_.threads, s_.D * grad.panels(),
-                 [&](i64 item) { (directions_[item / grad.panels()]->*panel)(item % grad.panels()); });
+                 [&](i64 item) { ((*directions_[item / grad.panels()]).*panel)(item % grad.panels()); });
     };
     if (directions_[0]->has_rows()) {
       write(directions_[0]->gate_weights(), &Direction::write_gate_grads);
@@ -158,8 +156,8 @@ class BackwardLayer {
   const Plan plan_;
   const i64 capacity_, shares_, lane_count_;
   const ExtendedDirections<S> extended_;
-  Direction* directions_[2];
-  Buffer<Lane*> lanes_;
+  std::unique_ptr<Direction> directions_[2];
+  const std::unique_ptr<std::unique_ptr<Lane>[]> lanes_;
 };
 
 template <class S, Cell kCell>

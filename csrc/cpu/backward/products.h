@@ -28,10 +28,11 @@ inline void BackwardDirection<S>::input_grad(i64 row_begin, i64 row_end, i64 pan
   }
 }
 
-// Adds part `part` of [x | h_previous | 1]^T dgates of this chunk; with layer normalisation x^T dinputs.
+// Adds part `part` of [x | h_previous]^T dgates of this chunk, and of the sum of dgates; with layer normalisation of
+// x^T dinputs alone.
 template <class S>
 inline void BackwardDirection<S>::gate_weight_grad(i64 part, i64 parts) {
-  gates_.add(part, parts, chunk_rows(), first_rows_, chunk.dinputs_row(0), chunk.gate_pitch,
+  gates_.add(part, parts, chunk_rows(), chunk.dinputs_row(0), chunk.gate_pitch,
              [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, k_begin, k_end, out); });
 }
 
@@ -39,14 +40,14 @@ inline void BackwardDirection<S>::gate_weight_grad(i64 part, i64 parts) {
 template <class S>
 inline void BackwardDirection<S>::recurrent_weight_grad(i64 part, i64 parts) {
   recurrent_.add(
-      part, parts, chunk_rows(), first_rows_, chunk.drecurrent_row(0), chunk.gate_pitch,
+      part, parts, chunk_rows(), chunk.drecurrent_row(0), chunk.gate_pitch,
       [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, s_.I + k_begin, s_.I + k_end, out); });
 }
 
 // Adds m^T dh of this chunk, where m = o * tanh(c) is the hidden state before its projection.
 template <class S>
 inline void BackwardDirection<S>::projection_weight_grad(i64 part, i64 parts) {
-  projection_.add(part, parts, chunk_rows(), first_rows_, chunk.dhidden.get(), chunk.state_pitch,
+  projection_.add(part, parts, chunk_rows(), chunk.dhidden.get(), chunk.state_pitch,
                   [&](i64 row, i64 k_begin, i64 k_end, S* out) {
                     if (chunk.m) {
                       const S* m = &chunk.m[row * chunk.hidden_pitch];
@@ -74,14 +75,19 @@ inline void BackwardDirection<S>::write_gate_grads(i64 panel) const {
     if (out)
       grad.copy_panel(panel, k_begin, count, [&](i64 q) { return static_cast<S*>(out) + gate_row<S>(s_, q) * count; });
   };
+  gates_.end_panel(panel);
   write(gates_, dw_.w_ih, 0, s_.I);
-  if (s_.layer_norm) return write(recurrent_, dw_.w_hh, 0, s_.P);  // vector_grads has the bias
+  if (s_.layer_norm) {  // vector_grads has the bias
+    recurrent_.end_panel(panel);
+    return write(recurrent_, dw_.w_hh, 0, s_.P);
+  }
   write(gates_, dw_.w_hh, s_.I, s_.P);
-  write(gates_, dw_.b, s_.I + s_.P, 1);
+  if (dw_.b) gates_.copy_bias(panel, [&](i64 q) -> S& { return static_cast<S*>(dw_.b)[gate_row<S>(s_, q)]; });
 }
 
 template <class S>
 inline void BackwardDirection<S>::write_projection_grads(i64 panel) const {
+  projection_.end_panel(panel);
   projection_.copy_panel(panel, 0, s_.H, [&](i64 q) { return static_cast<S*>(dw_.w_hr) + q * s_.H; });
 }
 

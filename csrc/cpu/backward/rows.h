@@ -12,7 +12,7 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
     : p_(p), s_(p.sizes), all_(p.sizes, p.ragged, direction, 0, 1), at_(p.sizes),
       packed_(static_cast<const S*>(p.packed) + direction * at_.size), dw_(p.dw[direction]), extended_(extended),
       capacity_(capacity) {
-  const i64 rows = capacity * s_.B;
+  const i64 rows = capacity * s_.B, chunks = ceil_div(s_.T, capacity);
   chunk.gate_pitch = pitch<S>(s_.gate_units());
   chunk.hidden_pitch = pitch<S>(s_.H);
   chunk.state_pitch = pitch<S>(s_.P);
@@ -35,11 +35,21 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
   }
   chunk.start = Buffer<i64>(capacity + 1);
   if (dw_.w_ih) {
-    gates_ = WeightGrad<S>(s_.layer_norm ? s_.I : s_.I + s_.P + 1, s_.gate_units());
-    if (s_.layer_norm) recurrent_ = WeightGrad<S>(s_.P, 4 * s_.H);
-    vectors_ = zeros(tiles() * vectors() * kLanes<S>);
+    gates_ =
+        WeightGrad<S>(s_.layer_norm ? s_.I : s_.I + s_.P, s_.gate_units(), s_.bias && !s_.layer_norm, chunks, rows);
+    if (s_.layer_norm) recurrent_ = WeightGrad<S>(s_.P, 4 * s_.H, false, chunks, rows);
+    vectors_ = Buffer<LongSum<S>>(tiles() * vectors());
+    vectors_.zero();
   }
-  if (dw_.w_hr) projection_ = WeightGrad<S>(s_.H, s_.P);
+  if (dw_.w_hr) projection_ = WeightGrad<S>(s_.H, s_.P, false, chunks, rows);
+}
+
+template <class S>
+inline void BackwardDirection<S>::end_chunk() {
+  first_rows_ = first_rows_ && chunk_rows() == 0;
+  gates_.end_chunk(chunk_rows());
+  recurrent_.end_chunk(chunk_rows());
+  projection_.end_chunk(chunk_rows());
 }
 
 template <class S>
@@ -81,7 +91,7 @@ inline void BackwardDirection<S>::previous_hidden(S* out, i64 t, i64 slot, i64 b
   for (i64 k = 0; k < count; ++k) out[k] *= mask[k];
 }
 
-// Columns [k_begin, k_end) of [x | h_previous | 1] of a row of the chunk.
+// Columns [k_begin, k_end) of [x | h_previous] of a row of the chunk.
 template <class S>
 inline void BackwardDirection<S>::product_input(i64 row, i64 k_begin, i64 k_end, S* out) const {
   i64 t, slot;
@@ -91,7 +101,6 @@ inline void BackwardDirection<S>::product_input(i64 row, i64 k_begin, i64 k_end,
     convert_in(out, p_.x.data, p_.dtype, all_.offset(p_.x, t, b) + k_begin, smaller(k_end, s_.I) - k_begin);
   const i64 h_begin = larger(k_begin, s_.I) - s_.I, h_end = smaller(k_end, s_.I + s_.P) - s_.I;
   if (h_begin < h_end) previous_hidden(out + s_.I + h_begin - k_begin, t, slot, b, h_begin, h_end - h_begin);
-  if (k_end == s_.I + s_.P + 1) out[k_end - 1 - k_begin] = 1;  // the bias
 }
 
 // Whether the other direction has already written dx of time t: in an earlier chunk, or before this one in this chunk.

@@ -23,10 +23,10 @@ inline void BackwardDirection<S>::normalised_input_grad(i64 row_begin, i64 row_e
   }
 }
 
-// Rows whose sums are computed on their own and then added to the total: short chains are accurate, as in WeightGrad.
+// Rows whose sums are computed on their own and then added to the total: short chains are accurate.
 template <class S>
 struct BackwardDirection<S>::Run {
-  static constexpr i64 kRows = 128;
+  static constexpr i64 kRows = 32;
   i64 first, rows;
   const S *gates[kRows], *c_before[kRows];  // only with peepholes
 };
@@ -51,11 +51,8 @@ inline void BackwardDirection<S>::vector_grads(i64 tile_begin, i64 tile_end) con
     run.rows = smaller(Run::kRows, chunk_rows() - first);
     if (s_.peephole) find_cells(run);
     for (i64 tile = tile_begin; tile < tile_end; ++tile) {
-      S* total = &vectors_[tile * vectors() * kLanes<S>];
-      const auto add = [&](Vec<S> sum) {
-        store(total, load(total) + sum);
-        total += kLanes<S>;
-      };
+      LongSum<S>* total = &vectors_[tile * vectors()];
+      const auto add = [&](Vec<S> sum) { total++->add(sum); };
       if (s_.peephole) peephole_grads(run, tile, add);
       if (s_.layer_norm) normalisation_grads(run, tile, add);
     }
@@ -109,10 +106,10 @@ template <class S>
 inline void BackwardDirection<S>::write_vector_grads() const {
   for (i64 tile = 0; tile < tiles(); ++tile) {
     const i64 unit = tile * kLanes<S>, n = smaller(kLanes<S>, s_.H - unit);
-    const S* sum = &vectors_[tile * vectors() * kLanes<S>];
+    const LongSum<S>* sum = &vectors_[tile * vectors()];
     const auto write = [&](void* out, i64 first) {
-      if (out) std::memcpy(static_cast<S*>(out) + first + unit, sum, size_t(n) * sizeof(S));
-      sum += kLanes<S>;
+      if (out) store_n(static_cast<S*>(out) + first + unit, sum->total(), n);
+      ++sum;
     };
     for (i64 k = 0; k < 3 && s_.peephole; ++k) write(dw_.w_ch, k * s_.H);
     if (!s_.layer_norm) continue;

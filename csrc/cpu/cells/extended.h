@@ -5,6 +5,8 @@
 // everything else. (Layer normalisation needs all sums of a row before any gate.)
 #pragma once
 
+#include <memory>
+
 #include "cpu/cells/layer_norm.h"
 #include "cpu/cells/zoneout.h"
 #include "cpu/pack.h"
@@ -68,16 +70,12 @@ class ExtendedDirections {
  public:
   ExtendedDirections(bool extended, const Sizes& s, Dtype dtype, const CellOptions& cell, const DirectionWeights* w) {
     if (extended)
-      for (i64 d = 0; d < s.D; ++d) each_[d] = new Extended<S>(s, dtype, cell, w[d], d);
+      for (i64 d = 0; d < s.D; ++d) each_[d].reset(new Extended<S>(s, dtype, cell, w[d], d));
   }
-  ExtendedDirections(const ExtendedDirections&) = delete;
-  ~ExtendedDirections() {
-    for (const Extended<S>* one : each_) delete one;
-  }
-  const Extended<S>* operator[](i64 d) const { return each_[d]; }
+  const Extended<S>* operator[](i64 d) const { return each_[d].get(); }
 
  private:
-  const Extended<S>* each_[2] = {};
+  std::unique_ptr<const Extended<S>> each_[2];
 };
 
 }  // namespace

@@ -6,7 +6,7 @@
 namespace fastlstm {
 namespace {
 
-// Input products bias + x w_ih^T of all rows of the chunk, for a range of tiles of units.
+// Input products x w_ih^T + bias of all rows of the chunk, for a range of tiles of units.
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::input_products(i64 tile_begin, i64 tile_end) {
   for (i64 tile = tile_begin; tile < tile_end; ++tile)
@@ -76,7 +76,7 @@ template <class S, Cell cell>
 template <int R, int P>
 inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 tile, S (*sums)[kPanel<S>]) {
   Vec<S> acc[R][P * kPanelVectors];
-  if (kByRow && s_.layer_norm) {
+  if (kByRow && s_.layer_norm) {  // which adds the input products later
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24

@@ -4,9 +4,8 @@
 //
 //   begin_chunk, input_products   once for some steps: x w_ih^T for all of them, where the plan computes it ahead
 //   begin_step                    which rows there are; states of sequences that begin; resets
-//   gates                         gate sums bias + x w_ih^T + h w_hh^T for a range of tiles of units; of a plain LSTM
-//   and
-//                                 an RNN also the new states, tile by tile
+//   gates                         gate sums (x w_ih^T + bias) + h w_hh^T for a range of tiles of units; of a plain LSTM
+//                                 and an RNN also the new states, tile by tile
 //   update_rows                   of an extended cell: everything that follows the gate sums, row by row
 //   project_hidden, update_hidden h = m w_hr^T with a projection; what an extended cell does to h after it
 //   end_step                      states of sequences that end

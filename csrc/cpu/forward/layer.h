@@ -1,7 +1,7 @@
 // The forward pass of one layer: what its threads do, step by step. lane.h describes the parts of a step.
 #pragma once
 
-#include <new>
+#include <memory>
 
 #include "cpu/forward/extended.h"
 #include "cpu/forward/gates.h"
@@ -33,9 +33,8 @@ template <class S, Cell cell>
 void forward_shared_steps(const ForwardParams& p, const Plan& plan, const ExtendedDirections<S>& extended) {
   using Lane = ForwardLane<S, cell>;
   const Sizes& s = p.sizes;
-  alignas(Lane) char memory[2][sizeof(Lane)];
-  Lane* lanes[2];
-  for (i64 d = 0; d < s.D; ++d) lanes[d] = new (memory[d]) Lane(p, plan, extended[d], d, 0);
+  std::unique_ptr<Lane> lanes[2];
+  for (i64 d = 0; d < s.D; ++d) lanes[d].reset(new Lane(p, plan, extended[d], d, 0));
   const i64 shares = ceil_div(p.threads.count, s.D);
   const auto share = [&](i64 count, const auto& work) {  // work(lane, begin, end) over [0, count) of each lane
     parallel(p.threads, s.D * shares, [&](i64 item) {
@@ -57,10 +56,7 @@ void forward_shared_steps(const ForwardParams& p, const Plan& plan, const Extend
       share(lanes[0]->rows(), [](Lane& lane, i64 a, i64 b) { lane.update_hidden(a, b); });
     for (i64 d = 0; d < s.D; ++d) lanes[d]->end_step();
   }
-  for (i64 d = 0; d < s.D; ++d) {
-    lanes[d]->end_sequence();
-    lanes[d]->~Lane();
-  }
+  for (i64 d = 0; d < s.D; ++d) lanes[d]->end_sequence();
 }
 
 template <class S, Cell cell>

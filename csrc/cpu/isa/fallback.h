@@ -19,16 +19,20 @@ FASTLSTM_INLINE Words64 multiply_low(const Words64& a, const Words64& b) {
 }
 
 inline float half_to_float(uint16_t v) {
-  uint32_t sign = uint32_t(v & 0x8000u) << 16, magnitude = v & 0x7fffu;
-  uint32_t bits = sign | (magnitude << 13);
+  const uint32_t sign = uint32_t(v & 0x8000u) << 16, magnitude = v & 0x7fffu;
+  uint32_t bits = magnitude << 13;
   float f;
   if (magnitude >= 0x7c00u) {
     bits |= 0x7f800000u;  // inf, NaN
-    std::memcpy(&f, &bits, 4);
-    return f;
+  } else if (magnitude >= 0x0400u) {
+    bits += 112u << 23;  // the exponent counts from -127 instead of -15
+  } else {               // a denormal half
+    f = float(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &f, 4);
   }
+  bits |= sign;
   std::memcpy(&f, &bits, 4);
-  return f * 0x1p112f;  // moves the exponent by 127 - 15; exact, denormals included
+  return f;
 }
 
 inline uint16_t float_to_half(float f) {

@@ -5,6 +5,7 @@
 // kernels. What the kernels make it do to memory is told to the sanitizer explicitly, by the functions below.
 #pragma once
 
+#include <exception>
 #include <vector>
 
 #include "context.h"
@@ -98,7 +99,8 @@ struct Machine {
   Meeting cluster;
   Context scheduler;
   Fiber* current = nullptr;
-  char launch = 0;  // an address for the sanitizer: a group is ordered before the next one
+  std::exception_ptr error;  // what ended a fiber: memory that there was not
+  char launch = 0;           // an address for the sanitizer: a group is ordered before the next one
 #ifdef FASTLSTM_TSAN
   void* sanitizer = nullptr;
 #endif

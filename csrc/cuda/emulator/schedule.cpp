@@ -37,7 +37,11 @@ void enter(Fiber& fiber) {
 
 void fiber_main() {
   __tsan_acquire(&machine->launch);
-  (*machine->body)();
+  try {
+    (*machine->body)();
+  } catch (...) {  // it must not leave the stack of the fiber
+    machine->error = std::current_exception();
+  }
   __tsan_release(&machine->launch);
   machine->current->done = true;
   leave();
@@ -65,6 +69,7 @@ void run_group(std::mt19937_64* random) {
         for (size_t k = warp * kLanes; k < (warp + 1) * kLanes; ++k)
           if (is_ready(fibers[k])) {
             enter(fibers[k]);
+            if (machine->error) std::rethrow_exception(machine->error);
             done += fibers[k].done;
             progress = again = true;
           }

@@ -1,0 +1,50 @@
+"""A call that gets no memory raises; the process lives, and the module works afterwards."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlstm
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it limits memory as Linux does")
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize(
+    ("last", "step"), [(600, 100), pytest.param(600, 10, marks=pytest.mark.slow)]
+)
+def test_train_with_too_little_memory(backend: str, last: int, step: int) -> None:
+    sweep(backend, 2048, last, step)
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize(("last", "step"), [(40, 20), (60, 2)])
+def test_emulate_with_too_little_memory(backend: str, last: int, step: int) -> None:
+    sweep(backend, 128, last, step)
+
+
+def sweep(backend: str, size: int, last: int, step: int) -> None:
+    """Every limit ends in a result or an exception that says what was missing."""
+    script = Path(__file__).with_name("memory_limit.py")
+    arguments = [sys.executable, script, backend, *map(str, (size, last, step))]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    ended = json.loads(done.stdout.splitlines()[-1])
+    bad = {
+        more: how for more, how in ended.items() if how != "result" and "memory" not in how.lower()
+    }
+    assert not bad
+    assert ended[str(last)] == "result"
+    assert ended["0"] != "result"
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("infer", [False, True])
+def test_ask_for_more_memory_than_there_is(backend: str, infer: bool) -> None:
+    """The error names the size."""
+    x = torch.zeros(1, 1, 1).expand(1 << 45, 1, 1)
+    with torch.inference_mode(infer), pytest.raises(RuntimeError, match=f"{1 << 47} bytes"):
+        fastlstm.LSTM(1, 1)(x)
