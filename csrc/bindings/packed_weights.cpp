@@ -41,7 +41,7 @@ PackedWeights::PackedWeights(const Call& call, Kind kind, const Array& cache) : 
                     cache.sizes[0] >= i64(bytes) + kHeaderBytes && cache.contiguous();
   if (fits && share(call, static_cast<char*>(cache.data))) return;
   own_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-  STD_TORCH_CHECK(own_ || !bytes, "fastlstm: out of memory for packed weights");
+  FASTLSTM_CHECK(own_ || !bytes, "fastlstm: out of memory for packed weights");
   data_ = own_.get();
   pack(call);
 }
