@@ -209,37 +209,21 @@ def test_edit_of_an_input_before_backward_raises(backend: str, edited: str) -> N
 def test_edit_of_an_output_before_backward_is_never_silently_wrong(
     backend: str, directions: int, which: int
 ) -> None:
-    """It raises if the backward needs the output, and has no effect if it does not."""
+    """It has no effect on the gradients of what was computed before it."""
     lstm = fastlstm.LSTM(10, 17, bidirectional=directions == 2)
     x = torch.randn(5, 3, 10, requires_grad=True)
     leaves = (x, *lstm.parameters())
 
-    def outputs() -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(edit: bool) -> tuple[Tensor, ...]:
         y, (h_n, c_n) = lstm(x)
-        return y, h_n, c_n
+        outputs = y, h_n, c_n
+        total = sum((t.sum() for t in outputs), torch.zeros(()))
+        if edit:
+            with torch.no_grad():
+                outputs[which].mul_(2)
+        return torch.autograd.grad(total, leaves)
 
-    def loss(tensors: tuple[Tensor, ...]) -> Tensor:
-        return sum((t.sum() for t in tensors), torch.zeros(()))
-
-    want = torch.autograd.grad(loss(outputs()), leaves)
-    saved: set[int] = set()
-
-    def pack(t: Tensor) -> Tensor:
-        saved.add(storage(t))
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        needed = storage(outputs()[which]) in saved
-    got = outputs()  # again: autograd does not watch over what passed through hooks
-    total = loss(got)
-    with torch.no_grad():
-        got[which].mul_(2)
-    if needed:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            torch.autograd.grad(total, leaves)
-    else:
-        for one, other in zip(torch.autograd.grad(total, leaves), want, strict=True):
-            assert torch.equal(one, other)
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)

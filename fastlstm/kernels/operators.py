@@ -23,6 +23,9 @@ of [T, B]. :mod:`fastlstm.reference` defines what a step computes.
 - ``c_all``: [T, B, D*H], c of every step, float32 when the layer is 16-bit. So are ``gates`` and
   every gradient of a backend with ``wide``; those of any other have the dtype of the layer;
 - ``cache``: a buffer of bytes in which the backend may keep the weights in an order of its own.
+  Of a backend with ``takes_weights_of_forward`` it is None or, in backward without gates, the
+  weights of the forward pass in one tensor: gates are those of these weights, whatever has become
+  of ``weights`` since.
 
 Outputs are passed in and written completely. An operator of a backend with ``members`` computes an
 ensemble of E layers in one call: with ``members=E`` every tensor has a leading dimension E, which
@@ -40,7 +43,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, impl, register_fake
+from torch.autograd.graph import _CloneArgBeforeMutateMode
+from torch.library import Library, impl, register_fake, register_torch_dispatch
 
 from fastlstm.spec import LayerSpec, Noise
 
@@ -113,7 +117,15 @@ def define_operator(name: str, schema: str, *, fake: bool = False) -> Any:
     library.define(name + schema)
     if fake:
         register_fake(f"fastlstm::{name}")(_writes_only_its_arguments)
+    # allow_mutation_on_saved_tensors looks at what an operator writes, and stumbles over None.
+    # Nothing of it has been saved for anyone.
+    rule = register_torch_dispatch(f"fastlstm::{name}", _CloneArgBeforeMutateMode)
+    rule(_without_mode)
     return getattr(torch.ops.fastlstm, name).default
+
+
+def _without_mode(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    return operator(*args, **(kwargs or {}))
 
 
 def _writes_only_its_arguments(*args: object, **options: object) -> None:

@@ -26,6 +26,7 @@ from fastlstm.layer.call import (
     without_tensors,
 )
 from fastlstm.layer.compute import forward, gradients
+from fastlstm.layer.keeping import keep, recall
 
 __all__ = ["run"]
 
@@ -65,18 +66,8 @@ def _differentiate(
     return _Gradient.apply(call, tuple(needed), sizes, *inputs, *kept, *incoming)
 
 
-def _keep(ctx: Any, call: Call, inputs: MaybeTensors, outputs: Tensors) -> None:
-    own = call_tensors(call)
-    # y, and of an LSTM c_all and gates: backward has no use for the final states
-    ctx.save_for_backward(*own, *inputs, outputs[0], *outputs[3:])
-    ctx.call, ctx.own, ctx.inputs = without_tensors(call), len(own), len(inputs)
-    if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
-        ctx.set_materialize_grads(False)
-
-
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    own, inputs, kept = _split((ctx.own, ctx.inputs), ctx.saved_tensors)
-    call = with_tensors(ctx.call, own)
+    call, inputs, kept, weights = recall(ctx)
     needed = ctx.needs_input_grad[1:]
     incoming = incoming[: count_results(call)]
     arguments = (call, needed, inputs, kept, incoming)
@@ -85,7 +76,7 @@ def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     elif _is_transformed() or torch.is_grad_enabled():
         found = _differentiate(*arguments)
     else:
-        found = gradients(*arguments)
+        found = gradients(*arguments, weights)
     rest = iter(found)
     return None, *(next(rest) if need else None for need in needed)
 
@@ -108,7 +99,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensors:
         outputs = forward(call, inputs, save=True)
-        _keep(ctx, call, inputs, outputs)
+        keep(ctx, call, inputs, outputs)
         return outputs[: count_results(call)]
 
     backward = staticmethod(_backward)
@@ -125,7 +116,7 @@ class _TransformedLayer(torch.autograd.Function):
     def setup_context(ctx: Any, arguments: Any, outputs: Tensors) -> None:
         call, *inputs = arguments
         ctx.mark_non_differentiable(*outputs[count_results(call) :])
-        _keep(ctx, call, inputs, outputs)
+        keep(ctx, call, inputs, outputs)
 
     backward = staticmethod(_backward)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import impl
 
 from fastlstm.kernels.operators import contiguous, plainly, read_cell_options, zero
-from fastlstm.kernels.products import gradient_groups, weight_groups
+from fastlstm.kernels.products import gradient_groups, groups_then, weight_groups
 from fastlstm.kernels.rows import layout
 from fastlstm.spec import (
     NO_NOISE,
@@ -102,6 +102,7 @@ def lstm_bwd(
     _refuse(call)
     launch_lstm_bwd(
         call,
+        groups_then(cache, groups, spec),
         Saved(y, c_all, gates),
         Incoming(dy, contiguous(dh_n), contiguous(dc_n), dc_all),
         Gradients(dx, dh0, dc0, gradient_groups(dweights, groups)),
