@@ -10,10 +10,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
 from fastlstm.functional import rnn
-from fastlstm.layer.checks import check_input
+from fastlstm.layer.checks import check_input, check_nonlinearity
 from fastlstm.modules.base import Layers, tensors
 
 __all__ = ["RNN"]
+
+_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+_NONLINEARITY = {mode: name for name, mode in _MODES.items()}
 
 
 class RNN(Layers):
@@ -47,12 +50,15 @@ class RNN(Layers):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
-        if nonlinearity not in modes:
-            raise ValueError(f"RNN: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        if "proj_size" in options:
+            raise ValueError("RNN: proj_size is an argument of LSTM, an RNN has no projection")
+        if options:
+            raise TypeError(f"RNN: unexpected argument {', '.join(options)}")
+        check_nonlinearity(nonlinearity)
         super().__init__(
-            modes[nonlinearity],
+            _MODES[nonlinearity],
             input_size,
             hidden_size,
             num_layers,
@@ -68,7 +74,7 @@ class RNN(Layers):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.nonlinearity = self.mode.removeprefix("RNN_").lower()  # nn.RNN once kept only mode
+        self.nonlinearity = _NONLINEARITY[self.mode]  # nn.RNN once kept only mode
 
     @overload
     def forward(
@@ -112,8 +118,8 @@ class RNN(Layers):
             ValueError, RuntimeError, TypeError: see :func:`fastlstm.functional.rnn`.
         """
         settings = self._settings()
-        settings["nonlinearity"] = self.nonlinearity
-        weights = tensors(self, self._flat_weights_names)
+        settings["nonlinearity"] = _NONLINEARITY[self.mode]
+        weights = tensors(self, self._names)
         if isinstance(input, Tensor):
             return rnn(
                 input,
