@@ -254,3 +254,29 @@ def test_second_derivatives_of_a_constant_gradient(backend: str) -> None:
     found = torch.autograd.grad(c_n.sum(), weights, create_graph=True, materialize_grads=True)
     sum(g.square().sum() for g in found).backward()
     assert lstm.weight_hh_l0.grad is not None and lstm.weight_ih_l0.grad.any()
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("of", ["all", "x", "weights", "states"])
+def test_second_derivatives_of_every_input(
+    backend: str, of: str, bias: bool, directions: int
+) -> None:
+    """Through gradients of some inputs, to all of them and to what was incoming."""
+    wide = {"dtype": torch.float64}
+    theirs = torch.nn.LSTM(3, 4, 2, bias, bidirectional=directions == 2, **wide)
+    x = torch.randn(5, 2, 3, **wide)
+    states = [torch.randn(2 * directions, 2, 4, **wide) for _ in "hc"]
+
+    def second(lstm: torch.nn.Module) -> tuple[Tensor, ...]:
+        rows, h0, c0 = (t.clone().requires_grad_() for t in (x, *states))
+        weights = list(lstm.parameters())
+        y, (h, c) = lstm(rows, (h0, c0))
+        dy = torch.full_like(y, 0.3).requires_grad_()
+        leaves = {"all": [rows, h0, c0, *weights], "x": [rows], "weights": weights}
+        loss = (y * dy).sum() + h.square().sum() + c.sin().sum()
+        first = torch.autograd.grad(loss, leaves.get(of, [h0, c0]), create_graph=True)
+        total = sum((g.square().sum() for g in first), torch.zeros((), **wide))
+        return torch.autograd.grad(total, [rows, h0, c0, dy, *weights])
+
+    torch.testing.assert_close(second(fastlstm.LSTM.from_torch(theirs)), second(theirs))

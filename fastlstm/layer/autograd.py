@@ -1,8 +1,8 @@
 """One layer on the operators of a backend, differentiable to any order.
 
-First derivatives come from the backward operator. Derivatives of those go through the reference:
-slower, and right to any order. What ``torch.func.vmap`` makes of a layer is in
-:mod:`fastlstm.layer.vmap`.
+First derivatives come from the backward operator. Derivatives of those go through the reference,
+slower, and right to any order; of a plain LSTM the second ones have formulas of their own. What
+``torch.func.vmap`` makes of a layer is in :mod:`fastlstm.layer.vmap`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastlstm.layer.call import (
 )
 from fastlstm.layer.compute import forward, gradients
 from fastlstm.layer.keeping import keep, recall
+from fastlstm.layer.second import covers, second_derivatives
 
 __all__ = ["run"]
 
@@ -150,6 +151,13 @@ class _Gradient(torch.autograd.Function):
         count, kept = ctx.sizes
         tensors, inputs, incoming = _split((ctx.own, count), ctx.saved_tensors)
         call = with_tensors(ctx.call, tensors)
+        if not (create_graph or _is_transformed()) and covers(call, (*inputs, *incoming, *grads)):
+            given = iter(grads)
+            along = [next(given) if need else None for need in ctx.needed]
+            of_inputs, outer = second_derivatives(call, inputs, incoming, along)
+            pairs = zip((*of_inputs, *outer), (*inputs, *incoming), strict=True)
+            result = [None if t is None else g for g, t in pairs]
+            return None, None, None, *result[:count], *(None,) * kept, *result[count:]
         with torch.enable_grad():
             # Views cut the graph at this layer: x may itself depend on the weights.
             own: list[Any] = [None if t is None else t.view_as(t) for t in (*inputs, *incoming)]
