@@ -26,7 +26,12 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 _SUBCLASS = "a subclass, whose own behaviour would be lost"
 _OPTIONS = "_fastlstm_options"  # where a module of torch.nn keeps the settings that ours has
-_PRIVATE = ("_caches", "_cache", "_fast_settings")  # every module of this library makes its own
+_PRIVATE = (
+    "_caches",
+    "_cache",
+    "_names",
+    "_fast_settings",
+)  # every module of this library makes its own
 
 
 def convert(source: nn.Module, kind: type[nn.Module], target: type[M]) -> M:

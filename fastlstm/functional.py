@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fastlstm.layer.checks import check_noise, check_pair, size
+from fastlstm.layer.checks import check_noise, check_nonlinearity, check_pair, is_pair, size
 from fastlstm.layer.options import Options
 from fastlstm.layer.overrides import overridable
 from fastlstm.layer.stack import run_cell, run_stack
@@ -97,7 +97,7 @@ def lstm(
             and cannot compute the call.
         TypeError: lengths are not integers or reset is not bool.
     """
-    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+    if hx is not None and not is_pair(hx):
         hx = check_pair(hx, input.dim() if batch_sizes is None else 3)
     if recurrent_dropout or weight_dropout or zoneout != (0.0, 0.0):
         check_noise(recurrent_dropout, weight_dropout, zoneout)
@@ -170,8 +170,7 @@ def rnn(
             and cannot compute the call.
         TypeError: hx is no tensor, lengths are not integers or reset is not bool.
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"RNN: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    check_nonlinearity(nonlinearity)
     if hx is not None and not isinstance(hx, Tensor):
         raise TypeError(f"RNN: hx must be a tensor, got {type(hx).__name__}")
     options = Options(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import BenchmarkError
 from ..speed.contender import Contender
+from ..speed.update import RATE
 from ..speed.workload import Workload
 from . import Provider
 from .pytorch import refuses_step
@@ -103,7 +104,7 @@ def from_function(
     by_direction: Callable[[Any], Iterable[Weights]],
     batch_first: bool = False,
 ) -> Contender:
-    """The contender that compiles `forward` or, in training, it and its gradients.
+    """The contender that compiles `forward` or, in training, it, its gradients and an update.
 
     `by_direction` finds in something like `weights` those of each layer and direction.
     `batch_first` says that x and y are [B, T, features] to it.
@@ -121,6 +122,11 @@ def from_function(
         y, backward = jax.vjp(lambda weights, x=x: forward(weights, x, None, *marks)[0], *leaves)
         return y, backward(dy)
 
+    def train(weights: Any, rate: float, *rest: Any) -> tuple[Any, Any]:
+        y, found = forward_backward(weights, *rest)
+        changed = jax.tree.map(lambda w, dw: w - (rate * dw).astype(w.dtype), weights, found[0])
+        return changed, (y, found)
+
     x = to_native(work.x)
     state = None if work.state is None else tuple(map(array, work.state))
     lengths = None if work.lengths is None else array(work.lengths.int().to(work.x.device))
@@ -128,10 +134,17 @@ def from_function(
     training = work.dy is not None
     given = (weights, x, state if work.dy is None else to_native(work.dy), *marks)
     compiled = jax.jit(forward_backward if training else forward)
+    training_step = jax.jit(train)
     carried: Any = state
+    current, rate = weights, RATE
 
     def call() -> Any:
         return jax.block_until_ready(compiled(*given))
+
+    def train_once() -> None:
+        nonlocal current, rate
+        current, _ = jax.block_until_ready(training_step(current, rate, *given[1:]))
+        rate = -rate  # as `Update`
 
     def step() -> None:
         nonlocal carried
@@ -148,7 +161,8 @@ def from_function(
         tensors: Any = [tuple(map(tensor, one)) for one in by_direction(of_weights)]
         return found | gradients(work.lstm, tensors)
 
-    return Contender(step if work.mode == "step" else call, results)
+    calls = {"step": step, "train": train_once}
+    return Contender(calls.get(work.mode, call), results)
 
 
 def ends(lstm: nn.LSTM) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..speed import memory
 from ..speed.cases import Case
 from ..speed.contender import Contender
+from ..speed.update import Update
 from ..speed.workload import Workload
 from . import Provider
 
@@ -124,16 +125,22 @@ def _training(module: nn.RNNBase, work: Workload, forward: Call) -> Contender:
     assert work.dy is not None
     incoming = data(work.rows(work.dy))
     targets = list(leaves.values())
+    update = Update(module.parameters())
 
-    def call() -> Tensor:
+    def there_and_back() -> Tensor:
         for leaf in targets:
             leaf.grad = None
         y, _ = forward(rows)
         data(y).backward(incoming)
         return y
 
+    def call() -> None:
+        there_and_back()
+        update()
+
     def results() -> dict[str, Tensor]:
-        found = {"y": work.padded(call()).detach()}
+        update.undo()
+        found = {"y": work.padded(there_and_back()).detach()}
         for name, leaf in leaves.items():
             gradient = leaf.grad
             assert gradient is not None

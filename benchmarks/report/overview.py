@@ -25,7 +25,7 @@ def overview(folder: Path) -> str:
     ]
     for results in speed_results(folder):
         assert results.file is not None
-        parts += [f"## {results.file.name}", tables.caption(results)]
+        parts += [f"## {results.file.name}", tables.caption(results), tables.protocol(results)]
         parts += [
             f"![{name}]({charts.picture(results, name).name})" for name in charts.charts(results)
         ]

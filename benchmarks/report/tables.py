@@ -27,6 +27,14 @@ def caption(results: Results) -> str:
     )
 
 
+def protocol(results: Results) -> str:
+    """Say what a call of training was when the results were measured."""
+    steps = results.environment.get(
+        "training", "forward and backward, without an optimizer's step"
+    )
+    return f"Training is {steps}."
+
+
 def main_table(results: Results) -> str:
     """Make the table of the named cases: our time, and the ratios of nn.LSTM and of others."""
     lines = [

@@ -17,6 +17,9 @@ from fastlstm import extension
 PACKAGES = ("fastlstm", "torch", "triton", "numpy", "onnxruntime")
 
 
+TRAINING = "forward, backward and a step of SGD"  # what a call is in mode "train"
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Machine, thread count, versions, commit and time, ready for JSON.
 
@@ -30,6 +33,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": os.environ.get("FASTLSTM_BACKEND"),
         "isa": extension.isa() if extension.error() is None else None,
+        "training": TRAINING,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "commit": commit(),

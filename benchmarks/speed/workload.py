@@ -18,8 +18,8 @@ MODES = ("infer", "train", "step")
 class Workload:
     """The inputs and weights of one measurement.
 
-    Mode "infer" runs `lstm` over x, "train" runs it and goes back, and "step" takes one step from
-    `state`.
+    Mode "infer" runs `lstm` over x, "train" runs it, goes back and changes all weights
+    (:mod:`.update`), and "step" takes one step from `state`.
 
     `x` [T, B, I] is zero past the `lengths` [B], int64 on the CPU, of a ragged case. `reset`
     [T, B], bool, is True where a row starts again. `state` is h and c [L*D, B, H] in mode "step",

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -12,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/check.h"
 #include "lstm.h"
 #include "out_of_memory.h"
 
@@ -30,16 +32,17 @@ class Array {
   int32_t dtype = -1;  // torch's own number; compare with aoti_torch_dtype_*()
 
   Array() = default;
-  // Takes ownership of the handle: operators own their arguments.
+  // Takes ownership of the handle: operators own their arguments. What repeats one number along its last dimension,
+  // such as a gradient of zeros that nobody has written, becomes a tensor that kernels can read.
   explicit Array(AtenTensorHandle handle) : handle_(handle) {
-    i64 *n, *s;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &n));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &s));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-    sizes = n;
-    strides = s;
+    read();
+    if (dim && strides[dim - 1] == 0 && last() > 1) {
+      AtenTensorHandle copy;
+      TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(
+          torch::stable::contiguous(torch::stable::Tensor(release().handle)).get(), &copy));
+      handle_ = copy;
+      read();
+    }
   }
   // A new tensor, contiguous and uninitialised, on the CPU.
   static Array empty(std::initializer_list<i64> shape, int32_t dtype) {
@@ -107,15 +110,40 @@ class Array {
   std::string shape_text() const { return text(sizes, sizes + dim); }
 
   void check_shape(const char* name, std::initializer_list<i64> shape) const {
-    STD_TORCH_CHECK(has_shape(shape), "fastlstm: expected ", name, " of shape ", text(shape.begin(), shape.end()),
-                    ", got ", shape_text());
+    FASTLSTM_CHECK(has_shape(shape), "fastlstm: expected ", name, " of shape ", text(shape.begin(), shape.end()),
+                   ", got ", shape_text());
   }
+  // Also checks that its numbers are there: whoever saves memory may have freed the storage of a tensor in between.
   void check_dtype(const char* name, int32_t expected) const {
-    STD_TORCH_CHECK(dtype == expected, "fastlstm: ", name,
-                    " has another dtype than the operator expects with this input");
+    FASTLSTM_CHECK(dtype == expected, "fastlstm: expected ", name, " to be ", dtype_text(expected),
+                   " with this input, got ", dtype_text(dtype));
+    check_storage(name);
+  }
+  void check_storage(const char* name) const {
+    if (!handle_) return;  // part of another tensor
+    i64 end = 1, offset, bytes;
+    for (i64 k = 0; k < dim; ++k) {
+      if (sizes[k] == 0) return;
+      end += (sizes[k] - 1) * strides[k];
+    }
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle_, &offset));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle_, &bytes));
+    const i64 needed = (offset + end) * i64(aoti_torch_dtype_element_size(dtype));
+    FASTLSTM_CHECK(bytes >= needed, "fastlstm: the storage of ", name, " ", shape_text(), " has ", bytes,
+                   " bytes instead of ", needed, ": it was resized after the tensor was made, or freed");
   }
 
  private:
+  void read() {
+    i64 *n, *s;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle_, &data));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle_, &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle_, &n));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &s));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle_, &dtype));
+    sizes = n;
+    strides = s;
+  }
   template <class It>
   static std::string text(It begin, It end) {
     std::string s = "[";

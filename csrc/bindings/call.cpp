@@ -11,8 +11,8 @@ Dtype dtype_of(const Array& t) {
   if (t.dtype == aoti_torch_dtype_float32()) return Dtype::f32;
   if (t.dtype == aoti_torch_dtype_float64()) return Dtype::f64;
   if (t.dtype == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
-  STD_TORCH_CHECK(t.dtype == aoti_torch_dtype_float16(),
-                  "fastlstm: expected a float32, float64, bfloat16 or float16 tensor");
+  FASTLSTM_CHECK(t.dtype == aoti_torch_dtype_float16(),
+                 "fastlstm: expected a float32, float64, bfloat16 or float16 tensor, got ", dtype_text(t.dtype));
   return Dtype::f16;
 }
 
@@ -23,15 +23,15 @@ Call::Call(const Array& x, const std::vector<Array>& w, i64 directions, const Ar
     : dtype(dtype_of(x)), type(x.dtype),
       compute_type(dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
       packed_rows(bool(batch_sizes)) {
-  STD_TORCH_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
+  FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
   const i64 each = i64(w.size()) / directions, plain = each - peephole - 4 * layer_norm;
-  STD_TORCH_CHECK(plain >= 2 && plain <= 5 && each * directions == i64(w.size()), "fastlstm: expected 2 to 5 weights",
-                  peephole ? ", 1 of the peepholes" : "", layer_norm ? ", 4 of layer normalisation" : "",
-                  " for each of ", directions, " directions, got ", w.size());
-  STD_TORCH_CHECK(x.dim == 2 || (x.dim == 3 && !packed_rows), "fastlstm: expected ",
-                  packed_rows ? "packed rows [N, I]" : "input [T, B, I], or [B, I] for one step", ", got ",
-                  x.shape_text());
-  STD_TORCH_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
+  FASTLSTM_CHECK(plain >= 2 && plain <= 5 && each * directions == i64(w.size()), "fastlstm: expected 2 to 5 weights",
+                 peephole ? ", 1 of the peepholes" : "", layer_norm ? ", 4 of layer normalisation" : "",
+                 " for each of ", directions, " directions, got ", w.size());
+  FASTLSTM_CHECK(x.dim == 2 || (x.dim == 3 && !packed_rows), "fastlstm: expected ",
+                 packed_rows ? "packed rows [N, I]" : "input [T, B, I], or [B, I] for one step", ", got ",
+                 x.shape_text());
+  FASTLSTM_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
   sizes.D = directions;
   sizes.peephole = peephole;
   sizes.layer_norm = layer_norm;
@@ -48,7 +48,7 @@ void Call::read_sizes(const Array& x, const std::vector<Array>& w, i64 gates, i6
   s.G = gates;
   s.bias = plain >= 4;
   s.projected = plain % 2 == 1;
-  STD_TORCH_CHECK(gates > 1 || !s.projected, "fastlstm: an RNN has no projection");
+  FASTLSTM_CHECK(gates > 1 || !s.projected, "fastlstm: an RNN has no projection");
   s.I = x.last();
   s.H = w[0].dim == 2 ? w[0].sizes[0] / s.G : 0;
   s.P = s.projected ? (w[size_t(plain) - 1].dim == 2 ? w[size_t(plain) - 1].sizes[0] : 0) : s.H;
@@ -59,7 +59,7 @@ void Call::read_rows(const Array& x, const Array& batch_sizes) {
   Sizes& s = sizes;
   if (packed_rows) {
     rows = x.sizes[0];
-    STD_TORCH_CHECK(batch_sizes.dim == 1, "fastlstm: expected batch_sizes [T], got ", batch_sizes.shape_text());
+    FASTLSTM_CHECK(batch_sizes.dim == 1, "fastlstm: expected batch_sizes [T], got ", batch_sizes.shape_text());
     batch_sizes.check_dtype("batch_sizes", aoti_torch_dtype_int64());
     s.T = batch_sizes.sizes[0];
     s.B = s.T ? static_cast<const i64*>(batch_sizes.data)[0] : 0;
@@ -78,7 +78,7 @@ void Call::read_weights(const Array* w, i64 each, i64 plain, DirectionWeights& o
   const Sizes& s = sizes;
   for (i64 k = 0; k < each; ++k) {
     w[k].check_dtype("a weight", type);
-    STD_TORCH_CHECK(w[k].contiguous(), "fastlstm: weights must be contiguous");
+    FASTLSTM_CHECK(w[k].contiguous(), "fastlstm: weights must be contiguous");
   }
   w[0].check_shape("weight_ih", {s.gate_units(), s.I});
   w[1].check_shape("weight_hh", {s.gate_units(), s.P});
@@ -112,18 +112,18 @@ void Call::read_weights(const Array* w, i64 each, i64 plain, DirectionWeights& o
 }
 
 void Call::read_batch_sizes(const Array& batch_sizes) {
-  STD_TORCH_CHECK(batch_sizes.contiguous(), "fastlstm: batch_sizes must be contiguous");
+  FASTLSTM_CHECK(batch_sizes.contiguous(), "fastlstm: batch_sizes must be contiguous");
   const i64* n = static_cast<const i64*>(batch_sizes.data);
   row_offset.resize(size_t(sizes.T));
   length.resize(size_t(sizes.B));
   i64 total = 0;
   for (i64 t = 0; t < sizes.T; ++t) {
-    STD_TORCH_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]),
-                    "fastlstm: batch_sizes must be positive and never increase");
+    FASTLSTM_CHECK(n[t] > 0 && (t == 0 || n[t] <= n[t - 1]),
+                   "fastlstm: batch_sizes must be positive and never increase");
     row_offset[size_t(t)] = total;
     total += n[t];
   }
-  STD_TORCH_CHECK(total == rows, "fastlstm: batch_sizes add up to ", total, " rows, the input has ", rows);
+  FASTLSTM_CHECK(total == rows, "fastlstm: batch_sizes add up to ", total, " rows, the input has ", rows);
   i64 t = sizes.T;
   for (i64 slot = 0; slot < sizes.B; ++slot) {
     while (n[t - 1] <= slot) --t;
@@ -133,17 +133,17 @@ void Call::read_batch_sizes(const Array& batch_sizes) {
 }
 
 void Call::read_lengths(const Array& lengths) {
-  STD_TORCH_CHECK(!packed_rows, "fastlstm: packed rows have their lengths in batch_sizes");
+  FASTLSTM_CHECK(!packed_rows, "fastlstm: packed rows have their lengths in batch_sizes");
   lengths.check_dtype("lengths", aoti_torch_dtype_int64());
   lengths.check_shape("lengths", {sizes.B});
-  STD_TORCH_CHECK(lengths.contiguous(), "fastlstm: lengths must be contiguous");
+  FASTLSTM_CHECK(lengths.contiguous(), "fastlstm: lengths must be contiguous");
   const i64* n = static_cast<const i64*>(lengths.data);
   order.resize(size_t(sizes.B));
   std::iota(order.begin(), order.end(), i64(0));
   std::stable_sort(order.begin(), order.end(), [&](i64 a, i64 b) { return n[a] > n[b]; });
   active.assign(size_t(sizes.T), 0);
   for (i64 b : order) {
-    STD_TORCH_CHECK(n[b] >= 0 && n[b] <= sizes.T, "fastlstm: expected lengths between 0 and ", sizes.T, ", got ", n[b]);
+    FASTLSTM_CHECK(n[b] >= 0 && n[b] <= sizes.T, "fastlstm: expected lengths between 0 and ", sizes.T, ", got ", n[b]);
     length.push_back(n[b]);
   }
   i64 slot = sizes.B;
@@ -164,7 +164,7 @@ Rows Call::shared_rows_of(const Array& t, const char* name, i64 n, int32_t expec
   if (!t) return {};
   t.check_dtype(name, expected);
   packed_rows ? t.check_shape(name, {rows, n}) : t.check_shape(name, {sizes.T, sizes.B, n});
-  STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
+  FASTLSTM_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
   return {t.data, 0, packed_rows ? 0 : t.strides[0], t.strides[packed_rows ? 0 : 1]};
 }
 
@@ -173,7 +173,7 @@ Rows Call::gates_of(const Array& t) const {
   const i64 n = 4 * sizes.H;
   t.check_dtype("gates", compute_type);
   packed_rows ? t.check_shape("gates", {sizes.D, rows, n}) : t.check_shape("gates", {sizes.D, sizes.T, sizes.B, n});
-  STD_TORCH_CHECK(t.contiguous(), "fastlstm: gates must be contiguous");
+  FASTLSTM_CHECK(t.contiguous(), "fastlstm: gates must be contiguous");
   return {t.data, (packed_rows ? rows : sizes.T * sizes.B) * n, sizes.B * n, n};
 }
 
@@ -181,13 +181,13 @@ States Call::states_of(const Array& t, const char* name, i64 n, int32_t expected
   if (!t) return {};
   t.check_dtype(name, expected);
   one_step ? t.check_shape(name, {sizes.B, n}) : t.check_shape(name, {sizes.D, sizes.B, n});
-  STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
+  FASTLSTM_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
   return {t.data, one_step ? 0 : t.strides[0], t.strides[one_step ? 0 : 1]};
 }
 
 CellOptions Call::cell_of(const Array& h_mask, double zoneout_c, double zoneout_h, const Array& seed) const {
-  STD_TORCH_CHECK(zoneout_c >= 0 && zoneout_c < 1 && zoneout_h >= 0 && zoneout_h < 1,
-                  "fastlstm: expected probabilities of zoneout in [0, 1), got ", zoneout_c, " and ", zoneout_h);
+  FASTLSTM_CHECK(zoneout_c >= 0 && zoneout_c < 1 && zoneout_h >= 0 && zoneout_h < 1,
+                 "fastlstm: expected probabilities of zoneout in [0, 1), got ", zoneout_c, " and ", zoneout_h);
   CellOptions cell{};
   cell.h_mask = states_of(h_mask, "h_mask", sizes.P, compute_type);
   cell.zoneout_c = zoneout_c;

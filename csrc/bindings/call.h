@@ -42,7 +42,7 @@ struct Call {
   template <class Params>
   void set_reset(const Array& reset, Params& p) const {
     if (!reset) return;
-    STD_TORCH_CHECK(!packed_rows, "fastlstm: reset needs padded input");
+    FASTLSTM_CHECK(!packed_rows, "fastlstm: reset needs padded input");
     reset.check_dtype("reset", aoti_torch_dtype_bool());
     reset.check_shape("reset", {sizes.T, sizes.B});
     p.reset = static_cast<const bool*>(reset.data);

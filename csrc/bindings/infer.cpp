@@ -11,7 +11,7 @@ std::tuple<Output, Output, Output> lstm_infer_cpu(Handle x_, const HandleList& w
   const Array x(x_), h0(h0_), c0(c0_), cache(cache_);
   Call call(x, weights, directions, Array(), Array(), 4);
   const Sizes s = call.sizes;
-  STD_TORCH_CHECK(x.dim == 3 && s.T > 0, "fastlstm: expected input [T, B, I] with T > 0, got ", x.shape_text());
+  FASTLSTM_CHECK(x.dim == 3 && s.T > 0, "fastlstm: expected input [T, B, I] with T > 0, got ", x.shape_text());
   Array y = Array::empty({s.T, s.B, s.D * s.P}, x.dtype), h_n = Array::empty({s.D, s.B, s.P}, x.dtype),
         c_n = Array::empty({s.D, s.B, s.H}, x.dtype);
   Forward(std::move(call), x, h0, c0, y, h_n, c_n).run(cache);
@@ -23,7 +23,7 @@ std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x_, const HandleList& weig
                                                OptionalHandle c0_, OptionalHandle cache_) {
   const std::vector<Array> weights = to_arrays(weights_);
   const Array x(x_), h0(h0_), c0(c0_), cache(cache_);
-  STD_TORCH_CHECK(x.dim == 2, "fastlstm: expected input [B, I], got ", x.shape_text());
+  FASTLSTM_CHECK(x.dim == 2, "fastlstm: expected input [B, I], got ", x.shape_text());
   Call call(x, weights, 1, Array(), Array(), 4);
   const Sizes s = call.sizes;
   Array h = Array::empty({s.B, s.P}, x.dtype), c = Array::empty({s.B, s.H}, x.dtype);

@@ -21,8 +21,9 @@ T member(T option, i64, i64) {
 }
 inline Array member(const Array& t, i64 k, i64 members) {
   if (!t) return Array();
-  STD_TORCH_CHECK(t.dim > 0 && t.sizes[0] == members, "fastlstm: expected ", members, " members, got a tensor ",
-                  t.shape_text());
+  FASTLSTM_CHECK(t.dim > 0 && t.sizes[0] == members, "fastlstm: expected ", members, " members, got a tensor ",
+                 t.shape_text());
+  t.check_storage("a tensor");
   return t.at(k);
 }
 inline std::vector<Array> member(const std::vector<Array>& tensors, i64 k, i64 members) {
@@ -36,7 +37,7 @@ inline std::vector<Array> member(const std::vector<Array>& tensors, i64 k, i64 m
 // one member after the other.
 template <class Pass, class... Arguments>
 void run_members(i64 members, const Arguments&... arguments) {
-  STD_TORCH_CHECK(members > 0, "fastlstm: expected a positive number of members, got ", members);
+  FASTLSTM_CHECK(members > 0, "fastlstm: expected a positive number of members, got ", members);
   std::deque<Pass> passes;
   for (i64 k = 0; k < members; ++k) passes.emplace_back(member(arguments, k, members)...);
   Pass& first = passes.front();

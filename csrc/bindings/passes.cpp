@@ -16,13 +16,13 @@ namespace {
 void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, BackwardParams& p) {
   const Sizes& s = call.sizes;
   const i64 each = 2 + s.bias + s.projected + s.peephole + 4 * s.layer_norm;
-  STD_TORCH_CHECK(dweights.empty() || i64(dweights.size()) == each * s.D, "fastlstm: expected ", each,
-                  " weight gradients for each direction, got ", dweights.size());
+  FASTLSTM_CHECK(dweights.empty() || i64(dweights.size()) == each * s.D, "fastlstm: expected ", each,
+                 " weight gradients for each direction, got ", dweights.size());
   for (i64 d = 0; d < s.D && !dweights.empty(); ++d) {
     const Array* t = dweights.data() + d * each;
     for (i64 k = 0; k < each; ++k) {
       t[k].check_dtype("a weight gradient", call.compute_type);
-      STD_TORCH_CHECK(t[k].contiguous(), "fastlstm: weight gradients must be contiguous");
+      FASTLSTM_CHECK(t[k].contiguous(), "fastlstm: weight gradients must be contiguous");
     }
     t[0].check_shape("gradient of weight_ih", {s.gate_units(), s.I});
     t[1].check_shape("gradient of weight_hh", {s.gate_units(), s.P});
@@ -54,7 +54,7 @@ Forward::Forward(const Array& x, const std::vector<Array>& weights, i64 directio
                  const Array& c_n, const Array& c_all, const Array& gates, bool peephole, bool layer_norm,
                  const Array& h_mask, double zoneout_c, double zoneout_h, const Array& seed)
     : Forward(Call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm), x, h0, c0, y, h_n, c_n) {
-  STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
+  FASTLSTM_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
   call.set_reset(reset, p);
   p.c_all = call.rows_of(c_all, "c_all", call.sizes.H, call.compute_type);
   p.gates = call.gates_of(gates);
@@ -105,7 +105,7 @@ Backward::Backward(const Array& x, const std::vector<Array>& weights, i64 direct
                    double zoneout_c, double zoneout_h, const Array& seed)
     : Backward(Call(x, weights, directions, batch_sizes, lengths, 4, peephole, layer_norm), x, h0, reset, y, dy, dh_n,
                dx, dh0, dweights) {
-  STD_TORCH_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
+  FASTLSTM_CHECK(!layer_norm || !gates, "fastlstm: layer normalisation keeps no gates");
   const i64 H = call.sizes.H;
   const int32_t grad = call.compute_type;
   p.c_all = call.rows_of(c_all, "c_all", H, grad);

@@ -25,9 +25,9 @@ Sizes layer_sizes(i64 input, i64 hidden, i64 projected, i64 directions) {
 // or why there is no plan.
 cuda::Plan planned(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
                    const std::vector<i64>& wish, const char** problem) {
-  STD_TORCH_CHECK(kind >= 0 && kind < 4 && (device.size() == 4 || device.size() == 8) && wish.size() == 3 &&
-                      hidden > 0 && hidden < 1 << 20,
-                  "fastlstm: not the arguments of a plan");
+  FASTLSTM_CHECK(kind >= 0 && kind < 4 && (device.size() == 4 || device.size() == 8) && wish.size() == 3 &&
+                     hidden > 0 && hidden < 1 << 20,
+                 "fastlstm: not the arguments of a plan");
   cuda::Device gpu{int(device[0]), int(device[1]), int(device[2]), int(device[3]), {}};
   for (size_t i = 4; i < device.size(); ++i) gpu.resident[i - 4] = int(device[i]);
   return cuda::plan_of({cuda::Kind(kind), backward, int(hidden), int(directions), B}, gpu,

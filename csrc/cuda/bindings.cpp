@@ -20,8 +20,9 @@ using HandleList = std::vector<AtenTensorHandle>;
 Kind kind_of(const Array& t, bool tf32) {
   if (t.dtype == aoti_torch_dtype_bfloat16()) return Kind::bf16;
   if (t.dtype == aoti_torch_dtype_float16()) return Kind::f16;
-  STD_TORCH_CHECK(t.dtype == aoti_torch_dtype_float32(),
-                  "fastlstm: expected a float32, bfloat16 or float16 tensor for the cuda kernels");
+  FASTLSTM_CHECK(t.dtype == aoti_torch_dtype_float32(),
+                 "fastlstm: expected a float32, bfloat16 or float16 tensor for the cuda kernels, got ",
+                 dtype_text(t.dtype));
   return tf32 ? Kind::tf32 : Kind::exact;
 }
 
@@ -30,16 +31,16 @@ void* dense(const Array& t, const char* name, int32_t dtype, std::initializer_li
   if (!t) return nullptr;
   t.check_dtype(name, dtype);
   t.check_shape(name, shape);
-  STD_TORCH_CHECK(t.contiguous(), "fastlstm: ", name, " must be contiguous");
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data) % align == 0, "fastlstm: ", name, " must be aligned to ", align,
-                  " bytes");
+  FASTLSTM_CHECK(t.contiguous(), "fastlstm: ", name, " must be contiguous");
+  FASTLSTM_CHECK(reinterpret_cast<uintptr_t>(t.data) % align == 0, "fastlstm: ", name, " must be aligned to ", align,
+                 " bytes");
   return t.data;
 }
 
 // Work space of `count` 32-bit words.
 int32_t* words(const Array& t, const char* name, i64 count) {
   if (count == 0) return nullptr;
-  STD_TORCH_CHECK(t && t.dim == 1 && t.sizes[0] == count, "fastlstm: expected ", name, " of ", count, " int32");
+  FASTLSTM_CHECK(t && t.dim == 1 && t.sizes[0] == count, "fastlstm: expected ", name, " of ", count, " int32");
   return static_cast<int32_t*>(dense(t, name, aoti_torch_dtype_int32(), {count}, 16));
 }
 
@@ -68,7 +69,7 @@ struct Call {
     launch.device = int(device);
     launch.stream = stream;
     launch.kernel = find_kernel(p->plan.regime, kind, p->plan.batch, p->plan.resident);
-    STD_TORCH_CHECK(launch.kernel, "fastlstm: this build has no kernel for the plan");
+    FASTLSTM_CHECK(launch.kernel, "fastlstm: this build has no kernel for the plan");
   }
   void* states(const Array& t, const char* name) const { return dense(t, name, type, {D, B, H}); }
   void* steps(const Array& t, const char* name, int32_t dtype) const { return dense(t, name, dtype, {rows, D * H}); }
@@ -77,7 +78,7 @@ struct Call {
     if (!t) return nullptr;
     t.check_dtype(name, type);
     packed ? t.check_shape(name, {rows, D * H}) : t.check_shape(name, {T, B, D * H});
-    STD_TORCH_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
+    FASTLSTM_CHECK(t.last_dense(), "fastlstm: the last dimension of ", name, " must be dense");
     *step = t.strides[0];
     *sequence = t.strides[packed ? 0 : 1];
     return t.data;
@@ -85,14 +86,14 @@ struct Call {
 
  private:
   void read_sizes(const Array& y, Layer* p) {
-    STD_TORCH_CHECK(D == 1 || D == 2, "fastlstm: expected W_hh of 1 or 2 directions, got ", D);
-    STD_TORCH_CHECK(y.dim == 2, "fastlstm: expected y [rows, D*H], got ", y.shape_text());
-    STD_TORCH_CHECK(T > 0 && B > 0 && T < kMost && B < kMost, "fastlstm: expected 1 to ", kMost - 1,
-                    " steps and sequences, got ", T, " and ", B);
+    FASTLSTM_CHECK(D == 1 || D == 2, "fastlstm: expected W_hh of 1 or 2 directions, got ", D);
+    FASTLSTM_CHECK(y.dim == 2, "fastlstm: expected y [rows, D*H], got ", y.shape_text());
+    FASTLSTM_CHECK(T > 0 && B > 0 && T < kMost && B < kMost, "fastlstm: expected 1 to ", kMost - 1,
+                   " steps and sequences, got ", T, " and ", B);
     rows = y.sizes[0];
     H = y.last() / D;
-    STD_TORCH_CHECK(H > 0 && H < (1 << 20) && (packed || rows == T * B), "fastlstm: y ", y.shape_text(),
-                    " does not have the rows of ", T, " steps of ", B, " sequences");
+    FASTLSTM_CHECK(H > 0 && H < (1 << 20) && (packed || rows == T * B), "fastlstm: y ", y.shape_text(),
+                   " does not have the rows of ", T, " steps of ", B, " sequences");
     p->T = int(T);
     p->B = int(B);
     p->H = int(H);
@@ -101,23 +102,23 @@ struct Call {
   }
   // The numbers of cuda_plan. They are checked: a kernel would write past the end of its memory.
   void read_plan(const std::vector<i64>& plan, bool backward, Layer* p) const {
-    STD_TORCH_CHECK(plan.size() == 11 && *std::min_element(plan.begin(), plan.end()) >= 0 && plan[0] <= 2 &&
-                        plan[6] <= 2 && *std::max_element(plan.begin() + 1, plan.begin() + 8) < kTooMuch,
-                    "fastlstm: expected a plan of 11 numbers, of cuda_plan");
+    FASTLSTM_CHECK(plan.size() == 11 && *std::min_element(plan.begin(), plan.end()) >= 0 && plan[0] <= 2 &&
+                       plan[6] <= 2 && *std::max_element(plan.begin() + 1, plan.begin() + 8) < kTooMuch,
+                   "fastlstm: expected a plan of 11 numbers, of cuda_plan");
     p->plan = {Regime(plan[0]), int(plan[1]), int(plan[2]), int(plan[3]), int(plan[4]), int(plan[5]),
                Rest(plan[6]),   int(plan[7]), plan[8],      plan[9],      plan[10]};
     const Plan& q = p->plan;
     const bool whole = q.regime == Regime::block ? q.blocks == 1 && q.parts == 1 : q.blocks > 0;
-    STD_TORCH_CHECK((q.batch == 8 || q.batch == 16) && q.tiles > 0 && q.parts > 0 && q.tiles <= kMaxWarps &&
-                        q.parts <= kMaxParts && q.tiles * q.parts <= kMaxWarps && q.groups > 0 && whole &&
-                        i64(q.blocks) * q.tiles >= tiles_of(p->H),
-                    "fastlstm: not a plan of this layer");
-    STD_TORCH_CHECK(
+    FASTLSTM_CHECK((q.batch == 8 || q.batch == 16) && q.tiles > 0 && q.parts > 0 && q.tiles <= kMaxWarps &&
+                       q.parts <= kMaxParts && q.tiles * q.parts <= kMaxWarps && q.groups > 0 && whole &&
+                       i64(q.blocks) * q.tiles >= tiles_of(p->H),
+                   "fastlstm: not a plan of this layer");
+    FASTLSTM_CHECK(
         rest_tiles(q, p->H) == 0 || q.rest == Rest::shared || (q.rest == Rest::global && q.regime == Regime::grid),
         "fastlstm: the plan has no place for all weights");
     p->shared = Shared::of(q, kind, backward, p->H);
-    STD_TORCH_CHECK(p->shared.total == q.shared_bytes, "fastlstm: expected a plan of ", p->shared.total,
-                    " bytes of shared memory, got ", q.shared_bytes);
+    FASTLSTM_CHECK(p->shared.total == q.shared_bytes, "fastlstm: expected a plan of ", p->shared.total,
+                   " bytes of shared memory, got ", q.shared_bytes);
   }
   // exchange, arrived, rest: int32, of the sizes in the plan; absent where the plan needs none.
   void read_work_space(const Array& exchange, const Array& arrived, const Array& rest, bool backward, Layer* p) {
@@ -125,15 +126,15 @@ struct Call {
     launch.groups = D * ((B + q.batch - 1) / q.batch);
     const i64 together = std::min<i64>(q.groups, launch.groups);
     if (q.regime == Regime::grid) {
-      STD_TORCH_CHECK(T < kMost / q.blocks, "fastlstm: too many steps for ", q.blocks, " blocks: ", T);
-      STD_TORCH_CHECK(q.exchange_words >= together * 2 * Shared::buffer_words(kind, backward, p->H, q.batch),
-                      "fastlstm: the plan has too little space for the exchange");
+      FASTLSTM_CHECK(T < kMost / q.blocks, "fastlstm: too many steps for ", q.blocks, " blocks: ", T);
+      FASTLSTM_CHECK(q.exchange_words >= together * 2 * Shared::buffer_words(kind, backward, p->H, q.batch),
+                     "fastlstm: the plan has too little space for the exchange");
       p->exchange = reinterpret_cast<uint32_t*>(words(exchange, "exchange", q.exchange_words));
       p->arrived = words(arrived, "arrived", launch.groups);
     }
     if (q.rest == Rest::global) {
-      STD_TORCH_CHECK(q.rest_words >= together * q.blocks * rest_words_of_a_block(q, kind, p->H),
-                      "fastlstm: the plan has too little space for weights");
+      FASTLSTM_CHECK(q.rest_words >= together * q.blocks * rest_words_of_a_block(q, kind, p->H),
+                     "fastlstm: the plan has too little space for weights");
       p->rest = reinterpret_cast<uint32_t*>(words(rest, "rest", q.rest_words));
     }
   }
@@ -152,7 +153,7 @@ void lstm_recur_fwd(Handle input_product_, const HandleList& w_hh_, const Handle
   const int32_t f32 = aoti_torch_dtype_float32();
   const i64 H = call.H, D = call.D;
   p.input_product = static_cast<const float*>(dense(input_product, "the input product", f32, {D, call.rows, 4 * H}));
-  STD_TORCH_CHECK(biases.empty() || i64(biases.size()) == 2 * D, "fastlstm: expected 2 biases for each direction");
+  FASTLSTM_CHECK(biases.empty() || i64(biases.size()) == 2 * D, "fastlstm: expected 2 biases for each direction");
   for (i64 d = 0; d < D && !biases.empty(); ++d) {
     p.b_ih[d] = dense(biases[size_t(2 * d)], "bias_ih", call.type, {4 * H});
     p.b_hh[d] = dense(biases[size_t(2 * d + 1)], "bias_hh", call.type, {4 * H});

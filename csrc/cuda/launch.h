@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bindings/check.h"
 
 #ifdef FASTLSTM_EMULATE
 #include "emulator/emulator.h"
@@ -36,7 +37,7 @@ inline auto* entry(const Kernel& kernel, const Backward&) { return kernel.backwa
 
 #ifndef FASTLSTM_EMULATE
 inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "fastlstm: ", what, " failed: ", cudaGetErrorString(error));
+  FASTLSTM_CHECK(error == cudaSuccess, "fastlstm: ", what, " failed: ", cudaGetErrorString(error));
 }
 
 inline int attribute(cudaDeviceAttr which, int device) {
@@ -90,7 +91,7 @@ struct Launch {
 #ifdef FASTLSTM_EMULATE
     emulator::run([&] { function(p); }, blocks, p.plan.blocks, threads, p.shared.total);
 #else
-    STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "fastlstm: too many sequences for one launch: ", p.B);
+    FASTLSTM_CHECK(blocks < (int64_t(1) << 31), "fastlstm: too many sequences for one launch: ", p.B);
     const OnDevice current(device);
     const auto* symbol = reinterpret_cast<const void*>(function);
     const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

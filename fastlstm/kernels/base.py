@@ -61,6 +61,10 @@ class Backend:
     wide: bool = False
     """Whether kept gates and all gradients of a 16-bit layer are float32, and not 16 bit too."""
 
+    takes_weights_of_forward: bool = False
+    """Whether its backward operators find the weights of the forward pass in `cache`, to compute
+    gates again. Any other backend computes the forward pass again, if the weights have changed."""
+
     def error(self) -> str | None:
         """Say why this machine does not have it; None once it is loaded, which this does."""
         return None

@@ -23,6 +23,9 @@ of [T, B]. :mod:`fastlstm.reference` defines what a step computes.
 - ``c_all``: [T, B, D*H], c of every step, float32 when the layer is 16-bit. So are ``gates`` and
   every gradient of a backend with ``wide``; those of any other have the dtype of the layer;
 - ``cache``: a buffer of bytes in which the backend may keep the weights in an order of its own.
+  Of a backend with ``takes_weights_of_forward`` it is None or, in backward without gates, the
+  weights of the forward pass in one tensor: gates are those of these weights, whatever has become
+  of ``weights`` since.
 
 Outputs are passed in and written completely. An operator of a backend with ``members`` computes an
 ensemble of E layers in one call: with ``members=E`` every tensor has a leading dimension E, which
@@ -40,7 +43,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
+from torch.autograd.graph import _CloneArgBeforeMutateMode
+from torch.library import Library, register_fake, register_torch_dispatch
 
 from fastlstm.kernels import flops
 from fastlstm.spec import LayerSpec, Noise
@@ -124,6 +128,10 @@ def define_operator(name: str, schema: str) -> Any:
         schema: its arguments and results, ``"(Tensor x) -> ()"``.
     """
     library.define(name + schema)
+    # allow_mutation_on_saved_tensors looks at what an operator writes, and stumbles over None.
+    # Nothing of it has been saved for anyone.
+    mode = _CloneArgBeforeMutateMode
+    register_torch_dispatch(f"fastlstm::{name}", mode, _without_mode, lib=library)
     return getattr(torch.ops.fastlstm, name).default
 
 
@@ -142,6 +150,10 @@ def add_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
 def add_fake(name: str, kernel: Callable[..., Any]) -> None:
     """Let a function allocate what an operator returns, so that graphs may contain it."""
     register_fake(name, kernel, lib=library)
+
+
+def _without_mode(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    return operator(*args, **(kwargs or {}))
 
 
 def _writes_only_its_arguments(*args: object, **options: object) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Normalised",
     "gates_again",
     "gradient_groups",
+    "groups_then",
     "input_gradient",
     "input_products",
     "product",
@@ -32,6 +33,15 @@ __all__ = [
 def weight_groups(weights: Sequence[Tensor], spec: LayerSpec) -> list[Weights]:
     """Take the flat list of a layer's weights apart by direction, each of them contiguous."""
     return Weights.split([w.contiguous() for w in weights], spec)
+
+
+def groups_then(cache: Tensor | None, groups: Sequence[Weights], spec: LayerSpec) -> list[Weights]:
+    """Take the weights of the forward pass apart as `groups`, which they are if cache is None."""
+    if cache is None:
+        return list(groups)
+    like = [w for group in groups for w in group if w is not None]
+    parts = cache.split([w.numel() for w in like])
+    return Weights.split([t.view(w.shape) for t, w in zip(parts, like, strict=True)], spec)
 
 
 def gradient_groups(

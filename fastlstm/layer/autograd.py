@@ -1,8 +1,8 @@
 """One layer on the operators of a backend, differentiable to any order.
 
-First derivatives come from the backward operator. Derivatives of those go through the reference:
-slower, and right to any order. What ``torch.func.vmap`` makes of a layer is in
-:mod:`fastlstm.layer.vmap`.
+First derivatives come from the backward operator. Derivatives of those go through the reference,
+slower, and right to any order; of a plain LSTM the second ones have formulas of their own. What
+``torch.func.vmap`` makes of a layer is in :mod:`fastlstm.layer.vmap`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from fastlstm.layer.call import (
     with_tensors,
     without_tensors,
 )
+from fastlstm.layer.keeping import keep, recall, save, saved
 from fastlstm.layer.recorded import derive, forward, gradients, is_recorded
+from fastlstm.layer.second import covers, second_derivatives
 
 __all__ = ["run"]
 
@@ -71,30 +73,8 @@ def _differentiate(
     return _Gradient.apply(call, tuple(needed), sizes, *inputs, *kept, *incoming)
 
 
-def _keep(ctx: Any, call: Call, inputs: MaybeTensors, outputs: Tensors) -> None:
-    own = call_tensors(call)
-    # y, and of an LSTM c_all and gates: backward has no use for the final states
-    _save(ctx, *own, *inputs, outputs[0], *outputs[3:])
-    ctx.call, ctx.own, ctx.inputs = without_tensors(call), len(own), len(inputs)
-    if not torch.compiler.is_compiling():  # Dynamo cannot pass a missing gradient
-        ctx.set_materialize_grads(False)
-
-
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save tensors for backward. Tools that draw graphs expect no None among the saved ones."""
-    ctx.present = [t is not None for t in tensors]
-    ctx.save_for_backward(*[t for t in tensors if t is not None])
-
-
-def _saved(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What :func:`_save` was given."""
-    rest = iter(ctx.saved_tensors)
-    return tuple([next(rest) if present else None for present in ctx.present])
-
-
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    own, inputs, kept = _split((ctx.own, ctx.inputs), _saved(ctx))
-    call = with_tensors(ctx.call, own)
+    call, inputs, kept, weights = recall(ctx)
     needed = ctx.needs_input_grad[1:]
     incoming = incoming[: count_results(call)]
     arguments = (call, needed, inputs, kept, incoming)
@@ -103,7 +83,7 @@ def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     elif _is_transformed() or torch.is_grad_enabled():
         found = _differentiate(*arguments)
     else:
-        found = gradients(*arguments)
+        found = gradients(*arguments, weights)
     rest = iter(found)
     return None, *(next(rest) if need else None for need in needed)
 
@@ -126,7 +106,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensors:
         outputs = forward(call, inputs, save=True)
-        _keep(ctx, call, inputs, outputs)
+        keep(ctx, call, inputs, outputs)
         return outputs[: count_results(call)]
 
     backward = staticmethod(_backward)
@@ -143,7 +123,7 @@ class _TransformedLayer(torch.autograd.Function):
     def setup_context(ctx: Any, arguments: Any, outputs: Tensors) -> None:
         call, *inputs = arguments
         ctx.mark_non_differentiable(*outputs[count_results(call) :])
-        _keep(ctx, call, inputs, outputs)
+        keep(ctx, call, inputs, outputs)
 
     backward = staticmethod(_backward)
 
@@ -166,7 +146,7 @@ class _Gradient(torch.autograd.Function):
         call, needed, sizes, *tensors = arguments
         inputs, _, incoming = _split(sizes, tensors)
         own = call_tensors(call)
-        _save(ctx, *own, *inputs, *incoming)
+        save(ctx, *own, *inputs, *incoming)
         ctx.call, ctx.own = without_tensors(call), len(own)
         ctx.needed, ctx.sizes = needed, sizes
 
@@ -175,8 +155,15 @@ class _Gradient(torch.autograd.Function):
         """Second derivatives: of inputs and of the incoming gradients."""
         create_graph = torch.is_grad_enabled()
         count, kept = ctx.sizes
-        tensors, inputs, incoming = _split((ctx.own, count), _saved(ctx))
+        tensors, inputs, incoming = _split((ctx.own, count), saved(ctx))
         call = with_tensors(ctx.call, tensors)
+        if not (create_graph or _is_transformed()) and covers(call, (*inputs, *incoming, *grads)):
+            given = iter(grads)
+            along = [next(given) if need else None for need in ctx.needed]
+            of_inputs, outer = second_derivatives(call, inputs, incoming, along)
+            pairs = zip((*of_inputs, *outer), (*inputs, *incoming), strict=True)
+            result = [None if t is None else g for g, t in pairs]
+            return None, None, None, *result[:count], *(None,) * kept, *result[count:]
         with torch.enable_grad():
             # Views cut the graph at this layer: x may itself depend on the weights.
             own: list[Any] = [None if t is None else t.view_as(t) for t in (*inputs, *incoming)]

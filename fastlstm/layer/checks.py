@@ -7,6 +7,7 @@ Letters: T steps, B batch, I input size, H hidden size, P size of h, N packed ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastlstm.layer.options import Options
 from fastlstm.spec import LayerSpec
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+_layout = attrgetter("layout")
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -32,6 +34,58 @@ def check_noise(recurrent_dropout: Any, weight_dropout: Any, zoneout: Any) -> No
     ):
         if not isinstance(p, int | float) or not 0 <= p <= 1 or (limit == "<" and p == 1):
             raise ValueError(f"LSTM: {name} must be a probability, 0 <= p {limit} 1, got {p!r}")
+
+
+def check_nonlinearity(nonlinearity: Any) -> None:
+    """Check that an RNN has this activation."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"RNN: Unknown nonlinearity {nonlinearity!r}: choose 'tanh' or 'relu'")
+
+
+def dense(
+    kind: str, input: Tensor, hx: Sequence[Tensor] | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Any, Sequence[Tensor]]:
+    """Return all of them as tensors that kernels can read; sparse ones become dense.
+
+    Raises:
+        TypeError: weights are no list of tensors.
+        RuntimeError: the input is a nested tensor.
+        NotImplementedError: a tensor is one of oneDNN or quantised.
+    """
+    if torch.compiler.is_compiling():
+        return input, hx, weights
+    try:
+        count, layouts = len(weights), {*map(_layout, weights)}
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{kind}: weights must be a list of tensors, got {_describe(weights)}"
+        ) from None
+    if count < 2 or weights[0].dim() != 2 or weights[1].dim() != 2:
+        given = f"{count} tensors" if count < 2 else f"{size(weights[0])} and {size(weights[1])}"
+        raise RuntimeError(
+            f"{kind}: weights must begin with two matrices, weight_ih and weight_hh, got {given}"
+        )
+    if not isinstance(input, Tensor):
+        raise AttributeError(f"{kind}: input must be a tensor, got {type(input).__name__}")
+    if input.is_nested:
+        raise RuntimeError(
+            f"{kind}: nested tensors are not supported: pad them with "
+            "torch.nested.to_padded_tensor and pass lengths"
+        )
+    layouts.add(input.layout)
+    if hx is not None:
+        layouts.update(map(_layout, hx))
+    if len(layouts) == 1 and torch.strided in layouts and not input.is_quantized:
+        return input, hx, weights
+    if getattr(torch, "_mkldnn") in layouts:  # noqa: B009 (mypy does not know it)
+        raise NotImplementedError(f"{kind}: convert tensors of oneDNN with .to_dense()")
+    if input.is_quantized:
+        raise NotImplementedError(
+            f"{kind}: the input is quantised, {input.dtype}: convert it with .dequantize(), or "
+            "quantise the nn.LSTM that to_torch() makes of the module"
+        )
+    states = None if hx is None else tuple(map(Tensor.to_dense, hx))
+    return input.to_dense(), states, [w.to_dense() for w in weights]
 
 
 def check_input(kind: str, input: Any) -> None:
@@ -99,6 +153,8 @@ def check_weights(weights: Sequence[Tensor], x: Tensor, options: Options) -> Lay
 def _first_layer(weights: Sequence[Tensor], options: Options) -> LayerSpec:
     """What the first layer is, by the number of weights and the shapes of its first two."""
     layers, directions = options.num_layers, options.directions
+    if not isinstance(layers, int) or layers < 1:
+        raise ValueError(f"{options.kind}: num_layers must be a positive integer, got {layers!r}")
     lstm, extra = options.mode == "LSTM", options.peephole + 4 * options.layer_norm
     count, rest = divmod(len(weights), layers * directions)
     plain = count - extra
@@ -150,6 +206,12 @@ def check_packed(
     """Check packed rows ``x [N, I]``; return T, B and I."""
     if x.dim() != 2:
         raise RuntimeError(f"{kind}: packed rows must be 2-D [N, I], got {size(x)}")
+    if not isinstance(batch_sizes, Tensor) or batch_sizes.dtype is not torch.int64:
+        raise RuntimeError(
+            f"{kind}: batch_sizes must be a tensor of torch.int64, got {_describe(batch_sizes)}"
+        )
+    if batch_sizes.dim() != 1:
+        raise RuntimeError(f"{kind}: batch_sizes must be 1-D [T], got {size(batch_sizes)}")
     if torch.compiler.is_compiling():  # values are not known yet: the operator checks them
         batch: Any = batch_sizes[0].item() if hx is None else hx[0].shape[1]
         return batch_sizes.shape[0], batch, x.shape[1]
@@ -160,6 +222,16 @@ def check_packed(
             f"packed rows, got {sizes}"
         )
     return len(sizes), sizes[0], x.shape[1]
+
+
+def is_pair(hx: Any) -> bool:
+    """Whether hx is what a call of an LSTM wants: a tuple of two tensors."""
+    return (
+        type(hx) is tuple
+        and len(hx) == 2
+        and isinstance(hx[0], Tensor)
+        and isinstance(hx[1], Tensor)
+    )
 
 
 def check_pair(hx: Any, dims: int | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from fastlstm.kernels.base import compute_dtype, get
 from fastlstm.kernels.operators import cell_options
 from fastlstm.layer.call import Call, MaybeTensors, Tensors
 
-__all__ = ["forward", "gradients", "outputs"]
+__all__ = ["apart", "flat", "forward", "gradients", "outputs"]
 
 
 def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
@@ -78,6 +78,7 @@ def gradients(
     inputs: MaybeTensors,
     kept: MaybeTensors,
     incoming: MaybeTensors,
+    then: Tensor | None = None,
 ) -> Tensors:
     """Compute the gradients of a layer's inputs.
 
@@ -87,6 +88,8 @@ def gradients(
         inputs: ``(x, h0, c0, *weights)``.
         kept: ``(y, c_all, gates)`` of the outputs, of an ``nn.RNN`` ``(y,)``.
         incoming: the gradients of the results, None for zeros.
+        then: the weights of the forward pass, where gates have to be computed again and the
+            weights may have changed; see :func:`flat`.
 
     Returns:
         One gradient for each input that needs one.
@@ -101,7 +104,11 @@ def gradients(
     )
     dweights = _weight_gradients(call, weights, dtype) if any(needed[3:]) else []
     purpose = "both" if spec.is_lstm and len(kept) < 3 else "backward"
-    packed = backend.packed_weights(call.cache, purpose, weights, spec)
+    packed = then
+    if then is None or not backend.takes_weights_of_forward:
+        if then is not None and spec.layer_norm:  # which keeps no gates: all of it as it was then
+            weights = apart(then, weights)
+        packed = backend.packed_weights(call.cache, purpose, weights, spec)
     arguments = _dense(x), _contiguous(weights, call), spec.directions, _dense(h0)
     if spec.is_lstm:
         y, c_all, *gates = kept
@@ -122,6 +129,18 @@ def gradients(
         for grad, wanted in zip(grads, needed, strict=False)
         if wanted and grad is not None
     )
+
+
+def flat(weights: Sequence[Tensor]) -> Tensor:
+    """Copy the weights into one tensor, one after the other."""
+    with torch.no_grad():
+        return torch.cat([w.reshape(-1) for w in weights])
+
+
+def apart(copies: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weights in a tensor of :func:`flat`, shaped as `like`."""
+    parts = copies.split([w.numel() for w in like])
+    return [part.view(w.shape) for part, w in zip(parts, like, strict=True)]
 
 
 def _weight_gradients(call: Call, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

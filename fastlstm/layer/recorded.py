@@ -77,10 +77,13 @@ def gradients(
     inputs: MaybeTensors,
     kept: MaybeTensors,
     incoming: MaybeTensors,
+    then: Tensor | None = None,
 ) -> Tensors:
     """Compute gradients, as :func:`fastlstm.layer.compute.gradients`; likewise."""
     if not is_recorded():
-        return compute.gradients(call, needed, inputs, kept, incoming)
+        return compute.gradients(call, needed, inputs, kept, incoming, then)
+    if then is not None:
+        inputs = *inputs[:3], *compute.apart(then, inputs[3:])
     flops.tell_counters()
     rest = list(kept), list(incoming), list(needed)
     return tuple(_LAYER_GRADIENTS(*_tensors(call, inputs), *rest, **_options(call, True)))

@@ -25,6 +25,8 @@ from fastlstm.layer.checks import (
     check_steps,
     check_unbatched,
     check_weights,
+    dense,
+    is_pair,
     size,
 )
 from fastlstm.layer.options import Options
@@ -90,8 +92,11 @@ def run_stack(
         ValueError, RuntimeError, TypeError: see :func:`fastlstm.functional.lstm`.
     """
     kind, sequences = options.kind, options.sequences
+    input, hx, weights = dense(kind, input, hx, weights)
     dtype = autocast_dtype(input)
     if dtype:
+        if sequences.batch_sizes is not None and kind == "LSTM" and input.is_cpu:
+            dtype = _dtype_of_state(input, hx)  # as nn.LSTM, which rounds no packed sequence
         input, hx, weights = cast(dtype, input, hx, weights)
     whole = _Input.of(input, hx, options)
     x = whole.x
@@ -121,6 +126,11 @@ def run_stack(
     if whole.unbatched:
         final = tuple(state.squeeze(1) for state in final)
     return whole.undo(y), final, None if c_all is None else whole.undo(c_all)
+
+
+def _dtype_of_state(input: Tensor, hx: Sequence[Tensor] | None) -> torch.dtype:
+    """The dtype that a state has under autocast where that does not round it at every step."""
+    return input.dtype if hx is None else torch.promote_types(hx[0].dtype, hx[1].dtype)
 
 
 def _check_sequences(options: Options, x: Tensor, unbatched: bool) -> Sequences:
@@ -240,15 +250,15 @@ def run_cell(
     input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor], cache: Any
 ) -> tuple[Tensor, Tensor]:
     """Check a step of an LSTM cell and compute it; see :func:`fastlstm.functional.lstm_cell`."""
+    if hx is not None and not is_pair(hx):
+        hx = check_pair(hx, None)
+    input, hx, weights = dense("LSTMCell", input, hx, weights)
     dims = input.dim()
     if dims not in (1, 2):
         raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {size(input)}")
-    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
-        hx = check_pair(hx, None)
     autocast = autocast_dtype(input)
     if autocast:
-        dtype = input.dtype if hx is None else torch.promote_types(hx[0].dtype, hx[1].dtype)
-        input, hx, weights = cast(dtype, input, hx, weights)
+        input, hx, weights = cast(_dtype_of_state(input, hx), input, hx, weights)
     check_features("LSTMCell", input, weights)
     spec = check_weights(weights, input, _CELL)
     backend = select(input, (spec,))

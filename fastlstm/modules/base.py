@@ -17,6 +17,8 @@ from fastlstm.spec import LayerSpec
 
 __all__ = ["Layers", "by_sample", "is_by_sample", "tensors"]
 
+_CHOOSE_WEIGHTS = frozenset({"num_layers", "bidirectional", "bias", "_flat_weights_names"})
+
 
 class Layers(StandIn, nn.RNNBase):
     """A stack of L layers of D directions: what LSTM and RNN share.
@@ -30,6 +32,7 @@ class Layers(StandIn, nn.RNNBase):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._caches = [Cache() for _ in range(self.num_layers)]
+        self._read_settings()
 
     @property
     def _D(self) -> int:
@@ -91,15 +94,36 @@ class Layers(StandIn, nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Do nothing: weights are read where they are, there is no flat copy to keep."""
 
+    def _read_settings(self) -> None:
+        """Note the names of the weights that a call reads.
+
+        As with nn.LSTM, an edit of ``num_layers``, ``bidirectional`` or ``bias`` leaves some out.
+        """
+        groups = self._all_weights[: self.num_layers * self._D]
+        unread = () if self.bias else ("bias_ih", "bias_hh")
+        self._names = [n for group in groups for n in group if not n.startswith(unread)]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_fast_settings", None)  # a setting may have changed
+        super().__setattr__(name, value)
+        if name in _CHOOSE_WEIGHTS and "_names" in self.__dict__:
+            self._read_settings()
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        state.pop("_caches", None)
-        state.pop("_fast_settings", None)
+        for own in ("_caches", "_names", "_fast_settings"):
+            state.pop(own, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_flat_weights" not in state:  # of an old pickle, whose list of weights had other names
+            groups = state.get("_all_weights") or state["all_weights"]
+            names = [name for group in groups for name in group]
+            state = {**state, "_all_weights": groups, "_flat_weights_names": names}
+            state["_flat_weights"] = [state["_parameters"].get(name) for name in names]
         super().__setstate__(state)
         self._caches = [Cache() for _ in range(self.num_layers)]
+        self._read_settings()
 
 
 def tensors(module: nn.Module, names: Sequence[str]) -> list[Tensor]:

@@ -258,7 +258,7 @@ class LSTM(Layers):
             node = drawn(self, (input, hx), keywords)
             if node is not None:
                 return node
-        weights = tensors(self, self._flat_weights_names)
+        weights = tensors(self, self._names)
         if not more and is_by_sample(weights):
             return by_sample(self, input, hx)
         settings = self._settings()
@@ -302,7 +302,7 @@ class LSTM(Layers):
         try:
             weights = take(self._parameters)
         except KeyError:
-            weights = tensors(self, self._flat_weights_names)
+            weights = tensors(self, self._names)
         if batch_first:
             x = x.transpose(0, 1)
         result = infer(backend, x, hx, weights, cache, directions)
@@ -317,12 +317,8 @@ class LSTM(Layers):
         noisy = self.training and self.weight_dropout > 0
         if self.num_layers > 1 or noisy or self._spec().is_extended:
             return None
-        take = itemgetter(*self._flat_weights_names)
+        take = itemgetter(*self._names)
         return take, self._D, self._caches[0], self.batch_first
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_fast_settings", None)  # a setting may have changed
-        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The arguments of nn.LSTM, then those of this class that are not at their defaults."""

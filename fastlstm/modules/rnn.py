@@ -11,11 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
 from fastlstm.functional import rnn
-from fastlstm.layer.checks import check_input
+from fastlstm.layer.checks import check_input, check_nonlinearity
 from fastlstm.modules.base import Layers, by_sample, is_by_sample, tensors
 from fastlstm.modules.stand_in import drawn
 
 __all__ = ["RNN"]
+
+_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
+_NONLINEARITY = {mode: name for name, mode in _MODES.items()}
 
 
 class RNN(Layers):
@@ -51,12 +54,15 @@ class RNN(Layers):
         bidirectional: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        modes = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
-        if nonlinearity not in modes:
-            raise ValueError(f"RNN: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        if "proj_size" in options:
+            raise ValueError("RNN: proj_size is an argument of LSTM, an RNN has no projection")
+        if options:
+            raise TypeError(f"RNN: unexpected argument {', '.join(options)}")
+        check_nonlinearity(nonlinearity)
         super().__init__(
-            modes[nonlinearity],
+            _MODES[nonlinearity],
             input_size,
             hidden_size,
             num_layers,
@@ -72,7 +78,7 @@ class RNN(Layers):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.nonlinearity = self.mode.removeprefix("RNN_").lower()  # nn.RNN once kept only mode
+        self.nonlinearity = _NONLINEARITY[self.mode]  # nn.RNN once kept only mode
 
     @overload
     def forward(
@@ -120,8 +126,8 @@ class RNN(Layers):
             if node is not None:
                 return node
         settings = self._settings()
-        settings["nonlinearity"] = self.nonlinearity
-        weights = tensors(self, self._flat_weights_names)
+        settings["nonlinearity"] = _NONLINEARITY[self.mode]
+        weights = tensors(self, self._names)
         if is_by_sample(weights) and lengths is None and reset is None:
             return by_sample(self, input, hx)
         if isinstance(input, Tensor):

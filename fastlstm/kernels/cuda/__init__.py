@@ -31,6 +31,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     devices = frozenset({"cuda"})
+    takes_weights_of_forward = True
     lstm_fwd, lstm_bwd, *_ = _OPERATORS
 
     def error(self) -> str | None:

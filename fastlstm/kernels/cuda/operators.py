@@ -20,6 +20,7 @@ from fastlstm.kernels.operators import add_kernel, contiguous, plainly, read_cel
 from fastlstm.kernels.products import (
     gates_again,
     gradient_groups,
+    groups_then,
     input_gradient,
     input_products,
     weight_gradients,
@@ -119,7 +120,7 @@ def lstm_bwd(
         x_rows = torch.where(rows.real(), x_rows, 0)
     h_before = rows.states_before(y_rows, h0, D) if targets or gates is None else []
     if gates is None:
-        gates = _gates(x_rows, groups, h_before)
+        gates = _gates(x_rows, groups_then(cache, groups, spec), h_before)
     # Padding adds nothing to sums over rows.
     empty = torch.zeros if rows.padded else torch.empty
     dgates = empty(D, rows.count, 4 * H, dtype=x.dtype, device=x.device)

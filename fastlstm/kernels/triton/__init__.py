@@ -32,6 +32,7 @@ class TritonBackend(Backend):
     name = "triton"
     devices = frozenset({"cuda"})
     lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd = _OPERATORS
+    takes_weights_of_forward = True
 
     def error(self) -> str | None:
         """Say why this machine does not have it; None once it is loaded, which this does."""

@@ -41,15 +41,21 @@ class _Before(NamedTuple):
     h_side: Normalised | None
 
 
-def launch_lstm_bwd(call: Call, saved: Saved, incoming: Incoming, gradients: Gradients) -> None:
-    """Write the gradients of one layer of an LSTM."""
+def launch_lstm_bwd(
+    call: Call,
+    then: Sequence[Weights],
+    saved: Saved,
+    incoming: Incoming,
+    gradients: Gradients,
+) -> None:
+    """Write the gradients of one layer of an LSTM; `then`: the weights of the forward pass."""
     plan = backward_plan(call.problem, call.device)
     gates = None if plan.regime == "sequence" else saved.gates
-    before = _before(call, saved.y, gates is None, gradients.weights is not None)
+    before = _before(call, then, saved.y, gates is None, gradients.weights is not None)
     assert saved.c_all is not None
     factors = None if before.h_side is None else before.h_side.factor
-    again = _gates(call, before) if gates is None else gates
-    kept = Kept(saved.c_all, again, gates is not None, factors)
+    again = _gates(then, before) if gates is None else gates
+    kept = Kept(saved.c_all, again, then, gates is not None, factors)
     steps = StepGradients.empty(call, weights=gradients.weights is not None)
     if plan.regime == "sequence":
         launch_lstm_bwd_sequence(call, plan, kept, incoming, steps, gradients)
@@ -64,7 +70,7 @@ def launch_lstm_bwd(call: Call, saved: Saved, incoming: Incoming, gradients: Gra
         _cell_weight_gradients(target, d, before, steps)
 
 
-def _before(call: Call, y: Tensor, gates: bool, weights: bool) -> _Before:
+def _before(call: Call, then: Sequence[Weights], y: Tensor, gates: bool, weights: bool) -> _Before:
     """Compute what is needed again; `gates`, `weights`: whether gates or dweights will be."""
     spec, rows, x = call.spec, call.rows, call.x_rows()
     if rows.padded and (weights or spec.layer_norm):
@@ -78,20 +84,20 @@ def _before(call: Call, y: Tensor, gates: bool, weights: bool) -> _Before:
             states *= rows.of_sequences(mask)
     if not spec.layer_norm:
         return _Before(x, h, None, None)
-    x_side = Normalised.of(input_products(x, call.weights))
-    h_side = Normalised.of(products(h, [each.w_hh for each in call.weights]))
+    x_side = Normalised.of(input_products(x, then))
+    h_side = Normalised.of(products(h, [each.w_hh for each in then]))
     return _Before(x, h, x_side, h_side)
 
 
-def _gates(call: Call, before: _Before) -> Tensor:
+def _gates(then: Sequence[Weights], before: _Before) -> Tensor:
     """Return the gates of all steps before activation, float32 [D, rows, 4H].
 
     Where products are normalised, the normalised products of h follow: [D, rows, 8H].
     """
     if before.x_side is None or before.h_side is None:
-        return gates_again(before.x, call.weights, before.h)
+        return gates_again(before.x, then, before.h)
     both = torch.cat([before.x_side.values, before.h_side.values], -1)
-    for part, weights in zip(both, call.weights, strict=True):
+    for part, weights in zip(both, then, strict=True):
         gates, normalised = part.chunk(2, -1)
         gates.mul_(weights.ln_ih).addcmul_(normalised, weights.ln_hh)
     return both

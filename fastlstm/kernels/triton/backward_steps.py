@@ -259,7 +259,7 @@ def launch_lstm_bwd_steps(
     dh_kept = torch.zeros_like(dc) if spec.zoneout[1] else None
     through = ProjectionGradient(call, incoming, steps) if spec.proj_size else None
     d_hidden = incoming.dy if through is None else through.d_hidden
-    biases = weight_arguments(weights, "b_ih", "b_hh")
+    biases = weight_arguments(kept.then, "b_ih", "b_hh")
     arguments = {
         "gates": kept.gates,
         **weight_arguments(weights, "w_hh"),

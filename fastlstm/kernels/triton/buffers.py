@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastlstm.spec import Weights
 
 from .call import Call
 
@@ -17,6 +20,7 @@ class Kept(NamedTuple):
 
     c_all: Tensor  # float32 [rows, D*H]
     gates: Tensor  # [D, rows, 4H], or [D, rows, 8H] with layer normalisation: see the kernels
+    then: Sequence[Weights]  # the weights of the forward pass
     activated: bool  # whether the gates are after activation
     factors: Tensor | None  # float32 [D, rows, 1], of the normalised products with w_hh
 

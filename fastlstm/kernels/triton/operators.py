@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fastlstm.kernels.operators import add_kernel, contiguous, plainly, read_cell_options, zero
-from fastlstm.kernels.products import gradient_groups, weight_groups
+from fastlstm.kernels.products import gradient_groups, groups_then, weight_groups
 from fastlstm.kernels.rows import layout
 from fastlstm.spec import (
     NO_NOISE,
@@ -101,6 +101,7 @@ def lstm_bwd(
     _refuse(call)
     launch_lstm_bwd(
         call,
+        groups_then(cache, groups, spec),
         Saved(y, c_all, gates),
         Incoming(dy, contiguous(dh_n), contiguous(dc_n), dc_all),
         Gradients(dx, dh0, dc0, gradient_groups(dweights, groups)),
