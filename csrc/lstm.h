@@ -102,7 +102,7 @@ struct ForwardParams {
   i64 reset_step, reset_batch;
   const DirectionWeights* weights;  // one for each direction
   CellOptions cell;
-  const void* packed;  // from Kernels::pack_forward
+  const void* packed;  // from Kernels::pack_forward; null: the weights are read as they are stored
   Threads threads;
 };
 
@@ -119,8 +119,8 @@ struct BackwardParams {
   States dh_n, dc_n;  // or absent
   const DirectionWeights* weights;
   CellOptions cell;
-  const void* packed;          // from Kernels::pack_backward
-  const void* packed_forward;  // from Kernels::pack_forward; only without `gates`, which are then computed again
+  const void* packed;          // from Kernels::pack_backward; null: the weights are read as they are stored
+  const void* packed_forward;  // as ForwardParams::packed; only without `gates`, which are then computed again
   Rows dx;                     // [T, B, I], or absent when not wanted
   States dh0, dc0;             // [D, B, P], [D, B, H], or absent when not wanted
   struct Gradients {
@@ -140,6 +140,9 @@ struct Kernels {
   void (*pack_backward)(const Sizes&, Dtype, const DirectionWeights*, void* packed);
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
+  // Whether a pass needs no packed weights (cpu/plan.h).
+  bool (*forward_reads_stored)(const Sizes&, bool is_double);
+  bool (*backward_reads_stored)(const Sizes&);
   void (*describe)(const Sizes&, int threads, char* text, size_t size);
 };
 

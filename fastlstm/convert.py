@@ -30,6 +30,7 @@ _PRIVATE = (
     "_caches",
     "_cache",
     "_names",
+    "_layers",
     "_fast_settings",
 )  # every module of this library makes its own
 

@@ -5,7 +5,9 @@ of these edits leave no trace in a version counter.
 """
 
 import copy
+import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -177,3 +179,71 @@ def test_concurrent_training(backend: str) -> None:
         for got, want in zip(pool.map(gradients, inputs), wanted, strict=True):
             for one, other in zip(got, want, strict=True):
                 assert torch.equal(one, other)
+
+
+def test_an_edit_that_comes_and_goes(backend: str) -> None:
+    """Weights that another thread writes and writes back leave nothing of the middle behind."""
+    lstm = fastlstm.LSTM(3, 16).requires_grad_(False)
+    x = torch.randn(8, 1, 3)
+    want, _ = lstm(x)
+    shared = lstm.weight_ih_l0.numpy()
+    stop = threading.Event()
+
+    def flicker() -> None:
+        value = shared[0, 0].item()
+        while not stop.is_set():
+            shared[0, 0] = value + 1
+            shared[0, 0] = value
+
+    for _ in range(6):
+        stop.clear()
+        thread = threading.Thread(target=flicker)
+        thread.start()
+        for _ in range(500):
+            lstm(x)
+        stop.set()
+        thread.join()
+        got, _ = lstm(x)
+        assert torch.equal(got, want)
+
+
+def _header(lstm: fastlstm.LSTM) -> tuple[int, int]:
+    """The hash of the packed weights, and how many calls are reading them."""
+    hash_, use = lstm._caches[0]["packed"][:16].view(torch.int64).tolist()
+    return hash_, use & 0xFFFFFFFF
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_fork_in_the_middle_of_a_call(backend: str) -> None:
+    """What another thread was reading when the process forked does not bind the child."""
+    lstm = fastlstm.LSTM(3, 16).requires_grad_(False)
+    x = torch.randn(8, 1, 3)
+    lstm(x)
+    lstm._caches[0]["packed"][8] += 1  # one reader more, as a thread within a call
+    before, readers = _header(lstm)
+    assert readers == 1
+    child = os.fork()
+    if not child:
+        lstm.weight_ih_l0.add_(1)
+        lstm(x)
+        after, readers = _header(lstm)
+        os._exit(after == before or readers != 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_at_most_one_copy_of_the_weights(backend: str) -> None:
+    """Packed weights are kept once, where a call needs them, and no longer than the weights."""
+    lstm = fastlstm.LSTM(512, 512)
+    with torch.no_grad():
+        lstm(torch.randn(50, 2, 512))
+    lstm(torch.randn(1, 2, 512))[0].sum().backward()
+    assert not lstm._caches[0]  # wide products and few rows read the weights as they are stored
+    lstm(torch.randn(50, 2, 512))[0].sum().backward()
+    assert len(lstm._caches[0]) == 1
+    lstm.double()
+    assert not lstm._caches[0]
+    small = fastlstm.LSTM(3, 16, recompute=True)
+    for _ in range(2):
+        small(torch.randn(50, 2, 3))[0].sum().backward()
+    assert len(small._caches[0]) == 1

@@ -18,16 +18,16 @@ Dtype dtype_of(const Array& t) {
 
 }  // namespace
 
-Call::Call(const Array& x, const std::vector<Array>& w, i64 directions, const Array& batch_sizes, const Array& lengths,
-           i64 gates, bool peephole, bool layer_norm)
+Call::Call(const Array& x, Weights w, i64 directions, const Array& batch_sizes, const Array& lengths, i64 gates,
+           bool peephole, bool layer_norm)
     : dtype(dtype_of(x)), type(x.dtype),
       compute_type(dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
       packed_rows(bool(batch_sizes)) {
   FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
-  const i64 each = i64(w.size()) / directions, plain = each - peephole - 4 * layer_norm;
-  FASTLSTM_CHECK(plain >= 2 && plain <= 5 && each * directions == i64(w.size()), "fastlstm: expected 2 to 5 weights",
+  const i64 each = w.count / directions, plain = each - peephole - 4 * layer_norm;
+  FASTLSTM_CHECK(plain >= 2 && plain <= 5 && each * directions == w.count, "fastlstm: expected 2 to 5 weights",
                  peephole ? ", 1 of the peepholes" : "", layer_norm ? ", 4 of layer normalisation" : "",
-                 " for each of ", directions, " directions, got ", w.size());
+                 " for each of ", directions, " directions, got ", w.count);
   FASTLSTM_CHECK(x.dim == 2 || (x.dim == 3 && !packed_rows), "fastlstm: expected ",
                  packed_rows ? "packed rows [N, I]" : "input [T, B, I], or [B, I] for one step", ", got ",
                  x.shape_text());
@@ -37,13 +37,13 @@ Call::Call(const Array& x, const std::vector<Array>& w, i64 directions, const Ar
   sizes.layer_norm = layer_norm;
   read_sizes(x, w, gates, plain);
   read_rows(x, batch_sizes);
-  for (i64 d = 0; d < directions; ++d) read_weights(w.data() + d * each, each, plain, weights[d]);
+  for (i64 d = 0; d < directions; ++d) read_weights(w.first + d * each, each, plain, weights[d]);
   if (batch_sizes) read_batch_sizes(batch_sizes);
   if (lengths) read_lengths(lengths);
 }
 
 // Sizes of the layer. plain: how many weights a direction has without those of options.
-void Call::read_sizes(const Array& x, const std::vector<Array>& w, i64 gates, i64 plain) {
+void Call::read_sizes(const Array& x, Weights w, i64 gates, i64 plain) {
   Sizes& s = sizes;
   s.G = gates;
   s.bias = plain >= 4;
@@ -51,7 +51,7 @@ void Call::read_sizes(const Array& x, const std::vector<Array>& w, i64 gates, i6
   FASTLSTM_CHECK(gates > 1 || !s.projected, "fastlstm: an RNN has no projection");
   s.I = x.last();
   s.H = w[0].dim == 2 ? w[0].sizes[0] / s.G : 0;
-  s.P = s.projected ? (w[size_t(plain) - 1].dim == 2 ? w[size_t(plain) - 1].sizes[0] : 0) : s.H;
+  s.P = s.projected ? (w[plain - 1].dim == 2 ? w[plain - 1].sizes[0] : 0) : s.H;
 }
 
 // Steps and sequences.

@@ -9,6 +9,16 @@
 
 namespace fastlstm {
 
+// The weights of a layer, among those of others.
+struct Weights {
+  const Array* first;
+  i64 count;
+
+  Weights(const Array* first, i64 count) : first(first), count(count) {}
+  Weights(const std::vector<Array>& all) : first(all.data()), count(i64(all.size())) {}
+  const Array& operator[](i64 k) const { return first[k]; }
+};
+
 // Raises std::runtime_error, with what was expected and what was given, wherever an argument does not fit.
 struct Call {
   Sizes sizes{};
@@ -23,8 +33,8 @@ struct Call {
 
   // x: [T, B, I]; packed rows [N, I] with batch_sizes [T]; or [B, I], one step. w: the weights of all directions, as
   // in the operators' schemas. lengths: [B], or absent. gates: of a unit, 4 or 1.
-  Call(const Array& x, const std::vector<Array>& w, i64 directions, const Array& batch_sizes, const Array& lengths,
-       i64 gates, bool peephole = false, bool layer_norm = false);
+  Call(const Array& x, Weights w, i64 directions, const Array& batch_sizes, const Array& lengths, i64 gates,
+       bool peephole = false, bool layer_norm = false);
 
   // An absent tensor stays absent in all of these. n: size of the last dimension; name: for messages.
   // Rows [T, B, D*n] or packed [N, D*n]: each direction has n columns of its own.
@@ -51,7 +61,7 @@ struct Call {
   }
 
  private:
-  void read_sizes(const Array& x, const std::vector<Array>& w, i64 gates, i64 plain);
+  void read_sizes(const Array& x, Weights w, i64 gates, i64 plain);
   void read_rows(const Array& x, const Array& batch_sizes);
   void read_weights(const Array* w, i64 each, i64 plain, DirectionWeights& of) const;
   void read_batch_sizes(const Array& batch_sizes);

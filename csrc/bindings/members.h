@@ -45,13 +45,13 @@ void run_members(i64 members, const Arguments&... arguments) {
     return !std::memcmp(pass.call.weights, first.call.weights, sizeof first.call.weights);
   };
   std::optional<PackedWeights> shared;
-  if (std::all_of(passes.begin(), passes.end(), same_weights)) shared.emplace(first.call, first.kind(), Array());
+  if (std::all_of(passes.begin(), passes.end(), same_weights)) shared.emplace(first.call, first.orders(), Array());
   const auto run = [&](i64 k, Threads threads) {
     Pass& pass = passes[size_t(k)];
     if (shared) {
       pass.run(*shared, threads);
     } else {
-      pass.run(PackedWeights(pass.call, pass.kind(), Array()), threads);
+      pass.run(PackedWeights(pass.call, pass.orders(), Array()), threads);
     }
   };
   const Threads threads = torch_threads();
@@ -67,7 +67,7 @@ template <class Pass, class... Arguments>
 void run_pass(i64 members, const Array& cache, const Arguments&... arguments) {
   if (members) return run_members<Pass>(members, arguments...);
   Pass pass(arguments...);
-  pass.run(PackedWeights(pass.call, pass.kind(), cache), torch_threads());
+  pass.run(PackedWeights(pass.call, pass.orders(), cache), torch_threads());
 }
 
 }  // namespace fastlstm

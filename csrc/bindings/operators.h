@@ -41,13 +41,14 @@ void rnn_bwd_cpu(Handle x, const HandleList& weights, i64 directions, OptionalHa
                  OptionalHandle cache, i64 members);
 
 // infer.cpp
-std::tuple<Output, Output, Output> lstm_infer_cpu(Handle x, const HandleList& weights, i64 directions,
-                                                  OptionalHandle h0, OptionalHandle c0, OptionalHandle cache);
+std::tuple<Output, Output, Output> lstm_infer_cpu(Handle x, const HandleList& weights, i64 layers, i64 directions,
+                                                  OptionalHandle h0, OptionalHandle c0, const HandleList& caches);
 std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x, const HandleList& weights, OptionalHandle h0,
                                                OptionalHandle c0, OptionalHandle cache);
 
 // plans.cpp
-i64 cpu_cache_bytes(i64 input, i64 hidden, i64 projected, i64 directions, bool is_double);
+i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions,
+                    i64 gates, bool is_double);
 std::string cpu_isa();
 std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads);
 std::vector<i64> cuda_plan(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,

@@ -4,7 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <vector>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 namespace fastlstm {
 namespace {
@@ -23,87 +28,131 @@ uint64_t hash_large(const void* data, size_t bytes, uint64_t seed) {
   return kernels.hash(hashes.data(), hashes.size() * sizeof(uint64_t), seed);
 }
 
+size_t element_bytes(const Call& call) { return call.dtype == Dtype::f64 ? 8 : call.dtype == Dtype::f32 ? 4 : 2; }
+
+// Calls f(pointer to a matrix or vector, elements) for each weight of a direction that is packed.
+template <class F>
+void for_weights(const Call& call, bool biases, DirectionWeights& w, const F& f) {
+  const Sizes& s = call.sizes;
+  f(w.w_ih, s.gate_units() * s.I);
+  f(w.w_hh, s.gate_units() * s.P);
+  if (biases && s.bias) {
+    f(w.b_ih, s.gate_units());
+    f(w.b_hh, s.gate_units());
+  }
+  if (s.projected) f(w.w_hr, s.P * s.H);
+}
+
+// How many times this process is the child of a fork. Of the calls that other threads had in flight then, nothing is
+// left in the child but their counts in the headers.
+std::atomic<uint32_t> forks{0};
+#ifndef _WIN32
+[[maybe_unused]] const int forks_are_counted = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
+#endif
+
 }  // namespace
 
 struct PackedWeights::Header {
-  std::atomic<uint64_t> hash;    // of what was packed and how; 0: nothing yet
-  std::atomic<int32_t> readers;  // calls in flight; -1 while one of them packs
+  std::atomic<uint64_t> hash;  // of what was packed and how; 0: nothing yet
+  std::atomic<uint64_t> use;   // in the high half `forks`, in the low half calls in flight, or kPacking
+
+  static constexpr uint32_t kPacking = ~0u;
+  static uint64_t word(uint32_t readers) { return uint64_t(forks.load(std::memory_order_relaxed)) << 32 | readers; }
+  static uint32_t readers(uint64_t use) { return use >> 32 == word(0) >> 32 ? uint32_t(use) : 0; }
 };
 
-PackedWeights::PackedWeights(const Call& call, Kind kind, const Array& cache) : kind_(kind) {
+PackedWeights::Memory PackedWeights::allocate(size_t bytes) {
+  Memory memory(static_cast<char*>(std::aligned_alloc(64, std::max(round_up(bytes), size_t(64)))));
+  if (!memory) throw OutOfMemory(bytes);
+  return memory;
+}
+
+PackedWeights::PackedWeights(const Call& call, Orders orders, const Array& cache) : orders_(orders) {
   static_assert(sizeof(Header) <= kHeaderBytes);
+  if (!orders.forward && !orders.backward) return;
   const Kernels& kernels = cpu_kernels();
   const bool is_double = call.dtype == Dtype::f64;
-  backward_bytes_ = kind == kForward ? 0 : round_up(kernels.backward_bytes(call.sizes, is_double));
-  const size_t bytes =
-      backward_bytes_ + (kind == kBackward ? 0 : round_up(kernels.forward_bytes(call.sizes, is_double)));
+  if (orders.backward) backward_bytes_ = round_up(kernels.backward_bytes(call.sizes, is_double));
+  const size_t bytes = backward_bytes_ + (orders.forward ? kernels.forward_bytes(call.sizes, is_double) : 0);
   const bool fits = cache && cache.dtype == aoti_torch_dtype_uint8() && cache.dim == 1 &&
                     cache.sizes[0] >= i64(bytes) + kHeaderBytes && cache.contiguous();
   if (fits && share(call, static_cast<char*>(cache.data))) return;
-  own_.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-  if (!own_ && bytes) throw OutOfMemory(bytes);
+  own_ = allocate(bytes);
   data_ = own_.get();
-  pack(call);
+  pack(call, call.weights);
 }
 
 PackedWeights::~PackedWeights() {
-  if (header_) header_->readers.fetch_sub(1, std::memory_order_release);
+  if (header_) header_->use.fetch_sub(1, std::memory_order_release);
 }
 
 // Whether the shared buffer now holds these weights, and keeps them as long as this object lives.
 bool PackedWeights::share(const Call& call, char* base) {
   auto* header = reinterpret_cast<Header*>(base);
-  const uint64_t wanted = hash_weights(call);
-  int32_t readers = header->readers.load(std::memory_order_acquire);
-  while (readers >= 0 && header->hash.load(std::memory_order_acquire) == wanted)
-    if (header->readers.compare_exchange_weak(readers, readers + 1, std::memory_order_acq_rel)) {
+  const uint64_t wanted = hash_weights(call, call.weights);
+  uint64_t use = header->use.load(std::memory_order_acquire);
+  while (Header::readers(use) != Header::kPacking && header->hash.load(std::memory_order_acquire) == wanted)
+    if (header->use.compare_exchange_weak(use, Header::word(Header::readers(use) + 1), std::memory_order_acq_rel)) {
       // From here on nobody repacks; it may have happened just before.
       if (header->hash.load(std::memory_order_acquire) == wanted) {
         header_ = header;
         data_ = base + kHeaderBytes;
         return true;
       }
-      header->readers.fetch_sub(1, std::memory_order_release);
+      header->use.fetch_sub(1, std::memory_order_release);
       return false;
     }
-  readers = 0;
-  if (!header->readers.compare_exchange_strong(readers, -1, std::memory_order_acq_rel)) return false;
+  if (Header::readers(use) != 0) return false;
+  if (!header->use.compare_exchange_strong(use, Header::word(Header::kPacking), std::memory_order_acq_rel))
+    return false;
   header_ = header;
   data_ = base + kHeaderBytes;
   header->hash.store(0, std::memory_order_release);
   try {
-    pack(call);
-  } catch (...) {  // no memory: a later call may have it
-    header->readers.store(0, std::memory_order_release);
+    header->hash.store(pack_copy(call), std::memory_order_release);
+  } catch (...) {
+    header_ = nullptr;
+    header->use.store(Header::word(0), std::memory_order_release);
     throw;
   }
-  // Weights that changed while they were packed may be a mixture: good for this call at most.
-  if (hash_weights(call) == wanted) header->hash.store(wanted, std::memory_order_release);
-  header->readers.store(1, std::memory_order_release);
+  header->use.store(Header::word(1), std::memory_order_release);
   return true;
 }
 
-void PackedWeights::pack(const Call& call) const {
+void PackedWeights::pack(const Call& call, const DirectionWeights* weights) const {
   const Kernels& kernels = cpu_kernels();
-  if (kind_ != kForward) kernels.pack_backward(call.sizes, call.dtype, call.weights, data_);
-  if (kind_ != kBackward) kernels.pack_forward(call.sizes, call.dtype, call.weights, data_ + backward_bytes_);
+  if (orders_.backward) kernels.pack_backward(call.sizes, call.dtype, weights, data_);
+  if (orders_.forward) kernels.pack_forward(call.sizes, call.dtype, weights, data_ + backward_bytes_);
 }
 
-uint64_t PackedWeights::hash_weights(const Call& call) const {
+// Packs a copy of the weights, and returns the hash of this copy.
+uint64_t PackedWeights::pack_copy(const Call& call) const {
+  const size_t e = element_bytes(call);
+  DirectionWeights copies[2];
+  std::vector<Memory> memory;
+  for (i64 d = 0; d < call.sizes.D; ++d) {
+    copies[d] = call.weights[d];
+    for_weights(call, orders_.forward, copies[d], [&](const void*& data, i64 elements) {
+      memory.push_back(allocate(size_t(elements) * e));
+      std::memcpy(memory.back().get(), data, size_t(elements) * e);
+      data = memory.back().get();
+    });
+  }
+  pack(call, copies);
+  return hash_weights(call, copies);
+}
+
+uint64_t PackedWeights::hash_weights(const Call& call, const DirectionWeights* weights) const {
   const Kernels& kernels = cpu_kernels();
   const Sizes& s = call.sizes;
-  const i64 tag[] = {s.I, s.H, s.P, s.D, s.G, s.bias, s.projected, s.layer_norm, i64(call.dtype), kind_};
+  const i64 tag[] = {
+      s.I, s.H, s.P, s.D, s.G, s.bias, s.projected, s.layer_norm, i64(call.dtype), orders_.forward, orders_.backward};
   uint64_t h = kernels.hash(tag, sizeof tag, 1);
-  const size_t e = call.dtype == Dtype::f64 ? 8 : call.dtype == Dtype::f32 ? 4 : 2;
+  const size_t e = element_bytes(call);
   for (i64 d = 0; d < s.D; ++d) {
-    const DirectionWeights& w = call.weights[d];
-    h = hash_large(w.w_ih, size_t(s.gate_units() * s.I) * e, h);
-    h = hash_large(w.w_hh, size_t(s.gate_units() * s.P) * e, h);
-    if (kind_ != kBackward && s.bias) {
-      h = kernels.hash(w.b_ih, size_t(s.gate_units()) * e, h);
-      h = kernels.hash(w.b_hh, size_t(s.gate_units()) * e, h);
-    }
-    if (s.projected) h = hash_large(w.w_hr, size_t(s.P * s.H) * e, h);
+    DirectionWeights w = weights[d];
+    for_weights(call, orders_.forward, w,
+                [&](const void* data, i64 elements) { h = hash_large(data, size_t(elements) * e, h); });
   }
   return h | 1;  // never the zero of a fresh buffer
 }

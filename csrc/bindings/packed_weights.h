@@ -1,9 +1,11 @@
 // Packed weights: a layer's weights in kernel order, for one call. They come from the caller's buffer while it holds
-// these very weights; otherwise they are packed anew.
+// these very weights; otherwise they are packed anew. Kernels that read the weights as they are stored need none.
 //
 // An edit of weights through `.data` leaves no trace but the bytes, so a hash of all weights tells whether the buffer
-// is up to date (cpu/hash.h). Threads may share a buffer. Its header counts the calls that read it. A call repacks it
-// only if no call reads it; a call that finds it busy with other weights packs into memory of its own.
+// is up to date (cpu/hash.h). What goes into the buffer is packed from a copy of the weights, and the hash is that of
+// the copy: whatever other threads and processes write in the meantime, the buffer holds what its hash says. Threads
+// may share a buffer. Its header counts the calls that read it. A call repacks it only if no call reads it; a call that
+// finds it busy with other weights packs into memory of its own.
 #pragma once
 
 #include <cstdlib>
@@ -17,16 +19,19 @@ class PackedWeights {
  public:
   static constexpr i64 kHeaderBytes = 64;
 
-  // Which orders are packed. A backward pass that computes the gates again needs both.
-  enum Kind { kForward, kBackward, kBoth };
+  // In which orders a pass needs the weights.
+  struct Orders {
+    bool forward, backward;
+  };
 
   // cache: uint8 [bytes] as cpu_cache_bytes says, zero at first; or absent.
-  PackedWeights(const Call& call, Kind kind, const Array& cache);
+  PackedWeights(const Call& call, Orders orders, const Array& cache);
   ~PackedWeights();
   PackedWeights(const PackedWeights&) = delete;
 
-  const void* backward() const { return data_; }
-  const void* forward() const { return data_ + backward_bytes_; }
+  // Null: not needed.
+  const void* backward() const { return orders_.backward ? data_ : nullptr; }
+  const void* forward() const { return orders_.forward ? data_ + backward_bytes_ : nullptr; }
   static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
  private:
@@ -34,14 +39,17 @@ class PackedWeights {
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
+  using Memory = std::unique_ptr<char, Free>;
 
+  static Memory allocate(size_t bytes);
   bool share(const Call& call, char* base);
-  void pack(const Call& call) const;
-  uint64_t hash_weights(const Call& call) const;
+  void pack(const Call& call, const DirectionWeights* weights) const;
+  uint64_t pack_copy(const Call& call) const;
+  uint64_t hash_weights(const Call& call, const DirectionWeights* weights) const;
 
-  const Kind kind_;
-  size_t backward_bytes_;  // what lies before the forward order
-  std::unique_ptr<char, Free> own_;
+  const Orders orders_;
+  size_t backward_bytes_ = 0;  // what lies before the forward order
+  Memory own_;
   Header* header_ = nullptr;  // of the shared buffer in use
   char* data_ = nullptr;
 };

@@ -89,6 +89,10 @@ Forward::Forward(Call&& call_, const Array& x, const Array& h0, const Array& y, 
   p.weights = call.weights;
 }
 
+PackedWeights::Orders Forward::orders() const {
+  return {!cpu_kernels().forward_reads_stored(call.sizes, call.dtype == Dtype::f64), false};
+}
+
 void Forward::run(const PackedWeights& packed, Threads threads) {
   p.packed = packed.forward();
   p.threads = threads;
@@ -145,9 +149,17 @@ Backward::Backward(Call&& call_, const Array& x, const Array& h0, const Array& r
   set_weight_gradients(call, dweights, p);
 }
 
+// The forward order too where the gates have to be computed again; an RNN has none.
+PackedWeights::Orders Backward::orders() const {
+  const bool computes_gates = !p.gates.data && call.sizes.G > 1;
+  const Kernels& kernels = cpu_kernels();
+  return {computes_gates && !kernels.forward_reads_stored(call.sizes, call.dtype == Dtype::f64),
+          !kernels.backward_reads_stored(call.sizes)};
+}
+
 void Backward::run(const PackedWeights& packed, Threads threads) {
   p.packed = packed.backward();
-  if (kind() == PackedWeights::kBoth) p.packed_forward = packed.forward();
+  p.packed_forward = packed.forward();
   p.threads = threads;
   cpu_kernels().backward(p);
 }

@@ -28,9 +28,9 @@ struct Forward {
           const Array& lengths, const Array& reset, bool relu, const Array& y, const Array& h_n);
   Forward(const Forward&) = delete;
 
-  PackedWeights::Kind kind() const { return PackedWeights::kForward; }
+  PackedWeights::Orders orders() const;
   void run(const PackedWeights& packed, Threads threads);
-  void run(const Array& cache) { run(PackedWeights(call, kind(), cache), torch_threads()); }
+  void run(const Array& cache) { run(PackedWeights(call, orders(), cache), torch_threads()); }
 
  private:
   Forward(Call&& call_, const Array& x, const Array& h0, const Array& y, const Array& h_n);
@@ -52,10 +52,7 @@ struct Backward {
            const Array& dx, const Array& dh0, const std::vector<Array>& dweights);
   Backward(const Backward&) = delete;
 
-  // Both orders where the gates have to be computed again; an RNN has none.
-  PackedWeights::Kind kind() const {
-    return p.gates.data || call.sizes.G == 1 ? PackedWeights::kBackward : PackedWeights::kBoth;
-  }
+  PackedWeights::Orders orders() const;
   void run(const PackedWeights& packed, Threads threads);
 
  private:

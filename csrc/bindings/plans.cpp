@@ -36,11 +36,23 @@ cuda::Plan planned(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, c
 
 }  // namespace
 
-i64 cpu_cache_bytes(i64 input, i64 hidden, i64 projected, i64 directions, bool is_double) {
+// purpose: the pass, "forward", "backward", or "both" for a backward pass that computes the gates again. 0: it reads
+// the weights as they are stored.
+i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions,
+                    i64 gates, bool is_double) {
   const Kernels& kernels = cpu_kernels();
-  const Sizes s = layer_sizes(input, hidden, projected, directions);
-  const size_t bytes = std::max(kernels.forward_bytes(s, is_double), kernels.backward_bytes(s, is_double));
-  return PackedWeights::kHeaderBytes + i64(PackedWeights::round_up(bytes));
+  Sizes s = layer_sizes(input, hidden, projected, directions);
+  s.T = T;
+  s.B = B;
+  s.G = gates;
+  const bool needs_forward = purpose != "backward" && !kernels.forward_reads_stored(s, is_double);
+  const bool needs_backward = purpose != "forward" && !kernels.backward_reads_stored(s);
+  if (!needs_forward && !needs_backward) return 0;
+  const size_t forward = PackedWeights::round_up(kernels.forward_bytes(s, is_double));
+  const size_t backward = PackedWeights::round_up(kernels.backward_bytes(s, is_double));
+  // One buffer serves the forward and the backward pass in turn.
+  const size_t bytes = needs_forward && needs_backward ? forward + backward : std::max(forward, backward);
+  return PackedWeights::kHeaderBytes + i64(bytes);
 }
 
 std::string cpu_isa() { return cpu_kernels().name; }

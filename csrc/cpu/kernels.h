@@ -63,6 +63,10 @@ void backward(const BackwardParams& p) {
   });
 }
 
+bool forward_reads_stored_of(const Sizes& s, bool is_double) {
+  return is_double ? forward_reads_stored<double>(s) : forward_reads_stored<float>(s);
+}
+
 // Writes to text [size] how a call is computed, in words.
 void describe(const Sizes& s, int threads, char* text, size_t size) {
   const Plan plan = make_plan<float>(s, threads);
@@ -82,9 +86,10 @@ void describe(const Sizes& s, int threads, char* text, size_t size) {
 }  // namespace
 }  // namespace fastlstm
 
-#define FASTLSTM_KERNELS(isa)                                                                            \
-  namespace fastlstm {                                                                                   \
-  extern const Kernels isa##_kernels;                                                                    \
-  const Kernels isa##_kernels = {#isa,          forward_bytes, backward_bytes, hash_bytes, pack_forward, \
-                                 pack_backward, forward,       backward,       describe};                \
+#define FASTLSTM_KERNELS(isa)                                                                                     \
+  namespace fastlstm {                                                                                            \
+  extern const Kernels isa##_kernels;                                                                             \
+  const Kernels isa##_kernels = {                                                                                 \
+      #isa,     forward_bytes,           backward_bytes,        hash_bytes, pack_forward, pack_backward, forward, \
+      backward, forward_reads_stored_of, backward_reads_stored, describe};                                        \
   }

@@ -90,7 +90,12 @@ class Backend:
         return True
 
     def packed_weights(
-        self, cache: Any, purpose: str, weights: Sequence[Tensor], spec: LayerSpec
+        self,
+        cache: Any,
+        purpose: str,
+        weights: Sequence[Tensor],
+        spec: LayerSpec,
+        shape: tuple[int, int],
     ) -> Tensor | None:
         """Return the buffer in which it keeps these weights in an order of its own, if it does.
 
@@ -100,12 +105,13 @@ class Backend:
                 again.
             weights: D groups, see :class:`fastlstm.spec.Weights`.
             spec: the layer.
+            shape: T and B of the call.
         """
         return None
 
 
-class Cache(dict[Any, Tensor]):
-    """The packed weights of a layer, for :meth:`Backend.packed_weights`.
+class Cache(dict[str, Tensor]):
+    """The packed weights of a layer, for :meth:`Backend.packed_weights`: at most one copy.
 
     Not a plain dict, which torch.func would copy.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,16 +21,21 @@ _DEVICE = torch.device("cpu")  # named at every allocation: a default device may
 _OPERATORS = operators.define("cpu", members=True)
 # Calls for latency. They make their outputs, (y, h_n, c_n) or (h, c), and have no fake kernel:
 # what is not a plain tensor is refused, and such a call takes the long way.
-_STATES = "Tensor? h0, Tensor? c0, Tensor(a!)? cache"
+_STATES = "Tensor? h0, Tensor? c0"
 _LSTM_INFER = operators.define_operator(
     "lstm_infer_cpu",
-    f"(Tensor x, Tensor[] weights, int directions, {_STATES}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor[] weights, int layers, int directions, {_STATES}, Tensor(a!)[] caches) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 _LSTM_CELL_INFER = operators.define_operator(
-    "lstm_cell_infer_cpu", f"(Tensor x, Tensor[] weights, {_STATES}) -> (Tensor, Tensor)"
+    "lstm_cell_infer_cpu",
+    f"(Tensor x, Tensor[] weights, {_STATES}, Tensor(a!)? cache) -> (Tensor, Tensor)",
 )
 _SIZES = "int input, int hidden, int projected, int directions"
-_CACHE_BYTES = operators.define_operator("cpu_cache_bytes", f"({_SIZES}, bool double) -> int")
+_CACHE_BYTES = operators.define_operator(
+    "cpu_cache_bytes",
+    f"(str purpose, int steps, int batch, {_SIZES}, int gates, bool double) -> int",
+)
 _ISA = operators.define_operator("cpu_isa", "() -> str")
 _PLAN = operators.define_operator(
     "cpu_plan", f"(int steps, int batch, {_SIZES}, int threads) -> str"
@@ -72,27 +78,40 @@ class CpuBackend(Backend):
         return plan(spec, T, B, torch.get_num_threads())
 
     def packed_weights(
-        self, cache: Any, purpose: str, weights: Sequence[Tensor], spec: LayerSpec
+        self,
+        cache: Any,
+        purpose: str,
+        weights: Sequence[Tensor],
+        spec: LayerSpec,
+        shape: tuple[int, int],
     ) -> Tensor | None:
         """Return the buffer in which the kernels keep these weights in their own order.
 
         A kernel compares what is there with the bytes of the weights at every call, so it sees
-        any edit. None without a cache, and in compiled code.
+        any edit. None without a cache, in compiled code, and for kernels that read the weights as
+        they are.
         """
         if cache is None or torch.compiler.is_compiling():
             return None
-        key = (purpose, weights[0].dtype)
-        buffer = cache.get(key)
-        if buffer is None:
-            # An RNN has one gate where the size is that of four: room to spare.
-            sizes = spec.input_size, spec.hidden_size, spec.proj_size, spec.directions
-            size = _CACHE_BYTES(*sizes, weights[0].dtype is torch.float64)
-            size *= 2 if purpose == "both" else 1
+        dtype = weights[0].dtype
+        size = _cache_bytes(purpose, *shape, spec, dtype is torch.float64)
+        if not size:
+            return None
+        buffer = cache.get("packed")
+        if buffer is None or buffer.shape[0] < size:
+            cache.clear()  # two at a time would be too many
             buffer = torch.zeros(size, dtype=torch.uint8, device=_DEVICE)
             if type(buffer) is not Tensor:  # a fake tensor must not outlive the mode that made it
                 return None
-            cache[key] = buffer
+            cache["packed"] = buffer
         return buffer
+
+
+@lru_cache(maxsize=4096)  # looked up in every call
+def _cache_bytes(purpose: str, steps: int, batch: int, spec: LayerSpec, double: bool) -> int:
+    """Return the size of the buffer that a pass over so many rows needs; 0 for none."""
+    sizes = spec.input_size, spec.hidden_size, spec.proj_size, spec.directions
+    return _CACHE_BYTES(purpose, steps, batch, *sizes, spec.gates, double)
 
 
 @constant  # Dynamo would trace the loading: it ignores the cache

@@ -34,7 +34,7 @@ def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
     """
     x, h0, c0, *weights = inputs
     backend, spec = get(call.backend), call.spec
-    packed = backend.packed_weights(call.cache, "forward", weights, spec)
+    packed = _packed_weights(call, "forward", inputs)
     found = outputs(call, inputs, save)
     arguments = _dense(x), _contiguous(weights, call), spec.directions, _dense(h0)
     if spec.is_lstm:
@@ -108,7 +108,7 @@ def gradients(
     if then is None or not backend.takes_weights_of_forward:
         if then is not None and spec.layer_norm:  # which keeps no gates: all of it as it was then
             weights = apart(then, weights)
-        packed = backend.packed_weights(call.cache, purpose, weights, spec)
+        packed = _packed_weights(call, purpose, (x, h0, c0, *weights))
     arguments = _dense(x), _contiguous(weights, call), spec.directions, _dense(h0)
     if spec.is_lstm:
         y, c_all, *gates = kept
@@ -188,6 +188,16 @@ def _batch(call: Call, h0: Tensor | None) -> int:
     sizes = call.sequences.batch_sizes
     assert sizes is not None
     return int(sizes[0]) if h0 is None else h0.shape[-2]
+
+
+def _packed_weights(call: Call, purpose: str, inputs: MaybeTensors) -> Tensor | None:
+    """The buffer for packed weights of a pass; see :meth:`Backend.packed_weights`."""
+    if call.cache is None:
+        return None
+    x, h0, _, *weights = inputs
+    sizes = call.sequences.batch_sizes
+    shape = x.shape[-3:-1] if sizes is None else (sizes.shape[0], _batch(call, h0))
+    return get(call.backend).packed_weights(call.cache, purpose, weights, call.spec, shape)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:

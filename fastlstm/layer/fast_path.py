@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fastlstm.kernels.base import Backend
 from fastlstm.layer.recorded import PRE_DISPATCH, dispatch_modes, has_key, tracing
 from fastlstm.spec import LayerSpec
 
-__all__ = ["fast_backend", "infer"]
+__all__ = ["Layers", "fast_backend", "infer"]
 
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
@@ -43,23 +43,31 @@ def fast_backend(x: Tensor) -> Backend | None:
     return backend
 
 
+class Layers(NamedTuple):
+    """What a module keeps for :func:`infer`, as long as its settings stay."""
+
+    specs: tuple[LayerSpec, ...]
+    caches: Sequence[Any]  # of each layer, for packed weights
+    packs: dict[Any, bool]  # for steps and dtype, whether a kernel wants packed weights
+
+
 def infer(
     backend: Backend,
     x: Tensor,
     hx: Any,
     weights: Sequence[Tensor],
-    cache: Any,
-    directions: int = 0,
+    layers: Layers,
+    cell: bool = False,
 ) -> Any:
-    """Compute a plain layer or cell, without gradients.
+    """Compute a stack of plain layers or a cell, without gradients.
 
     Args:
         backend: what :func:`fast_backend` returned for x.
-        x: ``[T, B, I]`` of a layer, ``[B, I]`` of a cell.
+        x: ``[T, B, I]`` of layers, ``[B, I]`` of a cell.
         hx: what the user passed for ``(h_0, c_0)``.
-        weights: those of the layer.
-        cache: a dict in which the backend keeps packed weights.
-        directions: D of a layer; 0 for a cell.
+        weights: those of all layers.
+        layers: what is known of them.
+        cell: whether it is a cell.
 
     Returns:
         ``(y, h_n, c_n)``, of a cell ``(h, c)``. What the operator checks itself is not checked
@@ -74,14 +82,41 @@ def infer(
         if type(h0) is not Tensor or type(c0) is not Tensor:
             return None
     try:
-        packed = cache.get(("forward", weights[0].dtype))
-        if packed is None:
-            spec = LayerSpec.of("LSTM", weights, directions or 1)
-            packed = backend.packed_weights(cache, "forward", weights, spec)
-        if directions:
-            found = backend.lstm_infer(x, weights, directions, h0, c0, packed)
+        packed = _packed(backend, layers, weights, 1 if cell else x.shape[0])
+        if cell:
+            found = backend.lstm_cell_infer(x, weights, h0, c0, packed[0] if packed else None)
         else:
-            found = backend.lstm_cell_infer(x, weights, h0, c0, packed)
+            count, directions = len(layers.specs), layers.specs[0].directions
+            found = backend.lstm_infer(x, weights, count, directions, h0, c0, packed)
     except (RuntimeError, ValueError):
         return None
     return found if type(found[0]) is Tensor else None  # as it always is after the long way
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def _packed(
+    backend: Backend, layers: Layers, weights: Sequence[Tensor], steps: int
+) -> list[Tensor]:
+    """The buffers of packed weights of all layers, or none if no layer wants one."""
+    key = steps, weights[0].dtype
+    packs = layers.packs.get(key)
+    if packs is False:
+        return []
+    if packs:
+        try:
+            return [cache["packed"] for cache in layers.caches]
+        except KeyError:  # one wants none, or somebody else has emptied its cache
+            pass
+    each = len(weights) // len(layers.specs)
+    found = [
+        backend.packed_weights(
+            cache, "forward", weights[k * each : (k + 1) * each], spec, (steps, 0)
+        )
+        for k, (spec, cache) in enumerate(zip(layers.specs, layers.caches, strict=True))
+    ]
+    if len(layers.packs) > 256:
+        layers.packs.clear()
+    layers.packs[key] = any(buffer is not None for buffer in found)
+    return [_NOTHING if buffer is None else buffer for buffer in found if layers.packs[key]]

@@ -109,6 +109,12 @@ class Layers(StandIn, nn.RNNBase):
         if name in _CHOOSE_WEIGHTS and "_names" in self.__dict__:
             self._read_settings()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert or move the parameters; packed weights of the old ones go."""
+        for cache in self._caches:
+            cache.clear()
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         for own in ("_caches", "_names", "_fast_settings"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules import rnn as torch_rnn  # torch.nn.LSTMCell may be replac
 from fastlstm import convert
 from fastlstm.functional import State, lstm_cell
 from fastlstm.kernels.base import Cache
-from fastlstm.layer.fast_path import fast_backend, infer
+from fastlstm.layer.fast_path import Layers, fast_backend, infer
 from fastlstm.modules.base import tensors
 from fastlstm.modules.stand_in import StandIn, drawn
 from fastlstm.spec import LayerSpec
@@ -67,7 +68,7 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         if is_tensor and not torch.is_grad_enabled() and input.dim() == 2:
             backend = fast_backend(input)
             if backend is not None:
-                result = infer(backend, input, hx, weights, self._cache)
+                result = infer(backend, input, hx, weights, self._layers, cell=True)
                 if result is not None:
                     return result
         if not is_tensor or hx is not None:
@@ -78,9 +79,19 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         cache = None if torch.compiler.is_compiling() else self._cache
         return lstm_cell(input, hx, weights, cache=cache)
 
+    @cached_property
+    def _layers(self) -> Layers:
+        return Layers(self.specs(), [self._cache], {})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert or move the parameters; packed weights of the old ones go."""
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state.pop("_cache", None)
+        state.pop("_layers", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import convert
 from fastlstm.functional import State, lstm
+from fastlstm.layer import fast_path
 from fastlstm.layer.checks import check_input, check_noise, check_pair
-from fastlstm.layer.fast_path import fast_backend, infer
 from fastlstm.modules.base import Layers, by_sample, is_by_sample, tensors
 from fastlstm.modules.stand_in import drawn
 from fastlstm.spec import LayerSpec
@@ -294,31 +294,33 @@ class LSTM(Layers):
         return next(packed), (h_n, c_n), *packed
 
     def _infer(self, x: Tensor, hx: Any) -> tuple[Tensor, State] | None:
-        """One plain layer without gradients, for latency; None for what `lstm` has to look at."""
-        backend = fast_backend(x)
+        """Plain layers without gradients, for latency; None for what `lstm` has to look at."""
+        backend = fast_path.fast_backend(x)
         if backend is None or x.dim() != 3 or (settings := self._fast_settings) is None:
             return None
-        take, directions, cache, batch_first = settings
+        take, layers, batch_first = settings
         try:
             weights = take(self._parameters)
         except KeyError:
             weights = tensors(self, self._names)
         if batch_first:
             x = x.transpose(0, 1)
-        result = infer(backend, x, hx, weights, cache, directions)
+        result = fast_path.infer(backend, x, hx, weights, layers)
         if result is None:
             return None
         y, h_n, c_n = result
         return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
 
     @cached_property
-    def _fast_settings(self) -> tuple[Any, int, Any, bool] | None:
+    def _fast_settings(self) -> tuple[Any, fast_path.Layers, bool] | None:
         """What `_infer` has to know of the settings, None if it cannot compute them."""
-        noisy = self.training and self.weight_dropout > 0
-        if self.num_layers > 1 or noisy or self._spec().is_extended:
+        between = self.dropout > 0 and self.num_layers > 1
+        noisy = self.training and (self.weight_dropout > 0 or between)
+        if noisy or self._spec().is_extended:
             return None
         take = itemgetter(*self._names)
-        return take, self._D, self._caches[0], self.batch_first
+        caches = self._caches[: self.num_layers]
+        return take, fast_path.Layers(self.specs(), caches, {}), self.batch_first
 
     def extra_repr(self) -> str:
         """The arguments of nn.LSTM, then those of this class that are not at their defaults."""

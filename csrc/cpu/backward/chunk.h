@@ -17,6 +17,8 @@ struct Chunk {
   Buffer<S> m;        // [rows][hidden_pitch] h before its projection; only of extended cells
   Buffer<S> c0;       // [B][H] by slot: c0 as S, for 16-bit states
   Buffer<i64> start;  // [steps + 1]
+  // What went into the products, as S: only where weight gradients are written directly (direct.h).
+  Buffer<S> x, h, hidden;  // [rows][pitch of I], of P, of H: hidden is h before its projection
   // Only with layer normalisation:
   struct Normalised {
     S input_scale, recurrent_scale;  // 1 / sqrt(variance + 1e-5)

@@ -11,13 +11,15 @@
 //   end_chunk
 //
 // After the last chunk the write_... functions copy the weight gradients to their tensors. Files: rows.h (buffers,
-// where the numbers of a row are), recompute.h, vector_grads.h, products.h, layer.h (the loop).
+// where the numbers of a row are), recompute.h, vector_grads.h, products.h, direct.h, layer.h (the loop).
 #pragma once
 
 #include "cpu/backward/chunk.h"
 #include "cpu/cells/extended_row.h"
+#include "cpu/direct_sums.h"
 #include "cpu/gate_sums.h"
 #include "cpu/plan.h"
+#include "cpu/row_sums.h"
 #include "cpu/weight_grad.h"
 
 namespace fastlstm {
@@ -52,6 +54,12 @@ class BackwardDirection {
   void recurrent_weight_grad(i64 part, i64 parts);
   void projection_weight_grad(i64 part, i64 parts);
   void write_gate_grads(i64 panel) const;
+  // Without packed weights there is one chunk, of few rows.
+  bool direct() const { return !packed_; }
+  void direct_input_grad(i64 column_begin, i64 column_end) const;
+  void collect_inputs();
+  void direct_weight_grads(i64 panel_begin, i64 panel_end) const;
+  i64 out_panels() const { return ceil_div(larger(s_.gate_units(), s_.projected ? s_.P : 0), kPanel<S>); }
   void write_projection_grads(i64 panel) const;
   // Without a single row there are no sums to copy.
   bool has_rows() const { return !first_rows_; }
@@ -76,6 +84,10 @@ class BackwardDirection {
   void product_input(i64 row, i64 k_begin, i64 k_end, S* out) const;
   bool second_at(i64 t) const;
 
+  // products.h
+  void put_input_grad(i64 row, i64 begin, i64 count, const S* from) const;
+  void hidden_before_projection(i64 row, i64 begin, i64 end, S* out) const;
+
   // recompute.h
   // At most kProductRows rows: what goes into their gates.
   struct Sources {
@@ -84,6 +96,7 @@ class BackwardDirection {
   };
   void find_sources(Sources& from, i64 row_begin, i64 n) const;
   void recompute_sums(const Sources& from, i64 row_begin, i64 n) const;
+  void recompute_direct_sums(const Sources& from, i64 row_begin, i64 n) const;
   void activate_sums(const Sources& from, i64 row_begin, i64 n) const;
   void activate_normalised_sums(const Sources& from, i64 row_begin, i64 row_end) const;
 
@@ -100,7 +113,7 @@ class BackwardDirection {
   const Sizes& s_;
   const LaneRows all_;  // all sequences of the direction
   const BackwardPack<S> at_;
-  const S* packed_;
+  const S* packed_;  // null: the weights are read as they are stored
   const BackwardParams::Gradients& dw_;
   const Extended<S>* const extended_;  // null if the cell is not extended
   WeightGrad<S> gates_;                // of [w_ih | w_hh] and b; with layer normalisation of w_ih

@@ -19,6 +19,7 @@
 #include "cpu/cells/plain.h"
 #include "cpu/cells/rnn.h"
 #include "cpu/plan.h"
+#include "cpu/row_sums.h"
 
 namespace fastlstm {
 namespace {
@@ -57,6 +58,7 @@ class BackwardLane {
   // steps.h
   void plain_gate_grads(i64 row_begin, i64 row_end);
   void rnn_gate_grads(i64 row_begin, i64 row_end) const;
+  void recur_direct(i64 panel_begin, i64 panel_end);
   void load_state(i64 i);
   void store_state(i64 i) const;
 
@@ -76,7 +78,8 @@ class BackwardLane {
   const Sizes& s_;
   const LaneRows rows_;
   const BackwardPack<S> at_;
-  const S* packed_;
+  const DirectionWeights& w_;
+  const S* packed_;  // null: the weights are read as they are stored
   const Chunk<S>& chunk_;
   const i64 hidden_pitch_, state_pitch_;
   const Extended<S>* const extended_;

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "cpu/backward/direct.h"
 #include "cpu/backward/extended.h"
 #include "cpu/backward/lane.h"
 #include "cpu/backward/products.h"
@@ -83,6 +84,15 @@ class BackwardLayer {
     });
   }
 
+  // work(direction, begin, end) over [0, count) of each direction.
+  template <class Work>
+  void share_directions(i64 count, const Work& work) const {
+    parallel(p_.threads, s_.D * shares_, [&](i64 item) {
+      const i64 k = item % shares_;
+      work(*directions_[item / shares_], k * count / shares_, (k + 1) * count / shares_);
+    });
+  }
+
   // Each thread takes some lanes through all steps of the chunk.
   void lane_steps(i64 first, i64 steps) const {
     parallel(p_.threads, lane_count_, [&](i64 k) {
@@ -105,19 +115,23 @@ class BackwardLayer {
   }
 
   void extended_grads() const {
-    if (directions_[0]->has_vectors()) {
-      const i64 tiles = directions_[0]->tiles();
-      parallel(p_.threads, s_.D * shares_, [&](i64 item) {
-        const i64 k = item % shares_;
-        directions_[item / shares_]->vector_grads(k * tiles / shares_, (k + 1) * tiles / shares_);
-      });
-    }
+    if (directions_[0]->has_vectors())
+      share_directions(directions_[0]->tiles(),
+                       [](const Direction& direction, i64 a, i64 b) { direction.vector_grads(a, b); });
     if (s_.layer_norm) by_rows([](const Direction& direction, i64 a, i64 b) { direction.normalised_input_grad(a, b); });
   }
   // dx: one direction after the other, because they may share rows of it.
   void input_grads() const {
     if (!p_.dx.data) return;
     for (i64 d = 0; d < s_.D; ++d) {
+      if (directions_[d]->direct()) {
+        const i64 panels = directions_[d]->in_panels(), shares = smaller(panels, p_.threads.count);
+        parallel(p_.threads, shares, [&](i64 k) {
+          directions_[d]->direct_input_grad(k * panels / shares * kPanel<S>,
+                                            smaller((k + 1) * panels / shares * kPanel<S>, s_.I));
+        });
+        continue;
+      }
       const i64 rows = directions_[d]->chunk_rows(), groups = ceil_div(rows, kProductRows);
       parallel(p_.threads, groups * directions_[d]->in_panels(), [&](i64 item) {
         const i64 group = item % groups;
@@ -126,6 +140,7 @@ class BackwardLayer {
     }
   }
   void weight_grads() const {
+    if (directions_[0]->direct()) return direct_weight_grads();
     const auto add = [&](const WeightGrad<S>& grad, void (Direction::*part)(i64, i64)) {
       if (!grad.allocated()) return;
       const i64 parts = grad.parts(shares_);
@@ -134,6 +149,11 @@ class BackwardLayer {
     add(directions_[0]->gate_weights(), &Direction::gate_weight_grad);
     add(directions_[0]->recurrent_weights(), &Direction::recurrent_weight_grad);
     add(directions_[0]->projection_weights(), &Direction::projection_weight_grad);
+  }
+  void direct_weight_grads() const {
+    const i64 panels = directions_[0]->out_panels();
+    for (i64 d = 0; d < s_.D; ++d) directions_[d]->collect_inputs();
+    share_directions(panels, [](const Direction& direction, i64 a, i64 b) { direction.direct_weight_grads(a, b); });
   }
   void write_weight_grads() const {
     const auto write = [&](const WeightGrad<S>& grad, void (Direction::*panel)(i64) const) {

@@ -16,16 +16,20 @@ inline void BackwardDirection<S>::input_grad(i64 row_begin, i64 row_end, i64 pan
     const i64 n = smaller(kGroup, row_end - first);
     multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(),
                       packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, {sum[0], kPanel<S>}, width);
-    for (i64 i = 0; i < n; ++i) {
-      i64 t, slot;
-      locate(first + i, t, slot);
-      S* dx = element<S>(p_.dx.data, all_.offset(p_.dx, t, all_.batch(slot)) + begin);
-      if (second_at(t))
-        for (i64 k = 0; k < width; ++k) dx[k] += sum[i][k];
-      else
-        std::memcpy(dx, sum[i], size_t(width) * sizeof(S));
-    }
+    for (i64 i = 0; i < n; ++i) put_input_grad(first + i, begin, width, sum[i]);
   }
+}
+
+// dx of a row of the chunk, columns [begin, begin + count). It is added where the other direction has written.
+template <class S>
+inline void BackwardDirection<S>::put_input_grad(i64 row, i64 begin, i64 count, const S* from) const {
+  i64 t, slot;
+  locate(row, t, slot);
+  S* dx = element<S>(p_.dx.data, all_.offset(p_.dx, t, all_.batch(slot)) + begin);
+  if (second_at(t))
+    for (i64 k = 0; k < count; ++k) dx[k] += from[k];
+  else
+    std::memcpy(dx, from, size_t(count) * sizeof(S));
 }
 
 // Adds part `part` of [x | h_previous]^T dgates of this chunk, and of the sum of dgates; with layer normalisation of
@@ -44,28 +48,30 @@ inline void BackwardDirection<S>::recurrent_weight_grad(i64 part, i64 parts) {
       [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, s_.I + k_begin, s_.I + k_end, out); });
 }
 
-// Adds m^T dh of this chunk, where m = o * tanh(c) is the hidden state before its projection.
+// Adds m^T dh of this chunk.
 template <class S>
 inline void BackwardDirection<S>::projection_weight_grad(i64 part, i64 parts) {
   projection_.add(part, parts, chunk_rows(), chunk.dhidden.get(), chunk.state_pitch,
-                  [&](i64 row, i64 k_begin, i64 k_end, S* out) {
-                    if (chunk.m) {
-                      const S* m = &chunk.m[row * chunk.hidden_pitch];
-                      std::memcpy(out, m + k_begin, size_t(k_end - k_begin) * sizeof(S));
-                      return;
-                    }
-                    i64 t, slot;
-                    locate(row, t, slot);
-                    const i64 b = all_.batch(slot);
-                    const S* gates = gates_at(row, t, b);
-                    const S* cell = element<S>(p_.c_all.data, all_.offset(p_.c_all, t, b));
-                    for (i64 unit = k_begin / kLanes<S> * kLanes<S>; unit < k_end; unit += kLanes<S>) {
-                      const i64 n = smaller(kLanes<S>, s_.H - unit);
-                      const Vec<S> m = next_hidden(load_n(gates + 4 * unit + 3 * n, n), tanh(load_n(cell + unit, n)));
-                      for (i64 lane = larger(0, k_begin - unit); lane < n && unit + lane < k_end; ++lane)
-                        out[unit + lane - k_begin] = m[lane];
-                    }
-                  });
+                  [&](i64 row, i64 k_begin, i64 k_end, S* out) { hidden_before_projection(row, k_begin, k_end, out); });
+}
+
+// Units [begin, end) of m = o * tanh(c), the hidden state of a row of the chunk before its projection.
+template <class S>
+inline void BackwardDirection<S>::hidden_before_projection(i64 row, i64 begin, i64 end, S* out) const {
+  if (chunk.m) {
+    std::memcpy(out, &chunk.m[row * chunk.hidden_pitch + begin], size_t(end - begin) * sizeof(S));
+    return;
+  }
+  i64 t, slot;
+  locate(row, t, slot);
+  const i64 b = all_.batch(slot);
+  const S* gates = gates_at(row, t, b);
+  const S* cell = element<S>(p_.c_all.data, all_.offset(p_.c_all, t, b));
+  for (i64 unit = begin / kLanes<S> * kLanes<S>; unit < end; unit += kLanes<S>) {
+    const i64 n = smaller(kLanes<S>, s_.H - unit);
+    const Vec<S> m = next_hidden(load_n(gates + 4 * unit + 3 * n, n), tanh(load_n(cell + unit, n)));
+    for (i64 lane = larger(0, begin - unit); lane < n && unit + lane < end; ++lane) out[unit + lane - begin] = m[lane];
+  }
 }
 
 // Copies the gradients of a panel of gate units, or of projected units, to the tensors that are wanted.

@@ -13,7 +13,7 @@ inline void BackwardDirection<S>::recompute(i64 row_begin, i64 row_end) const {
   const i64 n = row_end - row_begin;
   Sources from;
   find_sources(from, row_begin, n);
-  recompute_sums(from, row_begin, n);
+  p_.packed_forward ? recompute_sums(from, row_begin, n) : recompute_direct_sums(from, row_begin, n);
   if (s_.layer_norm)
     activate_normalised_sums(from, row_begin, row_end);
   else
@@ -67,6 +67,32 @@ inline void BackwardDirection<S>::recompute_sums(const Sources& from, i64 row_be
       sums.template add_hidden<R, 1>(acc, h, tile);
       put(s_.layer_norm ? chunk.recurrent : chunk.gates);
     });
+  }
+}
+
+// The same from stored weights.
+template <class S>
+inline void BackwardDirection<S>::recompute_direct_sums(const Sources& from, i64 row_begin, i64 n) const {
+  const DirectSums<S> direct(s_, p_.dtype, p_.weights[all_.direction]);
+  const Dots<S> dots = direct.dots();
+  const i64 tiles = ForwardPack<S>(s_).tiles;
+  alignas(64) S sums[kRowGroup][kPanel<S>];
+  for (i64 first = 0; first < n; first += kRowGroup) {
+    const i64 count = smaller(kRowGroup, n - first);
+    for (i64 tile = 0; tile < tiles; ++tile) {
+      const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
+      const auto put = [&](const Buffer<S>& rows) {  // whole vectors in this order: see ForwardLane::gate_step
+        for (i64 r = 0; r < count; ++r)
+          for (i64 v = 0; v < kPanelVectors; ++v)
+            store(&rows[(row_begin + first + r) * chunk.gate_pitch + 4 * unit + v * width],
+                  load(&sums[r][v * kLanes<S>]));
+      };
+      direct.inputs(dots, {tile, tile + 1}, &from.x[first], count, sums, false);
+      if (s_.layer_norm) put(chunk.inputs);
+      direct.hidden(dots, {tile, tile + 1}, &from.h[first], count, sums, !s_.layer_norm);
+      direct.add_bias({tile, tile + 1}, count, sums);
+      put(s_.layer_norm ? chunk.recurrent : chunk.gates);
+    }
   }
 }
 

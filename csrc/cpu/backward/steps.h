@@ -9,9 +9,9 @@ namespace {
 template <class S, Cell kCell>
 inline BackwardLane<S, kCell>::BackwardLane(const BackwardParams& p, const Plan& plan, const Extended<S>* extended,
                                             i64 direction, i64 lane, const Chunk<S>& chunk)
-    : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes),
-      packed_(static_cast<const S*>(p.packed) + direction * at_.size), chunk_(chunk), hidden_pitch_(pitch<S>(s_.H)),
-      state_pitch_(pitch<S>(s_.P)), extended_(extended) {
+    : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes), w_(p.weights[direction]),
+      packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr), chunk_(chunk),
+      hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), extended_(extended) {
   dh_ = Buffer<S>(rows_.rows * state_pitch_);
   if (kHasCell) dc_ = Buffer<S>(rows_.rows * hidden_pitch_);
   if (s_.projected) {
@@ -42,6 +42,13 @@ inline void BackwardLane<S, kCell>::begin_step(i64 t, i64 first) {
 // dm = dh w_hr for a range of panels of H.
 template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::unproject(i64 panel_begin, i64 panel_end) {
+  if (!packed_) {
+    const i64 begin = panel_begin * kPanel<S>, end = smaller(panel_end * kPanel<S>, s_.H);
+    if (n_ == 0 || begin >= end) return;
+    const RowSums<S> sums(p_.dtype, n_, end - begin);
+    return sums.sum(n_, {dh_.get(), state_pitch_}, s_.P, {w_.w_hr, p_.dtype, s_.H, begin, end}, [](i64 q) { return q; },
+                    {&dm_[begin], hidden_pitch_});
+  }
   for (i64 panel = panel_begin; panel < panel_end; ++panel)
     multiply_panel<S>(n_, {dh_.get(), state_pitch_}, s_.P, packed_ + at_.w_hr + panel * s_.P * kPanel<S>,
                       {&dm_[panel * kPanel<S>], hidden_pitch_}, smaller(kPanel<S>, s_.H - panel * kPanel<S>));
@@ -105,12 +112,25 @@ inline void BackwardLane<S, kCell>::rnn_gate_grads(i64 row_begin, i64 row_end) c
 template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   if (n_ == 0 || (!p_.dh0.data && rows_.starts(0, t_))) return;  // all rows begin at this step, and dh0 is not wanted
+  if (!packed_) return recur_direct(panel_begin, panel_end);
   for (i64 panel = panel_begin; panel < panel_end; ++panel) {
     const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
     multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
                       packed_ + at_.w_hh + panel * s_.gate_units() * kPanel<S>, {&dh_[begin], state_pitch_}, width);
     if (kByRow) finish_hidden(begin, width);
   }
+}
+
+// The same from stored weights.
+template <class S, Cell kCell>
+inline void BackwardLane<S, kCell>::recur_direct(i64 panel_begin, i64 panel_end) {
+  const i64 begin = panel_begin * kPanel<S>, end = smaller(panel_end * kPanel<S>, s_.P);
+  if (begin >= end) return;
+  const RowSums<S> sums(p_.dtype, n_, end - begin);
+  sums.sum(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
+           {w_.w_hh, p_.dtype, s_.P, begin, end}, [this](i64 q) { return gate_row<S>(s_, q); },
+           {&dh_[begin], state_pitch_});
+  if (kByRow) finish_hidden(begin, end - begin);
 }
 
 template <class S, Cell kCell>

@@ -9,6 +9,7 @@ namespace {
 // Input products x w_ih^T + bias of all rows of the chunk, for a range of tiles of units.
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::input_products(i64 tile_begin, i64 tile_end) {
+  if (!packed_) return direct_input_products(tile_begin, tile_end);
   for (i64 tile = tile_begin; tile < tile_end; ++tile)
     for_row_tiles<kPanelVectors>(
         chunk_rows_, [&](i64 first, auto height) { input_product_block<decltype(height)::value>(first, tile); });
@@ -18,7 +19,9 @@ inline void ForwardLane<S, cell>::input_products(i64 tile_begin, i64 tile_end) {
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::gates(i64 tile_begin, i64 tile_end) {
   alignas(64) S sums[kRowGroup][kPanel<S>];
-  if (n_ <= kTallestTile) {  // few rows: several tiles of units at once keep the multipliers busy
+  if (!packed_) {
+    direct_gates(tile_begin, tile_end);
+  } else if (n_ <= kTallestTile) {  // few rows: several tiles of units at once keep the multipliers busy
     with_rows<kTallestTile>(n_, [&](auto height) {
       constexpr int R = decltype(height)::value, P = R == 1 ? 2 : larger(1, kTileRows / R);
       if (n_ != R) return;  // no rows at all
@@ -166,8 +169,11 @@ template <class S, Cell cell>
 inline void ForwardLane<S, cell>::project_hidden(i64 panel_begin, i64 panel_end) {
   for (i64 panel = panel_begin; panel < panel_end; ++panel) {
     const i64 begin = panel * kPanel<S>, count = smaller(kPanel<S>, s_.P - begin);
-    multiply_panel<S>(n_, {m_.get(), hidden_pitch_}, s_.H, packed_ + at_.w_hr + panel * s_.H * kPanel<S>,
-                      {&h_next_[begin], state_pitch_}, count);
+    if (packed_)
+      multiply_panel<S>(n_, {m_.get(), hidden_pitch_}, s_.H, packed_ + at_.w_hr + panel * s_.H * kPanel<S>,
+                        {&h_next_[begin], state_pitch_}, count);
+    else
+      direct_projection(begin, count);
     if (!kByRow) emit_hidden(begin, count);
   }
 }

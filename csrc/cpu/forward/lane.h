@@ -11,12 +11,14 @@
 //   end_step                      states of sequences that end
 //
 // A range (begin, end) is the share of one thread where several threads share a step. Rows of states are [n][pitch],
-// padded to whole vectors. Files: rows.h (which rows, states), gates.h (products), extended.h, layer.h (the loop).
+// padded to whole vectors. Files: rows.h (which rows, states), gates.h (products with
+// packed weights), direct.h (with stored ones), extended.h, layer.h (the loop).
 #pragma once
 
 #include "cpu/cells/extended_row.h"
 #include "cpu/cells/plain.h"
 #include "cpu/cells/rnn.h"
+#include "cpu/direct_sums.h"
 #include "cpu/gate_sums.h"
 #include "cpu/lane.h"
 #include "cpu/plan.h"
@@ -82,6 +84,13 @@ class ForwardLane {
   void update_plain(const S* gates, i64 row, i64 unit);
   void update_rnn(const S* sums, i64 row, i64 unit) const;
 
+  // direct.h
+  void put_panel(S* row, i64 tile, const S* sums) const;
+  void direct_input_products(i64 tile_begin, i64 tile_end);
+  void direct_gates(i64 tile_begin, i64 tile_end);
+  void direct_tiles(const Dots<S>& dots, i64 first, i64 last, Range tiles);
+  void direct_projection(i64 begin, i64 count);
+
   // extended.h
   S* z_row(i64 i) const { return &z_[i * gate_pitch_]; }
   template <class Seen>
@@ -92,8 +101,11 @@ class ForwardLane {
   const Sizes& s_;
   const LaneRows rows_;
   const ForwardPack<S> at_;
-  const S* packed_;
-  const GateSums<S> sums_;
+  const DirectionWeights& w_;
+  const S* packed_;             // null: the weights are read as they are stored
+  const GateSums<S> sums_;      // packed
+  const DirectSums<S> direct_;  // not packed
+  const bool backwards_;        // see call_order
   const i64 hidden_pitch_, state_pitch_, gate_pitch_;
   const bool inputs_ahead_;
   const bool stores_y_;  // a cell stores h in y itself, where h is neither projected nor rounded

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "cpu/forward/direct.h"
 #include "cpu/forward/extended.h"
 #include "cpu/forward/gates.h"
 #include "cpu/forward/rows.h"

@@ -6,11 +6,19 @@
 namespace fastlstm {
 namespace {
 
+// Every second call of a thread reads stored weights from their end: a stream of single steps finds there in cache what
+// the call before has read last.
+inline bool call_order() {
+  static thread_local bool backwards = false;
+  return backwards = !backwards;
+}
+
 template <class S, Cell cell>
 inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& plan, const Extended<S>* extended,
                                          i64 direction, i64 lane)
-    : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes),
-      packed_(static_cast<const S*>(p.packed) + direction * at_.size), sums_{s_, at_, packed_},
+    : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes), w_(p.weights[direction]),
+      packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr), sums_{s_, at_, packed_},
+      direct_(packed_ ? DirectSums<S>() : DirectSums<S>(s_, p.dtype, w_)), backwards_(call_order()),
       hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), gate_pitch_(pitch<S>(4 * s_.H)),
       inputs_ahead_(plan.input_steps > 0 || (kByRow && s_.layer_norm)),
       stores_y_(!s_.projected && element_bytes(p.dtype) == sizeof(S) && !kByRow), steps_(larger(1, plan.input_steps)),

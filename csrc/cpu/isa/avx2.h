@@ -45,6 +45,15 @@ FASTLSTM_INLINE Vec<float> clamp(Vec<float> x, float low, float high) {
 
 using fallback::divide;
 
+// A mask of n lanes: the sign of each lane counts.
+FASTLSTM_INLINE __m256i first_lanes(__m256i lane, i64 n) { return _mm256_sub_epi32(lane, _mm256_set1_epi32(int(n))); }
+FASTLSTM_INLINE Vec<float> load_first(const float* p, i64 n) {
+  return (Vec<float>)_mm256_maskload_ps(p, first_lanes(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), n));
+}
+FASTLSTM_INLINE Vec<double> load_first(const double* p, i64 n) {
+  return (Vec<double>)_mm256_maskload_pd(p, first_lanes(_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), n));
+}
+
 FASTLSTM_INLINE Words64 multiply_low(const Words64& a, const Words64& b) {
   return (Words64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }

@@ -44,6 +44,14 @@ FASTLSTM_INLINE Vec<float> divide(Vec<float> a, Vec<float> b) {
   return fma(fma(-b, quotient, a), reciprocal, quotient);
 }
 
+// The first n numbers, n < kLanes; the other lanes are zero and their memory is not read.
+FASTLSTM_INLINE Vec<float> load_first(const float* p, i64 n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+FASTLSTM_INLINE Vec<double> load_first(const double* p, i64 n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+
 FASTLSTM_INLINE Words64 multiply_low(const Words64& a, const Words64& b) {
   return (Words64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 }

@@ -18,6 +18,13 @@ FASTLSTM_INLINE Words64 multiply_low(const Words64& a, const Words64& b) {
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 }
 
+template <class S>
+FASTLSTM_INLINE Vec<S> load_first(const S* p, i64 n) {
+  Vec<S> v = {};
+  for (i64 k = 0; k < n; ++k) v[k] = p[k];
+  return v;
+}
+
 inline float half_to_float(uint16_t v) {
   const uint32_t sign = uint32_t(v & 0x8000u) << 16, magnitude = v & 0x7fffu;
   uint32_t bits = magnitude << 13;

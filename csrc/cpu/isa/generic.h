@@ -30,6 +30,7 @@ using fallback::clamp;
 using fallback::divide;
 using fallback::float_to_half;
 using fallback::half_to_float;
+using fallback::load_first;
 using fallback::multiply_low;
 
 }  // namespace

@@ -13,10 +13,11 @@
 //   add_product(sum, a, b)   fma(a, b, sum) in the inner loop of products, where every register is taken
 //   clamp(x, low, high)      of Vec<float>; NaN stays NaN
 //   divide(a, b)     a / b of Vec<float> within 0.6 units in the last place, for b in the normal range
+//   load_first(p, n)         the first n < kLanes numbers at p; other lanes are zero, and their memory is not read
 //   multiply_low(a, b)       of Words64: products of the low halves of 64-bit words
 //   half_to_float(x), float_to_half(x)   one float16, to nearest even
 //
-// fallback.h has the last five in code that every CPU can run: `using fallback::divide;` is enough.
+// fallback.h has the last six in code that every CPU can run: `using fallback::divide;` is enough.
 //
 // A port also needs: a line in the choice below; NAME.cpp with FASTLSTM_KERNELS(NAME), unless one build of the library
 // has no other instruction set (as on aarch64, where portable.cpp is compiled with neon.h); its entry in dispatch.cpp,
