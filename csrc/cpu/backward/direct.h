@@ -66,8 +66,7 @@ inline void BackwardDirection<S>::direct_weight_grads(i64 panel_begin, i64 panel
           multiply(dw_.w_hh, row, count, s_.P, chunk.drecurrent_row(0) + q, chunk.gate_pitch, chunk.h);
           if (!dw_.b || s_.layer_norm) return;  // vector_grads has the bias then
           for_vectors<S>(count, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
-            Vec<S> sum = {};
-            for (i64 i = 0; i < rows; ++i) sum += load_n(chunk.dgates_row(i) + q + k, n);
+            const Vec<S> sum = sum_rows<S>(chunk.dgates_row(0) + q + k, chunk.gate_pitch, rows);
             store_n(static_cast<S*>(dw_.b) + row + k, sum, n);
           });
         });
