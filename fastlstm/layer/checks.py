@@ -81,8 +81,9 @@ def dense(
         raise NotImplementedError(f"{kind}: convert tensors of oneDNN with .to_dense()")
     if input.is_quantized:
         raise NotImplementedError(
-            f"{kind}: the input is quantised, {input.dtype}: convert it with .dequantize(), or "
-            "quantise the nn.LSTM that to_torch() makes of the module"
+            f"{kind}: input is {input.dtype}: convert it with .dequantize(). PyTorch's quantization "
+            "converts modules of torch.nn only: call fastlstm.restore(model), or to_torch(), "
+            "before prepare"
         )
     states = None if hx is None else tuple(map(Tensor.to_dense, hx))
     return input.to_dense(), states, [w.to_dense() for w in weights]
@@ -102,11 +103,6 @@ def check_features(
     """Check that input ``[..., I]`` has the I and, unless error is None, the dtype of weights."""
     dtype = weights[0].dtype
     if error is not None and input.dtype is not dtype:
-        if input.is_quantized:
-            raise error(
-                f"{kind}: input is {input.dtype}, and PyTorch's quantization converts modules of "
-                "torch.nn only: call fastlstm.restore(model), or to_torch(), before prepare"
-            )
         module = f" or the module with .to({input.dtype})" if input.is_floating_point() else ""
         raise error(
             f"{kind}: input is {input.dtype} but the weights are {dtype}: convert the input with "
