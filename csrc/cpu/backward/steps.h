@@ -44,7 +44,8 @@ template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::unproject(i64 panel_begin, i64 panel_end) {
   for (i64 panel = panel_begin; panel < panel_end; ++panel)
     multiply_panel<S>(n_, {dh_.get(), state_pitch_}, s_.P, packed_ + at_.w_hr + panel * s_.P * kPanel<S>,
-                      {&dm_[panel * kPanel<S>], hidden_pitch_}, smaller(kPanel<S>, s_.H - panel * kPanel<S>));
+                      {&dm_[panel * kPanel<S>], hidden_pitch_}, smaller(kPanel<S>, s_.H - panel * kPanel<S>),
+                      packed_ + at_.w_hr + (panel + 1) * s_.P * kPanel<S>);
 }
 
 // Gradients of the gate sums of a range of rows.
@@ -108,7 +109,8 @@ inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   for (i64 panel = panel_begin; panel < panel_end; ++panel) {
     const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
     multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
-                      packed_ + at_.w_hh + panel * s_.gate_units() * kPanel<S>, {&dh_[begin], state_pitch_}, width);
+                      packed_ + at_.w_hh + panel * s_.gate_units() * kPanel<S>, {&dh_[begin], state_pitch_}, width,
+                      packed_ + at_.w_hh + (panel + 1) * s_.gate_units() * kPanel<S>);
     if (kByRow) finish_hidden(begin, width);
   }
 }
