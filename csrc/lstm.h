@@ -140,7 +140,7 @@ struct Kernels {
   void (*pack_backward)(const Sizes&, Dtype, const DirectionWeights*, void* packed);
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
-  void (*describe)(const Sizes&, int threads, char* text, size_t size);
+  void (*describe)(const Sizes&, int threads, const i64* caches, char* text, size_t size);
 };
 
 const Kernels& cpu_kernels();
