@@ -143,7 +143,7 @@ struct Kernels {
   // Whether a pass needs no packed weights (cpu/plan.h).
   bool (*forward_reads_stored)(const Sizes&, bool is_double);
   bool (*backward_reads_stored)(const Sizes&);
-  void (*describe)(const Sizes&, int threads, char* text, size_t size);
+  void (*describe)(const Sizes&, int threads, const i64* caches, char* text, size_t size);
 };
 
 const Kernels& cpu_kernels();

@@ -107,6 +107,18 @@ USERS = _group(
     ("lm", (512, 512, 2, 1, 32, 64), "a language model"),
     ("large", (1024, 1024, 1, 1, 64, 32), "one wide layer of 1,024 units"),
 )
+# Layers whose weights do not fit L2 beside everything else: each step reads them from L3.
+WIDE = _group(
+    "wide",
+    ("wide-256", (256, 256, 1, 1, 8, 40), "256 units, few sequences"),
+    ("wide-512", (512, 512, 1, 1, 8, 40), "512 units, few sequences"),
+    ("wide-512-16", (512, 512, 1, 1, 16, 40), "512 units, 16 sequences"),
+    ("wide-512-64", (512, 512, 1, 1, 64, 24), "512 units, many sequences"),
+    ("wide-lm", (512, 512, 2, 1, 8, 32), "a language model that serves 8 requests"),
+    ("wide-speech", (80, 256, 3, 2, 16, 50), "a speech encoder, half a second"),
+    ("wide-tagger", (300, 384, 1, 2, 24, 30), "a tagger over word vectors, both ways"),
+    ("wide-1024", (1024, 1024, 1, 1, 32, 16), "1,024 units"),
+)
 # Baidu's DeepBench, code/kernels/rnn_problems.h: all LSTMs of its lists for training and, with a
 # batch of up to 4, for inference on servers.
 DEEPBENCH = [
@@ -156,9 +168,9 @@ MAP = [
     for H in (16, 32, 64, 128, 256, 512, 1024)
     for B in (1, 4, 16, 64, 256)
 ]
-ALL = [*TASKS, *USERS, *DEEPBENCH, *FLASHRNN, *SWEEPS, *MAP]
+ALL = [*TASKS, *USERS, *WIDE, *DEEPBENCH, *FLASHRNN, *SWEEPS, *MAP]
 GROUPS = tuple(dict.fromkeys(case.group for case in ALL))
-CASES = {case.name: case for case in TASKS + USERS}  # those that a name alone finds
+CASES = {case.name: case for case in TASKS + USERS + WIDE}  # those that a name alone finds
 # Dense tasks: what the geometric means and the GPU timings are about first.
 TASK_SHAPES = ("mnist-lstm", "mnist-lstm128", "mnist-blstm", "binary")
 

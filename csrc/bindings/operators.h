@@ -50,7 +50,8 @@ std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x, const HandleList& weigh
 i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions,
                     i64 gates, bool is_double);
 std::string cpu_isa();
-std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads);
+std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads,
+                     const std::vector<i64>& caches);
 std::vector<i64> cuda_plan(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
                            const std::vector<i64>& wish);
 std::string cuda_obstacle(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,

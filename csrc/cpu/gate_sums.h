@@ -42,6 +42,19 @@ struct GateSums {
       for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] += load(sum[r * P * kPanelVectors + v]);
   }
 
+  // The same for one tile and up to kPanelRows rows, through memory, sums [rows][kPanel]; next: the panel that is read
+  // after this one. sums = x w_ih^T + bias.
+  void start(i64 rows, const S* const* x, i64 tile, S (*sums)[kPanel<S>], const S* next) const {
+    for (i64 r = 0; r < rows; ++r) std::memcpy(sums[r], packed + at.bias + tile * kPanel<S>, sizeof sums[r]);
+    multiply_panel<S>(rows, x, s.I, input_panel(tile), sums, true, next);
+  }
+  // sums += h w_hh^T. h: [rows] rows of P.
+  void add_hidden(i64 rows, const S* const* h, i64 tile, S (*sums)[kPanel<S>], const S* next) const {
+    multiply_panel<S>(rows, h, s.P, hidden_panel(tile), sums, true, next);
+  }
+  const S* input_panel(i64 tile) const { return packed + at.w_ih + tile * s.I * kPanel<S>; }
+  const S* hidden_panel(i64 tile) const { return packed + at.w_hh + tile * s.P * kPanel<S>; }
+
  private:
   template <int R, int P>
   FASTLSTM_INLINE void product(Vec<S> (&acc)[R][P * kPanelVectors], const S* const (&a)[R], const S* w, i64 K,

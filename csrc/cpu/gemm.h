@@ -14,11 +14,27 @@ constexpr int kPanelVectors = 4;
 template <class S>
 constexpr int kPanel = kPanelVectors * kLanes<S>;
 
+// What a chain fetches from far caches while it is summed: two lines with every term. The hardware alone fetches ahead
+// only while a chain reads new lines; it waits while further rows pass over the lines that are near already.
+struct Ahead {
+  const char* at;
+  i64 step;  // bytes between terms
+  FASTLSTM_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + 64, 0, 2);
+    at += step;
+  }
+};
+struct NothingAhead {
+  FASTLSTM_INLINE void fetch() {}
+};
+
 // acc[r][p*V + v] += sum over k < K of a[r][k * a_stride] * panel p, row k, vector v: one chain for each output.
-template <class S, int R, int P, int V>
+template <class S, int R, int P, int V, class Next = NothingAhead>
 FASTLSTM_INLINE void accumulate_chain(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
-                                      i64 panel_stride, i64 row_stride, i64 K) {
+                                      i64 panel_stride, i64 row_stride, i64 K, Next next = {}) {
   const auto term = [&](i64 k, const S* row) FASTLSTM_INLINE_LAMBDA {
+    next.fetch();
     // The smaller of the two, rows or columns, stays in registers while the other one is read.
     if constexpr (R <= V) {
       Vec<S> s[R];
@@ -59,32 +75,34 @@ FASTLSTM_INLINE void accumulate_chain(Vec<S> (&acc)[R][P * V], const S* const (&
 // PyTorch's blocked products.
 constexpr i64 kChain = 128;
 
-// total[r * V + v] continues with one chain of C of V columns, or has it added.
-template <class S, int R, int V, int C>
-FASTLSTM_INLINE void add_chain(S (*total)[kLanes<S>], bool continues, const S* const (&a)[R], i64 a_stride,
-                               const S* panel, i64 row_stride, i64 K) {
+// total[r * V + v] is set to one chain of C of V columns, or has it added.
+template <class S, int R, int V, int C, class Next = NothingAhead>
+FASTLSTM_INLINE void add_chain(S (*total)[kLanes<S>], bool add, const S* const (&a)[R], i64 a_stride, const S* panel,
+                               i64 row_stride, i64 K, Next next = {}) {
   Vec<S> sum[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) sum[r][v] = continues ? load(total[r * V + v]) : Vec<S>{};
-  accumulate_chain<S, R, 1, C>(sum, a, a_stride, panel, 0, row_stride, K);
+    for (int v = 0; v < C; ++v) sum[r][v] = Vec<S>{};
+  accumulate_chain<S, R, 1, C>(sum, a, a_stride, panel, 0, row_stride, K, next);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) {
-      if (!continues) sum[r][v] += load(total[r * V + v]);
+      if (add) sum[r][v] += load(total[r * V + v]);
       store(total[r * V + v], sum[r][v]);
     }
 }
 
-// accumulate_chain for any K: the first kChain terms continue acc, every further kChain are summed on their own.
+// Whether a tile has too many sums for the registers: then two columns at a time go through a chain.
+template <int R, int V>
+constexpr bool kTall = (R * V > kTileRows * kPanelVectors) && R > kTileRows;
+
+// acc[r][p*V + v] = sum over k < K, any K: every kChain terms are summed on their own.
 template <class S, int R, int P, int V>
 FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R], i64 a_stride, const S* panel,
                                 i64 panel_stride, i64 row_stride, i64 K) {
-  constexpr bool kTall =
-      R > kTileRows && R * V > kTileRows * kPanelVectors;  // two columns at a time go through a chain
-  static_assert(!kTall || P == 1, "a tall tile has one panel");
+  static_assert(!kTall<R, V> || P == 1, "a tall tile has one panel");
   alignas(64) S total[R * P * V][kLanes<S>];
   const S* at[R];
 #pragma GCC unroll 8
@@ -95,38 +113,35 @@ FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R],
 #pragma GCC unroll 24
       for (int v = 0; v < P * V; ++v) store(total[r * P * V + v], acc[r][v]);
   };
-  if constexpr (kTall) put();
   for (i64 done = 0;;) {
     const i64 length = smaller(kChain, K - done);
-    if constexpr (kTall) {
+    if constexpr (kTall<R, V>) {
 #pragma GCC unroll 1
       for (int v = 0; v + 2 <= V; v += 2)
-        add_chain<S, R, V, 2>(total + v, done == 0, at, a_stride, panel + v * kLanes<S>, row_stride, length);
+        add_chain<S, R, V, 2>(total + v, done > 0, at, a_stride, panel + v * kLanes<S>, row_stride, length);
       if constexpr (V % 2)
-        add_chain<S, R, V, 1>(total + V - 1, done == 0, at, a_stride, panel + (V - 1) * kLanes<S>, row_stride, length);
+        add_chain<S, R, V, 1>(total + V - 1, done > 0, at, a_stride, panel + (V - 1) * kLanes<S>, row_stride, length);
     } else {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+        for (int v = 0; v < P * V; ++v) acc[r][v] = Vec<S>{};
       accumulate_chain<S, R, P, V>(acc, at, a_stride, panel, panel_stride, row_stride, length);
     }
     const bool last = done + length >= K;
-    if (kTall ? last : done > 0) {
+    if (kTall<R, V> ? last : done > 0) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 24
         for (int v = 0; v < P * V; ++v)
-          acc[r][v] = kTall ? load(total[r * P * V + v]) : acc[r][v] + load(total[r * P * V + v]);
+          acc[r][v] = kTall<R, V> ? load(total[r * P * V + v]) : acc[r][v] + load(total[r * P * V + v]);
     }
     if (last) return;
     done += length;
     panel += length * row_stride;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) at[r] += length * a_stride;
-    if constexpr (!kTall) {
-      put();
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 24
-        for (int v = 0; v < P * V; ++v) acc[r][v] = Vec<S>{};
-    }
+    if constexpr (!kTall<R, V>) put();
   }
 }
 
@@ -172,11 +187,7 @@ __attribute__((noinline)) void multiply_tile(const S* a, i64 a_pitch, i64 a_stri
   Vec<S> acc[R][V];
   const i64 last = n - (V - 1) * kLanes<S>;
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    ar[r] = a + r * a_pitch;
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = Vec<S>{};
-  }
+  for (int r = 0; r < R; ++r) ar[r] = a + r * a_pitch;
   accumulate<S, R, 1, V>(acc, ar, a_stride, panel, 0, panel_pitch, K);
   if (add) {
 #pragma GCC unroll 8
@@ -209,15 +220,62 @@ inline void multiply_rows(i64 rows, const S* a, i64 a_pitch, i64 a_stride, i64 K
   }
 }
 
-// out[r][0..n) = sum over k < K of a[r][k] * panel[k], kBlock of k at a time, so that the part of the panel in
-// use stays in the nearest caches while the rows pass over it.
-constexpr i64 kBlock = 512;
+// One chain of up to kChain terms from term k on, for R rows: sums[r] = (add ? sums[r] : 0) + sum of a[r][k ..] *
+// panel. Not inlined: one copy serves every product in the library.
+template <class S, int R>
+__attribute__((noinline)) void multiply_chain(const S* const* a, i64 k, i64 K, const S* panel, S (*sums)[kPanel<S>],
+                                              bool add, Ahead next) {
+  constexpr int C = kTall<R, kPanelVectors> ? 2 : kPanelVectors;
+  const S* ar[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) ar[r] = a[r] + k;
+  const auto total = reinterpret_cast<S(*)[kLanes<S>]>(sums);
+#pragma GCC unroll 1
+  for (int v = 0; v < kPanelVectors; v += C, next.at += K * next.step)
+    add_chain<S, R, kPanelVectors, C>(total + v, add, ar, 1, panel + v * kLanes<S>, kPanel<S>, K, next);
+}
 
+// Rows that pass over a part of a panel, kChain terms of it, while that is in L1. More rows read the panel again.
+constexpr i64 kPanelRows = 48;
+
+// sums[r] = (add ? sums[r] : 0) + sum over k < K of a[r][k] * panel[k], for up to kPanelRows rows; the product is
+// summed on its own before it is added. next: the panel that will be read after this one.
 template <class S>
-inline void multiply_panel(i64 rows, Matrix<const S> a, i64 K, const S* panel, Matrix<S> out, i64 n) {
-  for (i64 k = 0; k < K; k += kBlock)
-    multiply_rows<S>(rows, a.data + k, a.pitch, 1, smaller(kBlock, K - k), panel + k * kPanel<S>, kPanel<S>, out.data,
-                     out.pitch, n, k > 0);
+inline void multiply_panel(i64 rows, const S* const* a, i64 K, const S* panel, S (*sums)[kPanel<S>], bool add,
+                           const S* next) {
+  alignas(64) S product[kPanelRows][kPanel<S>];
+  const bool apart = add && K > kChain;
+  S(*const out)[kPanel<S>] = apart ? product : sums;
+  for (i64 k = 0; k < K; k += kChain) {
+    const i64 length = smaller(kChain, K - k);
+    const auto* ahead = reinterpret_cast<const char*>(k + kChain < K ? panel + kChain * kPanel<S> : next);
+    for_row_tiles<kPanelVectors>(rows, [&](i64 first, auto height) {
+      constexpr i64 R = decltype(height)::value;
+      // Each tile of rows fetches its share of what follows.
+      const i64 step = round_up(ceil_div(i64(kPanel<S> * sizeof(S)) * R, rows), 64);
+      multiply_chain<S, R>(a + first, k, length, panel, out + first, apart ? k > 0 : add || k > 0,
+                           {ahead + first * length * step / R, step});
+    });
+    panel += length * kPanel<S>;
+  }
+  if (apart)
+    for (i64 r = 0; r < rows; ++r)
+      for (int v = 0; v < kPanelVectors; ++v)
+        store(&sums[r][v * kLanes<S>], load(&sums[r][v * kLanes<S>]) + load(&product[r][v * kLanes<S>]));
+}
+
+// out[r][0..n) = sum over k < K of a[r][k] * panel[k], for any number of rows and up to kPanel columns.
+template <class S>
+inline void multiply_panel(i64 rows, Matrix<const S> a, i64 K, const S* panel, Matrix<S> out, i64 n, const S* next) {
+  alignas(64) S sums[kPanelRows][kPanel<S>];
+  const S* at[kPanelRows];
+  const i64 groups = ceil_div(rows, kPanelRows);
+  for (i64 group = 0; group < groups; ++group) {
+    const i64 first = group * rows / groups, count = (group + 1) * rows / groups - first;
+    for (i64 r = 0; r < count; ++r) at[r] = a.row(first + r);
+    multiply_panel<S>(count, at, K, panel, sums, false, group + 1 < groups ? panel : next);
+    for (i64 r = 0; r < count; ++r) std::memcpy(out.row(first + r), sums[r], size_t(n) * sizeof(S));
+  }
 }
 
 }  // namespace

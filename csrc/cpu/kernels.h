@@ -67,20 +67,27 @@ bool forward_reads_stored_of(const Sizes& s, bool is_double) {
   return is_double ? forward_reads_stored<double>(s) : forward_reads_stored<float>(s);
 }
 
-// Writes to text [size] how a call is computed, in words.
-void describe(const Sizes& s, int threads, char* text, size_t size) {
-  const Plan plan = make_plan<float>(s, threads);
-  const i64 rows = ceil_div(larger(s.B, 1), plan.lanes);
-  const int n = plan.split_units
-                    ? std::snprintf(text, size, "each step shared by %d threads, all %lld sequences at once", threads,
-                                    static_cast<long long>(rows))
-                    : std::snprintf(text, size, "%lld lane(s) of up to %lld sequences, no barrier between steps",
-                                    static_cast<long long>(s.D * plan.lanes), static_cast<long long>(rows));
-  if (plan.input_steps)
-    std::snprintf(text + n, size - size_t(n), "; input products %lld steps ahead",
-                  static_cast<long long>(plan.input_steps));
+// Writes to text [size] how a call is computed, in words. caches: bytes of L2 and L3, or null: those of this machine.
+void describe(const Sizes& s, int threads, const i64* caches, char* text, size_t size) {
+  const Machine machine = caches ? Machine{caches[0], caches[1]} : this_machine();
+  const Plan plan = make_plan<float>(s, threads, machine);
+  const long long rows = ceil_div(larger(s.B, 1), plan.lanes), lanes = s.D * plan.lanes;
+  char who[96], inputs[64];
+  if (plan.split_units)
+    std::snprintf(who, sizeof who, "each step shared by %d threads, all %lld sequences at once", threads, rows);
   else
-    std::snprintf(text + n, size - size_t(n), "; input product fused into the step");
+    std::snprintf(who, sizeof who, "%lld lane(s) of up to %lld sequences, no barrier between steps", lanes, rows);
+  if (plan.input_steps)
+    std::snprintf(inputs, sizeof inputs, "input products %lld steps ahead", static_cast<long long>(plan.input_steps));
+  else
+    std::snprintf(inputs, sizeof inputs, "input product fused into the step");
+  const i64 K = s.P + (plan.input_steps ? 0 : s.I), shares = plan.split_units ? ceil_div(threads, s.D) : 1;
+  const Cost cost = product_cost<float>(s, rows, K, shares, 1, machine);
+  const double bytes = double(s.gate_units() * K) / double(shares) * sizeof(float);
+  const char* const levels[] = {"L2", "L3", "memory"};
+  std::snprintf(text, size, "%s; %s; a step reads %.1f MB of %s weights a thread from %s, in %.1f times its arithmetic",
+                who, inputs, bytes / 1e6, forward_reads_stored<float>(s) ? "stored" : "packed",
+                levels[int(level_of(bytes, machine))], cost.reading / cost.arithmetic);
 }
 
 }  // namespace

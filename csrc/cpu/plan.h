@@ -1,7 +1,8 @@
-// How a call is spread over threads: a pure function of the sizes and the number of threads. It decides only which
-// thread computes what, and when; the numbers do not depend on it.
+// How a call is spread over threads: a pure function of the sizes, the number of threads and the machine's caches. It
+// decides only which thread computes what, and when; the numbers do not depend on it.
 #pragma once
 
+#include "cpu/machine.h"
 #include "cpu/pack.h"
 
 namespace fastlstm {
@@ -15,12 +16,77 @@ struct Plan {
   i64 input_steps;   // forward: steps whose input products x W_ih^T are computed ahead, together; 0 = fused
 };
 
-constexpr i64 kSecondLevelBytes = 1 << 20;  // L2 of current server cores: 1 to 2 MB
-constexpr i64 kThirdLevelBytes = 16 << 20;  // what a process can hope for of a shared L3
-constexpr i64 kForkBytes = 512 << 10;       // weights that several threads should read: ~10 us for one core
-constexpr double kForkFlops = 1e6;          // arithmetic that is worth a thread of its own: ~10 us
-constexpr i64 kLaneRows = 128;              // a lane's state then stays in L2
-constexpr i64 kProductRows = 96;            // rows of x that are worth one reading of w_ih
+// What a step costs, in cycles of a core: its arithmetic or the reading of its weights, whichever takes longer. The
+// rates are those of server cores with two multiply-add units; a plan needs no more than their order.
+constexpr double kSecondLevelRate = 32;   // bytes of weights a cycle from L2
+constexpr double kThirdLevelRate = 10;    // from a shared L3
+constexpr double kMemoryRate = 6;         // from memory
+constexpr double kExposed = 0.25;         // of the shorter of arithmetic and reading, the part that shows
+constexpr double kBarrierCycles = 10000;  // all threads meet, and the first of them sleeps a little
+constexpr double kWorthwhile = 0.95;      // of the cycles; such estimates cannot tell what is closer
+constexpr double kForkFlops = 1e6;        // arithmetic that is worth a thread of its own: ~10 us
+constexpr i64 kLaneRows = 128;            // a lane's state then stays in L2
+constexpr i64 kProductRows = 96;          // rows of a product after which another reading of its weights costs nothing
+
+// Where weights lie that a core reads once a step.
+enum class Level { second, third, memory };
+
+inline Level level_of(double bytes, const Machine& machine) {
+  if (bytes <= 0.75 * double(machine.second_level)) return Level::second;  // states and sums need the rest
+  return bytes <= double(machine.third_level) ? Level::third : Level::memory;
+}
+
+// Every second step reads backwards, so half of L2 still holds what the step before has read last.
+inline double read_cycles(double bytes, const Machine& machine) {
+  const Level level = level_of(bytes, machine);
+  if (level == Level::second) return bytes / kSecondLevelRate;
+  const double kept = double(machine.second_level) / 2;
+  return kept / kSecondLevelRate + (bytes - kept) / (level == Level::third ? kThirdLevelRate : kMemoryRate);
+}
+
+// Cycles of a step's product.
+struct Cost {
+  double arithmetic, reading;
+  // Reading goes on behind arithmetic, but for a part.
+  double cycles() const {
+    const bool by_arithmetic = arithmetic > reading;
+    return (by_arithmetic ? arithmetic : reading) + kExposed * (by_arithmetic ? reading : arithmetic);
+  }
+};
+
+// A product of rows of K numbers with a thread's share of the gate units; its weights are read once for `steps` steps.
+template <class S>
+Cost product_cost(const Sizes& s, i64 rows, i64 K, i64 shares, i64 steps, const Machine& machine) {
+  const double weights = double(s.gate_units()) / double(shares) * double(K), bytes = weights * double(sizeof(S));
+  return {double(rows) * weights / (2 * kLanes<S>), read_cycles(bytes, machine) / double(steps)};
+}
+
+// Cycles of a step of one lane; shares: threads that divide its units.
+template <class S>
+double step_cycles(const Sizes& s, i64 rows, i64 shares, i64 input_steps, const Machine& machine) {
+  if (input_steps == 0) return product_cost<S>(s, rows, s.I + s.P, shares, 1, machine).cycles();
+  // Input products are stored and loaded again.
+  const double passes = 2.0 * double(rows * s.gate_units()) / double(shares) * double(sizeof(S)) / kSecondLevelRate;
+  return product_cost<S>(s, rows, s.P, shares, 1, machine).cycles() + passes +
+         product_cost<S>(s, rows, s.I, shares, input_steps, machine).cycles();
+}
+
+// Steps whose input products are computed together, if they are: as many as leave most of L2 to the weights.
+template <class S>
+i64 steps_ahead(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
+  const i64 room = machine.second_level / 4 * shares / (s.gate_units() * i64(sizeof(S)));
+  return smaller(s.T, ceil_div(larger(kProductRows / 2, smaller(kProductRows, room)), rows));
+}
+
+// The better way to compute the input products of a lane: 0, or how many steps ahead.
+template <class S>
+i64 input_steps(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
+  if (s.T <= 1) return 0;
+  const i64 ahead = steps_ahead<S>(s, rows, shares, machine);
+  if (rows <= kTallestTile) return ahead;  // they leave multipliers idle, whatever they read
+  const double fused = step_cycles<S>(s, rows, shares, 0, machine);
+  return step_cycles<S>(s, rows, shares, ahead, machine) < kWorthwhile * fused ? ahead : 0;
+}
 
 // A short call, of up to kShortCall steps, is better off without packed weights: looking for edits of the weights takes
 // as long as a step of few rows. Its products are dot products with the stored weights (dots.h), if the I + P numbers
@@ -43,9 +109,8 @@ constexpr i64 kFewRowsInAll = 64;
 inline bool backward_reads_stored(const Sizes& s) { return s.T * s.B <= kFewRowsInAll; }
 
 template <class S>
-Plan make_plan(const Sizes& s, int threads) {
+Plan make_plan(const Sizes& s, int threads, const Machine& machine) {
   const double flops = 2.0 * double(s.gate_units()) * double(s.I + s.P);  // one row, one step
-  const i64 weight_bytes = s.gate_units() * (s.I + s.P) * i64(sizeof(S));
   const i64 batch = larger(s.B, 1);
 
   const i64 worthwhile = larger(1, i64(flops * double(batch * s.T) / kForkFlops));
@@ -53,20 +118,14 @@ Plan make_plan(const Sizes& s, int threads) {
   lanes = larger(lanes, ceil_div(batch, kLaneRows));
   if (lanes * s.D > threads) lanes = smaller(round_up(lanes * s.D, threads) / s.D, batch);
 
-  Plan plan{lanes, false, 0};
-  const bool idle_threads = lanes * s.D < threads;
-  const bool worth_splitting = weight_bytes * larger(1, batch / 4) >= kForkBytes;
-  const bool weights_read_twice = lanes > 1 && weight_bytes > kSecondLevelBytes;
-  if (threads > 1 && worth_splitting && (idle_threads || weights_read_twice)) {
-    plan.split_units = true;
-    plan.lanes = 1;
-  }
-  const i64 rows = ceil_div(batch, plan.lanes);
-  // Input products are fused into the step where its rows take longer to compute than w_ih takes to read.
-  const bool slow_reads = weight_bytes > kThirdLevelBytes || (plan.split_units && kVectorBytes >= 64);
-  if (s.T > 1 && rows < (slow_reads ? kProductRows / 2 : kTallestTile + 1))
-    plan.input_steps = smaller(s.T, ceil_div(kProductRows, rows));
-  return plan;
+  const i64 rows = ceil_div(batch, lanes), shares = ceil_div(threads, s.D);
+  const Plan alone{lanes, false, input_steps<S>(s, rows, 1, machine)};
+  if (threads == 1 || worthwhile == 1) return alone;
+  const Plan shared{1, true, input_steps<S>(s, batch, shares, machine)};
+  const double turns = double(ceil_div(lanes * s.D, threads));  // lanes that a thread takes one after the other
+  const double apart = turns * step_cycles<S>(s, rows, 1, alone.input_steps, machine);
+  const double together = step_cycles<S>(s, batch, shares, shared.input_steps, machine) + kBarrierCycles;
+  return together < apart ? shared : alone;
 }
 
 }  // namespace

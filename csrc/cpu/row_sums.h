@@ -22,7 +22,6 @@ class RowSums {
   // For up to `rows` rows of `columns` columns.
   RowSums(Dtype dtype, i64 rows, i64 columns) : pitch_(pitch<S>(columns)) {
     chain_ = Buffer<S>(rows * pitch_);
-    block_ = Buffer<S>(rows * pitch_);
     if (element_bytes(dtype) != sizeof(S)) wide_ = Buffer<S>(kTogether * columns);
   }
 
@@ -30,20 +29,13 @@ class RowSums {
   template <class Row>
   void sum(i64 N, Matrix<const S> a, i64 Q, const StoredColumns& w, const Row& row, Matrix<S> out) const {
     const i64 columns = w.end - w.begin;
-    const Matrix<S> chain{chain_.get(), pitch_}, block{block_.get(), pitch_};
-    for (i64 first = 0; first < Q; first += kBlock) {
-      const Matrix<S> total = first ? block : out;
-      const i64 last = smaller(first + kBlock, Q);
-      for (i64 q = first; q < last; q += kChain) {
-        const Matrix<S> sums = q > first ? chain : total;
-        for (i64 n = 0; n < N; ++n) std::memset(sums.row(n), 0, size_t(columns) * sizeof(S));
-        add_rows(N, a, q, smaller(q + kChain, last), w, row, sums);
-        if (q > first) add(N, columns, total, sums);
-      }
-      if (first) add(N, columns, out, total);
+    const Matrix<S> chain{chain_.get(), pitch_};
+    for (i64 q = 0; q == 0 || q < Q; q += kChain) {
+      const Matrix<S> sums = q > 0 ? chain : out;
+      for (i64 n = 0; n < N; ++n) std::memset(sums.row(n), 0, size_t(columns) * sizeof(S));
+      add_rows(N, a, q, smaller(q + kChain, Q), w, row, sums);
+      if (q > 0) add(N, columns, out, sums);
     }
-    if (Q == 0)
-      for (i64 n = 0; n < N; ++n) std::memset(out.row(n), 0, size_t(columns) * sizeof(S));
   }
 
  private:
@@ -124,8 +116,8 @@ class RowSums {
   }
 
   i64 pitch_;
-  Buffer<S> chain_, block_;  // sums of the chain and of the block of rows that are being added up
-  Buffer<S> wide_;           // rows of 16-bit weights as S
+  Buffer<S> chain_;  // sums of the rows that are being added up
+  Buffer<S> wide_;   // rows of 16-bit weights as S
 };
 
 }  // namespace

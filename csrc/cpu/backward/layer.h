@@ -38,7 +38,7 @@ class BackwardLayer {
 
  public:
   explicit BackwardLayer(const BackwardParams& p)
-      : p_(p), s_(p.sizes), plan_(make_plan<S>(s_, p.threads.count)), capacity_(chunk_capacity<S>(s_)),
+      : p_(p), s_(p.sizes), plan_(make_plan<S>(s_, p.threads.count, this_machine())), capacity_(chunk_capacity<S>(s_)),
         shares_(ceil_div(p.threads.count, s_.D)), lane_count_(s_.D * plan_.lanes),
         extended_(kCell == Cell::extended, s_, p.dtype, p.cell, p.weights),
         lanes_(new std::unique_ptr<Lane>[size_t(lane_count_)]) {

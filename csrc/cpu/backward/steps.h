@@ -51,7 +51,8 @@ inline void BackwardLane<S, kCell>::unproject(i64 panel_begin, i64 panel_end) {
   }
   for (i64 panel = panel_begin; panel < panel_end; ++panel)
     multiply_panel<S>(n_, {dh_.get(), state_pitch_}, s_.P, packed_ + at_.w_hr + panel * s_.P * kPanel<S>,
-                      {&dm_[panel * kPanel<S>], hidden_pitch_}, smaller(kPanel<S>, s_.H - panel * kPanel<S>));
+                      {&dm_[panel * kPanel<S>], hidden_pitch_}, smaller(kPanel<S>, s_.H - panel * kPanel<S>),
+                      packed_ + at_.w_hr + (panel + 1) * s_.P * kPanel<S>);
 }
 
 // Gradients of the gate sums of a range of rows.
@@ -113,10 +114,14 @@ template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   if (n_ == 0 || (!p_.dh0.data && rows_.starts(0, t_))) return;  // all rows begin at this step, and dh0 is not wanted
   if (!packed_) return recur_direct(panel_begin, panel_end);
-  for (i64 panel = panel_begin; panel < panel_end; ++panel) {
+  // One step reads the weights forwards, the next one backwards: what was read last is still near.
+  const auto w_hh = [&](i64 panel) { return packed_ + at_.w_hh + panel * s_.gate_units() * kPanel<S>; };
+  const i64 direction = t_ % 2 ? -1 : 1;
+  i64 panel = t_ % 2 ? panel_end - 1 : panel_begin;
+  for (i64 left = panel_end - panel_begin; left > 0; --left, panel += direction) {
     const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
     multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
-                      packed_ + at_.w_hh + panel * s_.gate_units() * kPanel<S>, {&dh_[begin], state_pitch_}, width);
+                      w_hh(panel), {&dh_[begin], state_pitch_}, width, w_hh(left > 1 ? panel + direction : panel));
     if (kByRow) finish_hidden(begin, width);
   }
 }

@@ -10,12 +10,6 @@ namespace {
 // for more tiles, so that each gate is a long run of memory.
 constexpr i64 kDirectPanels = 2 * kRowGroup;
 
-// Writes the sums of one panel to a row in tile order: input_product(...) or z_row(...), see gate_step.
-template <class S, Cell cell>
-FASTLSTM_INLINE void ForwardLane<S, cell>::put_panel(S* row, i64 tile, const S* sums) const {
-  for (i64 v = 0; v < kPanelVectors; ++v) store(row + v * gate_step(tile), load(sums + v * kLanes<S>));
-}
-
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::direct_input_products(i64 tile_begin, i64 tile_end) {
   const Dots<S> dots = direct_.dots();

@@ -10,15 +10,28 @@ namespace {
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::input_products(i64 tile_begin, i64 tile_end) {
   if (!packed_) return direct_input_products(tile_begin, tile_end);
+  alignas(64) S sums[kPanelRows][kPanel<S>];
+  const i64 groups = ceil_div(chunk_rows_, kPanelRows);
   for (i64 tile = tile_begin; tile < tile_end; ++tile)
-    for_row_tiles<kPanelVectors>(
-        chunk_rows_, [&](i64 first, auto height) { input_product_block<decltype(height)::value>(first, tile); });
+    for (i64 group = 0; group < groups; ++group) {
+      const i64 first = group * chunk_rows_ / groups, last = (group + 1) * chunk_rows_ / groups;
+      sums_.start(last - first, &x_row_[first], tile, sums,
+                  sums_.input_panel(group + 1 < groups ? tile : smaller(tile + 1, tile_end - 1)));
+      for (i64 row = first; row < last; ++row) put_panel(input_product(tile, row), tile, sums[row - first]);
+    }
+}
+
+// Whole vectors from the first gate to the last: see gate_step.
+template <class S, Cell cell>
+FASTLSTM_INLINE void ForwardLane<S, cell>::put_panel(S* row, i64 tile, const S* sums) const {
+#pragma GCC unroll 8
+  for (int v = 0; v < kPanelVectors; ++v) store(row + v * gate_step(tile), load(sums + v * kLanes<S>));
 }
 
 // Gate sums of this step for a range of tiles of units; of a plain LSTM and an RNN also the new states.
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::gates(i64 tile_begin, i64 tile_end) {
-  alignas(64) S sums[kRowGroup][kPanel<S>];
+  alignas(64) S sums[kPanelRows][kPanel<S>];
   if (!packed_) {
     direct_gates(tile_begin, tile_end);
   } else if (n_ <= kTallestTile) {  // few rows: several tiles of units at once keep the multipliers busy
@@ -41,14 +54,15 @@ inline void ForwardLane<S, cell>::gates(i64 tile_begin, i64 tile_end) {
       }
     });
   } else {
-    const i64 groups = ceil_div(n_, kRowGroup);
-    for (i64 tile = tile_begin; tile < tile_end; ++tile)
+    const i64 groups = ceil_div(n_, kPanelRows);
+    for (i64 k = 0; k < tile_end - tile_begin; ++k)
       for (i64 group = 0; group < groups; ++group) {
-        const i64 first = group * n_ / groups, last = (group + 1) * n_ / groups;
-        for_row_tiles<kPanelVectors>(last - first, [&](i64 k, auto height) {
-          sum_gates<decltype(height)::value, 1>(first + k, tile, sums + k);
-        });
-        update<1>(first, last - first, tile, sums);
+        const i64 tile = t_ % 2 ? tile_end - 1 - k : tile_begin + k, first = group * n_ / groups;
+        const i64 after =
+            group + 1 < groups ? tile : larger(tile_begin, smaller(tile + (t_ % 2 ? -1 : 1), tile_end - 1));
+        const i64 rows = (group + 1) * n_ / groups - first;
+        sum_gates(first, rows, tile, sums, after);
+        update<1>(first, rows, tile, sums);
       }
   }
   if (!s_.projected && !stores_y_ && !kByRow)
@@ -64,17 +78,27 @@ FASTLSTM_INLINE void ForwardLane<S, cell>::add_inputs(Vec<S> (&acc)[R][P * kPane
   sums_.template start<R, P>(acc, x, tile);
 }
 
+// Gate sums of one tile for up to kPanelRows rows. next: the tile that follows.
 template <class S, Cell cell>
-template <int R>
-inline void ForwardLane<S, cell>::input_product_block(i64 first, i64 tile) {
-  Vec<S> acc[R][kPanelVectors];
-  add_inputs<R, 1>(acc, first, tile);
+inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 rows, i64 tile, S (*sums)[kPanel<S>], i64 next) {
+  const S* h[kPanelRows];
+  for (i64 r = 0; r < rows; ++r) h[r] = &(kByRow && h_masked_ ? h_masked_ : h_)[(first + r) * state_pitch_];
+  if (kByRow && s_.layer_norm)  // which adds the input products later
+    std::memset(sums, 0, size_t(rows) * sizeof sums[0]);
+  else if (!inputs_ahead_)
+    sums_.start(rows, &x_row_[first_row_ + first], tile, sums, sums_.hidden_panel(tile));
+  else
+    for (i64 r = 0; r < rows; ++r) {
+      const S* product = input_product(tile, first_row_ + first + r);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) store(input_product(tile, first + r) + v * gate_step(tile), acc[r][v]);
+      for (int v = 0; v < kPanelVectors; ++v) store(&sums[r][v * kLanes<S>], load(product + v * gate_step(tile)));
+    }
+  sums_.add_hidden(rows, h, tile, sums, inputs_ahead_ ? sums_.hidden_panel(next) : sums_.input_panel(next));
+  if constexpr (kByRow)
+    for (i64 r = 0; r < rows; ++r) put_panel(z_row(first + r) + tile * kPanel<S>, tile, sums[r]);
 }
 
+// The same for few rows R and P tiles, in registers.
 template <class S, Cell cell>
 template <int R, int P>
 inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 tile, S (*sums)[kPanel<S>]) {
@@ -171,7 +195,7 @@ inline void ForwardLane<S, cell>::project_hidden(i64 panel_begin, i64 panel_end)
     const i64 begin = panel * kPanel<S>, count = smaller(kPanel<S>, s_.P - begin);
     if (packed_)
       multiply_panel<S>(n_, {m_.get(), hidden_pitch_}, s_.H, packed_ + at_.w_hr + panel * s_.H * kPanel<S>,
-                        {&h_next_[begin], state_pitch_}, count);
+                        {&h_next_[begin], state_pitch_}, count, packed_ + at_.w_hr + (panel + 1) * s_.H * kPanel<S>);
     else
       direct_projection(begin, count);
     if (!kByRow) emit_hidden(begin, count);

@@ -75,8 +75,8 @@ class ForwardLane {
   i64 gate_step(i64 tile) const { return kByRow ? smaller(kLanes<S>, s_.H - tile * kLanes<S>) : kLanes<S>; }
   template <int R, int P>
   void add_inputs(Vec<S> (&acc)[R][P * kPanelVectors], i64 row, i64 tile) const;
-  template <int R>
-  void input_product_block(i64 first, i64 tile);
+  void put_panel(S* row, i64 tile, const S* sums) const;
+  void sum_gates(i64 first, i64 rows, i64 tile, S (*sums)[kPanel<S>], i64 next);
   template <int R, int P>
   void sum_gates(i64 first, i64 tile, S (*sums)[kPanel<S>]);
   template <int P>
@@ -85,7 +85,6 @@ class ForwardLane {
   void update_rnn(const S* sums, i64 row, i64 unit) const;
 
   // direct.h
-  void put_panel(S* row, i64 tile, const S* sums) const;
   void direct_input_products(i64 tile_begin, i64 tile_end);
   void direct_gates(i64 tile_begin, i64 tile_end);
   void direct_tiles(const Dots<S>& dots, i64 first, i64 last, Range tiles);

@@ -63,7 +63,7 @@ void forward_shared_steps(const ForwardParams& p, const Plan& plan, const Extend
 template <class S, Cell cell>
 void forward_layer(const ForwardParams& p) {
   const Sizes& s = p.sizes;
-  const Plan plan = make_plan<S>(s, p.threads.count);
+  const Plan plan = make_plan<S>(s, p.threads.count, this_machine());
   const ExtendedDirections<S> extended(cell == Cell::extended, s, p.dtype, p.cell, p.weights);
   if (plan.split_units) return forward_shared_steps<S, cell>(p, plan, extended);
   parallel(p.threads, s.D * plan.lanes, [&](i64 item) {

@@ -1,0 +1,34 @@
+// What plans know of the machine: sizes of its caches, read once.
+#pragma once
+
+#include <unistd.h>
+
+#include "lstm.h"
+
+namespace fastlstm {
+namespace {
+
+struct Machine {
+  i64 second_level;  // bytes of a core's L2
+  i64 third_level;   // bytes of the L3 that a process can hope for
+};
+
+// Where the system does not tell: a common server core.
+constexpr Machine kCommonMachine = {1 << 20, 16 << 20};
+
+inline const Machine& this_machine() {
+  static const Machine machine = [] {
+    Machine m = kCommonMachine;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const i64 second = sysconf(_SC_LEVEL2_CACHE_SIZE), third = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (second > 0) m.second_level = second;
+    // A large L3 is shared by many cores, and by other processes.
+    if (third > 0) m.third_level = third < 4 * m.third_level ? third : 4 * m.third_level;
+#endif
+    return m;
+  }();
+  return machine;
+}
+
+}  // namespace
+}  // namespace fastlstm
