@@ -81,9 +81,9 @@ def dense(
         raise NotImplementedError(f"{kind}: convert tensors of oneDNN with .to_dense()")
     if input.is_quantized:
         raise NotImplementedError(
-            f"{kind}: input is {input.dtype}: convert it with .dequantize(). PyTorch's quantization "
-            "converts modules of torch.nn only: call fastlstm.restore(model), or to_torch(), "
-            "before prepare"
+            f"{kind}: input is {input.dtype}: convert it with .dequantize(). PyTorch's "
+            "quantization converts modules of torch.nn only: call fastlstm.restore(model), or "
+            "to_torch(), before prepare"
         )
     states = None if hx is None else tuple(map(Tensor.to_dense, hx))
     return input.to_dense(), states, [w.to_dense() for w in weights]
