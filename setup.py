@@ -51,6 +51,9 @@ SOURCES = {
     "csrc/bindings/plans.cpp": [],
     "csrc/bindings/register.cpp": [],
     "csrc/cuda/plan.cpp": [],
+    "csrc/cpu/cores.cpp": [],
+    "csrc/cpu/pool.cpp": [],
+    "csrc/cpu/usefulness.cpp": [],
     "csrc/cpu/isa/dispatch.cpp": [],
     "csrc/cpu/isa/portable.cpp": [],
 }
@@ -113,6 +116,7 @@ class Library(NamedTuple):
         link = [*recipe.link, "-shared", f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         if sys.platform == "linux":
             link += ["-Xlinker", "-zdefs"]  # what is missing fails here, not in the first call
+            link += ["-Xlinker", "-znodelete"]  # its threads may outlive whoever has loaded it
         target = str(folder / f"{self.name}.so")
         run([*recipe.compiler, *objects, *link, "-o", target], recipe.advice)
 
@@ -171,7 +175,7 @@ def run(command: list[str], advice: str) -> None:
 def of_host(sources: dict[str, list[str]]) -> Recipe:
     advice = "install g++ or clang++, or name one in the environment variable CXX"
     flags = {source: [*FLAGS, *own] for source, own in sources.items()}
-    return Recipe(shlex.split(os.environ.get("CXX", "c++")), flags, [], advice)
+    return Recipe(shlex.split(os.environ.get("CXX", "c++")), flags, ["-pthread"], advice)
 
 
 def cpu() -> Recipe:

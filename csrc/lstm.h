@@ -82,11 +82,7 @@ struct CellOptions {
   uint64_t seed;
 };
 
-// torch's thread pool. `run` calls body(begin, end, context) over a partition of [0, n).
-struct Threads {
-  int count;
-  void (*run)(i64 n, void (*body)(i64 begin, i64 end, void* context), void* context);
-};
+class Threads;  // cpu/pool.h
 
 struct ForwardParams {
   Sizes sizes;
@@ -103,7 +99,7 @@ struct ForwardParams {
   const DirectionWeights* weights;  // one for each direction
   CellOptions cell;
   const void* packed;  // from Kernels::pack_forward; null: the weights are read as they are stored
-  Threads threads;
+  Threads* threads;
 };
 
 struct BackwardParams {
@@ -127,7 +123,7 @@ struct BackwardParams {
     // The shapes of DirectionWeights, and b [4H], the gradient of b_ih and of b_hh; null: not wanted.
     void *w_ih, *w_hh, *b, *w_hr, *w_ch, *ln_ih, *ln_hh, *ln_c, *b_ln_c;
   } dw[2];
-  Threads threads;
+  Threads* threads;
 };
 
 // The kernels of one instruction set; cpu/isa/dispatch.cpp chooses among them.
@@ -143,6 +139,7 @@ struct Kernels {
   // Whether a pass needs no packed weights (cpu/plan.h).
   bool (*forward_reads_stored)(const Sizes&, bool is_double);
   bool (*backward_reads_stored)(const Sizes&);
+  int (*worthwhile)(const Sizes&, i64 members, int threads);
   void (*describe)(const Sizes&, int threads, const i64* caches, char* text, size_t size);
 };
 

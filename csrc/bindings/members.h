@@ -41,25 +41,31 @@ void run_members(i64 members, const Arguments&... arguments) {
   std::deque<Pass> passes;
   for (i64 k = 0; k < members; ++k) passes.emplace_back(member(arguments, k, members)...);
   Pass& first = passes.front();
+  PassThreads threads(first.call.sizes, Pass::kBackward, members);
   const auto same_weights = [&](const Pass& pass) {
     return !std::memcmp(pass.call.weights, first.call.weights, sizeof first.call.weights);
   };
   std::optional<PackedWeights> shared;
-  if (std::all_of(passes.begin(), passes.end(), same_weights)) shared.emplace(first.call, first.orders(), Array());
-  const auto run = [&](i64 k, Threads threads) {
+  if (std::all_of(passes.begin(), passes.end(), same_weights))
+    shared.emplace(first.call, first.orders(), Array(), threads);
+  const auto run = [&](i64 k, Threads& its_threads) {
     Pass& pass = passes[size_t(k)];
     if (shared) {
-      pass.run(*shared, threads);
+      pass.run(*shared, its_threads);
     } else {
-      pass.run(PackedWeights(pass.call, pass.orders(), Array()), threads);
+      pass.run(PackedWeights(pass.call, pass.orders(), Array(), its_threads), its_threads);
     }
   };
-  const Threads threads = torch_threads();
-  if (2 * members > threads.count) {
-    parallel(threads, members, [&](i64 k) { run(k, {1, nullptr}); });
-  } else {
-    for (i64 k = 0; k < members; ++k) run(k, threads);
-  }
+  together(threads, [&] {
+    if (2 * members <= threads.count()) {
+      for (i64 k = 0; k < members; ++k) run(k, threads);
+    } else {
+      parallel(threads, members, [&](i64 k) {
+        Threads alone;
+        run(k, alone);
+      });
+    }
+  });
 }
 
 // Runs a pass for all members, or one pass where `members` is 0.
@@ -67,7 +73,8 @@ template <class Pass, class... Arguments>
 void run_pass(i64 members, const Array& cache, const Arguments&... arguments) {
   if (members) return run_members<Pass>(members, arguments...);
   Pass pass(arguments...);
-  pass.run(PackedWeights(pass.call, pass.orders(), cache), torch_threads());
+  PassThreads threads(pass.call.sizes, Pass::kBackward);
+  together(threads, [&] { pass.run(PackedWeights(pass.call, pass.orders(), cache, threads), threads); });
 }
 
 }  // namespace fastlstm

@@ -1,7 +1,5 @@
 #include "bindings/packed_weights.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -11,19 +9,20 @@
 #include <pthread.h>
 #endif
 
+#include "cpu/parallel.h"
+
 namespace fastlstm {
 namespace {
 
 // Threads hash the blocks of a large matrix side by side; then the hashes are hashed.
-uint64_t hash_large(const void* data, size_t bytes, uint64_t seed) {
+uint64_t hash_large(const void* data, size_t bytes, uint64_t seed, Threads& threads) {
   constexpr size_t kBlock = 256 << 10;
   const Kernels& kernels = cpu_kernels();
   if (bytes <= kBlock) return kernels.hash(data, bytes, seed);
   std::vector<uint64_t> hashes((bytes + kBlock - 1) / kBlock);
-  torch::stable::parallel_for(0, i64(hashes.size()), 1, [&](i64 begin, i64 end) {
-    for (i64 k = begin; k < end; ++k)
-      hashes[size_t(k)] = kernels.hash(static_cast<const char*>(data) + size_t(k) * kBlock,
-                                       std::min(kBlock, bytes - size_t(k) * kBlock), seed);
+  parallel(threads, i64(hashes.size()), [&](i64 k) {
+    hashes[size_t(k)] = kernels.hash(static_cast<const char*>(data) + size_t(k) * kBlock,
+                                     std::min(kBlock, bytes - size_t(k) * kBlock), seed);
   });
   return kernels.hash(hashes.data(), hashes.size() * sizeof(uint64_t), seed);
 }
@@ -67,7 +66,7 @@ PackedWeights::Memory PackedWeights::allocate(size_t bytes) {
   return memory;
 }
 
-PackedWeights::PackedWeights(const Call& call, Orders orders, const Array& cache) : orders_(orders) {
+PackedWeights::PackedWeights(const Call& call, Orders orders, const Array& cache, Threads& threads) : orders_(orders) {
   static_assert(sizeof(Header) <= kHeaderBytes);
   if (!orders.forward && !orders.backward) return;
   const Kernels& kernels = cpu_kernels();
@@ -76,7 +75,7 @@ PackedWeights::PackedWeights(const Call& call, Orders orders, const Array& cache
   const size_t bytes = backward_bytes_ + (orders.forward ? kernels.forward_bytes(call.sizes, is_double) : 0);
   const bool fits = cache && cache.dtype == aoti_torch_dtype_uint8() && cache.dim == 1 &&
                     cache.sizes[0] >= i64(bytes) + kHeaderBytes && cache.contiguous();
-  if (fits && share(call, static_cast<char*>(cache.data))) return;
+  if (fits && share(call, static_cast<char*>(cache.data), threads)) return;
   own_ = allocate(bytes);
   data_ = own_.get();
   pack(call, call.weights);
@@ -87,9 +86,9 @@ PackedWeights::~PackedWeights() {
 }
 
 // Whether the shared buffer now holds these weights, and keeps them as long as this object lives.
-bool PackedWeights::share(const Call& call, char* base) {
+bool PackedWeights::share(const Call& call, char* base, Threads& threads) {
   auto* header = reinterpret_cast<Header*>(base);
-  const uint64_t wanted = hash_weights(call, call.weights);
+  const uint64_t wanted = hash_weights(call, call.weights, threads);
   uint64_t use = header->use.load(std::memory_order_acquire);
   while (Header::readers(use) != Header::kPacking && header->hash.load(std::memory_order_acquire) == wanted)
     if (header->use.compare_exchange_weak(use, Header::word(Header::readers(use) + 1), std::memory_order_acq_rel)) {
@@ -109,7 +108,7 @@ bool PackedWeights::share(const Call& call, char* base) {
   data_ = base + kHeaderBytes;
   header->hash.store(0, std::memory_order_release);
   try {
-    header->hash.store(pack_copy(call), std::memory_order_release);
+    header->hash.store(pack_copy(call, threads), std::memory_order_release);
   } catch (...) {
     header_ = nullptr;
     header->use.store(Header::word(0), std::memory_order_release);
@@ -126,7 +125,7 @@ void PackedWeights::pack(const Call& call, const DirectionWeights* weights) cons
 }
 
 // Packs a copy of the weights, and returns the hash of this copy.
-uint64_t PackedWeights::pack_copy(const Call& call) const {
+uint64_t PackedWeights::pack_copy(const Call& call, Threads& threads) const {
   const size_t e = element_bytes(call);
   DirectionWeights copies[2];
   std::vector<Memory> memory;
@@ -139,10 +138,10 @@ uint64_t PackedWeights::pack_copy(const Call& call) const {
     });
   }
   pack(call, copies);
-  return hash_weights(call, copies);
+  return hash_weights(call, copies, threads);
 }
 
-uint64_t PackedWeights::hash_weights(const Call& call, const DirectionWeights* weights) const {
+uint64_t PackedWeights::hash_weights(const Call& call, const DirectionWeights* weights, Threads& threads) const {
   const Kernels& kernels = cpu_kernels();
   const Sizes& s = call.sizes;
   const i64 tag[] = {
@@ -152,7 +151,7 @@ uint64_t PackedWeights::hash_weights(const Call& call, const DirectionWeights* w
   for (i64 d = 0; d < s.D; ++d) {
     DirectionWeights w = weights[d];
     for_weights(call, orders_.forward, w,
-                [&](const void* data, i64 elements) { h = hash_large(data, size_t(elements) * e, h); });
+                [&](const void* data, i64 elements) { h = hash_large(data, size_t(elements) * e, h, threads); });
   }
   return h | 1;  // never the zero of a fresh buffer
 }

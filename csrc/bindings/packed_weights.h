@@ -25,7 +25,7 @@ class PackedWeights {
   };
 
   // cache: uint8 [bytes] as cpu_cache_bytes says, zero at first; or absent.
-  PackedWeights(const Call& call, Orders orders, const Array& cache);
+  PackedWeights(const Call& call, Orders orders, const Array& cache, Threads& threads);
   ~PackedWeights();
   PackedWeights(const PackedWeights&) = delete;
 
@@ -42,10 +42,10 @@ class PackedWeights {
   using Memory = std::unique_ptr<char, Free>;
 
   static Memory allocate(size_t bytes);
-  bool share(const Call& call, char* base);
+  bool share(const Call& call, char* base, Threads& threads);
   void pack(const Call& call, const DirectionWeights* weights) const;
-  uint64_t pack_copy(const Call& call) const;
-  uint64_t hash_weights(const Call& call, const DirectionWeights* weights) const;
+  uint64_t pack_copy(const Call& call, Threads& threads) const;
+  uint64_t hash_weights(const Call& call, const DirectionWeights* weights, Threads& threads) const;
 
   const Orders orders_;
   size_t backward_bytes_ = 0;  // what lies before the forward order

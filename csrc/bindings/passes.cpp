@@ -3,14 +3,15 @@
 #include <torch/csrc/stable/ops.h>
 
 namespace fastlstm {
-
-Threads torch_threads() {
-  return {int(torch::stable::get_num_threads()), [](i64 n, void (*body)(i64, i64, void*), void* context) {
-            TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
-          }};
-}
-
 namespace {
+
+uint64_t kind_of(const Sizes& s, bool backward) {
+  i64 steps = 0;  // log2 T
+  while (s.T >> steps > 1) ++steps;
+  uint64_t mixed = uint64_t(backward);
+  for (i64 number : {steps, s.B, s.I, s.gate_units(), s.P, s.D}) mixed = mixed * 0x100000001b3 + uint64_t(number);
+  return mixed;
+}
 
 // dweights: none, or for each direction w_ih, w_hh, (b), (w_hr), (w_ch), (ln_ih, ln_hh, ln_c, b_ln_c)
 void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, BackwardParams& p) {
@@ -46,6 +47,12 @@ void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, 
 }
 
 }  // namespace
+
+PassThreads::PassThreads(const Sizes& sizes, bool backward, i64 members)
+    : Threads(cpu_kernels().worthwhile(sizes, members, int(torch::stable::get_num_threads())), kind_of(sizes, backward),
+              [](i64 n, void (*body)(i64, i64, void*), void* context) {
+                TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+              }) {}
 
 // ---- forward ------------------------------------------------------------------------------------------------
 
@@ -93,9 +100,9 @@ PackedWeights::Orders Forward::orders() const {
   return {!cpu_kernels().forward_reads_stored(call.sizes, call.dtype == Dtype::f64), false};
 }
 
-void Forward::run(const PackedWeights& packed, Threads threads) {
+void Forward::run(const PackedWeights& packed, Threads& threads) {
   p.packed = packed.forward();
-  p.threads = threads;
+  p.threads = &threads;
   cpu_kernels().forward(p);
 }
 
@@ -157,10 +164,10 @@ PackedWeights::Orders Backward::orders() const {
           !kernels.backward_reads_stored(call.sizes)};
 }
 
-void Backward::run(const PackedWeights& packed, Threads threads) {
+void Backward::run(const PackedWeights& packed, Threads& threads) {
   p.packed = packed.backward();
   p.packed_forward = packed.forward();
-  p.threads = threads;
+  p.threads = &threads;
   cpu_kernels().backward(p);
 }
 

@@ -5,13 +5,19 @@
 #include <vector>
 
 #include "bindings/packed_weights.h"
+#include "cpu/parallel.h"
 
 namespace fastlstm {
 
-// torch's thread pool.
-Threads torch_threads();
+// Our own threads for a pass over a layer, at most as many as torch's: torch.set_num_threads and OMP_NUM_THREADS count.
+// Calls of one kind and of about as many steps share what is known of how useful threads are to them.
+class PassThreads : public Threads {
+ public:
+  PassThreads(const Sizes& sizes, bool backward, i64 members = 1);
+};
 
 struct Forward {
+  static constexpr bool kBackward = false;
   Call call;
   ForwardParams p{};
 
@@ -29,14 +35,18 @@ struct Forward {
   Forward(const Forward&) = delete;
 
   PackedWeights::Orders orders() const;
-  void run(const PackedWeights& packed, Threads threads);
-  void run(const Array& cache) { run(PackedWeights(call, orders(), cache), torch_threads()); }
+  void run(const PackedWeights& packed, Threads& threads);
+  void run(const Array& cache) {
+    PassThreads threads(call.sizes, kBackward);
+    together(threads, [&] { run(PackedWeights(call, orders(), cache, threads), threads); });
+  }
 
  private:
   Forward(Call&& call_, const Array& x, const Array& h0, const Array& y, const Array& h_n);
 };
 
 struct Backward {
+  static constexpr bool kBackward = true;
   Call call;
   BackwardParams p{};
 
@@ -53,7 +63,7 @@ struct Backward {
   Backward(const Backward&) = delete;
 
   PackedWeights::Orders orders() const;
-  void run(const PackedWeights& packed, Threads threads);
+  void run(const PackedWeights& packed, Threads& threads);
 
  private:
   Backward(Call&& call_, const Array& x, const Array& h0, const Array& reset, const Array& y, const Array& dy,

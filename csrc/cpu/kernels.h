@@ -98,5 +98,5 @@ void describe(const Sizes& s, int threads, const i64* caches, char* text, size_t
   extern const Kernels isa##_kernels;                                                                             \
   const Kernels isa##_kernels = {                                                                                 \
       #isa,     forward_bytes,           backward_bytes,        hash_bytes, pack_forward, pack_backward, forward, \
-      backward, forward_reads_stored_of, backward_reads_stored, describe};                                        \
+      backward, forward_reads_stored_of, backward_reads_stored, worthwhile, describe};                            \
   }

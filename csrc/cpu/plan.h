@@ -88,6 +88,9 @@ i64 input_steps(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
   return step_cycles<S>(s, rows, shares, ahead, machine) < kWorthwhile * fused ? ahead : 0;
 }
 
+constexpr i64 kForkBytes = 512 << 10;  // weights that several threads should read: ~10 us for one core
+constexpr i64 kWakeBytes = 768 << 10;  // of one step, for each thread: it has to be woken
+
 // A short call, of up to kShortCall steps, is better off without packed weights: looking for edits of the weights takes
 // as long as a step of few rows. Its products are dot products with the stored weights (dots.h), if the I + P numbers
 // of each are so many vectors that the sums over lanes at its end are a small part of it. Longer calls have packed
@@ -107,6 +110,17 @@ bool forward_reads_stored(const Sizes& s) {
 constexpr i64 kFewRowsInAll = 64;
 
 inline bool backward_reads_stored(const Sizes& s) { return s.T * s.B <= kFewRowsInAll; }
+
+// How many of `threads` threads are worth having for that many calls of these sizes. Memory and arithmetic count; of
+// one step mainly the weights, which one thread reads in ~10 us.
+inline int worthwhile(const Sizes& s, i64 members, int threads) {
+  const double rows = double(members) * double(larger(s.B * s.T, 1));
+  const i64 weights = members * s.gate_units() * (s.I + s.P);
+  const double by_arithmetic = 2 * double(s.gate_units()) * double(s.I + s.P) * rows / kForkFlops;
+  const i64 by_weights = weights * i64(sizeof(float)) * larger(1, s.B / 4) / (s.T == 1 ? kWakeBytes : kForkBytes / 2);
+  const i64 most = larger(by_weights, s.T == 1 ? 0 : i64(smaller(by_arithmetic, 1e9)));
+  return int(smaller(threads, larger(1, most)));
+}
 
 template <class S>
 Plan make_plan(const Sizes& s, int threads, const Machine& machine) {

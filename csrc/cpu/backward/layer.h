@@ -38,8 +38,8 @@ class BackwardLayer {
 
  public:
   explicit BackwardLayer(const BackwardParams& p)
-      : p_(p), s_(p.sizes), plan_(make_plan<S>(s_, p.threads.count, this_machine())), capacity_(chunk_capacity<S>(s_)),
-        shares_(ceil_div(p.threads.count, s_.D)), lane_count_(s_.D * plan_.lanes),
+      : p_(p), s_(p.sizes), plan_(make_plan<S>(s_, p.threads->count(), this_machine())),
+        capacity_(chunk_capacity<S>(s_)), shares_(ceil_div(p.threads->count(), s_.D)), lane_count_(s_.D * plan_.lanes),
         extended_(kCell == Cell::extended, s_, p.dtype, p.cell, p.weights),
         lanes_(new std::unique_ptr<Lane>[size_t(lane_count_)]) {
     for (i64 d = 0; d < s_.D; ++d) directions_[d].reset(new Direction(p, extended_[d], d, capacity_));
@@ -71,14 +71,14 @@ class BackwardLayer {
   void by_rows(const Work& work) const {
     for (i64 d = 0; d < s_.D; ++d) {
       const i64 rows = directions_[d]->chunk_rows(), groups = ceil_div(rows, kProductRows);
-      parallel(p_.threads, groups,
+      parallel(*p_.threads, groups,
                [&](i64 group) { work(*directions_[d], group * rows / groups, (group + 1) * rows / groups); });
     }
   }
   // work(lane, begin, end) over [0, count) of the lane of each direction.
   template <class Work>
   void share(i64 count, const Work& work) const {
-    parallel(p_.threads, s_.D * shares_, [&](i64 item) {
+    parallel(*p_.threads, s_.D * shares_, [&](i64 item) {
       const i64 k = item % shares_;
       work(*lanes_[item / shares_], k * count / shares_, (k + 1) * count / shares_);
     });
@@ -87,7 +87,7 @@ class BackwardLayer {
   // work(direction, begin, end) over [0, count) of each direction.
   template <class Work>
   void share_directions(i64 count, const Work& work) const {
-    parallel(p_.threads, s_.D * shares_, [&](i64 item) {
+    parallel(*p_.threads, s_.D * shares_, [&](i64 item) {
       const i64 k = item % shares_;
       work(*directions_[item / shares_], k * count / shares_, (k + 1) * count / shares_);
     });
@@ -95,7 +95,7 @@ class BackwardLayer {
 
   // Each thread takes some lanes through all steps of the chunk.
   void lane_steps(i64 first, i64 steps) const {
-    parallel(p_.threads, lane_count_, [&](i64 k) {
+    parallel(*p_.threads, lane_count_, [&](i64 k) {
       const Direction& direction = *directions_[k / plan_.lanes];
       for (i64 step = 0; step < steps; ++step)
         lanes_[k]->run(direction.time(first + step), direction.chunk.start[step]);
@@ -125,15 +125,15 @@ class BackwardLayer {
     if (!p_.dx.data) return;
     for (i64 d = 0; d < s_.D; ++d) {
       if (directions_[d]->direct()) {
-        const i64 panels = directions_[d]->in_panels(), shares = smaller(panels, p_.threads.count);
-        parallel(p_.threads, shares, [&](i64 k) {
+        const i64 panels = directions_[d]->in_panels(), shares = smaller(panels, p_.threads->count());
+        parallel(*p_.threads, shares, [&](i64 k) {
           directions_[d]->direct_input_grad(k * panels / shares * kPanel<S>,
                                             smaller((k + 1) * panels / shares * kPanel<S>, s_.I));
         });
         continue;
       }
       const i64 rows = directions_[d]->chunk_rows(), groups = ceil_div(rows, kProductRows);
-      parallel(p_.threads, groups * directions_[d]->in_panels(), [&](i64 item) {
+      parallel(*p_.threads, groups * directions_[d]->in_panels(), [&](i64 item) {
         const i64 group = item % groups;
         directions_[d]->input_grad(group * rows / groups, (group + 1) * rows / groups, item / groups);
       });
@@ -144,7 +144,7 @@ class BackwardLayer {
     const auto add = [&](const WeightGrad<S>& grad, void (Direction::*part)(i64, i64)) {
       if (!grad.allocated()) return;
       const i64 parts = grad.parts(shares_);
-      parallel(p_.threads, s_.D * parts, [&](i64 item) { ((*directions_[item / parts]).*part)(item % parts, parts); });
+      parallel(*p_.threads, s_.D * parts, [&](i64 item) { ((*directions_[item / parts]).*part)(item % parts, parts); });
     };
     add(directions_[0]->gate_weights(), &Direction::gate_weight_grad);
     add(directions_[0]->recurrent_weights(), &Direction::recurrent_weight_grad);
@@ -158,7 +158,7 @@ class BackwardLayer {
   void write_weight_grads() const {
     const auto write = [&](const WeightGrad<S>& grad, void (Direction::*panel)(i64) const) {
       if (grad.allocated())
-        parallel(p_.threads, s_.D * grad.panels(),
+        parallel(*p_.threads, s_.D * grad.panels(),
                  [&](i64 item) { ((*directions_[item / grad.panels()]).*panel)(item % grad.panels()); });
     };
     if (directions_[0]->has_rows()) {

@@ -36,9 +36,9 @@ void forward_shared_steps(const ForwardParams& p, const Plan& plan, const Extend
   const Sizes& s = p.sizes;
   std::unique_ptr<Lane> lanes[2];
   for (i64 d = 0; d < s.D; ++d) lanes[d].reset(new Lane(p, plan, extended[d], d, 0));
-  const i64 shares = ceil_div(p.threads.count, s.D);
+  const i64 shares = ceil_div(p.threads->count(), s.D);
   const auto share = [&](i64 count, const auto& work) {  // work(lane, begin, end) over [0, count) of each lane
-    parallel(p.threads, s.D * shares, [&](i64 item) {
+    parallel(*p.threads, s.D * shares, [&](i64 item) {
       const i64 k = item % shares;
       work(*lanes[item / shares], k * count / shares, (k + 1) * count / shares);
     });
@@ -63,10 +63,10 @@ void forward_shared_steps(const ForwardParams& p, const Plan& plan, const Extend
 template <class S, Cell cell>
 void forward_layer(const ForwardParams& p) {
   const Sizes& s = p.sizes;
-  const Plan plan = make_plan<S>(s, p.threads.count, this_machine());
+  const Plan plan = make_plan<S>(s, p.threads->count(), this_machine());
   const ExtendedDirections<S> extended(cell == Cell::extended, s, p.dtype, p.cell, p.weights);
   if (plan.split_units) return forward_shared_steps<S, cell>(p, plan, extended);
-  parallel(p.threads, s.D * plan.lanes, [&](i64 item) {
+  parallel(*p.threads, s.D * plan.lanes, [&](i64 item) {
     const i64 d = item / plan.lanes;
     ForwardLane<S, cell>(p, plan, extended[d], d, item % plan.lanes).run();
   });
