@@ -30,7 +30,7 @@ def caption(results: Results) -> str:
 def protocol(results: Results) -> str:
     """Say what a call of training was when the results were measured."""
     steps = results.environment.get(
-        "training", "forward and backward, without an optimizer's step"
+        "training_call", "forward and backward, without an optimizer's step"
     )
     return f"Training is {steps}."
 

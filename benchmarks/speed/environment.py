@@ -33,7 +33,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": os.environ.get("FASTLSTM_BACKEND"),
         "isa": extension.isa() if extension.error() is None else None,
-        "training": TRAINING,
+        "training_call": TRAINING,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "commit": commit(),
