@@ -108,12 +108,15 @@ def test_error_is_that_of_pytorch(backend: str, case: Case, dtype: torch.dtype) 
     check(case, dtype, backend)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_constant_weights(backend: str, dtype: torch.dtype) -> None:
     """Where every product is alike, rounding errors add up instead of cancelling.
 
-    The CUDA kernels are not asked: in exact float32 they err by a sixth more than is allowed.
+    The kernels for GPUs fall short of it in exact float32.
     """
+    if backend in ("cuda", "triton") and dtype is torch.float32:
+        pytest.skip("in exact float32 the kernels for GPUs err by more than is allowed")
     check(Case(T=5, B=3, I=28, H=64, values="constant"), dtype, backend)
 
 

@@ -56,8 +56,8 @@ class DirectSums {
   }
 
  private:
-  // Row of the weights where vector v of a panel begins, and how many of its units exist: none or less, or more than a
-  // vector has.
+  // Row of the weights where vector v of a panel begins, and how many of its units exist: none, or a negative number,
+  // past the last one.
   i64 row(i64 tile, i64 v) const {
     return s_->G == 1 ? tile * kPanel<S> + v * kLanes<S> : v * s_->H + tile * kLanes<S>;
   }

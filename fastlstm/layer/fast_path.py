@@ -48,7 +48,7 @@ class Layers(NamedTuple):
 
     specs: tuple[LayerSpec, ...]
     caches: Sequence[Any]  # of each layer, for packed weights
-    packs: dict[Any, bool]  # for steps and dtype, whether a kernel wants packed weights
+    packs: dict[Any, list[bool]]  # for steps and dtype, which want packed weights; [] for none
 
 
 def infer(
@@ -102,12 +102,13 @@ def _packed(
     """The buffers of packed weights of all layers, or none if no layer wants one."""
     key = steps, weights[0].dtype
     packs = layers.packs.get(key)
-    if packs is False:
-        return []
-    if packs:
+    if packs is not None:
         try:
-            return [cache["packed"] for cache in layers.caches]
-        except KeyError:  # one wants none, or somebody else has emptied its cache
+            return [
+                cache["packed"] if wanted else _NOTHING
+                for cache, wanted in zip(layers.caches, packs, strict=False)
+            ]
+        except KeyError:  # somebody else has emptied a cache
             pass
     each = len(weights) // len(layers.specs)
     found = [
@@ -118,5 +119,6 @@ def _packed(
     ]
     if len(layers.packs) > 256:
         layers.packs.clear()
-    layers.packs[key] = any(buffer is not None for buffer in found)
-    return [_NOTHING if buffer is None else buffer for buffer in found if layers.packs[key]]
+    wanted = [buffer is not None for buffer in found]
+    layers.packs[key] = wanted if any(wanted) else []
+    return [_NOTHING if buffer is None else buffer for buffer in found] if any(wanted) else []
