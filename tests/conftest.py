@@ -36,10 +36,11 @@ from fastlstm import extension
 
 BACKENDS = ("reference", "cpu")
 
-# The marks of tests that take long. The sample of them in the short run is, for each file and
-# mark, the first test; of those BY_CASE, also the first case of each function that has several.
+# The marks of tests that take long. The sample of them in the short run is the first test of each
+# file and mark (BY_FILE) and the first case of each function that has several (BY_CASE).
 LONG = ("interpreted", "emulated", "executed", "compiles", "slow")
-BY_CASE = ("interpreted", "emulated", "executed", "slow")
+BY_FILE = ("interpreted", "emulated", "executed", "compiles")
+BY_CASE = ("interpreted", "emulated", "slow")
 # Of a function's cases --rest takes each fifth or seventh, --all and -m every one. Precisions,
 # types and GPUs take turns by 4, 3 and 2, so the step must share no factor with them.
 THINNED = {"interpreted": 5, "executed": 7}
@@ -116,8 +117,9 @@ def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.It
         if not mark:
             others.append(item)
             continue
-        key = function if mark in BY_CASE and cases[function] > 1 else file
-        (rest if key in seen else sample).append(item)
+        by_case = mark in BY_CASE and cases[function] > 1
+        first = (function if by_case else file) not in seen
+        (sample if first and (by_case or mark in BY_FILE) else rest).append(item)
         seen |= {file, function}
     return sample + others, rest
 
