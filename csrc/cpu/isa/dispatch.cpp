@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/isa/x86.h"
 #include "lstm.h"
 
 namespace fastlstm {
@@ -18,12 +19,9 @@ namespace {
 
 bool supported(const Kernels& kernels) {
 #ifdef FASTLSTM_X86
-  __builtin_cpu_init();
-  if (&kernels == &avx512_kernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("f16c");
-  if (&kernels == &avx2_kernels)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const X86Features features = x86_features();
+  if (&kernels == &avx512_kernels) return features.avx512;
+  if (&kernels == &avx2_kernels) return features.avx2;
 #endif
   return &kernels == &portable_kernels;
 }

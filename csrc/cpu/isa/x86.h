@@ -1,0 +1,32 @@
+// What an x86 CPU has. __builtin_cpu_supports would tell, but on Windows, and with some builds of clang, nothing that
+// is linked answers it.
+#pragma once
+
+#ifdef __x86_64__
+#define FASTLSTM_X86 1
+
+#include <cpuid.h>
+
+namespace fastlstm {
+
+struct X86Features {
+  bool avx2 = false;    // and FMA, F16C
+  bool avx512 = false;  // F, BW, DQ and VL
+};
+
+inline X86Features x86_features() {
+  const auto has = [](unsigned word, auto... bits) { return (... && (word >> bits & 1)); };
+  X86Features features;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, 12 /* FMA */, 27 /* OSXSAVE */, 28 /* AVX */, 29 /* F16C */))
+    return features;
+  unsigned low, high;  // of XCR0: the registers that the system keeps for each thread
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if (!has(low, 1, 2) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+  features.avx2 = has(b, 5);
+  features.avx512 = features.avx2 && has(low, 5, 6, 7) && has(b, 16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */);
+  return features;
+}
+
+}  // namespace fastlstm
+#endif
