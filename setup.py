@@ -11,24 +11,37 @@ built with, and makes it an error if that fails; FASTLSTM_CUDA=0 leaves it out.
 
 Objects stay in build/objects. The next build compiles a source again if its command has changed,
 or any file that the compiler read.
+
+The libraries use the stable parts of LibTorch and nothing of CPython. So one wheel serves every
+Python and every torch that pyproject.toml allows.
 """
 
-import hashlib
-import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
+
+sys.path.insert(0, "csrc")
+import elf
+from toolchain import (
+    Absent,
+    BuildError,
+    Recipe,
+    compile_changed,
+    run,
+    target_of,
+    torch_folder,
+)
 
 FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
@@ -57,13 +70,14 @@ SOURCES = {
     "csrc/cpu/isa/dispatch.cpp": [],
     "csrc/cpu/isa/portable.cpp": [],
 }
-if platform.machine().lower() in ("x86_64", "amd64"):
-    FLAGS.append("-DFASTLSTM_X86=1")
-    # The last two: GCC 12 suspects its own intrinsics of using unset values.
-    avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-    avx512 += " -Wno-uninitialized -Wno-maybe-uninitialized"
-    SOURCES["csrc/cpu/isa/avx2.cpp"] = ["-mavx2", "-mfma", "-mf16c"]
-    SOURCES["csrc/cpu/isa/avx512.cpp"] = avx512.split()
+# The last two: GCC 12 suspects its own intrinsics of using unset values.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+AVX512 += " -Wno-uninitialized -Wno-maybe-uninitialized"
+X86_SOURCES = {
+    "csrc/cpu/isa/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/isa/avx512.cpp": AVX512.split(),
+}
+SOURCES |= X86_SOURCES
 
 # The slowest first. Those of clusters need a GPU of compute capability 9.0.
 CUDA_KERNELS = {"csrc/cuda/block.cu": 80, "csrc/cuda/grid.cu": 80, "csrc/cuda/cluster.cu": 90}
@@ -73,22 +87,9 @@ EMULATOR = tuple(
 )
 GPUS = "8.0 9.0+PTX"  # +PTX: newer ones too
 
-
-class BuildError(Exception):
-    """Why there is no library: a first line for the terminal, then the compiler's own words."""
-
-
-class Absent(BuildError):
-    """Nobody has to be told."""
-
-
-class Recipe(NamedTuple):
-    """How a library is built: `compiler` compiles each source with its flags, and links."""
-
-    compiler: list[str]
-    sources: dict[str, list[str]]
-    link: list[str]
-    advice: str  # for whom the compiler cannot be run
+# Of a library on Linux. What is missing fails here, not in the first call; its threads may outlive
+# whoever has loaded it.
+LINK_LINUX = ["-Xlinker", "-zdefs", "-Xlinker", "-znodelete"]
 
 
 class Library(NamedTuple):
@@ -100,9 +101,9 @@ class Library(NamedTuple):
     required: str  # what makes it an error
     loss: str = ""  # for the terminal
 
-    def build(self, folder: Path, scratch: Path, pool: Executor) -> None:
-        recipe = self.recipe()
+    def build(self, folder: Path, scratch: Path, pool: Executor, link: list[str]) -> None:
         include = ["-Icsrc", "-isystem", str(torch_folder() / "include")]
+        recipe = self.recipe()
 
         def compile_source(source: str) -> str:
             target = scratch / self.name / Path(source).with_suffix(".o")
@@ -113,69 +114,31 @@ class Library(NamedTuple):
         objects = list(pool.map(compile_source, recipe.sources))
         # `import torch` does not make its symbols global, so the library has to name the one that
         # has them; that one is in memory by then, hence no search path.
-        link = [*recipe.link, "-shared", f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
-        if sys.platform == "linux":
-            link += ["-Xlinker", "-zdefs"]  # what is missing fails here, not in the first call
-            link += ["-Xlinker", "-znodelete"]  # its threads may outlive whoever has loaded it
+        torch = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         target = str(folder / f"{self.name}.so")
-        run([*recipe.compiler, *objects, *link, "-o", target], recipe.advice)
-
-
-def torch_folder() -> Path:
-    """Where torch is. It is not imported: only its headers are needed."""
-    torch = importlib.util.find_spec("torch")
-    if torch is None or torch.origin is None:
-        raise BuildError(
-            "torch is not visible to the build: install torch first, then run "
-            "pip install with --no-build-isolation"
-        )
-    return Path(torch.origin).parent
-
-
-def compile_changed(command: list[str], target: Path, advice: str) -> None:
-    """Run a command that compiles `target`, unless it and all that it reads are as last time."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".stamp")
-    known = all(file.exists() for file in (target, dependencies, stamp))
-    if known and stamp.read_text() == digest(command, dependencies):
-        return
-    stamp.unlink(missing_ok=True)
-    run([*command, "-MD", "-MF", str(dependencies)], advice)
-    stamp.write_text(digest(command, dependencies))
-
-
-def digest(command: list[str], dependencies: Path) -> str:
-    """Of a command and of the content of every file that the compiler says it has read.
-
-    The headers of torch and of the compiler are among them, so a new one of those compiles again.
-    """
-    found = hashlib.sha256(shlex.join(command).encode())
-    names = dependencies.read_text().replace("\\\n", " ").partition(": ")[2]
-    for name in re.findall(r"(?:\\.|\S)+", names):
-        file = Path(re.sub(r"\\(.)", r"\1", name))  # a space in a name has a backslash before it
-        found.update(file.read_bytes() if file.exists() else b"")
-    return found.hexdigest()
-
-
-def run(command: list[str], advice: str) -> None:
-    try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        sys.stderr.write(done.stderr)  # warnings
-    except OSError as error:
-        raise BuildError(
-            f"the compiler {command[0]!r} cannot be run ({error.strerror}): {advice}"
-        ) from error
-    except subprocess.CalledProcessError as error:
-        first = next((line for line in error.stderr.splitlines() if "error" in line), "no message")
-        raise BuildError(
-            f"{command[0]} failed: {first}\n\n$ {shlex.join(command)}\n{error.stderr[:4000]}"
-        ) from error
+        command = [*recipe.compiler, "-shared", *objects, *recipe.link, *link, *torch]
+        run([*command, "-o", target], recipe.advice)
 
 
 def of_host(sources: dict[str, list[str]]) -> Recipe:
+    """The recipe of C++ sources, each with flags of its own."""
     advice = "install g++ or clang++, or name one in the environment variable CXX"
-    flags = {source: [*FLAGS, *own] for source, own in sources.items()}
-    return Recipe(shlex.split(os.environ.get("CXX", "c++")), flags, ["-pthread"], advice)
+    # On Windows clang too, because it has vector types; this driver takes the flags of the others.
+    default = "clang++" if sys.platform == "win32" else "c++"
+    compiler = shlex.split(os.environ.get("CXX", default), posix=sys.platform != "win32")
+    if sys.platform == "darwin":
+        compiler += shlex.split(os.environ.get("ARCHFLAGS", ""))  # -arch, of who builds wheels
+    target = target_of(compiler, advice)
+    flags, link = FLAGS, ["-pthread"]
+    if target.system == "linux":
+        link = [*link, *LINK_LINUX]
+    elif target.system == "macos":
+        link = [*link, "-Wl,-rpath,@loader_path/../torch/lib"]
+    elif target.system == "windows":
+        flags = [flag for flag in FLAGS if flag != "-fPIC"] + ["-D_CRT_SECURE_NO_WARNINGS"]
+        link = ["-fuse-ld=lld"]
+    chosen = {name: own for name, own in sources.items() if target.x86 or name not in X86_SOURCES}
+    return Recipe(compiler, {name: [*flags, *own] for name, own in chosen.items()}, link, advice)
 
 
 def cpu() -> Recipe:
@@ -214,9 +177,9 @@ def cuda() -> Recipe:
     flags = ["-Xcompiler=" + ",".join(FLAGS)]
     if len(sources) < len(CUDA_KERNELS):
         flags.append("-DFASTLSTM_NO_CLUSTER")
-    return Recipe(
-        compiler, sources | dict.fromkeys(CUDA_HOST, flags), architectures(least=80), advice
-    )
+    sources |= dict.fromkeys(CUDA_HOST, flags)
+    link = LINK_LINUX if sys.platform == "linux" else []
+    return Recipe(compiler, sources, [*architectures(least=80), *link], advice)
 
 
 def torch_has_cuda() -> bool:
@@ -276,10 +239,12 @@ class BuildLibraries(build_ext):
             (folder / f"{library.name}.so").unlink(missing_ok=True)
             (folder / library.report).unlink(missing_ok=True)
         wanted = [library for library in LIBRARIES if self.inplace or library.name != "_emulator"]
+        # Names of functions are for who develops it; they would make a wheel half as large again.
+        link = [] if self.inplace or sys.platform != "linux" else ["-Xlinker", "-s"]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
             scratch = Path("build", "objects")  # pip throws self.build_temp away
-            builds = [waiting.submit(each.build, folder, scratch, pool) for each in wanted]
+            builds = [waiting.submit(each.build, folder, scratch, pool, link) for each in wanted]
         for library, build in zip(wanted, builds, strict=True):
             error = build.exception()
             if isinstance(error, BuildError):
@@ -299,7 +264,46 @@ class BuildLibraries(build_ext):
             )
 
 
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        """For every Python; for the platforms that have what the libraries need."""
+        platform = super().get_tag()[2]
+        files = (Path(self.bdist_dir or "") / f"fastlstm/{each.name}.so" for each in LIBRARIES)
+        found = [elf.Library(file) for file in files if elf.is_elf(file)]
+        return "py3", "none", elf.platform_tag(found) if found else platform
+
+
+class Source(sdist):
+    def make_distribution(self) -> None:
+        """Pack everything that the build and the tests read."""
+        self.filelist.extend(source_files())
+        self.filelist.sort()
+        self.filelist.remove_duplicates()
+        super().make_distribution()
+
+
+def source_files() -> Iterator[str]:
+    for folder in ("benchmarks", "csrc", "fastlstm", "tests", ".ci", ".github"):
+        for path in Path(folder).rglob("*"):
+            built = path.suffix in (".so", ".pyc") or path.name.endswith("_error.txt")
+            if path.is_file() and not built:
+                yield str(path)
+    yield from ("CHANGELOG.md", "CONTRIBUTING.md")
+
+
+def addresses() -> dict[str, str]:
+    """Where the project lives: the repository whose workflow builds it."""
+    names = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY")
+    home = "/".join(os.environ.get(name, "") for name in names)
+    if len(home) == 1:
+        return {}
+    pages = {"Homepage": "", "Documentation": "/blob/main/fastlstm/README.md"}
+    pages |= {"Changelog": "/blob/main/CHANGELOG.md", "Issues": "/issues"}
+    return {name: home + page for name, page in pages.items()}
+
+
 setup(
+    project_urls=addresses(),
     ext_modules=[
         Extension(
             "fastlstm._C",
@@ -307,5 +311,5 @@ setup(
             depends=[str(header) for header in Path("csrc").rglob("*.h")],
         )
     ],
-    cmdclass={"build_ext": BuildLibraries},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildLibraries, "sdist": Source},
 )

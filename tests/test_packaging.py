@@ -58,6 +58,8 @@ def tree(tmp_path: Path) -> Path:
         target = tmp_path / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
+    for module in (ROOT / "csrc").glob("*.py"):
+        shutil.copy(module, tmp_path / "csrc")
     for source in ("csrc/bindings/register.cpp", "csrc/cuda/bindings.cpp"):
         (tmp_path / source).write_text(BINDINGS)
     (tmp_path / "fastlstm/__init__.py").touch()
@@ -314,7 +316,8 @@ def third_party(folder: str) -> set[str]:
                     func=ast.Name(id="extra"), args=[ast.Constant(value=str(module))]
                 ) if folder == "benchmarks":
                     names.add(module.removeprefix("torch.utils."))
-    own = {"fastlstm", "benchmarks", *(path.stem for path in (ROOT / "tests").iterdir())}
+    files = [*(ROOT / "tests").iterdir(), *(ROOT / "csrc").glob("*.py")]
+    own = {"fastlstm", "benchmarks", *(path.stem for path in files)}
     roots = {name.partition(".")[0] for name in names} - own - sys.stdlib_module_names
     return {{"sklearn": "scikit-learn"}.get(name, name) for name in roots}
 
@@ -326,10 +329,10 @@ def distributions(requirements: list[str]) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     extras = PROJECT["optional-dependencies"]
     core = distributions(PROJECT["dependencies"])
-    bench = core | distributions(extras["bench"])
+    bench = core | distributions(extras["bench"]) | distributions(extras["triton"])
     test = bench | distributions(extras["test"])
-    assert "fastlstm[bench]" in extras["test"]
-    assert third_party("fastlstm") <= core
+    assert {"fastlstm[bench]", "fastlstm[triton]"} <= set(extras["test"])
+    assert third_party("fastlstm") <= core | distributions(extras["triton"])
     # FlashRNN and Haste are timed where their users have installed them.
     peers = distributions(extras["peers"]) | {"flashrnn", "haste_pytorch", "tensordict"}
     assert third_party("benchmarks") <= bench | peers | {"pytest"}
