@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -105,6 +106,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = set(_thinned(rest) if config.option.rest else short)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in (*short, *rest) if item in chosen]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what compiles or interprets Triton kernels where there is no Triton, as on macOS."""
+    needs = any(item.get_closest_marker(mark) for mark in ("interpreted", "executed", "compiles"))
+    if needs and find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
 
 
 def _divide(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:

@@ -80,6 +80,7 @@ def test_environment_may_name_a_missing_backend(monkeypatch: pytest.MonkeyPatch)
 
 def test_triton_without_a_gpu_is_reported() -> None:
     """Another process: the interpreter, which the tests use, is chosen when Triton is loaded."""
+    pytest.importorskip("triton")
     code = "import fastlstm; print(fastlstm.backends()); fastlstm.backend('triton')"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
@@ -92,9 +93,18 @@ def test_triton_without_a_gpu_is_reported() -> None:
 
 @pytest.mark.parametrize("version", ["3.5.1", "2.3.1", "3.5.0+git00112233"])
 def test_an_old_triton_is_named(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
     monkeypatch.setattr("triton.__version__", version)
     reason = f"Triton {version} is too old: the kernels need 3.6"
     assert import_module("fastlstm.kernels.triton")._load.__wrapped__() == reason
+
+
+def test_a_missing_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, which says what to do; the same as a user without a GPU sees."""
+    module = import_module("fastlstm.kernels.triton")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    reason = module._load.__wrapped__()
+    assert reason == 'Triton is not installed; to install it, run: pip install "fastlstm[triton]"'
 
 
 def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def _error() -> str | None:
 def _load() -> str | None:
     """Load the kernels; say why they cannot be loaded."""
     if find_spec("triton") is None:
-        return "Triton is not installed"
+        return 'Triton is not installed; to install it, run: pip install "fastlstm[triton]"'
     if torch.version.hip is not None:
         return "the kernels are for CUDA, and this torch is built for ROCm"
     try:
