@@ -1,9 +1,10 @@
 """Which backend computes a layer: how to choose it, what there is, and why.
 
-``auto`` takes the compiled CPU kernels on the CPU, on CUDA devices the Triton kernels or else the
-CUDA kernels, wherever they can compute the call, and the reference everywhere else. A backend that
-is named explicitly computes every call or raises: it is never replaced silently. Derivatives that
-no kernel has (of second order, in forward mode) are the reference's on every backend.
+``auto`` takes the compiled CPU kernels on the CPU and PyTorch's own everywhere else. Kernels of
+this library for other devices have to be proven there first; what is left is the reference's. A
+backend that is named explicitly computes every call or raises: it is never replaced silently.
+Derivatives that no kernel has (of second order, in forward mode) are the reference's, except where
+PyTorch's own kernels were asked for by their name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from functools import cache
 from types import TracebackType
 from typing import NamedTuple
 
@@ -21,8 +23,9 @@ from torch.autograd import forward_ad
 from fastlstm import kernels  # noqa: F401 (registers the backends)
 from fastlstm.kernels.base import Backend, get, names, registered
 from fastlstm.kernels.onnx import ONNX
+from fastlstm.kernels.pytorch import TORCH
 from fastlstm.kernels.reference import REFERENCE
-from fastlstm.spec import LayerSpec
+from fastlstm.spec import DENSE, LayerSpec, Sequences
 
 __all__ = [
     "AUTO",
@@ -30,8 +33,10 @@ __all__ = [
     "backends",
     "candidates",
     "choice",
+    "doubt",
     "first_obstacle",
     "higher_derivative",
+    "is_automatic",
     "select",
 ]
 
@@ -109,8 +114,17 @@ def candidates(name: str, x: Tensor) -> tuple[Backend, ...]:
     return _ON_CPU if x.is_cpu else _automatic(x.device.type)
 
 
+@cache
 def _automatic(device: str) -> tuple[Backend, ...]:
-    return tuple(backend for backend in registered() if device in backend.devices)
+    """Ours that are proven on such devices, then PyTorch's own, then ours that are not."""
+    ours = [backend for backend in registered() if device in backend.devices]
+    proven = [backend for backend in ours if backend.proven]
+    return (*proven, TORCH, *(backend for backend in ours if not backend.proven))
+
+
+def is_automatic() -> bool:
+    """Whether nobody has named the backend that computes."""
+    return choice.name == AUTO
 
 
 _CPU = torch.empty(0, device="cpu")
@@ -125,7 +139,7 @@ class backend:
     with ``FASTLSTM_BACKEND``, or "auto" without it.
 
     Args:
-        name: "auto", "reference", "cpu", "triton" or "cuda".
+        name: "auto", "reference", "cpu", "torch", "triton" or "cuda".
 
     Raises:
         ValueError: there is no such backend.
@@ -159,12 +173,19 @@ class backend:
         return f"fastlstm.backend({self.name!r})"
 
 
-def select(x: Tensor, specs: Sequence[LayerSpec]) -> Backend:
+def select(
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences = DENSE,
+    cell_states: bool = False,
+) -> Backend:
     """Return the backend that computes these layers, whose input is like x.
 
     Args:
         x: the input of the first layer; only its device and dtype matter.
         specs: the layers.
+        sequences: which steps there are, as the caller passed them.
+        cell_states: whether c of every step is asked for.
 
     Raises:
         RuntimeError: a backend was named explicitly and cannot compute this call.
@@ -176,7 +197,9 @@ def select(x: Tensor, specs: Sequence[LayerSpec]) -> Backend:
         return REFERENCE
     name, obstacle = choice.name, None
     for candidate in candidates(name, x):
-        obstacle = first_obstacle(candidate, x, specs)
+        obstacle = first_obstacle(candidate, x, specs, sequences, cell_states)
+        if obstacle is None and name == AUTO:
+            obstacle = doubt(candidate)
         if obstacle is None:
             return candidate
     if name == AUTO:
@@ -187,13 +210,31 @@ def select(x: Tensor, specs: Sequence[LayerSpec]) -> Backend:
     )
 
 
-def first_obstacle(backend: Backend, x: Tensor, specs: Sequence[LayerSpec]) -> str | None:
-    """Return why a backend cannot compute these layers, None if it can."""
+def first_obstacle(
+    backend: Backend,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences = DENSE,
+    cell_states: bool = False,
+) -> str | None:
+    """Return why a backend cannot compute these layers in such a call, None if it can."""
     for spec in specs:
         obstacle = backend.obstacle(spec, x)
         if obstacle is not None:
             return obstacle
-    return None
+    if sequences is DENSE and not cell_states:
+        return None
+    return backend.lacks(x, sequences, cell_states)
+
+
+def doubt(backend: Backend) -> str | None:
+    """Return why ``auto`` does not take a backend that can compute a call, None if it does."""
+    if backend.proven:
+        return None
+    return (
+        f"the {backend.name} kernels have not been verified on this machine, which "
+        "`python -m fastlstm verify` would do"
+    )
 
 
 def higher_derivative() -> str | None:

@@ -32,6 +32,7 @@ _PRIVATE = (
     "_names",
     "_layers",
     "_fast_settings",
+    "_plain",
 )  # every module of this library makes its own
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm.backends import AUTO, candidates, choice, first_obstacle, higher_derivative, select
+from fastlstm.backends import (
+    candidates,
+    choice,
+    doubt,
+    first_obstacle,
+    higher_derivative,
+    is_automatic,
+    select,
+)
 from fastlstm.kernels.base import Backend
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.modules import LSTM, RNN, LSTMCell
-from fastlstm.spec import LayerSpec
+from fastlstm.spec import LayerSpec, Sequences
 
 __all__ = ["Explanation", "explain"]
 
@@ -39,8 +48,9 @@ def explain(
 
     Args:
         module: a ``fastlstm.LSTM``, ``LSTMCell`` or ``RNN``.
-        x: the input of the call. hx and options are accepted so that a call can be pasted in; they
-            do not change the choice.
+        x: the input of the call.
+        hx: accepted so that a call can be pasted in; it does not change the choice.
+        options: the other arguments of the call, such as ``lengths``.
 
     Returns:
         An object with ``backend``, ``kernel``, ``plan`` (a line for each layer) and ``reason``;
@@ -55,29 +65,40 @@ def explain(
             f"explain() takes a fastlstm.LSTM, LSTMCell or RNN, got {type(module).__qualname__}; "
             "convert it with from_torch() or fastlstm.accelerate()"
         )
-    data = x.data if isinstance(x, PackedSequence) else x
+    data, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
     T, B = _steps_and_batch(module, x)
-    specs = module.specs()
-    backend = select(data, specs)
-    plan = tuple(backend.describe(spec, T, B, data) for spec in specs)
-    return Explanation(backend.name, backend.kernel(), plan, _reason(backend, data, specs))
+    sequences = Sequences(sizes, options.get("lengths"), options.get("reset"))
+    call = data, module.specs(), sequences, bool(options.get("return_cell_states"))
+    backend = select(*call)
+    plan = tuple(backend.describe(spec, T, B, data) for spec in call[1])
+    return Explanation(backend.name, backend.kernel(), plan, _reason(backend, *call))
 
 
-def _reason(backend: Backend, x: Tensor, specs: tuple[LayerSpec, ...]) -> str:
-    """Why that backend computes the layers."""
-    asked = f'backend("{choice.name}") asks for it'
-    if backend is not REFERENCE:
-        if choice.name != AUTO:
-            return asked
-        return f"auto: {x.dtype} on {'a CUDA device' if x.is_cuda else 'the CPU'}"
+def _reason(
+    backend: Backend,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences,
+    cell_states: bool,
+) -> str:
+    """Why that backend computes the layers, and in the case of auto what would change that."""
     derivative = higher_derivative()
-    if derivative is not None:
+    if backend is REFERENCE and derivative is not None:
         return f"{derivative}, which is the reference's on every backend"
-    if choice.name != AUTO:
-        return asked
-    others = candidates(AUTO, x)
-    obstacles = filter(None, (first_obstacle(other, x, specs) for other in others))
-    return f"auto: {'; '.join(obstacles) or f'no backend has kernels for {x.device.type} tensors'}"
+    if not is_automatic():
+        return f'backend("{choice.name}") asks for it'
+    before: list[str] = []
+    after: list[str] = []
+    passed = False
+    for other in candidates(choice.name, x):
+        obstacle = first_obstacle(other, x, specs, sequences, cell_states) or doubt(other)
+        passed = passed or other is backend
+        if obstacle is not None:
+            (after if passed else before).append(obstacle)
+    if backend is REFERENCE:
+        return f"auto: {'; '.join(before)}"
+    where = "a CUDA device" if x.is_cuda else "the CPU" if x.is_cpu else x.device.type
+    return "; ".join([f"auto: {x.dtype} on {where}", *before, *after])
 
 
 def _steps_and_batch(module: nn.Module, x: Tensor | PackedSequence) -> tuple[int, int]:

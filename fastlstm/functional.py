@@ -118,6 +118,7 @@ def lstm(
         random_zoneout=training and zoneout != (0.0, 0.0),
         recurrent_dropout=recurrent_dropout if training else 0.0,
         weight_dropout=weight_dropout if training else 0.0,
+        training=training,
     )
     y, (h_n, c_n), c_all = run_stack(input, hx, weights, options)
     return (y, (h_n, c_n)) if c_all is None else (y, (h_n, c_n), c_all)
@@ -181,6 +182,7 @@ def rnn(
         dropout if training else 0.0,
         _sequences(batch_sizes, lengths, reset),
         caches,
+        training=training,
     )
     y, (h_n,), _ = run_stack(input, None if hx is None else (hx,), weights, options)
     return y, h_n

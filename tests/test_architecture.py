@@ -187,7 +187,7 @@ def test_functions_have_few_parameters() -> None:
 
 # --- backends --------------------------------------------------------------------------------
 
-BACKENDS = {"cpu", "triton", "cuda", "onnx", "reference"}
+BACKENDS = {"cpu", "torch", "triton", "cuda", "onnx", "reference"}
 DEVICES = {"cpu", "cuda"}  # the types of torch.device: comparing those is another thing
 ABOUT_BACKENDS = re.compile(r"backend|kernel|choice|chosen|wanted|\bname\b|_name\b", re.IGNORECASE)
 ABOUT_DEVICES = re.compile(r"device|\.type\b", re.IGNORECASE)

@@ -34,7 +34,7 @@ def test_context_and_setter() -> None:
                 fastlstm.backend("reference")  # from here on, until the block ends
                 assert select(X, (SPEC,)).name == "reference"
             assert select(X, (SPEC,)).name == "reference"
-        best = "cpu" if extension.error() is None else "reference"
+        best = "cpu" if extension.error() is None else "torch"
         assert select(X, (SPEC,)).name == best
 
 
@@ -66,7 +66,7 @@ def test_unknown_and_missing_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get("cuda"), "error", lambda: "nvcc was not found")
     with pytest.raises(RuntimeError, match=r'"cuda" backend is not available.*nvcc was not found'):
         fastlstm.backend("cuda")
-    assert select(X, (SPEC,)).name in ("cpu", "reference")
+    assert select(X, (SPEC,)).name in ("cpu", "torch")
 
 
 def test_environment_may_name_a_missing_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,8 @@ def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert fastlstm.backends()["cpu"] == (False, "no compiler was found")
     assert "cpu       no   no compiler was found" in str(fastlstm.backends())
     with fastlstm.backend("auto"):
-        assert select(X, (SPEC,)).name == "reference"
+        assert select(X, (SPEC,)).name == "torch"
+        assert select(X, (SPEC._replace(peephole=True),)).name == "reference"
         assert "no compiler" in fastlstm.explain(fastlstm.LSTM(I, H), X).reason
     with pytest.raises(RuntimeError, match=r'"cpu" backend is not available.*no compiler'):
         fastlstm.backend("cpu")
@@ -120,7 +121,7 @@ def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_backends_reports_all() -> None:
     report = fastlstm.backends()
-    assert list(report) == ["reference", "cpu", "triton", "cuda"]
+    assert list(report) == ["reference", "cpu", "torch", "triton", "cuda"]
     assert report["reference"].available
     assert report["cpu"].available == (extension.error() is None)
     assert len(str(report).splitlines()) == len(report) + 1
@@ -146,7 +147,8 @@ def test_environment(name: str, code: int, output: str) -> None:
 def test_auto_takes_the_reference_where_kernels_cannot() -> None:
     with fastlstm.backend("auto"):
         assert select(X, (SPEC,)).name == "cpu"
-        assert select(X.to("meta"), (SPEC,)).name == "reference"
+        assert select(X.to("meta"), (SPEC,)).name == "torch"
+        assert select(X.to("meta"), (SPEC._replace(peephole=True),)).name == "reference"
         assert select(X.to(torch.complex64), (SPEC,)).name == "reference"
 
 
@@ -206,8 +208,11 @@ def test_explain_says_why() -> None:
     lstm = fastlstm.LSTM(I, H, device="meta")
     with fastlstm.backend("auto"):
         told = fastlstm.explain(lstm, X.to("meta"))
-    assert told.backend == "reference"
-    assert told.reason == "auto: no backend has kernels for meta tensors"
+        other = fastlstm.explain(lstm, X.to("meta"), return_cell_states=True)
+    assert told.backend == "torch"
+    assert told.reason == "auto: torch.float32 on meta"
+    assert other.backend == "reference"
+    assert other.reason == "auto: torch.nn does not return the cell states"
     with pytest.raises(TypeError, match=r"got LSTM; convert it with from_torch"):
         fastlstm.explain(nn.LSTM(I, H), X)
 

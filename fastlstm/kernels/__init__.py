@@ -5,8 +5,9 @@
 
 from fastlstm.kernels import reference  # isort: skip
 from fastlstm.kernels import cpu  # isort: skip
+from fastlstm.kernels import pytorch  # isort: skip
 from fastlstm.kernels import triton  # isort: skip
 from fastlstm.kernels import cuda  # isort: skip
 from fastlstm.kernels import onnx
 
-__all__ = ["cpu", "cuda", "onnx", "reference", "triton"]
+__all__ = ["cpu", "cuda", "onnx", "pytorch", "reference", "triton"]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastlstm.spec import LayerSpec
+from fastlstm.spec import LayerSpec, Sequences
 
 __all__ = [
     "Backend",
@@ -55,6 +55,18 @@ class Backend:
     lstm_cell_infer: Any = None
     """The operators of plain calls without gradients, for latency; None where there are none."""
 
+    stack: Any = None
+    """A whole stack of plain layers in one call, with a derivative of its own and its own way of
+    autocast: ``stack(spec, layers, x, hx, weights, sequences, dropout, training, cache)`` returns
+    y and the final states. What records or transforms calls gets the operators all the same."""
+
+    cell: Any = None
+    """``cell(x, hx, weights) -> (h, c)``: likewise a step of a plain cell."""
+
+    proven: bool = False
+    """Whether ``auto`` may take it without a word about it in the record of the machine: its
+    kernels run on such devices in the tests, or are PyTorch's own."""
+
     members: bool = False
     """Whether one call of the operators computes an ensemble of layers (``members=E``)."""
 
@@ -80,6 +92,20 @@ class Backend:
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
         return None
+
+    def lacks(self, x: Tensor, sequences: Sequences, cell_states: bool) -> str | None:
+        """Say what of a call it does not have, whatever the layers are; None if it has all.
+
+        Args:
+            x: the input.
+            sequences: as the caller passed them, before they are checked.
+            cell_states: whether c of every step is asked for.
+        """
+        return None
+
+    def has_second(self, x: Tensor) -> bool:
+        """Whether the derivative of its ``stack`` for an input like x has one itself."""
+        return True
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe in a line how it would compute such a layer of B sequences of T steps."""

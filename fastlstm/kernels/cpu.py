@@ -50,6 +50,7 @@ class CpuBackend(Backend):
     lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd = _OPERATORS
     lstm_infer = _LSTM_INFER
     lstm_cell_infer = _LSTM_CELL_INFER
+    proven = True
     members = True
     wide = True
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "cast", "switched_off"]
+__all__ = ["autocast_dtype", "cast", "cast_dtype", "switched_off"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _is_any_enabled = torch._C._is_any_autocast_enabled
@@ -37,10 +37,16 @@ def cast(
     """
 
     def convert(t: Tensor) -> Tensor:
-        eligible = t.is_floating_point() and t.dtype is not torch.float64
-        return t.to(dtype) if eligible and dtype in _DTYPES else t
+        return t.to(cast_dtype(t.dtype, dtype))
 
     return convert(x), None if hx is None else tuple(map(convert, hx)), [*map(convert, weights)]
+
+
+def cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """Return what becomes of a dtype where autocast asks for another one, or for None."""
+    if autocast not in _DTYPES or dtype is torch.float64 or not dtype.is_floating_point:
+        return dtype
+    return autocast
 
 
 def switched_off(x: Tensor) -> torch.autocast:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastlstm.layer.autocast import cast_dtype
 from fastlstm.layer.options import Options
 from fastlstm.spec import LayerSpec
 
@@ -98,10 +99,17 @@ def check_input(kind: str, input: Any) -> None:
 
 
 def check_features(
-    kind: str, input: Tensor, weights: Sequence[Tensor], error: type[Exception] | None = None
+    kind: str,
+    input: Tensor,
+    weights: Sequence[Tensor],
+    error: type[Exception] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> None:
-    """Check that input ``[..., I]`` has the I and, unless error is None, the dtype of weights."""
-    dtype = weights[0].dtype
+    """Check that input ``[..., I]`` has the I and, unless error is None, the dtype of weights.
+
+    That is the dtype that they get where autocast asks for one.
+    """
+    dtype = cast_dtype(weights[0].dtype, autocast) if autocast else weights[0].dtype
     if error is not None and input.dtype is not dtype:
         module = f" or the module with .to({input.dtype})" if input.is_floating_point() else ""
         raise error(
@@ -115,13 +123,16 @@ def check_features(
         )
 
 
-def check_weights(weights: Sequence[Tensor], x: Tensor, options: Options) -> LayerSpec:
+def check_weights(
+    weights: Sequence[Tensor], x: Tensor, options: Options, autocast: torch.dtype | None = None
+) -> LayerSpec:
     """Check that every weight has the shape, dtype and device that go with ``x [..., I]``.
 
     Args:
         weights: those of all layers.
         x: the input of the first one.
         options: what else the call says.
+        autocast: the dtype that they get before a kernel sees them; None for their own.
 
     Returns:
         What the first layer is.
@@ -133,9 +144,10 @@ def check_weights(weights: Sequence[Tensor], x: Tensor, options: Options) -> Lay
     for k, w in enumerate(weights):
         if k == count * directions:
             shapes[0] = (shapes[0][0], directions * spec.state_size)
-        if w.dtype is not dtype or (not w.is_cpu if on_cpu else w.device != device):
+        found = cast_dtype(w.dtype, autocast) if autocast else w.dtype
+        if found is not dtype or (not w.is_cpu if on_cpu else w.device != device):
             raise RuntimeError(
-                f"the input is {dtype} on {device} but {names[k % count]} is {w.dtype} on "
+                f"the input is {dtype} on {device} but {names[k % count]} is {found} on "
                 f"{w.device}: move the input or the module with .to(...)"
             )
         if w.shape != shapes[k % count]:

@@ -31,6 +31,7 @@ class Options(NamedTuple):
     random_zoneout: bool = False  # draw which elements stay; else mix both states
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    training: bool = False
 
     @property
     def kind(self) -> str:

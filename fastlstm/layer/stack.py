@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from fastlstm.backends import select
 from fastlstm.kernels.base import Backend
+from fastlstm.kernels.reference import REFERENCE
 from fastlstm.layer import autograd
 from fastlstm.layer.autocast import autocast_dtype, cast, switched_off
 from fastlstm.layer.call import Call
@@ -31,9 +33,10 @@ from fastlstm.layer.checks import (
 )
 from fastlstm.layer.options import Options
 from fastlstm.layer.recorded import is_recorded, tracing
+from fastlstm.layer.whole import compute_whole, is_whole
 from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
 
-__all__ = ["run_cell", "run_stack"]
+__all__ = ["run_cell", "run_plain", "run_stack"]
 
 Final = tuple[Tensor, ...]  # (h_n, c_n), of an nn.RNN (h_n,)
 
@@ -93,20 +96,22 @@ def run_stack(
     """
     kind, sequences = options.kind, options.sequences
     input, hx, weights = dense(kind, input, hx, weights)
+    given = None
     dtype = autocast_dtype(input)
     if dtype:
         if sequences.batch_sizes is not None and kind == "LSTM" and input.is_cpu:
             dtype = _dtype_of_state(input, hx)  # as nn.LSTM, which rounds no packed sequence
-        input, hx, weights = cast(dtype, input, hx, weights)
+        given = input, hx
+        input, hx, _ = cast(dtype, input, hx, ())
     whole = _Input.of(input, hx, options)
     x = whole.x
     packed = sequences.batch_sizes is not None
-    check_features(kind, input, weights, RuntimeError if packed or dtype else ValueError)
-    spec = check_weights(weights, x, options)
+    check_features(kind, input, weights, RuntimeError if packed or dtype else ValueError, dtype)
+    spec = check_weights(weights, x, options, dtype)
     specs: tuple[LayerSpec, ...] = (spec,)
     if options.num_layers > 1:  # all others are alike
         specs = spec, spec._replace(input_size=spec.directions * spec.state_size)
-    backend = select(x, specs)
+    backend = select(x, specs, sequences, options.return_cell_states)
     check_steps(kind, whole.steps, input)
     if hx is not None:
         if whole.unbatched:
@@ -117,12 +122,18 @@ def run_stack(
         check_like(hx, x)
     if sequences.lengths is not None or sequences.reset is not None:
         options = options._replace(sequences=_check_sequences(options, x, whole.unbatched))
-    arguments = backend, specs, whole, hx, weights, options
-    if dtype:
+    if is_whole(backend):
+        if sequences.lengths is not None:  # where the caller has them: a copy would wait for x
+            lengths = sequences.lengths.to(torch.int64).view(whole.batch)
+            sequences = sequences._replace(lengths=lengths)
+        y, final = _compute_whole(backend, specs, whole, hx, weights, options, sequences, given)
+        c_all = None
+    elif dtype:
+        _, _, weights = cast(dtype, x, None, weights)
         with switched_off(x):
-            y, final, c_all = _walk(*arguments)
+            y, final, c_all = _walk(backend, specs, whole, hx, weights, options)
     else:
-        y, final, c_all = _walk(*arguments)
+        y, final, c_all = _walk(backend, specs, whole, hx, weights, options)
     if whole.unbatched:
         final = tuple(state.squeeze(1) for state in final)
     return whole.undo(y), final, None if c_all is None else whole.undo(c_all)
@@ -193,6 +204,92 @@ def _walk(
     return x, tuple(map(torch.cat, zip(*finals, strict=True))), c_all
 
 
+def _compute_whole(
+    backend: Backend,
+    specs: Sequence[LayerSpec],
+    whole: _Input,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    sequences: Sequences,
+    given: tuple[Tensor, Any] | None,
+) -> tuple[Tensor, Final]:
+    """Compute all layers in one call of the backend.
+
+    Args:
+        sequences: as the caller passed them.
+        given: under autocast, the input and hx as they were; the backend casts them itself.
+    """
+    dtype = whole.x.dtype
+
+    def again(x: Tensor, hx: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Final, Any]:
+        """Compute the same with every derivative."""
+        x, hx, weights = cast(dtype, x, hx, weights)
+        plain = options._replace(dropout=0.0, weight_dropout=0.0)
+        with switched_off(x):
+            return _walk(REFERENCE, specs, whole._replace(x=x), hx, weights, plain)
+
+    x = whole.x
+    if given is not None:
+        x, hx = _Input.of(*given, options).x, given[1]
+        if hx is not None and whole.unbatched:
+            hx = check_unbatched(options.kind, hx)
+    options = options._replace(sequences=sequences)
+    return compute_whole(backend, specs[0], x, hx, weights, options, again)
+
+
+def run_plain(
+    backend: Backend,
+    x: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    specs: Sequence[LayerSpec],
+    options: Options,
+) -> tuple[Tensor, Final] | None:
+    """Compute plain layers on a backend that :func:`.whole.whole_backend` returned, for latency.
+
+    Args:
+        backend: it.
+        x: ``[T, B, I]``, or ``[B, T, I]`` with batch_first.
+        hx: the states, or None.
+        weights: those of all layers.
+        specs: the layers.
+        options: everything else; dense rows, and no option that nn.LSTM lacks.
+
+    Returns:
+        y and the final states; None for a call that :func:`run_stack` has to look at, or that the
+        backend refused, to find a better message.
+    """
+    if x.is_nested or x.dim() != 3 or x.dtype is not weights[0].dtype:
+        return None
+    if has_torch_function((x, *weights)):
+        return None
+    if options.batch_first:
+        x = x.transpose(0, 1)
+    spec = specs[0]
+    steps, batch, features = x.shape
+    if features != spec.input_size or not steps:
+        return None
+    if hx is not None:
+        if type(hx) is not tuple or len(hx) != 1 + spec.is_lstm:
+            return None
+        rows = options.num_layers * spec.directions
+        shapes = (rows, batch, spec.state_size), (rows, batch, spec.hidden_size)
+        for state, shape in zip(hx, shapes, strict=False):
+            if type(state) is not Tensor or state.dtype is not x.dtype or state.shape != shape:
+                return None
+
+    def again(x: Tensor, hx: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Final, Any]:
+        whole = _Input(x, steps, batch, False, False)
+        return _walk(REFERENCE, specs, whole, hx, weights, options)
+
+    try:
+        y, final = compute_whole(backend, spec, x, hx, weights, options, again)
+    except (RuntimeError, ValueError):
+        return None
+    return y.transpose(0, 1) if options.batch_first else y, final
+
+
 def _needs_batch() -> bool:
     """Whether the operator of a layer has to be told B of packed rows, which is a value there."""
     return is_recorded() and tracing() is None
@@ -256,7 +353,7 @@ def run_cell(
     dims = input.dim()
     if dims not in (1, 2):
         raise ValueError(f"LSTMCell: expected input to be 1-D or 2-D, got {size(input)}")
-    autocast = autocast_dtype(input)
+    autocast, given = autocast_dtype(input), (input, hx, weights)
     if autocast:
         input, hx, weights = cast(_dtype_of_state(input, hx), input, hx, weights)
     check_features("LSTMCell", input, weights)
@@ -271,6 +368,8 @@ def run_cell(
         check_cell_state(h0, c0, shape)
         check_like((h0, c0), input)
         state = State(h0.view(1, batch, hidden), c0.view(1, batch, hidden))
+    if is_whole(backend):  # it casts for itself
+        return _whole_cell(backend, *given)
     x = input.view(1, batch, input.shape[-1])
     call = Call(backend.name, spec, DENSE, NO_NOISE, cache=cache)
     if autocast:
@@ -279,3 +378,14 @@ def run_cell(
     else:
         _, (h, c), _ = _compute(backend, call, x, state, weights)
     return h.reshape(shape), c.reshape(shape)
+
+
+def _whole_cell(
+    backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Take a step by the cell of a backend."""
+    if x.dim() == 2:
+        return backend.cell(x, hx, weights)
+    states = None if hx is None else tuple(state.unsqueeze(0) for state in hx)
+    h, c = backend.cell(x.unsqueeze(0), states, weights)
+    return h.squeeze(0), c.squeeze(0)

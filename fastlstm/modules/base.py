@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm.kernels.base import Cache
 from fastlstm.layer.checks import check_states
+from fastlstm.layer.options import Options
+from fastlstm.layer.stack import run_plain
+from fastlstm.layer.whole import whole_backend
 from fastlstm.modules.stand_in import StandIn
 from fastlstm.spec import LayerSpec
 
@@ -91,8 +95,40 @@ class Layers(StandIn, nn.RNNBase):
         check_states(kind, hx, shapes, packed=True)
         return tuple(state.index_select(1, order) for state in hx)
 
+    def _run_plain(
+        self, x: Tensor, hx: Any, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Compute a plain call where a backend takes it whole; None where not.
+
+        Args:
+            x: the input.
+            hx: a tuple of the states, or None.
+            weights: those of all layers.
+        """
+        backend = whole_backend(x)
+        if backend is None or (settings := self._plain) is None:
+            return None
+        return run_plain(backend, x, hx, weights, *settings)
+
+    @cached_property
+    def _plain(self) -> tuple[tuple[LayerSpec, ...], Options] | None:
+        """What `_run_plain` has to know of the settings, None if it cannot compute them."""
+        specs = self.specs()
+        if specs[0].is_extended:
+            return None
+        options = Options(
+            self.mode,
+            self.num_layers,
+            self.bidirectional,
+            self.batch_first,
+            self.dropout if self.training else 0.0,
+            caches=self._caches,
+            training=self.training,
+        )
+        return specs, options
+
     def flatten_parameters(self) -> None:
-        """Do nothing: weights are read where they are, there is no flat copy to keep."""
+        """Do nothing: who wants the weights in one chunk (cuDNN) puts them there at a call."""
 
     def _read_settings(self) -> None:
         """Note the names of the weights that a call reads.
@@ -105,6 +141,7 @@ class Layers(StandIn, nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.pop("_fast_settings", None)  # a setting may have changed
+        self.__dict__.pop("_plain", None)
         super().__setattr__(name, value)
         if name in _CHOOSE_WEIGHTS and "_names" in self.__dict__:
             self._read_settings()
@@ -117,7 +154,7 @@ class Layers(StandIn, nn.RNNBase):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for own in ("_caches", "_names", "_fast_settings"):
+        for own in ("_caches", "_names", "_fast_settings", "_plain"):
             state.pop(own, None)
         return state
 

@@ -261,6 +261,10 @@ class LSTM(Layers):
         weights = tensors(self, self._names)
         if not more and is_by_sample(weights):
             return by_sample(self, input, hx)
+        if not (more or self.recompute or self.weight_dropout) and isinstance(input, Tensor):
+            plain = self._run_plain(input, hx, weights)
+            if plain is not None:
+                return plain
         settings = self._settings()
         settings.update(
             return_cell_states=return_cell_states,

@@ -125,11 +125,16 @@ class RNN(Layers):
             node = drawn(self, (input, hx), {"lengths": lengths, "reset": reset})
             if node is not None:
                 return node
+        weights = tensors(self, self._names)
+        if lengths is None and reset is None:
+            if is_by_sample(weights):
+                return by_sample(self, input, hx)
+            if isinstance(input, Tensor):
+                plain = self._run_plain(input, None if hx is None else (hx,), weights)
+                if plain is not None:
+                    return plain[0], plain[1][0]
         settings = self._settings()
         settings["nonlinearity"] = _NONLINEARITY[self.mode]
-        weights = tensors(self, self._names)
-        if is_by_sample(weights) and lengths is None and reset is None:
-            return by_sample(self, input, hx)
         if isinstance(input, Tensor):
             return rnn(
                 input,

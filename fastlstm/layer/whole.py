@@ -1,0 +1,124 @@
+"""A stack of layers on a backend that computes it in one call, with a derivative of its own.
+
+Kernels whose derivative is PyTorch's may have the first one only: cuDNN refuses a second.
+Where ``auto`` has chosen such a backend, the results pass through a node of the autograd graph
+that costs nothing until somebody asks for a derivative that can be derived again
+(``create_graph=True``). Then the gradients go to the inputs through the reference instead. Who has
+named the backend gets what it has, as from ``nn.LSTM``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from fastlstm.backends import candidates, choice, is_automatic
+from fastlstm.kernels.base import Backend
+from fastlstm.layer.options import Options
+from fastlstm.layer.recorded import is_recorded
+from fastlstm.spec import LayerSpec
+
+__all__ = ["compute_whole", "is_whole", "whole_backend"]
+
+_is_autocast = torch._C._is_any_autocast_enabled
+_is_transformed = torch._C._are_functorch_transforms_active
+Results = tuple[Tensor, ...]
+Again = Callable[[Tensor, Any, Sequence[Tensor]], tuple[Tensor, Results, Any]]
+
+
+def is_whole(backend: Backend) -> bool:
+    """Whether a backend takes this call as a whole: nobody compiles, records or transforms it."""
+    return backend.stack is not None and not (
+        torch.compiler.is_compiling() or is_recorded() or _is_transformed()
+    )
+
+
+def whole_backend(x: Tensor) -> Backend | None:
+    """Return the backend that takes plain layers of x as they are, if the first choice is such.
+
+    Nothing casts, records or transforms the call then.
+    """
+    asked = candidates(choice.name, x)
+    if not asked or not is_whole(asked[0]) or _is_autocast() or forward_ad._current_level >= 0:
+        return None
+    return asked[0]
+
+
+def compute_whole(
+    backend: Backend,
+    spec: LayerSpec,
+    x: Tensor,
+    hx: Results | None,
+    weights: Sequence[Tensor],
+    options: Options,
+    again: Again,
+) -> tuple[Tensor, Results]:
+    """Compute a stack; return y and the final states.
+
+    Args:
+        backend: one with a ``stack``.
+        spec: the first layer.
+        x: ``[T, B, I]``, or packed ``[N, I]``.
+        hx: the initial states, or None.
+        weights: those of all layers.
+        options: everything else; its lengths are those of the caller.
+        again: computes the same of x, hx and weights, with every derivative.
+    """
+    sequences = options.sequences
+    if options.weight_dropout:
+        each = spec.weights_per_direction
+        weights = list(weights)
+        weights[1::each] = [
+            torch.dropout(w, options.weight_dropout, True) for w in weights[1::each]
+        ]
+    rest = sequences, options.dropout, options.training, options.caches and options.caches[0]
+    arguments = spec, options.num_layers, x, hx, weights, *rest
+    if not torch.is_grad_enabled():
+        y, final = backend.stack(*arguments)
+        return y, final
+    if options.recompute:
+        y, final = checkpoint(backend.stack, *arguments, use_reentrant=False)
+    else:
+        y, final = backend.stack(*arguments)
+    if not y.requires_grad or not is_automatic() or backend.has_second(x):
+        return y, final
+    if options.dropout and options.num_layers > 1:  # which elements it zeroed, nobody knows
+        return y, final
+    inputs = x, *(hx or ()), *weights
+    y, *final = _Derivable.apply(again, len(final), len(hx or ()), y, *final, *inputs)
+    return y, tuple(final)
+
+
+class _Derivable(torch.autograd.Function):
+    """Hands results on, and their gradients back: to who has computed them, or to the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, again: Again, final: int, states: int, *tensors: Tensor) -> Results:
+        ctx.again, ctx.final, ctx.states, ctx.count = again, final, states, len(tensors)
+        ctx.save_for_backward(*tensors[1 + final :])
+        ctx.set_materialize_grads(False)
+        return tuple([t.detach() for t in tensors[: 1 + final]])
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        rest = ctx.count - len(incoming)
+        if not torch.is_grad_enabled():
+            return None, None, None, *incoming, *(None,) * rest
+        # Views cut the graph here: x may itself depend on the weights.
+        inputs = [t.view_as(t) for t in ctx.saved_tensors]
+        x, states, weights = inputs[0], inputs[1 : 1 + ctx.states], inputs[1 + ctx.states :]
+        y, final, _ = ctx.again(x, tuple(states) or None, weights)
+        pairs = zip((y, *final), incoming, strict=True)
+        results, arriving = zip(*[(t, g) for t, g in pairs if g is not None], strict=True)
+        needed = ctx.needs_input_grad[4 + ctx.final :]
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(results, wanted, arriving, create_graph=True, allow_unused=True)
+        )
+        nothing = (None,) * (4 + ctx.final)
+        return *nothing, *(next(found) if need else None for need in needed)
