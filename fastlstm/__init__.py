@@ -7,6 +7,7 @@ from fastlstm.accelerate import accelerate, restore
 from fastlstm.backends import backend, backends
 from fastlstm.explain import explain
 from fastlstm.modules import LSTM, RNN, LSTMCell
+from fastlstm.proof import tune, verify
 
 __version__ = _version("fastlstm")
 
@@ -21,5 +22,7 @@ __all__ = [
     "explain",
     "functional",
     "restore",
+    "tune",
+    "verify",
     "weights",
 ]

@@ -12,35 +12,38 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from functools import cache
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastlstm import kernels  # noqa: F401 (registers the backends)
+from fastlstm import automatic, record
+from fastlstm.automatic import (
+    AUTO,
+    AUTOMATIC,
+    TUNED,
+    Size,
+    Watched,
+    candidates,
+    first_obstacle,
+    first_without_doubt,
+)
 from fastlstm.kernels.base import Backend, get, names, registered
 from fastlstm.kernels.onnx import ONNX
-from fastlstm.kernels.pytorch import TORCH
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.spec import DENSE, LayerSpec, Sequences
 
 __all__ = [
-    "AUTO",
     "backend",
     "backends",
-    "candidates",
     "choice",
-    "doubt",
-    "first_obstacle",
     "higher_derivative",
     "is_automatic",
     "select",
 ]
 
-AUTO = "auto"
 _is_transformed = torch._C._are_functorch_transforms_active
 _TransformType = torch._C._functorch.TransformType
 
@@ -78,7 +81,7 @@ def _status(backend: Backend) -> Status:
 
 
 def _checked(name: str, source: str) -> str:
-    choices = (AUTO, *names())
+    choices = (*AUTOMATIC, *names())
     if name not in choices:
         raise ValueError(
             f"{source}: {name!r} is not a backend, choose one of {', '.join(choices)}"
@@ -90,7 +93,7 @@ class _Choice(threading.local):
     """What a thread has chosen."""
 
     name = _checked(os.environ.get("FASTLSTM_BACKEND") or AUTO, "FASTLSTM_BACKEND")
-    fast: Backend | None  # what computes plain calls on the CPU without gradients, for latency
+    fast: Any  # what computes plain calls on the CPU without gradients, for latency
 
     def __init__(self) -> None:
         self.set(self.name)
@@ -98,37 +101,17 @@ class _Choice(threading.local):
     def set(self, name: str) -> None:
         asked = candidates(name, _CPU)
         self.name = name
-        self.fast = asked[0] if asked and asked[0].lstm_infer else None
-
-
-def candidates(name: str, x: Tensor) -> tuple[Backend, ...]:
-    """Return the backends that a choice stands for, the best first.
-
-    Args:
-        name: of a backend, or "auto".
-        x: the input; only its device matters.
-    """
-    if name != AUTO:
-        return (get(name),)
-    # Asking a tensor whether it is on the CPU takes a third of the time of asking for its device.
-    return _ON_CPU if x.is_cpu else _automatic(x.device.type)
-
-
-@cache
-def _automatic(device: str) -> tuple[Backend, ...]:
-    """Ours that are proven on such devices, then PyTorch's own, then ours that are not."""
-    ours = [backend for backend in registered() if device in backend.devices]
-    proven = [backend for backend in ours if backend.proven]
-    return (*proven, TORCH, *(backend for backend in ours if not backend.proven))
+        self.fast = asked[0] if asked[0].lstm_infer and not automatic.CHECKED else None
+        if self.fast and name in AUTOMATIC and (name == TUNED or record.known(_CPU)):
+            self.fast = Watched(self.fast, name)
 
 
 def is_automatic() -> bool:
     """Whether nobody has named the backend that computes."""
-    return choice.name == AUTO
+    return choice.name in AUTOMATIC
 
 
 _CPU = torch.empty(0, device="cpu")
-_ON_CPU = _automatic("cpu")
 choice = _Choice()
 
 
@@ -139,7 +122,8 @@ class backend:
     with ``FASTLSTM_BACKEND``, or "auto" without it.
 
     Args:
-        name: "auto", "reference", "cpu", "torch", "triton" or "cuda".
+        name: "auto", "reference", "cpu", "torch", "triton" or "cuda"; or "tuned": auto, which
+            measures every new shape once (:func:`fastlstm.tune`), as cudnn.benchmark does.
 
     Raises:
         ValueError: there is no such backend.
@@ -148,7 +132,7 @@ class backend:
 
     def __init__(self, name: str) -> None:
         _checked(name, "backend()")
-        if name != AUTO and (error := get(name).error()) is not None:
+        if name not in AUTOMATIC and (error := get(name).error()) is not None:
             raise RuntimeError(
                 f'the "{name}" backend is not available here: {error}. '
                 'Use fastlstm.backend("auto"), or see fastlstm.backends()'
@@ -178,6 +162,7 @@ def select(
     specs: Sequence[LayerSpec],
     sequences: Sequences = DENSE,
     cell_states: bool = False,
+    size: Size | None = None,
 ) -> Backend:
     """Return the backend that computes these layers, whose input is like x.
 
@@ -186,6 +171,7 @@ def select(
         specs: the layers.
         sequences: which steps there are, as the caller passed them.
         cell_states: whether c of every step is asked for.
+        size: how large the call is, if that is known; what was measured counts then.
 
     Raises:
         RuntimeError: a backend was named explicitly and cannot compute this call.
@@ -195,45 +181,16 @@ def select(
     derived = _is_transformed() or forward_ad._current_level >= 0
     if derived and higher_derivative() is not None:
         return REFERENCE
-    name, obstacle = choice.name, None
-    for candidate in candidates(name, x):
-        obstacle = first_obstacle(candidate, x, specs, sequences, cell_states)
-        if obstacle is None and name == AUTO:
-            obstacle = doubt(candidate)
-        if obstacle is None:
-            return candidate
-    if name == AUTO:
-        return REFERENCE
+    name = choice.name
+    if name in AUTOMATIC:
+        return first_without_doubt(name, x, specs, sequences, cell_states, size) or REFERENCE
+    backend = get(name)
+    obstacle = first_obstacle(backend, x, specs, sequences, cell_states)
+    if obstacle is None:
+        return backend
     raise RuntimeError(
         f'the "{name}" backend cannot compute this call: {obstacle}. '
         'Use fastlstm.backend("auto") or "reference"'
-    )
-
-
-def first_obstacle(
-    backend: Backend,
-    x: Tensor,
-    specs: Sequence[LayerSpec],
-    sequences: Sequences = DENSE,
-    cell_states: bool = False,
-) -> str | None:
-    """Return why a backend cannot compute these layers in such a call, None if it can."""
-    for spec in specs:
-        obstacle = backend.obstacle(spec, x)
-        if obstacle is not None:
-            return obstacle
-    if sequences is DENSE and not cell_states:
-        return None
-    return backend.lacks(x, sequences, cell_states)
-
-
-def doubt(backend: Backend) -> str | None:
-    """Return why ``auto`` does not take a backend that can compute a call, None if it does."""
-    if backend.proven:
-        return None
-    return (
-        f"the {backend.name} kernels have not been verified on this machine, which "
-        "`python -m fastlstm verify` would do"
     )
 
 

@@ -9,15 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm.backends import (
-    candidates,
-    choice,
-    doubt,
-    first_obstacle,
-    higher_derivative,
-    is_automatic,
-    select,
-)
+from fastlstm import record
+from fastlstm.automatic import Size, doubt, first_obstacle, in_order
+from fastlstm.backends import choice, higher_derivative, is_automatic, select
 from fastlstm.kernels.base import Backend
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.modules import LSTM, RNN, LSTMCell
@@ -68,7 +62,9 @@ def explain(
     data, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
     T, B = _steps_and_batch(module, x)
     sequences = Sequences(sizes, options.get("lengths"), options.get("reset"))
-    call = data, module.specs(), sequences, bool(options.get("return_cell_states"))
+    layers = 0 if isinstance(module, LSTMCell) else module.num_layers
+    size = Size(layers, T, B, tuple(module.parameters()))
+    call = data, module.specs(), sequences, bool(options.get("return_cell_states")), size
     backend = select(*call)
     plan = tuple(backend.describe(spec, T, B, data) for spec in call[1])
     return Explanation(backend.name, backend.kernel(), plan, _reason(backend, *call))
@@ -80,6 +76,7 @@ def _reason(
     specs: Sequence[LayerSpec],
     sequences: Sequences,
     cell_states: bool,
+    size: Size,
 ) -> str:
     """Why that backend computes the layers, and in the case of auto what would change that."""
     derivative = higher_derivative()
@@ -87,18 +84,29 @@ def _reason(
         return f"{derivative}, which is the reference's on every backend"
     if not is_automatic():
         return f'backend("{choice.name}") asks for it'
-    before: list[str] = []
-    after: list[str] = []
-    passed = False
-    for other in candidates(choice.name, x):
-        obstacle = first_obstacle(other, x, specs, sequences, cell_states) or doubt(other)
-        passed = passed or other is backend
+    parts = []
+    if backend is not REFERENCE:
+        where = "a CUDA device" if x.is_cuda else "the CPU" if x.is_cpu else x.device.type
+        parts = [f"{x.dtype} on {where}", *_measured(x, specs[0], sequences, size)]
+    for other in in_order(choice.name, x, specs[0], sequences, size):
+        obstacle = first_obstacle(other, x, specs, sequences, cell_states)
+        obstacle = obstacle or doubt(other, x, specs, sequences, cell_states, size)
         if obstacle is not None:
-            (after if passed else before).append(obstacle)
-    if backend is REFERENCE:
-        return f"auto: {'; '.join(before)}"
-    where = "a CUDA device" if x.is_cuda else "the CPU" if x.is_cpu else x.device.type
-    return "; ".join([f"auto: {x.dtype} on {where}", *before, *after])
+            parts.append(obstacle)
+    return f"{choice.name}: {'; '.join(parts)}"
+
+
+def _measured(x: Tensor, spec: LayerSpec, sequences: Sequences, size: Size) -> list[str]:
+    """What the record of this machine says of such a call, if anything."""
+    found = record.known(x)
+    times = found.times.get(size.key(x, spec, sequences)) if found else None
+    if not times:
+        return []
+    best = min(times.values())
+    told = ", ".join(
+        f"{name} {value:.4g} µs ({value / best:.2f}x)" for name, value in times.items()
+    )
+    return [f"the record of this machine says {told}"]
 
 
 def _steps_and_batch(module: nn.Module, x: Tensor | PackedSequence) -> tuple[int, int]:

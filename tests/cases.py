@@ -19,9 +19,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
 from fastlstm.layer import stack
+from fastlstm.proof.oracle import Results, peer_dtype
 from fastlstm.spec import Noise
-
-Results = dict[str, Tensor]
 
 EVERY_BACKEND = pytest.mark.parametrize(
     "backend", ["reference", "cpu", "triton", "cuda"], indirect=True
@@ -132,11 +131,6 @@ class Case:
         if self.cell_states:
             shapes["c_all"] = (*steps, self.directions * self.H)
         return shapes
-
-
-def peer_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype PyTorch is measured in: float32 stands in for float64, see oracle.py."""
-    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def draw(case: Case, dtype: torch.dtype) -> Results:

@@ -12,6 +12,7 @@ be there (CI does): then those tests fail with the reason.
 
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,6 +24,8 @@ import pytest
 # Before torch starts its threads. Test processes share the cores (`-n auto`): a thread that spins
 # while it waits keeps the other process from working, which took some files four times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What a developer has found out about this machine is no part of the tests.
+os.environ["FASTLSTM_CACHE"] = tempfile.mkdtemp(prefix="fastlstm-tests-")
 
 import torch
 

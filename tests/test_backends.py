@@ -61,7 +61,7 @@ def test_each_thread_has_its_ownchoice() -> None:
 
 
 def test_unknown_and_missing_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="'gpu' is not a backend, choose one of auto, reference"):
+    with pytest.raises(ValueError, match="'gpu' is not a backend, choose one of auto, tuned"):
         fastlstm.backend("gpu")
     monkeypatch.setattr(get("cuda"), "error", lambda: "nvcc was not found")
     with pytest.raises(RuntimeError, match=r'"cuda" backend is not available.*nvcc was not found'):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastlstm
-from fastlstm.backends import candidates, select
+from fastlstm import automatic
+from fastlstm.automatic import candidates
+from fastlstm.backends import choice, select
 from fastlstm.kernels.base import get
 from fastlstm.kernels.pytorch import TORCH, calls
 from fastlstm.spec import LayerSpec
 
-backends = import_module("fastlstm.backends")  # not the function of this name
 T, B, I, H = 5, 3, 4, 6
 SPEC = LayerSpec("LSTM", I, H)
 CASES = [
@@ -48,9 +48,9 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         with fastlstm.backend("torch"):
             yield "torch"
         return
-    monkeypatch.setattr(backends, "_ON_CPU", backends._automatic("mps"))
+    monkeypatch.setattr(automatic, "_ON_CPU", automatic._automatic("mps"))
     with fastlstm.backend("auto"):
-        monkeypatch.setattr(backends.choice, "fast", None)
+        monkeypatch.setattr(choice, "fast", None)
         yield "auto"
 
 
@@ -232,7 +232,7 @@ def test_auto_has_second_derivatives_where_cudnn_has_none(monkeypatch: pytest.Mo
     with fastlstm.backend("reference"):
         truth = penalty()
     monkeypatch.setattr(type(TORCH), "has_second", lambda self, x: False)  # as cuDNN has none
-    monkeypatch.setattr(backends, "_ON_CPU", backends._automatic("mps"))
+    monkeypatch.setattr(automatic, "_ON_CPU", automatic._automatic("mps"))
     with fastlstm.backend("auto"):
         assert fastlstm.explain(ours, x).backend == "torch"
         for got, want in zip(penalty(), truth, strict=True):

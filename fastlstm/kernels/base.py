@@ -7,6 +7,7 @@ of its own in :mod:`fastlstm.kernels`. Everything else asks the object; nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,18 @@ class Backend:
             cell_states: whether c of every step is asked for.
         """
         return None
+
+    def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
+        """Name, in a word, which of its kernels compute such a layer: what is verified apart."""
+        return "all"
+
+    def trials(self, x: Tensor) -> Sequence[tuple[Callable[[], Any], dict[str, int]]]:
+        """Return where to look at its kernels in inputs like x, so that each regime is seen.
+
+        Each is a function that makes a context, and the sizes T, B, I or H of a call in it that
+        are not the usual small ones.
+        """
+        return ((nullcontext, {}),)
 
     def has_second(self, x: Tensor) -> bool:
         """Whether the derivative of its ``stack`` for an input like x has one itself."""

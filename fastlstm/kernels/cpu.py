@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastlstm.spec import LayerSpec
 
 __all__ = ["CPU", "plan"]
 
+_SHORT = 4  # steps: csrc/cpu/plan.h has other kernels for calls of no more
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _DEVICE = torch.device("cpu")  # named at every allocation: a default device may be another one
 _OPERATORS = operators.define("cpu", members=True)
@@ -77,6 +79,14 @@ class CpuBackend(Backend):
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe how the threads of this process would share a layer."""
         return plan(spec, T, B, torch.get_num_threads())
+
+    def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
+        """Tell calls of a few steps, which read the weights as they are, from longer ones."""
+        return "short" if T <= _SHORT else "long"
+
+    def trials(self, x: Tensor) -> Sequence[tuple[Callable[[], Any], dict[str, int]]]:
+        """Return a short call and a long one; many sequences, and units that no vector divides."""
+        return ((nullcontext, {"T": 3}), (nullcontext, {}), (nullcontext, {"B": 37, "H": 33}))
 
     def packed_weights(
         self,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+from fastlstm import automatic
+from fastlstm.automatic import Size
 from fastlstm.backends import select
 from fastlstm.kernels.base import Backend
+from fastlstm.kernels.pytorch import TORCH
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.layer import autograd
 from fastlstm.layer.autocast import autocast_dtype, cast, switched_off
@@ -20,7 +23,6 @@ from fastlstm.layer.checks import (
     check_features,
     check_lengths,
     check_like,
-    check_packed,
     check_pair,
     check_reset,
     check_states,
@@ -31,6 +33,7 @@ from fastlstm.layer.checks import (
     is_pair,
     size,
 )
+from fastlstm.layer.input import Input
 from fastlstm.layer.options import Options
 from fastlstm.layer.recorded import is_recorded, tracing
 from fastlstm.layer.whole import compute_whole, is_whole
@@ -39,42 +42,6 @@ from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
 __all__ = ["run_cell", "run_plain", "run_stack"]
 
 Final = tuple[Tensor, ...]  # (h_n, c_n), of an nn.RNN (h_n,)
-
-
-class _Input(NamedTuple):
-    """The input of a call as layers take it, and how their results become the caller's."""
-
-    x: Tensor  # [T, B, I], or [N, I] of packed rows
-    steps: int
-    batch: int
-    unbatched: bool  # the caller's is [T, I]
-    swapped: bool  # the caller's is [B, T, I]
-
-    @classmethod
-    def of(cls, input: Tensor, hx: Sequence[Tensor] | None, options: Options) -> _Input:
-        sizes, dims = options.sequences.batch_sizes, input.dim()
-        if sizes is not None:
-            steps, batch, _ = check_packed(options.kind, input, sizes, hx)
-            return cls(input, steps, batch, False, False)
-        if dims == 2:
-            return cls(input.unsqueeze(1), input.shape[0], 1, True, False)
-        if dims != 3:
-            raise ValueError(f"{options.kind}: expected input to be 2-D or 3-D, got {size(input)}")
-        steps, batch, _ = input.shape
-        if not options.batch_first:
-            return cls(input, steps, batch, False, False)
-        steps, batch = batch, steps
-        # One step of one sequence lies the same either way, but not in a graph, which may see
-        # others.
-        if torch.compiler.is_compiling() or is_recorded() or steps != 1 or batch != 1:
-            return cls(input.transpose(0, 1), steps, batch, False, True)
-        return cls(input, steps, batch, False, False)
-
-    def undo(self, t: Tensor) -> Tensor:
-        """Lay a result ``[T, B, n]`` out as the caller's input."""
-        if not (self.unbatched or self.swapped):
-            return t
-        return t.squeeze(1) if self.unbatched else t.transpose(0, 1)
 
 
 def run_stack(
@@ -103,7 +70,7 @@ def run_stack(
             dtype = _dtype_of_state(input, hx)  # as nn.LSTM, which rounds no packed sequence
         given = input, hx
         input, hx, _ = cast(dtype, input, hx, ())
-    whole = _Input.of(input, hx, options)
+    whole = Input.of(input, hx, options)
     x = whole.x
     packed = sequences.batch_sizes is not None
     check_features(kind, input, weights, RuntimeError if packed or dtype else ValueError, dtype)
@@ -111,7 +78,8 @@ def run_stack(
     specs: tuple[LayerSpec, ...] = (spec,)
     if options.num_layers > 1:  # all others are alike
         specs = spec, spec._replace(input_size=spec.directions * spec.state_size)
-    backend = select(x, specs, sequences, options.return_cell_states)
+    extent = Size(options.num_layers, whole.steps, whole.batch, weights)
+    backend = select(x, specs, sequences, options.return_cell_states, extent)
     check_steps(kind, whole.steps, input)
     if hx is not None:
         if whole.unbatched:
@@ -122,6 +90,8 @@ def run_stack(
         check_like(hx, x)
     if sequences.lengths is not None or sequences.reset is not None:
         options = options._replace(sequences=_check_sequences(options, x, whole.unbatched))
+    if automatic.CHECKED:
+        _examine(backend, specs, whole, hx, weights, options)
     if is_whole(backend):
         if sequences.lengths is not None:  # where the caller has them: a copy would wait for x
             lengths = sequences.lengths.to(torch.int64).view(whole.batch)
@@ -161,7 +131,7 @@ def _check_sequences(options: Options, x: Tensor, unbatched: bool) -> Sequences:
 def _walk(
     backend: Backend,
     specs: Sequence[LayerSpec],
-    whole: _Input,
+    whole: Input,
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
     options: Options,
@@ -204,10 +174,37 @@ def _walk(
     return x, tuple(map(torch.cat, zip(*finals, strict=True))), c_all
 
 
+examine: Any = None  # what fastlstm.proof.checking puts here
+
+
+def _examine(
+    backend: Backend,
+    specs: Sequence[LayerSpec],
+    whole: Input,
+    hx: Any,
+    weights: Sequence[Tensor],
+    options: Options,
+) -> None:
+    """Compare a call with what others make of it, unless chance or somebody else has a part."""
+    chance = options.recurrent_dropout or options.weight_dropout or options.random_zoneout
+    if chance or options.dropout or not is_whole(TORCH):
+        return
+
+    def compute(backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
+        plain = options._replace(caches=None)
+        return _walk(backend, specs, whole._replace(x=x), hx, weights, plain)
+
+    dtype, x = whole.x.dtype, whole.x
+    with switched_off(x):
+        tensors = x, hx, [w.to(dtype) for w in weights]
+        every = options.sequences, options.return_cell_states
+        examine(backend, compute, tensors, specs, *every)
+
+
 def _compute_whole(
     backend: Backend,
     specs: Sequence[LayerSpec],
-    whole: _Input,
+    whole: Input,
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
     options: Options,
@@ -231,7 +228,7 @@ def _compute_whole(
 
     x = whole.x
     if given is not None:
-        x, hx = _Input.of(*given, options).x, given[1]
+        x, hx = Input.of(*given, options).x, given[1]
         if hx is not None and whole.unbatched:
             hx = check_unbatched(options.kind, hx)
     options = options._replace(sequences=sequences)
@@ -280,7 +277,7 @@ def run_plain(
                 return None
 
     def again(x: Tensor, hx: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Final, Any]:
-        whole = _Input(x, steps, batch, False, False)
+        whole = Input(x, steps, batch, False, False)
         return _walk(REFERENCE, specs, whole, hx, weights, options)
 
     try:
@@ -295,7 +292,7 @@ def _needs_batch() -> bool:
     return is_recorded() and tracing() is None
 
 
-def _zeros(spec: LayerSpec, whole: _Input, options: Options) -> tuple[Tensor, ...]:
+def _zeros(spec: LayerSpec, whole: Input, options: Options) -> tuple[Tensor, ...]:
     """The states that None stands for."""
     rows = options.num_layers * spec.directions, whole.batch
     h_0 = whole.x.new_zeros(*rows, spec.state_size)
@@ -358,16 +355,20 @@ def run_cell(
         input, hx, weights = cast(_dtype_of_state(input, hx), input, hx, weights)
     check_features("LSTMCell", input, weights)
     spec = check_weights(weights, input, _CELL)
-    backend = select(input, (spec,))
     hidden = spec.hidden_size
     shape = (*input.shape[:-1], hidden)
     batch = shape[0] if dims == 2 else 1
+    backend = select(input, (spec,), size=Size(0, 1, batch, weights))
     state = State()
     if hx is not None:
         h0, c0 = hx
         check_cell_state(h0, c0, shape)
         check_like((h0, c0), input)
         state = State(h0.view(1, batch, hidden), c0.view(1, batch, hidden))
+    if automatic.CHECKED:
+        whole = Input(input.view(1, batch, input.shape[-1]), 1, batch, False, False)
+        states = None if hx is None else (state.h, state.c)
+        _examine(backend, (spec,), whole, states, weights, _CELL)
     if is_whole(backend):  # it casts for itself
         return _whole_cell(backend, *given)
     x = input.view(1, batch, input.shape[-1])

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from fastlstm.backends import candidates, choice, is_automatic
+from fastlstm import automatic
+from fastlstm.automatic import TUNED, candidates
+from fastlstm.backends import choice, is_automatic
 from fastlstm.kernels.base import Backend
 from fastlstm.layer.options import Options
 from fastlstm.layer.recorded import is_recorded
+from fastlstm.record import known
 from fastlstm.spec import LayerSpec
 
 __all__ = ["compute_whole", "is_whole", "whole_backend"]
@@ -44,8 +47,15 @@ def whole_backend(x: Tensor) -> Backend | None:
     Nothing casts, records or transforms the call then.
     """
     asked = candidates(choice.name, x)
-    if not asked or not is_whole(asked[0]) or _is_autocast() or forward_ad._current_level >= 0:
+    if (
+        automatic.CHECKED
+        or not is_whole(asked[0])
+        or _is_autocast()
+        or forward_ad._current_level >= 0
+    ):
         return None
+    if is_automatic() and (choice.name == TUNED or known(x) is not None):
+        return None  # by the size
     return asked[0]
 
 

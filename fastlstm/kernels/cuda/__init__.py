@@ -7,8 +7,11 @@ csrc/README.md says how the kernels work.
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +61,24 @@ class CudaBackend(Backend):
         from . import plan
 
         return plan.describe(spec, B, x)
+
+    def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
+        """Name the regimes of both passes."""
+        from . import plan
+
+        arguments = B, spec, plan.device_of(x)
+        plans = [plan.plan_of(plan.kind_of(x), back, *arguments) for back in (False, True)]
+        return "/".join(each.regime for each in plans)
+
+    def trials(self, x: Tensor) -> Sequence[tuple[Callable[[], Any], dict[str, int]]]:
+        """Return a call in each regime and, on a GPU, what the plan makes of larger ones."""
+        from . import plan
+
+        found: list[tuple[Callable[[], Any], dict[str, int]]] = [
+            (partial(plan.override, regime=regime), {"T": 3, "B": 3} if _emulated() else {})
+            for regime in plan.REGIMES
+        ]
+        return found + [(nullcontext, {"H": H}) for H in (64, 256, 512) if x.is_cuda]
 
 
 def lacks(spec: LayerSpec) -> str | None:

@@ -6,7 +6,9 @@ asks for the backend. README.md in the folder above says how the kernels work.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -63,6 +65,27 @@ class TritonBackend(Backend):
         forward = config.forward_plan(problem, device)
         backward = config.backward_plan(problem, device)
         return f"forward {forward} ({forward.reason}); backward {backward}"
+
+    def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
+        """Name the regimes of both passes."""
+        from . import config
+        from .launch import device_of, precision_of
+
+        problem = config.Problem(spec, B, x.element_size(), precision_of(x))
+        device = device_of(x)
+        if not spec.is_lstm:
+            return str(config.rnn_plan(problem, device).regime)
+        plans = config.forward_plan(problem, device), config.backward_plan(problem, device)
+        return "/".join(plan.regime for plan in plans)
+
+    def trials(self, x: Tensor) -> Sequence[tuple[Callable[[], Any], dict[str, int]]]:
+        """Return a call in each regime and, on a GPU, what the plan makes of larger ones."""
+        from . import config
+
+        small = [partial(config.override, regime=regime) for regime in ("sequence", "steps")]
+        sizes = {"T": 3, "B": 3} if _interpreted() else {}  # which takes seconds for a call
+        found: list[tuple[Callable[[], Any], dict[str, int]]] = [(force, sizes) for force in small]
+        return found + [(nullcontext, {"H": H}) for H in (64, 160, 512) if x.is_cuda]
 
     def keeps_gates(self, spec: LayerSpec) -> bool:
         """Whether its forward pass can keep the activated gates for backward.

@@ -1,0 +1,249 @@
+"""What ``auto`` takes: the order in which it asks the backends, and what makes it doubt one.
+
+Ours that are proven on such a device come first, then PyTorch's own, then ours that are not: those
+are taken only where the record of the machine has found them right. What was measured to be
+fastest there goes before all. Without a record nothing depends on the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlstm import kernels  # noqa: F401 (registers the backends)
+from fastlstm import record as records
+from fastlstm.kernels.base import Backend, constant, get, registered
+from fastlstm.kernels.pytorch import TORCH
+from fastlstm.spec import DENSE, LayerSpec, Sequences
+
+__all__ = [
+    "AUTO",
+    "AUTOMATIC",
+    "CHECKED",
+    "TUNED",
+    "Size",
+    "Watched",
+    "candidates",
+    "doubt",
+    "features",
+    "first_obstacle",
+    "first_without_doubt",
+    "in_order",
+]
+
+CHECKED = os.environ.get("FASTLSTM_CHECK") == "1"  # see fastlstm.proof.checking
+AUTO = "auto"
+TUNED = "tuned"
+AUTOMATIC = (AUTO, TUNED)
+
+
+def candidates(name: str, x: Tensor) -> tuple[Backend, ...]:
+    """Return the backends that a choice stands for, the best first.
+
+    Args:
+        name: of a backend, or "auto".
+        x: the input; only its device matters.
+    """
+    if name not in AUTOMATIC:
+        return (get(name),)
+    # Asking a tensor whether it is on the CPU takes a third of the time of asking for its device.
+    return _ON_CPU if x.is_cpu else _automatic(x.device.type)
+
+
+@cache
+def _automatic(device: str) -> tuple[Backend, ...]:
+    """Ours that are proven on such devices, then PyTorch's own, then ours that are not."""
+    ours = [backend for backend in registered() if device in backend.devices]
+    proven = [backend for backend in ours if backend.proven]
+    return (*proven, TORCH, *(backend for backend in ours if not backend.proven))
+
+
+_ON_CPU = _automatic("cpu")
+
+
+class Size(NamedTuple):
+    """How large a call is."""
+
+    layers: int  # 0 of a cell
+    steps: int
+    batch: int
+    weights: Sequence[Tensor]
+
+    def key(self, x: Tensor, spec: LayerSpec, sequences: Sequences) -> str:
+        """Return the class of shapes that the call belongs to; lengths count as packed rows."""
+        dense = sequences.batch_sizes is None and sequences.lengths is None
+        grad = torch.is_grad_enabled()
+        training = grad and (x.requires_grad or any(w.requires_grad for w in self.weights))
+        size, threads = (self.steps, self.batch), torch.get_num_threads() if x.is_cpu else 0
+        return records.shape_class(spec, self.layers, size, x.dtype, not dense, training, threads)
+
+
+def first_without_doubt(
+    name: str,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences = DENSE,
+    cell_states: bool = False,
+    size: Size | None = None,
+) -> Backend | None:
+    """Return the backend that auto takes; None where the reference is left.
+
+    Args:
+        name: AUTO or TUNED.
+        x: the input of the first layer.
+        specs: the layers.
+        sequences: which steps there are, as the caller passed them.
+        cell_states: whether c of every step is asked for.
+        size: how large the call is, if that is known.
+    """
+    for candidate in in_order(name, x, specs[0], sequences, size):
+        if (
+            first_obstacle(candidate, x, specs, sequences, cell_states) is None
+            and doubt(candidate, x, specs, sequences, cell_states, size) is None
+        ):
+            return candidate
+    return None
+
+
+measure: Any = None
+"""``measure(x, spec, sequences, size)``: what :mod:`fastlstm.proof` puts here times the backends
+for such a call and stores what it finds."""
+
+
+def in_order(
+    name: str, x: Tensor, spec: LayerSpec, sequences: Sequences, size: Size | None
+) -> tuple[Backend, ...]:
+    """Return the backends that auto asks, the one first that was measured to be fastest."""
+    asked = candidates(AUTO, x)
+    if size is None or torch.compiler.is_compiling():
+        return asked
+    record = records.known(x)
+    if record is None and name == AUTO:
+        return asked
+    key = size.key(x, spec, sequences)
+    winner = record.winner(key) if record else None
+    if winner is None and name == TUNED and measure is not None:
+        measure(x, spec, sequences, size)
+        record = records.known(x)
+        winner = record.winner(key) if record else None
+    first = tuple(backend for backend in asked if backend.name == winner)
+    return (*first, *(backend for backend in asked if backend not in first))
+
+
+def first_obstacle(
+    backend: Backend,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences = DENSE,
+    cell_states: bool = False,
+) -> str | None:
+    """Return why a backend cannot compute these layers in such a call, None if it can."""
+    for spec in specs:
+        obstacle = backend.obstacle(spec, x)
+        if obstacle is not None:
+            return obstacle
+    if sequences is DENSE and not cell_states:
+        return None
+    return backend.lacks(x, sequences, cell_states)
+
+
+def doubt(
+    backend: Backend,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences = DENSE,
+    cell_states: bool = False,
+    size: Size | None = None,
+) -> str | None:
+    """Return why ``auto`` does not take a backend that can compute a call, None if it does."""
+    if torch.compiler.is_compiling():
+        return _doubt_of_any(backend.name, backend.proven, x.dtype, x.device)
+    record = records.known(x)
+    if record is None:
+        return None if backend.proven else _unverified(backend.name)
+    steps, batch = (size.steps, size.batch) if size else (1, 1)
+    for spec in specs:
+        regime = backend.regime(spec, steps, batch, x)
+        for feature in features(spec, sequences, cell_states):
+            verdict = record.verdict(backend.name, x.dtype, regime, feature)
+            if verdict is None and not backend.proven:
+                return f"{_unverified(backend.name)} ({feature}, {regime})"
+            if verdict not in (None, records.OK):
+                return f"verify has found the {backend.name} kernels wrong here: {verdict}"
+    return None
+
+
+def _unverified(name: str) -> str:
+    return (
+        f"the {name} kernels have not been verified on this machine, which "
+        "`python -m fastlstm verify` would do"
+    )
+
+
+@constant
+def _doubt_of_any(name: str, proven: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The same in compiled code, for calls of any size: whatever was looked at has to be right."""
+    record = records.known(torch.empty(0, device=device))
+    verdicts = record.about(name, dtype) if record else []
+    wrong = [verdict for verdict in verdicts if verdict != records.OK]
+    if wrong:
+        return f"verify has found the {name} kernels wrong here: {wrong[0]}"
+    return None if proven or verdicts else _unverified(name)
+
+
+def features(spec: LayerSpec, sequences: Sequences, cell_states: bool) -> list[str]:
+    """Return what of a call is verified apart, by the names of fastlstm.proof."""
+    asked = {
+        "packed": sequences.batch_sizes is not None,
+        "lengths": sequences.lengths is not None,
+        "reset": sequences.reset is not None,
+        "cell states": cell_states,
+        "projection": spec.proj_size > 0,
+        "peephole": spec.peephole,
+        "layer_norm": spec.layer_norm,
+        "zoneout": any(spec.zoneout),
+        "recurrent_dropout": spec.recurrent_dropout,
+    }
+    first = "plain" if spec.is_lstm else spec.mode.lower()
+    return [first, *(name for name, wanted in asked.items() if wanted)]
+
+
+class Watched:
+    """The quick calls of a backend where the record of the machine has a say.
+
+    They know nothing of shapes. A call that auto would give to another backend is refused here,
+    and takes the long way to it.
+    """
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        self._backend, self._name = backend, name
+        self._takes: dict[Any, bool] = {}
+        self.error, self.packed_weights = backend.error, backend.packed_weights
+
+    def lstm_infer(self, x: Tensor, weights: Any, layers: int, *rest: Any) -> Any:
+        """Compute layers, as the operator of the backend."""
+        self._ask(x, weights, layers, rest[0])
+        return self._backend.lstm_infer(x, weights, layers, *rest)
+
+    def lstm_cell_infer(self, x: Tensor, weights: Any, *rest: Any) -> Any:
+        """Take a step of a cell, as the operator of the backend."""
+        self._ask(x, weights, 0, 1)
+        return self._backend.lstm_cell_infer(x, weights, *rest)
+
+    def _ask(self, x: Tensor, weights: Sequence[Tensor], layers: int, directions: int) -> None:
+        shape = x.shape, x.dtype, weights[0].shape, weights[1].shape, len(weights), layers
+        key = *shape, directions, torch.get_num_threads()
+        takes = self._takes.get(key)
+        if takes is None:
+            spec = LayerSpec.of("LSTM", weights[: len(weights) // max(layers, 1)], directions)
+            steps, batch = x.shape[:2] if layers else (1, x.shape[0])
+            size = Size(layers, steps, batch, ())
+            found = first_without_doubt(self._name, x, (spec,), size=size)
+            takes = self._takes[key] = found is self._backend
+        if not takes:
+            raise RuntimeError("another backend takes this call on this machine")
