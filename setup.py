@@ -61,6 +61,7 @@ SOURCES = {
     "csrc/bindings/forward.cpp": [],
     "csrc/bindings/backward.cpp": [],
     "csrc/bindings/infer.cpp": [],
+    "csrc/bindings/cell.cpp": [],
     "csrc/bindings/plans.cpp": [],
     "csrc/bindings/register.cpp": [],
     "csrc/cuda/plan.cpp": [],

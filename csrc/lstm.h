@@ -123,6 +123,25 @@ struct BackwardParams {
     // The shapes of DirectionWeights, and b [4H], the gradient of b_ih and of b_hh; null: not wanted.
     void *w_ih, *w_hh, *b, *w_hr, *w_ch, *ln_ih, *ln_hh, *ln_c, *b_ln_c;
   } dw[2];
+  Rows dsums;  // [T, B, D*4H] gradients of the gate sums, in the order of the weights, or absent when not wanted
+  Threads* threads;
+};
+
+// Rows of one step of a cell: what went into its products, and the gradients of its gate sums.
+struct StepRows {
+  i64 B;
+  Rows x, h;   // [B, I], [B, P]
+  Rows dsums;  // [B, 4H], compute type
+};
+
+// Weight gradients of many steps, each a call of its own: one product over the rows of all of them.
+struct WeightGradParams {
+  Sizes sizes;  // T and B mean nothing here
+  Dtype dtype;  // of x and h
+  const StepRows* steps;
+  i64 count;                     // of steps
+  bool add;                      // to what the gradients hold already
+  BackwardParams::Gradients dw;  // w_ih, w_hh and b
   Threads* threads;
 };
 
@@ -136,6 +155,7 @@ struct Kernels {
   void (*pack_backward)(const Sizes&, Dtype, const DirectionWeights*, void* packed);
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
+  void (*weight_grads)(const WeightGradParams&);
   // Whether a pass needs no packed weights (cpu/plan.h).
   bool (*forward_reads_stored)(const Sizes&, bool is_double);
   bool (*backward_reads_stored)(const Sizes&);

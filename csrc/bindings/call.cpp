@@ -5,7 +5,6 @@
 #include <numeric>
 
 namespace fastlstm {
-namespace {
 
 Dtype dtype_of(const Array& t) {
   if (t.dtype == aoti_torch_dtype_float32()) return Dtype::f32;
@@ -16,13 +15,13 @@ Dtype dtype_of(const Array& t) {
   return Dtype::f16;
 }
 
-}  // namespace
+int32_t compute_type_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
 
 Call::Call(const Array& x, Weights w, i64 directions, const Array& batch_sizes, const Array& lengths, i64 gates,
            bool peephole, bool layer_norm)
-    : dtype(dtype_of(x)), type(x.dtype),
-      compute_type(dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
-      packed_rows(bool(batch_sizes)) {
+    : dtype(dtype_of(x)), type(x.dtype), compute_type(compute_type_of(dtype)), packed_rows(bool(batch_sizes)) {
   FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
   const i64 each = w.count / directions, plain = each - peephole - 4 * layer_norm;
   FASTLSTM_CHECK(plain >= 2 && plain <= 5 && each * directions == w.count, "fastlstm: expected 2 to 5 weights",

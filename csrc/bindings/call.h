@@ -19,6 +19,10 @@ struct Weights {
   const Array& operator[](i64 k) const { return first[k]; }
 };
 
+Dtype dtype_of(const Array& t);
+// Torch's number of the dtype of what is computed in between.
+int32_t compute_type_of(Dtype dtype);
+
 // Raises std::runtime_error, with what was expected and what was given, wherever an argument does not fit.
 struct Call {
   Sizes sizes{};

@@ -46,6 +46,16 @@ std::tuple<Output, Output, Output> lstm_infer_cpu(Handle x, const HandleList& we
 std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x, const HandleList& weights, OptionalHandle h0,
                                                OptionalHandle c0, OptionalHandle cache);
 
+// cell.cpp
+std::tuple<Output, Output, Output> lstm_cell_fwd_cpu(Handle x, const HandleList& weights, Handle h0, Handle c0,
+                                                     OptionalHandle cache);
+std::tuple<Output, Output, Output, Output> lstm_cell_bwd_cpu(Handle x, const HandleList& weights, Handle h0, Handle c0,
+                                                             Handle kept, OptionalHandle dh, OptionalHandle dc,
+                                                             bool wants_dx, bool wants_dh0, bool wants_dc0,
+                                                             OptionalHandle cache);
+void lstm_cell_weight_grads_cpu(const HandleList& x, const HandleList& h, const HandleList& dsums,
+                                const HandleList& dweights, bool add);
+
 // plans.cpp
 i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions,
                     i64 gates, bool is_double);

@@ -121,10 +121,8 @@ Backward::Backward(const Array& x, const std::vector<Array>& weights, i64 direct
   const int32_t grad = call.compute_type;
   p.c_all = call.rows_of(c_all, "c_all", H, grad);
   p.gates = call.gates_of(gates);
-  p.c0 = call.states_of(c0, "c0", H, call.type);
   p.dc_all = call.rows_of(dc_all, "dc_all", H, grad);
-  p.dc_n = call.states_of(dc_n, "dc_n", H, grad);
-  p.dc0 = call.states_of(dc0, "dc0", H, grad);
+  set_cells(c0, dc_n, dc0);
   p.cell = call.cell_of(h_mask, zoneout_c, zoneout_h, seed);
 }
 
@@ -154,6 +152,12 @@ Backward::Backward(Call&& call_, const Array& x, const Array& h0, const Array& r
   p.dh0 = call.states_of(dh0, "dh0", s.P, grad);
   p.weights = call.weights;
   set_weight_gradients(call, dweights, p);
+}
+
+void Backward::set_cells(const Array& c0, const Array& dc_n, const Array& dc0) {
+  p.c0 = call.states_of(c0, "c0", call.sizes.H, call.type);
+  p.dc_n = call.states_of(dc_n, "dc_n", call.sizes.H, call.compute_type);
+  p.dc0 = call.states_of(dc0, "dc0", call.sizes.H, call.compute_type);
 }
 
 // The forward order too where the gates have to be computed again; an RNN has none.

@@ -60,14 +60,14 @@ struct Backward {
   Backward(const Array& x, const std::vector<Array>& weights, i64 directions, const Array& h0, const Array& batch_sizes,
            const Array& lengths, const Array& reset, bool relu, const Array& y, const Array& dy, const Array& dh_n,
            const Array& dx, const Array& dh0, const std::vector<Array>& dweights);
+  // What both have; `set_cells` gives it the cell states of an LSTM.
+  Backward(Call&& call_, const Array& x, const Array& h0, const Array& reset, const Array& y, const Array& dy,
+           const Array& dh_n, const Array& dx, const Array& dh0, const std::vector<Array>& dweights);
+  void set_cells(const Array& c0, const Array& dc_n, const Array& dc0);
   Backward(const Backward&) = delete;
 
   PackedWeights::Orders orders() const;
   void run(const PackedWeights& packed, Threads& threads);
-
- private:
-  Backward(Call&& call_, const Array& x, const Array& h0, const Array& reset, const Array& y, const Array& dy,
-           const Array& dh_n, const Array& dx, const Array& dh0, const std::vector<Array>& dweights);
 };
 
 }  // namespace fastlstm

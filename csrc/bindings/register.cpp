@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("lstm_bwd_cpu", TORCH_BOX(&Guarded<&lstm_bwd_cpu>::call));
   m.impl("lstm_infer_cpu", TORCH_BOX(&Guarded<&lstm_infer_cpu>::call));
   m.impl("lstm_cell_infer_cpu", TORCH_BOX(&Guarded<&lstm_cell_infer_cpu>::call));
+  m.impl("lstm_cell_fwd_cpu", TORCH_BOX(&Guarded<&lstm_cell_fwd_cpu>::call));
+  m.impl("lstm_cell_bwd_cpu", TORCH_BOX(&Guarded<&lstm_cell_bwd_cpu>::call));
+  m.impl("lstm_cell_weight_grads_cpu", TORCH_BOX(&Guarded<&lstm_cell_weight_grads_cpu>::call));
   m.impl("rnn_fwd_cpu", TORCH_BOX(&Guarded<&rnn_fwd_cpu>::call));
   m.impl("rnn_bwd_cpu", TORCH_BOX(&Guarded<&rnn_bwd_cpu>::call));
 }

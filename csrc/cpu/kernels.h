@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/backward/layer.h"
+#include "cpu/backward/step_weights.h"
 #include "cpu/forward/layer.h"
 #include "cpu/hash.h"
 
@@ -63,6 +64,11 @@ void backward(const BackwardParams& p) {
   });
 }
 
+void weight_grads(const WeightGradParams& p) {
+  const FlushDenormals flush;
+  p.dtype == Dtype::f64 ? step_weight_grads<double>(p) : step_weight_grads<float>(p);
+}
+
 bool forward_reads_stored_of(const Sizes& s, bool is_double) {
   return is_double ? forward_reads_stored<double>(s) : forward_reads_stored<float>(s);
 }
@@ -93,10 +99,20 @@ void describe(const Sizes& s, int threads, const i64* caches, char* text, size_t
 }  // namespace
 }  // namespace fastlstm
 
-#define FASTLSTM_KERNELS(isa)                                                                                     \
-  namespace fastlstm {                                                                                            \
-  extern const Kernels isa##_kernels;                                                                             \
-  const Kernels isa##_kernels = {                                                                                 \
-      #isa,     forward_bytes,           backward_bytes,        hash_bytes, pack_forward, pack_backward, forward, \
-      backward, forward_reads_stored_of, backward_reads_stored, worthwhile, describe};                            \
+#define FASTLSTM_KERNELS(isa)                             \
+  namespace fastlstm {                                    \
+  extern const Kernels isa##_kernels;                     \
+  const Kernels isa##_kernels = {#isa,                    \
+                                 forward_bytes,           \
+                                 backward_bytes,          \
+                                 hash_bytes,              \
+                                 pack_forward,            \
+                                 pack_backward,           \
+                                 forward,                 \
+                                 backward,                \
+                                 weight_grads,            \
+                                 forward_reads_stored_of, \
+                                 backward_reads_stored,   \
+                                 worthwhile,              \
+                                 describe};               \
   }

@@ -68,6 +68,11 @@ class Backend:
     """Whether ``auto`` may take it without a word about it in the record of the machine: its
     kernels run on such devices in the tests, or are PyTorch's own."""
 
+    lstm_cell_fwd: Any = None
+    lstm_cell_bwd: Any = None
+    lstm_cell_weight_grads: Any = None
+    """The operators of a plain cell in training; None where there are none."""
+
     members: bool = False
     """Whether one call of the operators computes an ensemble of layers (``members=E``)."""
 

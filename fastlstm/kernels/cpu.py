@@ -33,6 +33,24 @@ _LSTM_CELL_INFER = operators.define_operator(
     "lstm_cell_infer_cpu",
     f"(Tensor x, Tensor[] weights, {_STATES}, Tensor(a!)? cache) -> (Tensor, Tensor)",
 )
+# A step of a cell in training. The forward operator also returns what the other one needs: the
+# gates and c, in one tensor [B, 5H] of the compute type. So is what the backward operator returns:
+# the gradients of x, h0 and c0, empty where they are not wanted, and those of the gate sums
+# [B, 4H]. The last operator makes the weight gradients of many steps from these, x and h0.
+_CELL_FWD = operators.define_operator(
+    "lstm_cell_fwd_cpu",
+    "(Tensor x, Tensor[] weights, Tensor h0, Tensor c0, Tensor(a!)? cache) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+_CELL_BWD = operators.define_operator(
+    "lstm_cell_bwd_cpu",
+    "(Tensor x, Tensor[] weights, Tensor h0, Tensor c0, Tensor kept, Tensor? dh, Tensor? dc, "
+    "bool dx, bool dh0, bool dc0, Tensor(a!)? cache) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_CELL_WEIGHT_GRADS = operators.define_operator(
+    "lstm_cell_weight_grads_cpu",
+    "(Tensor[] x, Tensor[] h, Tensor[] dsums, Tensor(a!)[] dweights, bool add) -> ()",
+)
 _SIZES = "int input, int hidden, int projected, int directions"
 _CACHE_BYTES = operators.define_operator(
     "cpu_cache_bytes",
@@ -53,6 +71,8 @@ class CpuBackend(Backend):
     lstm_infer = _LSTM_INFER
     lstm_cell_infer = _LSTM_CELL_INFER
     proven = True
+    lstm_cell_fwd, lstm_cell_bwd = _CELL_FWD, _CELL_BWD
+    lstm_cell_weight_grads = _CELL_WEIGHT_GRADS
     members = True
     wide = True
 

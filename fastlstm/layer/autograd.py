@@ -30,7 +30,7 @@ from fastlstm.layer.keeping import keep, recall, save, saved
 from fastlstm.layer.recorded import derive, forward, gradients, is_recorded
 from fastlstm.layer.second import covers, second_derivatives
 
-__all__ = ["run"]
+__all__ = ["is_legacy_batch", "pull", "run"]
 
 _is_transformed = torch._C._are_functorch_transforms_active
 
@@ -73,22 +73,34 @@ def _differentiate(
     return _Gradient.apply(call, tuple(needed), sizes, *inputs, *kept, *incoming)
 
 
+def pull(
+    call: Call,
+    needed: Sequence[bool],
+    inputs: MaybeTensors,
+    kept: MaybeTensors,
+    incoming: MaybeTensors,
+    then: Tensor | None = None,
+) -> Tensors:
+    """Return the gradients of a layer's inputs in a backward pass, whatever the pass asks for.
+
+    The arguments are those of :func:`fastlstm.layer.compute.gradients`.
+    """
+    arguments = call, needed, inputs, kept, incoming
+    if any(map(is_legacy_batch, incoming)):
+        return pull_back(*arguments)
+    if _is_transformed() or torch.is_grad_enabled():
+        return _differentiate(*arguments)
+    return gradients(*arguments, then)
+
+
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     call, inputs, kept, weights = recall(ctx)
     needed = ctx.needs_input_grad[1:]
-    incoming = incoming[: count_results(call)]
-    arguments = (call, needed, inputs, kept, incoming)
-    if any(map(_is_legacy_batch, incoming)):
-        found = pull_back(*arguments)
-    elif _is_transformed() or torch.is_grad_enabled():
-        found = _differentiate(*arguments)
-    else:
-        found = gradients(*arguments, weights)
-    rest = iter(found)
+    rest = iter(pull(call, needed, inputs, kept, incoming[: count_results(call)], weights))
     return None, *(next(rest) if need else None for need in needed)
 
 
-def _is_legacy_batch(grad: Tensor | None) -> bool:
+def is_legacy_batch(grad: Tensor | None) -> bool:
     """Whether it stands for many gradients, of `is_grads_batched=True`; that is no torch.func."""
     if torch.compiler.is_compiling():  # Dynamo cannot ask, and does not trace those
         return False

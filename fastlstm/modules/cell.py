@@ -13,6 +13,7 @@ from fastlstm import convert
 from fastlstm.functional import State, lstm_cell
 from fastlstm.kernels.base import Cache
 from fastlstm.layer.fast_path import Layers, fast_backend, infer
+from fastlstm.layer.steps import Steps
 from fastlstm.modules.base import tensors
 from fastlstm.modules.stand_in import StandIn, drawn
 from fastlstm.spec import LayerSpec
@@ -65,10 +66,13 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         """
         weights = tensors(self, _NAMES if self.bias else _NAMES[:2])
         is_tensor = isinstance(input, Tensor)
-        if is_tensor and not torch.is_grad_enabled() and input.dim() == 2:
+        if is_tensor and input.dim() == 2:
             backend = fast_backend(input)
             if backend is not None:
-                result = infer(backend, input, hx, weights, self._layers, cell=True)
+                if torch.is_grad_enabled():
+                    result = self._steps.run(backend, input, hx, weights)
+                else:
+                    result = infer(backend, input, hx, weights, self._layers, cell=True)
                 if result is not None:
                     return result
         if not is_tensor or hx is not None:
@@ -83,15 +87,21 @@ class LSTMCell(StandIn, nn.RNNCellBase):
     def _layers(self) -> Layers:
         return Layers(self.specs(), [self._cache], {})
 
+    @cached_property
+    def _steps(self) -> Steps:
+        return Steps(self.specs()[0], self._cache)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Convert or move the parameters; packed weights of the old ones go."""
+        """Convert or move the parameters; what was kept of the old ones goes."""
         self._cache.clear()
+        self.__dict__.pop("_steps", None)
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state.pop("_cache", None)
         state.pop("_layers", None)
+        state.pop("_steps", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

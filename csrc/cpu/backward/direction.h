@@ -47,6 +47,7 @@ class BackwardDirection {
 
   i64 in_panels() const { return at_.in_panels; }
   void input_grad(i64 row_begin, i64 row_end, i64 panel);
+  void put_sum_grads() const;
   const WeightGrad<S>& gate_weights() const { return gates_; }
   const WeightGrad<S>& recurrent_weights() const { return recurrent_; }
   const WeightGrad<S>& projection_weights() const { return projection_; }

@@ -57,6 +57,7 @@ class BackwardLayer {
         by_rows([](const Direction& direction, i64 a, i64 b) { direction.recompute(a, b); });
       plan_.split_units ? shared_steps(first, steps) : lane_steps(first, steps);
       extended_grads();
+      for (i64 d = 0; d < s_.D && p_.dsums.data; ++d) directions_[d]->put_sum_grads();
       input_grads();
       weight_grads();
       for (i64 d = 0; d < s_.D; ++d) directions_[d]->end_chunk();

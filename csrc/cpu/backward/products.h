@@ -49,6 +49,22 @@ inline void BackwardDirection<S>::recurrent_weight_grad(i64 part, i64 parts) {
       [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, s_.I + k_begin, s_.I + k_end, out); });
 }
 
+// Copies the gradients of the gate sums to their tensor, where they are in the order of the weights.
+template <class S>
+inline void BackwardDirection<S>::put_sum_grads() const {
+  for (i64 row = 0; row < chunk_rows(); ++row) {
+    i64 t, slot;
+    locate(row, t, slot);
+    const S* from = chunk.dgates_row(row);
+    S* to = element<S>(p_.dsums.data, all_.offset(p_.dsums, t, all_.batch(slot)));
+    for (i64 unit = 0; unit < s_.H; unit += kLanes<S>) {
+      const i64 n = smaller(kLanes<S>, s_.H - unit);
+      for (i64 gate = 0; gate < s_.G; ++gate, from += n)
+        std::memcpy(to + gate * s_.H + unit, from, size_t(n) * sizeof(S));
+    }
+  }
+}
+
 // Adds m^T dh of this chunk.
 template <class S>
 inline void BackwardDirection<S>::projection_weight_grad(i64 part, i64 parts) {
