@@ -108,9 +108,11 @@ __attribute__((noinline)) void dot_tile(const S* w, i64 rows, const S* const* a,
   for (int n = 0; n < N; ++n) store_lane_sums<S, R>(sums[n], out + n * out_pitch, add);
 }
 
-// Rows of weights in a tile: many where there are few rows of the batch, so that enough chains are in flight.
+// Rows of weights in a tile, and of the batch. Few rows of the batch pass over many of weights, so that enough of
+// memory is on its way; a second tile of them finds the weights in L1.
 template <class S>
 constexpr int kFewRows = smaller(8, kLanes<S>);
+constexpr int kFewTile = kVectorBytes >= 64 ? 3 : 2, kFewest = 2 * kFewTile;
 template <class S>
 constexpr int kManyRows = smaller(4, kLanes<S>);
 
@@ -132,8 +134,8 @@ class Dots {
   }
 
   void multiply(const Stored& w, i64 first, i64 rows, const S* const* a, i64 N, S* out, i64 out_pitch, bool add) const {
-    N <= 2 ? tiles<kFewRows<S>, 2>(w, first, rows, a, N, out, out_pitch, add)
-           : tiles<kManyRows<S>, kTileRows>(w, first, rows, a, N, out, out_pitch, add);
+    N <= kFewest ? tiles<kFewRows<S>, kFewTile>(w, first, rows, a, N, out, out_pitch, add)
+                 : tiles<kManyRows<S>, kTileRows>(w, first, rows, a, N, out, out_pitch, add);
   }
 
  private:

@@ -1,6 +1,6 @@
 // Sums of the rows of a matrix as PyTorch stores it, each times a number: out = a w, where w [Q, K] is read row by row,
-// once, and nothing is packed. The sums run over q in the order, and with the roundings, of multiply_panel in gemm.h,
-// so a pass may take either.
+// once, and nothing is packed but a part of w that fits L1, where rows are many. The sums run over q in the order, and
+// with the roundings, of multiply_panel in gemm.h, so a pass may take either.
 #pragma once
 
 #include "cpu/convert.h"
@@ -21,6 +21,7 @@ class RowSums {
  public:
   // For up to `rows` rows of `columns` columns.
   RowSums(Dtype dtype, i64 rows, i64 columns) : pitch_(pitch<S>(columns)) {
+    if (rows >= kManyRows) return;  // they go by panels
     chain_ = Buffer<S>(rows * pitch_);
     if (element_bytes(dtype) != sizeof(S)) wide_ = Buffer<S>(kTogether * columns);
   }
@@ -28,6 +29,7 @@ class RowSums {
   // out.row(n)[0 .. end - begin) = sum over q < Q of a.row(n)[q] * row(q) of w, for N rows.
   template <class Row>
   void sum(i64 N, Matrix<const S> a, i64 Q, const StoredColumns& w, const Row& row, Matrix<S> out) const {
+    if (!chain_) return by_panels(N, a, Q, w, row, out);
     const i64 columns = w.end - w.begin;
     const Matrix<S> chain{chain_.get(), pitch_};
     for (i64 q = 0; q == 0 || q < Q; q += kChain) {
@@ -41,6 +43,24 @@ class RowSums {
  private:
   static constexpr i64 kTogether = 8;  // rows of w that pass over the sums together: fewer loads and stores of these
   static constexpr int kRows = kVectorBytes >= 64 ? 2 : 1;  // of the sums: their factors stay in registers
+
+  // From so many rows on it is worth while to copy a part of w to where it is dense: sums then stay in registers.
+  static constexpr i64 kManyRows = 8;
+
+  template <class Row>
+  static void by_panels(i64 N, Matrix<const S> a, i64 Q, const StoredColumns& w, const Row& row, Matrix<S> out) {
+    const Buffer<i64> first(Q);
+    for (i64 q = 0; q < Q; ++q) first[q] = row(q) * w.K + w.begin;
+    Buffer<S> panel(kChain * kPanel<S>);
+    panel.zero();  // its padding is read
+    for (i64 k = 0; k < w.end - w.begin; k += kPanel<S>)
+      for (i64 q = 0; q < Q; q += kChain) {
+        const i64 width = smaller(kPanel<S>, w.end - w.begin - k), terms = smaller(kChain, Q - q);
+        for (i64 j = 0; j < terms; ++j) convert_in(&panel[j * kPanel<S>], w.data, w.dtype, first[q + j] + k, width);
+        multiply_rows<S>(N, a.row(0) + q, a.pitch, 1, terms, panel.get(), kPanel<S>, out.row(0) + k, out.pitch, width,
+                         q > 0);
+      }
+  }
 
   static void add(i64 N, i64 columns, Matrix<S> to, Matrix<S> from) {
     for (i64 n = 0; n < N; ++n)

@@ -3,77 +3,85 @@
 // and not at every step.
 #pragma once
 
-#include "cpu/backward/chunk.h"
+#include "cpu/convert.h"
 #include "cpu/parallel.h"
 #include "cpu/weight_grad.h"
 
 namespace fastlstm {
 namespace {
 
-// As many rows as one chain adds up.
 template <class S>
 class StepWeightGrads {
  public:
   explicit StepWeightGrads(const WeightGradParams& p)
-      : p_(p), s_(p.sizes), x_(rows_of(s_.I)), h_(rows_of(s_.P)), dsums_(rows_of(s_.gate_units())), add_(p.add) {}
+      : p_(p), s_(p.sizes), capacity_(smaller(kMost, larger(1, p.sizes.B))), x_(panels_of(s_.I)), h_(panels_of(s_.P)),
+        dsums_(panels_of(s_.gate_units())), add_(p.add) {}
 
   void run() {
     for (i64 k = 0; k < p_.count; ++k)
       for (i64 b = 0; b < p_.steps[k].B; ++b) {
         put(p_.steps[k], b);
-        if (++rows_ == kChain) multiply();
+        if (++rows_ == capacity_) multiply();
       }
     if (rows_ || !add_) multiply();  // without any row they are zero
   }
 
  private:
-  // Their padding is read, see BackwardDirection::zeros.
-  static Buffer<S> rows_of(i64 n) {
-    Buffer<S> buffer(kChain * pitch<S>(n));
-    buffer.zero();
+  static constexpr i64 kMost = 4 * kChain;         // rows of a product: reading and writing the sums takes less then
+  static constexpr i64 kTogether = 4 * kPanel<S>;  // gate units of a thread that pass over a panel of the inputs
+
+  // [panels][capacity][kPanel]: the rows of n numbers, panel by panel.
+  Buffer<S> panels_of(i64 n) const {
+    Buffer<S> buffer(ceil_div(n, kPanel<S>) * capacity_ * kPanel<S>);
+    if (n % kPanel<S>) buffer.zero();  // the padding is read
     return buffer;
   }
+  S* panel(const Buffer<S>& of, i64 k) const { return &of[k / kPanel<S> * capacity_ * kPanel<S>]; }
 
   void put(const StepRows& step, i64 b) const {
-    convert_in(&x_[rows_ * pitch<S>(s_.I)], step.x.data, p_.dtype, b * step.x.batch, s_.I);
-    convert_in(&h_[rows_ * pitch<S>(s_.P)], step.h.data, p_.dtype, b * step.h.batch, s_.P);
-    std::memcpy(&dsums_[rows_ * pitch<S>(s_.gate_units())], element<S>(step.dsums.data, b * step.dsums.batch),
-                size_t(s_.gate_units()) * sizeof(S));
+    const auto copy = [&](const Buffer<S>& to, const Rows& from, Dtype dtype, i64 n) {
+      for (i64 k = 0; k < n; k += kPanel<S>)
+        convert_in(panel(to, k) + rows_ * kPanel<S>, from.data, dtype, b * from.batch + k, smaller(kPanel<S>, n - k));
+    };
+    copy(x_, step.x, p_.dtype, s_.I);
+    copy(h_, step.h, p_.dtype, s_.P);
+    copy(dsums_, step.dsums, sizeof(S) == 8 ? Dtype::f64 : Dtype::f32, s_.gate_units());
   }
 
   // Adds the product of the rows that are there. Threads share the gate units.
   void multiply() {
-    const i64 panels = ceil_div(s_.gate_units(), kPanel<S>), shares = smaller(panels, p_.threads->count());
-    parallel(*p_.threads, shares, [&](i64 k) {
-      const i64 begin = k * panels / shares * kPanel<S>;
-      const i64 end = smaller((k + 1) * panels / shares * kPanel<S>, s_.gate_units());
+    parallel(*p_.threads, ceil_div(s_.gate_units(), kTogether), [&](i64 item) {
+      const i64 begin = item * kTogether, end = smaller(begin + kTogether, s_.gate_units());
       product(p_.dw.w_ih, x_, s_.I, begin, end);
       product(p_.dw.w_hh, h_, s_.P, begin, end);
-      bias(begin, end);
+      for (i64 q = begin; q < end; q += kPanel<S>) bias(q, smaller(kPanel<S>, end - q));
     });
     rows_ = 0;
     add_ = true;
   }
 
-  // Rows [begin, end) of a gradient [4H, K].
+  // Rows [begin, end) of a gradient [4H, K]. Inputs of one chain stay in L1 for all of them, the sums in L2.
   void product(void* out, const Buffer<S>& inputs, i64 K, i64 begin, i64 end) const {
-    const i64 sums_pitch = pitch<S>(s_.gate_units());
     for (i64 k = 0; k < K; k += kPanel<S>)
-      multiply_rows<S>(end - begin, &dsums_[begin], 1, sums_pitch, rows_, &inputs[k], pitch<S>(K),
-                       static_cast<S*>(out) + begin * K + k, K, smaller(kPanel<S>, K - k), add_);
+      for (i64 row = 0; row == 0 || row < rows_; row += kChain)
+        for (i64 q = begin; q < end; q += kPanel<S>)
+          multiply_rows<S>(smaller(kPanel<S>, end - q), panel(dsums_, q) + row * kPanel<S>, 1, kPanel<S>,
+                           smaller(kChain, rows_ - row), panel(inputs, k) + row * kPanel<S>, kPanel<S>,
+                           static_cast<S*>(out) + q * K + k, K, smaller(kPanel<S>, K - k), add_ || row > 0);
   }
-  void bias(i64 begin, i64 end) const {
+  void bias(i64 begin, i64 count) const {
     if (!p_.dw.b) return;
     S* out = static_cast<S*>(p_.dw.b) + begin;
-    for_vectors<S>(end - begin, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
-      const Vec<S> sum = sum_rows<S>(&dsums_[begin + k], pitch<S>(s_.gate_units()), rows_);
+    for_vectors<S>(count, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
+      const Vec<S> sum = sum_rows<S>(panel(dsums_, begin) + k, kPanel<S>, rows_);
       store_n(out + k, add_ ? load_n(out + k, n) + sum : sum, n);
     });
   }
 
   const WeightGradParams& p_;
   const Sizes& s_;
-  const Buffer<S> x_, h_, dsums_;  // [kChain][pitch of I], of P, of 4H: rows that wait for their product
+  const i64 capacity_;             // rows of a product
+  const Buffer<S> x_, h_, dsums_;  // rows that wait for their product
   i64 rows_ = 0;
   bool add_;
 };
