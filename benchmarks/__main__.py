@@ -18,6 +18,7 @@ COMMANDS = {  # a command's module, and what it does
     "speed": ("speed.command", "time single calls beside every other LSTM on this machine"),
     "report": ("report.command", "write the tables and pictures of all results"),
     "cells": ("speed.cells", "time each option of a cell, and RNN beside nn.RNN"),
+    "loops": ("speed.loops", "time loops over LSTMCell beside nn.LSTMCell and ONNX Runtime"),
     "contention": ("speed.contention", "time calls beside busy processes, or on too many threads"),
     "kernels": ("gpu.kernels", "show what the GPU kernels compile to, without a GPU"),
     "gpu": ("gpu.command", "on a GPU: run the tests, record cuDNN's outputs, time the kernels"),

@@ -112,7 +112,8 @@ def from_module(module: nn.RNNBase, work: Workload, forward: Call | None = None)
         nonlocal carried
         _, carried = forward(rows, carried)
 
-    return Contender(step if work.mode == "step" else infer, results)
+    call = step if work.mode == "step" else infer
+    return Contender(call, results, rest=partial(memory.rest_bytes, module))
 
 
 def _training(module: nn.RNNBase, work: Workload, forward: Call) -> Contender:
@@ -152,7 +153,7 @@ def _training(module: nn.RNNBase, work: Workload, forward: Call) -> Contender:
     def kept() -> int:
         return memory.kept_bytes(lambda: forward(rows), [*module.parameters(), data(rows)])
 
-    return Contender(call, results, kept=kept)
+    return Contender(call, results, kept=kept, rest=partial(memory.rest_bytes, module))
 
 
 def data(rows: object) -> Tensor:

@@ -107,6 +107,13 @@ USERS = _group(
     ("lm", (512, 512, 2, 1, 32, 64), "a language model"),
     ("large", (1024, 1024, 1, 1, 64, 32), "one wide layer of 1,024 units"),
 )
+# What runs in production on CPUs: one stream at a time. Loops over a cell are in :mod:`.loops`.
+SMALL = _group(
+    "small",
+    ("vad-step", (128, 128, 1, 1, 1, 1), "voice activity: one frame"),
+    ("vad-sequence", (128, 128, 1, 1, 1, 512), "voice activity: a recording of 512 frames"),
+    ("rnnt-step", (640, 640, 2, 1, 1, 1), "speech recognition: one step of an RNN-T predictor"),
+)
 # Layers whose weights do not fit L2 beside everything else: each step reads them from L3.
 WIDE = _group(
     "wide",
@@ -119,6 +126,15 @@ WIDE = _group(
     ("wide-tagger", (300, 384, 1, 2, 24, 30), "a tagger over word vectors, both ways"),
     ("wide-1024", (1024, 1024, 1, 1, 32, 16), "1,024 units"),
 )
+STEPS = [
+    Case(f"step I={I} H={H} L={L} B={B}", I, H, L, 1, B, 1, group="sweep-step")
+    for B in (1, 4)
+    for L in (1, 2)
+    for I, H in (
+        (64, 64), (128, 128), (40, 200), (256, 256), (512, 512), (640, 640), (1024, 1024),
+        (2048, 2048),
+    )
+]  # fmt: skip
 # Baidu's DeepBench, code/kernels/rnn_problems.h: all LSTMs of its lists for training and, with a
 # batch of up to 4, for inference on servers.
 DEEPBENCH = [
@@ -168,9 +184,9 @@ MAP = [
     for H in (16, 32, 64, 128, 256, 512, 1024)
     for B in (1, 4, 16, 64, 256)
 ]
-ALL = [*TASKS, *USERS, *WIDE, *DEEPBENCH, *FLASHRNN, *SWEEPS, *MAP]
+ALL = [*TASKS, *USERS, *SMALL, *STEPS, *WIDE, *DEEPBENCH, *FLASHRNN, *SWEEPS, *MAP]
 GROUPS = tuple(dict.fromkeys(case.group for case in ALL))
-CASES = {case.name: case for case in TASKS + USERS + WIDE}  # those that a name alone finds
+CASES = {case.name: case for case in TASKS + USERS + SMALL + WIDE}  # those that a name alone finds
 # Dense tasks: what the geometric means and the GPU timings are about first.
 TASK_SHAPES = ("mnist-lstm", "mnist-lstm128", "mnist-blstm", "binary")
 

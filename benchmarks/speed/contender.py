@@ -20,7 +20,8 @@ class Contender:
     The names are y [T, B, D*H] (zero past the lengths), h and c [L*D, B, H]; in training y and
     "gradient of NAME" for x [T, B, I] and every parameter of nn.LSTM. `timer` and `peak` are for
     those whose calls are not timed, and whose memory is not found, in this process and on the CPU.
-    `kept` tells the bytes that a forward pass keeps for backward, where that can be known.
+    `kept` tells the bytes that a forward pass keeps for backward, `rest` those of weights and of
+    copies of them that stay between calls, where that can be known.
     """
 
     call: Callable[[], object]
@@ -28,6 +29,7 @@ class Contender:
     timer: Callable[[int], float] | None = None
     peak: Callable[[], int | None] | None = None
     kept: Callable[[], int] | None = None
+    rest: Callable[[], int] | None = None
 
     def seconds(self, times: int) -> float:
         """Return the seconds that so many calls take."""
@@ -49,7 +51,8 @@ def around(contender: Contender, context: Callable[[], AbstractContextManager[An
         return inside
 
     kept = contender.kept and within(contender.kept)
-    return Contender(within(contender.call), within(contender.results), kept=kept)
+    call, results = within(contender.call), within(contender.results)
+    return Contender(call, results, kept=kept, rest=contender.rest)
 
 
 def on_host(call: Callable[[], object], times: int) -> float:

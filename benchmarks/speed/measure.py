@@ -93,6 +93,8 @@ def _first_figures(contender: Contender, judge: Judge, name: str, job: Job) -> R
     row: Row = {"first_call_s": contender.seconds(1)}
     row["max_error"] = judge.error(name, contender, ours=provider(name).own_kernels)
     row["peak_bytes"] = contender.peak_bytes()
+    if contender.rest:
+        row["rest_bytes"] = contender.rest()
     if contender.kept:
         row["kept_bytes"] = contender.kept()
         row["kept_values_of_H"] = row["kept_bytes"] / _values(job)

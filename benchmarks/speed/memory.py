@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
@@ -26,6 +26,16 @@ def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     del output
     return sum(kept.values())
+
+
+def rest_bytes(module: nn.Module) -> int:
+    """Bytes that a module holds between calls: weights, and the packed copies that ours keeps."""
+    tensors = [*module.parameters(), *module.buffers()]
+    for part in module.modules():
+        for cache in (*getattr(part, "_caches", ()), getattr(part, "_cache", {})):
+            tensors += cache.values()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def peak(call: Callable[[], object]) -> int | None:
