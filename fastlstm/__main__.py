@@ -27,6 +27,9 @@ one, whose LSTMs, RNNs and LSTMCells are timed for B sequences of T steps.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0 if all is well, 1 if something is wrong, 2 for wrong arguments."""
     options = _parser().parse_args(arguments)
+    if _device(options).type == "cuda" and not torch.cuda.is_available():
+        print("there is no CUDA device", file=sys.stderr)
+        return 2
     result: int = options.run(options)
     return result
 

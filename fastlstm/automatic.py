@@ -223,27 +223,37 @@ class Watched:
     def __init__(self, backend: Backend, name: str) -> None:
         self._backend, self._name = backend, name
         self._takes: dict[Any, bool] = {}
-        self.error, self.packed_weights = backend.error, backend.packed_weights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
     def lstm_infer(self, x: Tensor, weights: Any, layers: int, *rest: Any) -> Any:
         """Compute layers, as the operator of the backend."""
-        self._ask(x, weights, layers, rest[0])
+        self._ask(x, weights, layers, rest[0], False)
         return self._backend.lstm_infer(x, weights, layers, *rest)
 
     def lstm_cell_infer(self, x: Tensor, weights: Any, *rest: Any) -> Any:
         """Take a step of a cell, as the operator of the backend."""
-        self._ask(x, weights, 0, 1)
+        self._ask(x, weights, 0, 1, False)
         return self._backend.lstm_cell_infer(x, weights, *rest)
 
-    def _ask(self, x: Tensor, weights: Sequence[Tensor], layers: int, directions: int) -> None:
+    def lstm_cell_fwd(self, x: Tensor, weights: Any, *rest: Any) -> Any:
+        """Take a step of a cell in training, as the operator of the backend."""
+        self._ask(x, weights, 0, 1, True)
+        return self._backend.lstm_cell_fwd(x, weights, *rest)
+
+    def _ask(
+        self, x: Tensor, weights: Sequence[Tensor], layers: int, directions: int, training: bool
+    ) -> None:
         shape = x.shape, x.dtype, weights[0].shape, weights[1].shape, len(weights), layers
-        key = *shape, directions, torch.get_num_threads()
+        key = *shape, directions, training, torch.get_num_threads()
         takes = self._takes.get(key)
         if takes is None:
             spec = LayerSpec.of("LSTM", weights[: len(weights) // max(layers, 1)], directions)
             steps, batch = x.shape[:2] if layers else (1, x.shape[0])
-            size = Size(layers, steps, batch, ())
-            found = first_without_doubt(self._name, x, (spec,), size=size)
+            size = Size(layers, steps, batch, weights)
+            with torch.set_grad_enabled(training):  # it is off where autograd calls an operator
+                found = first_without_doubt(self._name, x, (spec,), size=size)
             takes = self._takes[key] = found is self._backend
         if not takes:
             raise RuntimeError("another backend takes this call on this machine")

@@ -122,9 +122,11 @@ def folder() -> Path:
     """Return where records are kept."""
     if own := os.environ.get("FASTLSTM_CACHE"):
         return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    base = Path(shared) if shared and os.path.isabs(shared) else Path("~/.cache").expanduser()
-    return base / "fastlstm"
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    home = os.path.join(os.path.expanduser("~"), ".cache")
+    # XDG: a relative path counts for nothing. Who has no home has the folder of temporary files.
+    absolute = [place for place in (shared, home) if os.path.isabs(place)]
+    return Path(*absolute[:1] or [tempfile.gettempdir()]) / "fastlstm"
 
 
 @cache

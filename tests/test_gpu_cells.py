@@ -1,6 +1,7 @@
 """On a GPU: the cells that nn.LSTM lacks, nn.RNN, and torch.func.
 
-The backend is "auto": what the kernels lack (see `fastlstm.explain`) is the reference's.
+The backend is "auto" of a machine on which the kernels are proven: what they lack (see
+`fastlstm.explain`) is PyTorch's or the reference's.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from torch.func import functional_call, grad, hessian, stack_module_state, vmap
 
 import fastlstm
 from benchmarks.speed.precision import PRECISIONS, Precision
+from fastlstm import automatic
+from fastlstm.kernels.base import get
 
 pytestmark = [*gpu.MARKS, pytest.mark.only("triton")]
 
@@ -33,9 +36,13 @@ CASES = EACH + TOGETHER + WIDE + WIDE_NORMALISED + RECOMPUTED + RNN + MORE
 
 
 @pytest.fixture(autouse=True)
-def auto() -> Iterator[None]:
+def auto(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(get("triton"), "proven", True)
+    automatic._automatic.cache_clear()
     with fastlstm.backend("auto"):
         yield
+    monkeypatch.undo()
+    automatic._automatic.cache_clear()
     torch.cuda.empty_cache()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,6 +251,8 @@ def test_where_records_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert record.folder() == tmp_path / ".cache" / "fastlstm"
+    monkeypatch.setenv("HOME", "relative")
+    assert record.folder() == Path(tempfile.gettempdir()) / "fastlstm"
 
 
 # ---- auto obeys it ---------------------------------------------------------------------------
@@ -285,13 +288,22 @@ def test_auto_takes_the_winner(winner: str, training: bool) -> None:
 
 
 @needs_cpu
-def test_cells_can_be_sent_to_torch() -> None:
-    keep(times={key(layers=0, size=(1, B)): {"torch": 1.0, "cpu": 2.0}})
+@pytest.mark.parametrize("training", [False, True])
+def test_cells_can_be_sent_to_torch(training: bool) -> None:
+    keep(times={key(training, layers=0, size=(1, B)): {"torch": 1.0, "cpu": 2.0}})
     theirs = nn.LSTMCell(I, H)
     cell, x = fastlstm.LSTMCell.from_torch(theirs), torch.randn(B, I)
-    with torch.no_grad():
-        assert fastlstm.explain(cell, x).backend == "torch"
-        assert torch.equal(cell(x)[0], theirs(x)[0])
+    for grad in (training, not training):
+        with torch.set_grad_enabled(grad):
+            sent = grad == training
+            assert fastlstm.explain(cell, x).backend == ("torch" if sent else "cpu")
+            found = [module(x, module(x)) for module in (cell, theirs)]
+            torch.testing.assert_close(*found)
+            if grad:
+                nodes = [type(h.grad_fn) for h, _ in found]
+                assert (nodes[0] is nodes[1]) == sent
+            if sent:
+                assert all(map(torch.equal, *found))
 
 
 @needs_cpu
@@ -439,6 +451,8 @@ def test_the_command(cache: Path, quick: None, hasty: None, capsys: Any) -> None
         assert kept is not None
         assert len(kept.times) == 4
     assert main(["tune", "3,5"]) == 2
+    if not torch.cuda.is_available():
+        assert main(["record", "--device", "cuda"]) == 2
     assert main(["tune", "3,5,1,1,1,1", "--dtype", "short"]) == 2
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from fastlstm import automatic
@@ -26,7 +27,7 @@ from fastlstm.layer.recorded import is_recorded
 from fastlstm.record import known
 from fastlstm.spec import LayerSpec
 
-__all__ = ["compute_whole", "is_whole", "whole_backend"]
+__all__ = ["compute_whole", "is_whole", "plain_cell", "whole_backend"]
 
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
@@ -102,6 +103,25 @@ def compute_whole(
     inputs = x, *(hx or ()), *weights
     y, *final = _Derivable.apply(again, len(final), len(hx or ()), y, *final, *inputs)
     return y, tuple(final)
+
+
+def plain_cell(
+    backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Take a step of a plain cell on what :func:`whole_backend` returned, for latency.
+
+    Returns:
+        The next ``(h, c)``; None for a call that the backend refused, which then takes the long
+        way, to an answer or a better message.
+    """
+    states = hx if type(hx) is tuple and len(hx) == 2 else ()
+    if (hx is not None and not states) or has_torch_function((x, *states, *weights)):
+        return None
+    try:
+        found: tuple[Tensor, Tensor] = backend.cell(x, hx, weights)
+    except (RuntimeError, ValueError, TypeError):
+        return None
+    return found
 
 
 class _Derivable(torch.autograd.Function):

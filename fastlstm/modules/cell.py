@@ -14,6 +14,7 @@ from fastlstm.functional import State, lstm_cell
 from fastlstm.kernels.base import Cache
 from fastlstm.layer.fast_path import Layers, fast_backend, infer
 from fastlstm.layer.steps import Steps
+from fastlstm.layer.whole import plain_cell, whole_backend
 from fastlstm.modules.base import tensors
 from fastlstm.modules.stand_in import StandIn, drawn
 from fastlstm.spec import LayerSpec
@@ -79,6 +80,12 @@ class LSTMCell(StandIn, nn.RNNCellBase):
             node = drawn(self, (input, hx))
             if node is not None:
                 return node
+        if is_tensor and input.dim() == 2:
+            whole = whole_backend(input)
+            if whole is not None:
+                result = plain_cell(whole, input, hx, weights)
+                if result is not None:
+                    return result
         # Compiled code would depend on what is in the cache, and makes no use of it.
         cache = None if torch.compiler.is_compiling() else self._cache
         return lstm_cell(input, hx, weights, cache=cache)
