@@ -102,8 +102,10 @@ class _Choice(threading.local):
         asked = candidates(name, _CPU)
         self.name = name
         self.fast = asked[0] if asked[0].lstm_infer and not automatic.CHECKED else None
-        if self.fast and name in AUTOMATIC and (name == TUNED or record.known(_CPU)):
-            self.fast = Watched(self.fast, name)
+        if self.fast and name in AUTOMATIC:
+            found = record.known(_CPU)
+            if name == TUNED or (found and not found.always_takes(self.fast.name)):
+                self.fast = Watched(self.fast, name)
 
 
 def is_automatic() -> bool:

@@ -16,7 +16,7 @@ import platform
 import tempfile
 import threading
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ _known: dict[tuple[str, int], Record | None] = {}
 _lock = threading.Lock()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Record:
-    """What is known of one device."""
+    """What is known of one device; who knows more makes another one."""
 
     machine: dict[str, str]
     verdicts: dict[str, str] = field(default_factory=dict)
@@ -67,6 +67,16 @@ class Record:
     def winner(self, shape: str) -> str | None:
         """Return the fastest backend of a class of shapes; None where nobody has measured."""
         return next(iter(self.times.get(shape, ())), None)
+
+    @cached_property
+    def doubted(self) -> frozenset[str]:
+        """The backends that were wrong somewhere."""
+        wrong = (key for key, verdict in self.verdicts.items() if verdict != OK)
+        return frozenset(key.partition(" ")[0] for key in wrong)
+
+    def always_takes(self, backend: str) -> bool:
+        """Whether a backend that is proven has been right and the fastest wherever one looked."""
+        return backend not in self.doubted and {*map(self.winner, self.times)} <= {backend}
 
     def __str__(self) -> str:
         lines = [f"{name:<10}{value}" for name, value in self.machine.items()]

@@ -367,6 +367,18 @@ def test_kernels_for_gpus_have_to_be_verified(monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_cpu
+def test_a_record_costs_quick_calls_nothing_unless_it_prefers_others() -> None:
+    keep({"cpu float32 long plain": OK}, {key(): {"cpu": 1.0, "torch": 2.0}})
+    assert choice.fast is get("cpu")
+    keep({}, {key(training=True): {"torch": 1.0, "cpu": 2.0}})
+    assert choice.fast is not get("cpu")
+    keep({"cpu float32 long plain": "y is 3"})
+    assert choice.fast is not get("cpu")
+    with fastlstm.backend("cpu"):
+        assert choice.fast is get("cpu")
+
+
+@needs_cpu
 def test_auto_without_a_record_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices do not depend on what is measured, and a call looks for no file."""
     lstm, x = fastlstm.LSTM(I, H), torch.randn(T, B, I)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -111,8 +112,8 @@ def tune(
 def _store(device: torch.device, found: Sequence[Timing]) -> str:
     """Put times into the record; return why they could not be written, "" if they were."""
     old = record.load(device) or record.known(torch.empty(0, device=device))
-    kept = old or Record(dict(record.machine(device)))
-    kept.times.update(dict(found))
+    old = old or Record(dict(record.machine(device)))
+    kept = replace(old, times=old.times | dict(found))
     note = record.store(device, kept) or ""
     choice.set(choice.name)
     return note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -94,8 +95,8 @@ def verify(
                 print(verdict, flush=True)
     if keep and found:
         old = record.load(where) or Record(dict(record.machine(where)))
-        old.verdicts.update(_summary(found))
-        found.note = record.store(where, old) or ""
+        kept = replace(old, verdicts=old.verdicts | _summary(found))
+        found.note = record.store(where, kept) or ""
         choice.set(choice.name)
     return found
 
