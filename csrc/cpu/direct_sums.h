@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/dots.h"
-#include "cpu/pack.h"
+#include "cpu/plan.h"
 
 namespace fastlstm {
 namespace {
@@ -38,14 +38,21 @@ class DirectSums {
   }
 
   // What `multiply` and the like need for themselves; a thread has one of its own.
-  Dots<S> dots() const { return Dots<S>(dtype_, larger(s_->I, s_->P)); }
+  Dots<S> dots() const { return Dots<S>(dtype_, s_->I + s_->P); }
 
   // sums[tile * N + n] (+)= x w_ih^T or h w_hh^T of a range of tiles, for N rows.
   void inputs(const Dots<S>& dots, Range tiles, const S* const* x, i64 N, Panel* sums, bool add) const {
-    products(dots, {w_->w_ih, dtype_, s_->I}, tiles, x, N, sums, add);
+    products<1>(dots, {{w_->w_ih, dtype_, s_->I, x}}, tiles, N, sums, add);
   }
   void hidden(const Dots<S>& dots, Range tiles, const S* const* h, i64 N, Panel* sums, bool add) const {
-    products(dots, {w_->w_hh, dtype_, s_->P}, tiles, h, N, sums, add);
+    products<1>(dots, {{w_->w_hh, dtype_, s_->P, h}}, tiles, N, sums, add);
+  }
+  // Both. Where they are joined (plan.h) the lanes of their sum are added once.
+  void gates(const Dots<S>& dots, Range tiles, const S* const* x, const S* const* h, i64 N, Panel* sums) const {
+    if (joins_products<S>(*s_))
+      return products<2>(dots, {{w_->w_ih, dtype_, s_->I, x}, {w_->w_hh, dtype_, s_->P, h}}, tiles, N, sums, false);
+    inputs(dots, tiles, x, N, sums, false);
+    hidden(dots, tiles, h, N, sums, true);
   }
   void add_bias(Range tiles, i64 N, Panel* sums) const {
     if (!bias_) return;
@@ -67,13 +74,13 @@ class DirectSums {
 
   // Gate after gate: the longer the runs of memory are, the better the core foresees them. Units that do not exist
   // become zero, as in a packed panel.
-  void products(const Dots<S>& dots, const Stored& w, Range tiles, const S* const* a, i64 N, Panel* sums,
-                bool add) const {
+  template <int count>
+  void products(const Dots<S>& dots, const Stored<S> (&of)[count], Range tiles, i64 N, Panel* sums, bool add) const {
     for (i64 v = 0; v < kPanelVectors; ++v)
       for (i64 tile = tiles.begin; tile < tiles.end; ++tile) {
         const i64 n = units(tile, v);
         S* out = sums[(tile - tiles.begin) * N] + v * kLanes<S>;
-        if (n > 0) dots.multiply(w, row(tile, v), n, a, N, out, kPanel<S>, add);
+        if (n > 0) dots.multiply(of, row(tile, v), n, N, out, kPanel<S>, add);
         for (i64 i = 0; i < N && n < kLanes<S>; ++i)
           for (i64 k = larger(0, n); k < kLanes<S>; ++k) out[i * kPanel<S> + k] = 0;
       }

@@ -70,90 +70,113 @@ FASTLSTM_INLINE void store_lane_sums(Vec<S> (&v)[R], S* out, bool add) {
 
 // ---- products -----------------------------------------------------------------------------------------------
 
-// out[n * out_pitch + r] (+)= row r of w . a[n], over K numbers, for R rows of w and N of a. Only `rows` rows of w
-// exist: the last one stands in for the others. Not inlined, so that the inner loop has all registers for its sums.
+// Rows of w, of K numbers each, and what they are multiplied with, row by row.
+template <class S>
+struct Factors {
+  const S* w;
+  const S* const* a;
+  i64 K;
+};
+
+// out[n * out_pitch + r] (+)= the sum over all factors of row r of w . a[n], for R rows of w and N of a. Only `rows`
+// rows of w exist: the last one stands in for the others. Not inlined, so that the inner loop has all registers for its
+// sums.
 template <class S, int R, int N>
-__attribute__((noinline)) void dot_tile(const S* w, i64 rows, const S* const* a, i64 K, S* out, i64 out_pitch,
+__attribute__((noinline)) void dot_tile(const Factors<S>* factors, i64 count, i64 rows, S* out, i64 out_pitch,
                                         bool add) {
-  const S *wr[R], *an[N];
   Vec<S> sums[N][R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) wr[r] = w + smaller(r, rows - 1) * K;
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) {
-    an[n] = a[n];
+  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) sums[n][r] = Vec<S>{};
-  }
-  const auto term = [&](const auto& read) FASTLSTM_INLINE_LAMBDA {
-    // The smaller side, rows of w or of a, stays in registers while the other one is read.
-    Vec<S> kept[R < N ? R : N];
-#pragma GCC unroll 8
-    for (int j = 0; j < (R < N ? R : N); ++j) kept[j] = read(R < N ? wr[j] : an[j]);
-#pragma GCC unroll 8
-    for (int j = 0; j < (R < N ? N : R); ++j) {
-      const Vec<S> other = read(R < N ? an[j] : wr[j]);
-#pragma GCC unroll 8
-      for (int i = 0; i < (R < N ? R : N); ++i) {
-        Vec<S>& sum = R < N ? sums[j][i] : sums[i][j];
-        sum = add_product(sum, kept[i], other);
-      }
-    }
-  };
-  i64 k = 0;
 #pragma GCC unroll 1
-  for (; k + kLanes<S> <= K; k += kLanes<S>) term([k](const S* p) FASTLSTM_INLINE_LAMBDA { return load(p + k); });
-  if (k < K) term([k, K](const S* p) FASTLSTM_INLINE_LAMBDA { return load_first(p + k, K - k); });
+  for (const Factors<S>* of = factors; of < factors + count; ++of) {
+    const i64 K = of->K;
+    const S *wr[R], *an[N];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) wr[r] = of->w + smaller(r, rows - 1) * K;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) an[n] = of->a[n];
+    const auto term = [&](const auto& read) FASTLSTM_INLINE_LAMBDA {
+      // The smaller side, rows of w or of a, stays in registers while the other one is read.
+      Vec<S> kept[R < N ? R : N];
+#pragma GCC unroll 8
+      for (int j = 0; j < (R < N ? R : N); ++j) kept[j] = read(R < N ? wr[j] : an[j]);
+#pragma GCC unroll 8
+      for (int j = 0; j < (R < N ? N : R); ++j) {
+        const Vec<S> other = read(R < N ? an[j] : wr[j]);
+#pragma GCC unroll 8
+        for (int i = 0; i < (R < N ? R : N); ++i) {
+          Vec<S>& sum = R < N ? sums[j][i] : sums[i][j];
+          sum = add_product(sum, kept[i], other);
+        }
+      }
+    };
+    i64 k = 0;
+#pragma GCC unroll 1
+    for (; k + kLanes<S> <= K; k += kLanes<S>) term([k](const S* p) FASTLSTM_INLINE_LAMBDA { return load(p + k); });
+    if (k < K) term([k, K](const S* p) FASTLSTM_INLINE_LAMBDA { return load_first(p + k, K - k); });
+  }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) store_lane_sums<S, R>(sums[n], out + n * out_pitch, add);
 }
 
-// Rows of weights in a tile, and of the batch. Few rows of the batch pass over many of weights, so that enough of
-// memory is on its way; a second tile of them finds the weights in L1.
+// Rows of weights in a tile: many where there are few rows of the batch, so that enough chains are in flight.
 template <class S>
 constexpr int kFewRows = smaller(8, kLanes<S>);
-constexpr int kFewTile = kVectorBytes >= 64 ? 3 : 2, kFewest = 2 * kFewTile;
 template <class S>
 constexpr int kManyRows = smaller(4, kLanes<S>);
 
-// A matrix of weights [.., K] as it lies in its tensor.
+// A matrix of weights [.., K] as it lies in its tensor, and rows that it is multiplied with.
+template <class S>
 struct Stored {
-  const void* data;
+  const void* w;
   Dtype dtype;
   i64 K;
+  const S* const* a;
 };
 
-// out[n * out_pitch + r] (+)= row first + r of w . a[n], for `rows` rows of w and N of a. What follows the last row up
-// to a whole tile (8 at most) is overwritten.
+// out[n * out_pitch + r] (+)= row first + r of w . a[n], for `rows` rows of w and N of a; of two products their sum,
+// whose lanes are added once. What follows the last row up to a whole tile (8 at most) is overwritten.
 template <class S>
 class Dots {
  public:
-  // most: the largest K.
+  // most: the largest sum of K.
   Dots(Dtype dtype, i64 most) {
     if (element_bytes(dtype) != sizeof(S)) wide_ = Buffer<S>(kFewRows<S> * most);
   }
 
-  void multiply(const Stored& w, i64 first, i64 rows, const S* const* a, i64 N, S* out, i64 out_pitch, bool add) const {
-    N <= kFewest ? tiles<kFewRows<S>, kFewTile>(w, first, rows, a, N, out, out_pitch, add)
-                 : tiles<kManyRows<S>, kTileRows>(w, first, rows, a, N, out, out_pitch, add);
+  void multiply(const Stored<S>& product, i64 first, i64 rows, i64 N, S* out, i64 out_pitch, bool add) const {
+    multiply<1>({product}, first, rows, N, out, out_pitch, add);
+  }
+  template <int count>
+  void multiply(const Stored<S> (&products)[count], i64 first, i64 rows, i64 N, S* out, i64 out_pitch, bool add) const {
+    N <= 2 ? tiles<kFewRows<S>, 2>(products, first, rows, N, out, out_pitch, add)
+           : tiles<kManyRows<S>, kTileRows>(products, first, rows, N, out, out_pitch, add);
   }
 
  private:
-  template <int R, int most>
-  void tiles(const Stored& w, i64 first, i64 rows, const S* const* a, i64 N, S* out, i64 out_pitch, bool add) const {
+  template <int R, int most, int count>
+  void tiles(const Stored<S> (&products)[count], i64 first, i64 rows, i64 N, S* out, i64 out_pitch, bool add) const {
     const i64 groups = ceil_div(N, most);
     for (i64 row = 0; row < rows; row += R) {
       const i64 there = smaller(R, rows - row);
-      const S* tile = static_cast<const S*>(w.data) + (first + row) * w.K;
-      if (wide_) {  // 16-bit weights: as S they fit the nearest cache
-        convert_in(wide_.get(), w.data, w.dtype, (first + row) * w.K, there * w.K);
-        tile = wide_.get();
+      const S* tile[count];
+      S* wide = wide_.get();
+      for (int k = 0; k < count; ++k) {
+        const Stored<S>& of = products[k];
+        tile[k] = static_cast<const S*>(of.w) + (first + row) * of.K;
+        if (!wide) continue;  // 16-bit weights: as S they fit the nearest cache
+        convert_in(wide, of.w, of.dtype, (first + row) * of.K, there * of.K);
+        tile[k] = wide;
+        wide += R * of.K;
       }
       for (i64 group = 0; group < groups; ++group) {
         const i64 begin = group * N / groups, end = (group + 1) * N / groups;
+        Factors<S> factors[count];
+        for (int k = 0; k < count; ++k) factors[k] = {tile[k], products[k].a + begin, products[k].K};
         with_rows<most>(end - begin, [&](auto n) {
-          dot_tile<S, R, decltype(n)::value>(tile, there, a + begin, w.K, out + begin * out_pitch + row, out_pitch,
-                                             add);
+          dot_tile<S, R, decltype(n)::value>(factors, count, there, out + begin * out_pitch + row, out_pitch, add);
         });
       }
     }

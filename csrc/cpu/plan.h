@@ -78,19 +78,6 @@ i64 steps_ahead(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
   return smaller(s.T, ceil_div(larger(kProductRows / 2, smaller(kProductRows, room)), rows));
 }
 
-// The better way to compute the input products of a lane: 0, or how many steps ahead.
-template <class S>
-i64 input_steps(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
-  if (s.T <= 1) return 0;
-  const i64 ahead = steps_ahead<S>(s, rows, shares, machine);
-  if (rows <= kTallestTile) return ahead;  // they leave multipliers idle, whatever they read
-  const double fused = step_cycles<S>(s, rows, shares, 0, machine);
-  return step_cycles<S>(s, rows, shares, ahead, machine) < kWorthwhile * fused ? ahead : 0;
-}
-
-constexpr i64 kForkBytes = 512 << 10;  // weights that several threads should read: ~10 us for one core
-constexpr i64 kWakeBytes = 768 << 10;  // of one step, for each thread: it has to be woken
-
 // A short call, of up to kShortCall steps, is better off without packed weights: looking for edits of the weights takes
 // as long as a step of few rows. Its products are dot products with the stored weights (dots.h), if the I + P numbers
 // of each are so many vectors that the sums over lanes at its end are a small part of it. Longer calls have packed
@@ -104,6 +91,29 @@ template <class S>
 bool forward_reads_stored(const Sizes& s) {
   return s.T <= kShortCall && (s.I + s.P) / kLanes<S> >= kDotVectors;
 }
+
+// Whether both products of a gate sum are one sum there: adding up the lanes of each would show beside so few numbers.
+// In wider layers long runs of memory are faster, and input products of all steps that read w_ih once. This changes
+// bits too, so it does not depend on the batch.
+constexpr i64 kJoinedTerms = 512;
+
+template <class S>
+bool joins_products(const Sizes& s) {
+  return forward_reads_stored<S>(s) && s.I + s.P <= kJoinedTerms;
+}
+
+// The better way to compute the input products of a lane: 0, or how many steps ahead.
+template <class S>
+i64 input_steps(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
+  if (s.T <= 1 || joins_products<S>(s)) return 0;
+  const i64 ahead = steps_ahead<S>(s, rows, shares, machine);
+  if (rows <= kTallestTile) return ahead;  // they leave multipliers idle, whatever they read
+  const double fused = step_cycles<S>(s, rows, shares, 0, machine);
+  return step_cycles<S>(s, rows, shares, ahead, machine) < kWorthwhile * fused ? ahead : 0;
+}
+
+constexpr i64 kForkBytes = 512 << 10;  // weights that several threads should read: ~10 us for one core
+constexpr i64 kWakeBytes = 768 << 10;  // of one step, for each thread: it has to be woken
 
 // Rows of a backward pass up to which it reads the weights as they are stored: with so few, packing them would take
 // longer than what it makes faster. The bits are the same.

@@ -87,9 +87,13 @@ inline void BackwardDirection<S>::recompute_direct_sums(const Sources& from, i64
             store(&rows[(row_begin + first + r) * chunk.gate_pitch + 4 * unit + v * width],
                   load(&sums[r][v * kLanes<S>]));
       };
-      direct.inputs(dots, {tile, tile + 1}, &from.x[first], count, sums, false);
-      if (s_.layer_norm) put(chunk.inputs);
-      direct.hidden(dots, {tile, tile + 1}, &from.h[first], count, sums, !s_.layer_norm);
+      if (s_.layer_norm) {
+        direct.inputs(dots, {tile, tile + 1}, &from.x[first], count, sums, false);
+        put(chunk.inputs);
+        direct.hidden(dots, {tile, tile + 1}, &from.h[first], count, sums, false);
+      } else {
+        direct.gates(dots, {tile, tile + 1}, &from.x[first], &from.h[first], count, sums);
+      }
       direct.add_bias({tile, tile + 1}, count, sums);
       put(s_.layer_norm ? chunk.recurrent : chunk.gates);
     }

@@ -49,14 +49,14 @@ inline void ForwardLane<S, cell>::direct_tiles(const Dots<S>& dots, i64 first, i
     for (i64 tile = tiles.begin; tile < tiles.end; ++tile)
       for (i64 row = first; row < last; ++row, ++panel) f(tile, row, *panel);
   };
-  if (inputs_ahead_ && !normalised)
+  if (!inputs_ahead_ && !normalised)
+    direct_.gates(dots, tiles, &x_row_[first_row_ + first], h, n, sums);
+  else if (!normalised)
     for_panels([&](i64 tile, i64 row, S* panel) {
       for (i64 v = 0; v < kPanelVectors; ++v)
         store(panel + v * kLanes<S>, load(input_product(tile, first_row_ + row) + v * gate_step(tile)));
     });
-  else if (!normalised)
-    direct_.inputs(dots, tiles, &x_row_[first_row_ + first], n, sums, false);
-  direct_.hidden(dots, tiles, h, n, sums, !normalised);
+  if (inputs_ahead_ || normalised) direct_.hidden(dots, tiles, h, n, sums, !normalised);
   direct_.add_bias(tiles, n, sums);
   if constexpr (kByRow)
     for_panels([&](i64 tile, i64 row, S* panel) { put_panel(z_row(row) + tile * kPanel<S>, tile, panel); });
@@ -73,7 +73,7 @@ inline void ForwardLane<S, cell>::direct_projection(i64 begin, i64 count) {
   for (i64 first = 0; first < n_; first += kRowGroup) {
     const i64 n = smaller(kRowGroup, n_ - first);
     for (i64 r = 0; r < n; ++r) m[r] = &m_[(first + r) * hidden_pitch_];
-    dots.multiply({w_.w_hr, p_.dtype, s_.H}, begin, count, m, n, sums[0], kPanel<S>, false);
+    dots.multiply({w_.w_hr, p_.dtype, s_.H, m}, begin, count, n, sums[0], kPanel<S>, false);
     for (i64 r = 0; r < n; ++r)
       std::memcpy(&h_next_[(first + r) * state_pitch_ + begin], sums[r], size_t(count) * sizeof(S));
   }
