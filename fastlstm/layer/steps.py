@@ -32,6 +32,7 @@ from fastlstm.spec import DENSE, NO_NOISE, LayerSpec
 __all__ = ["SharedWeights", "Steps"]
 
 _MOST_ROWS = 512  # that wait for their product: it then takes far longer than its sums are read
+_FIRST = 2**62  # a number of nodes that no graph has
 _task = torch._C._current_graph_task_id
 _will_run = torch._C._will_engine_execute_node
 _is_transformed = torch._C._are_functorch_transforms_active
@@ -109,14 +110,19 @@ class SharedWeights:
         self.weights, self.marks = tuple(weights), _marks(weights)
         self.left: dict[int, _Left] = {}  # of each pass of the engine
         self.token = _Enter.apply(self.left, *weights)
-        self.node = self.token.grad_fn
+        self.node: Any = self.token.grad_fn
+        # Its turn in a backward pass is as soon as it can be, as that of the gradients behind it:
+        # FSDP expects these when the inputs of a step have theirs, however old the node is.
+        self.is_first = self.node is None or hasattr(self.node, "_set_sequence_nr")
+        if self.node is not None and self.is_first:
+            self.node._set_sequence_nr(_FIRST)
 
     def covers(self, weights: Sequence[Tensor]) -> bool:
         """Whether these are the same weights, and nothing has happened to their place in a graph.
 
         An edit gives them another one, if it is an operation that has a derivative.
         """
-        if self.marks != _marks(weights):
+        if not self.is_first or self.marks != _marks(weights):
             return False
         return all([w is own for w, own in zip(weights, self.weights, strict=True)])
 
