@@ -65,6 +65,7 @@ SOURCES = {
     "csrc/bindings/plans.cpp": [],
     "csrc/bindings/register.cpp": [],
     "csrc/cuda/plan.cpp": [],
+    "csrc/old_glibc.cpp": [],
     "csrc/cpu/cores.cpp": [],
     "csrc/cpu/pool.cpp": [],
     "csrc/cpu/usefulness.cpp": [],
@@ -143,7 +144,10 @@ def of_host(sources: dict[str, list[str]]) -> Recipe:
 
 
 def cpu() -> Recipe:
-    return of_host(SOURCES)
+    recipe = of_host(SOURCES)
+    if recipe.link[-len(LINK_LINUX) :] == LINK_LINUX:
+        recipe.link.extend(["-Xlinker", "--version-script=csrc/old_glibc.map"])
+    return recipe
 
 
 def emulator() -> Recipe:
