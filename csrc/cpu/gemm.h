@@ -71,10 +71,6 @@ FASTLSTM_INLINE void accumulate_chain(Vec<S> (&acc)[R][P * V], const S* const (&
     if (k < K) term(k, panel);
 }
 
-// The longest chain. Rounding errors of a chain grow with its length; sums of shorter chains are as accurate as
-// PyTorch's blocked products.
-constexpr i64 kChain = 128;
-
 // total[r * V + v] is set to one chain of C of V columns, or has it added.
 template <class S, int R, int V, int C, class Next = NothingAhead>
 FASTLSTM_INLINE void add_chain(S (*total)[kLanes<S>], bool add, const S* const (&a)[R], i64 a_stride, const S* panel,

@@ -10,6 +10,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 3;     // 3 rows x 4 gates = 12 of 16 registers hold sums
 constexpr int kTallestTile = 5;  // taller tiles take two gates at a time
 constexpr int kUnroll = 2;
+constexpr int kChain = 128;
 
 }  // namespace
 }  // namespace fastlstm

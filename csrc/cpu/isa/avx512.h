@@ -10,6 +10,7 @@ constexpr int kVectorBytes = 64;
 constexpr int kTileRows = 6;  // 6 rows x 4 gates = 24 of 32 registers hold sums
 constexpr int kTallestTile = 6;
 constexpr int kUnroll = 1;
+constexpr int kChain = 128;
 
 }  // namespace
 }  // namespace fastlstm

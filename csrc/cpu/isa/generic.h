@@ -8,6 +8,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 3;
 constexpr int kTallestTile = 5;
 constexpr int kUnroll = 1;
+constexpr int kChain = 128;
 
 }  // namespace
 }  // namespace fastlstm

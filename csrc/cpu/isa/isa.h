@@ -6,6 +6,8 @@
 //   kTileRows        rows of a register tile: kTileRows x 4 vectors of sums must fit the registers, with a few to spare
 //   kTallestTile     the most rows of a register tile, where a few taller tiles are faster than many low ones
 //   kUnroll          terms of a sum in one turn of the inner loop of products
+//   kChain           the most terms that are added one after the other: rounding errors grow with them. Sums of shorter
+//                    chains are as accurate as PyTorch's blocked products
 //   fma(a, b, c)     a * b + c of Vec<float> and Vec<double>, with one rounding wherever the hardware can. No other
 //   code
 //                    may fuse (-ffp-contract=off): otherwise a compiler could fuse in one register tile and not in
