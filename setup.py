@@ -92,6 +92,7 @@ GPUS = "8.0 9.0+PTX"  # +PTX: newer ones too
 # Of a library on Linux. What is missing fails here, not in the first call; its threads may outlive
 # whoever has loaded it.
 LINK_LINUX = ["-Xlinker", "-zdefs", "-Xlinker", "-znodelete"]
+STRIP_LINUX = ["-Xlinker", "-s"]
 
 
 class Library(NamedTuple):
@@ -103,7 +104,7 @@ class Library(NamedTuple):
     required: str  # what makes it an error
     loss: str = ""  # for the terminal
 
-    def build(self, folder: Path, scratch: Path, pool: Executor, link: list[str]) -> None:
+    def build(self, folder: Path, scratch: Path, pool: Executor, strip: bool) -> None:
         include = ["-Icsrc", "-isystem", str(torch_folder() / "include")]
         recipe = self.recipe()
 
@@ -118,7 +119,8 @@ class Library(NamedTuple):
         # has them; that one is in memory by then, hence no search path.
         torch = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         target = str(folder / f"{self.name}.so")
-        command = [*recipe.compiler, "-shared", *objects, *recipe.link, *link, *torch]
+        link = [*recipe.link, *(recipe.strip if strip else []), *torch]
+        command = [*recipe.compiler, "-shared", *objects, *link]
         run([*command, "-o", target], recipe.advice)
 
 
@@ -131,21 +133,23 @@ def of_host(sources: dict[str, list[str]]) -> Recipe:
     if sys.platform == "darwin":
         compiler += shlex.split(os.environ.get("ARCHFLAGS", ""))  # -arch, of who builds wheels
     target = target_of(compiler, advice)
-    flags, link = FLAGS, ["-pthread"]
+    flags, link, strip = FLAGS, ["-pthread"], []
     if target.system == "linux":
-        link = [*link, *LINK_LINUX]
+        link, strip = [*link, *LINK_LINUX], STRIP_LINUX
     elif target.system == "macos":
-        link = [*link, "-Wl,-rpath,@loader_path/../torch/lib"]
+        link, strip = [*link, "-Wl,-rpath,@loader_path/../torch/lib"], ["-Wl,-x"]
     elif target.system == "windows":
         flags = [flag for flag in FLAGS if flag != "-fPIC"] + ["-D_CRT_SECURE_NO_WARNINGS"]
         link = ["-fuse-ld=lld"]
     chosen = {name: own for name, own in sources.items() if target.x86 or name not in X86_SOURCES}
-    return Recipe(compiler, {name: [*flags, *own] for name, own in chosen.items()}, link, advice)
+    return Recipe(
+        compiler, {name: [*flags, *own] for name, own in chosen.items()}, link, strip, advice
+    )
 
 
 def cpu() -> Recipe:
     recipe = of_host(SOURCES)
-    if recipe.link[-len(LINK_LINUX) :] == LINK_LINUX:
+    if "-zdefs" in recipe.link:
         recipe.link.extend(["-Xlinker", "--version-script=csrc/old_glibc.map"])
     return recipe
 
@@ -183,8 +187,8 @@ def cuda() -> Recipe:
     if len(sources) < len(CUDA_KERNELS):
         flags.append("-DFASTLSTM_NO_CLUSTER")
     sources |= dict.fromkeys(CUDA_HOST, flags)
-    link = LINK_LINUX if sys.platform == "linux" else []
-    return Recipe(compiler, sources, [*architectures(least=80), *link], advice)
+    link, strip = (LINK_LINUX, STRIP_LINUX) if sys.platform == "linux" else ([], [])
+    return Recipe(compiler, sources, [*architectures(least=80), *link], strip, advice)
 
 
 def torch_has_cuda() -> bool:
@@ -244,12 +248,13 @@ class BuildLibraries(build_ext):
             (folder / f"{library.name}.so").unlink(missing_ok=True)
             (folder / library.report).unlink(missing_ok=True)
         wanted = [library for library in LIBRARIES if self.inplace or library.name != "_emulator"]
-        # Names of functions are for who develops it; they would make a wheel half as large again.
-        link = [] if self.inplace or sys.platform != "linux" else ["-Xlinker", "-s"]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
             scratch = Path("build", "objects")  # pip throws self.build_temp away
-            builds = [waiting.submit(each.build, folder, scratch, pool, link) for each in wanted]
+            builds = [
+                waiting.submit(each.build, folder, scratch, pool, not self.inplace)
+                for each in wanted
+            ]
         for library, build in zip(wanted, builds, strict=True):
             error = build.exception()
             if isinstance(error, BuildError):

@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
     compiler: list[str]
     sources: dict[str, list[str]]
     link: list[str]
+    strip: list[str]  # to link without the names of functions, which only developers need
     advice: str  # for whom the compiler cannot be run
 
 

@@ -44,14 +44,25 @@ def test_only_stable_symbols_of_torch_are_used(library: elf.Library) -> None:
     assert not any(name.startswith(("Py", "_Py")) for name in own)
 
 
+def test_it_runs_on_every_linux_of_torch(library: elf.Library) -> None:
+    """csrc/old_glibc.cpp has what a newer libc or libstdc++ would be asked for."""
+    versions = {(family, library.newest(family)) for family in ("GLIBC", "GLIBCXX", "CXXABI")}
+    assert elf.platform_tag([library]) == f"manylinux_2_28_{library.machine}", versions
+
+
 def test_the_tag_follows_from_the_symbols(library: elf.Library) -> None:
-    newest = library.newest("GLIBC")
-    tag = re.fullmatch(r"manylinux_2_(\d+)_(x86_64|aarch64)", elf.platform_tag([library]))
-    assert tag is not None
-    assert newest <= (2, int(tag[1]))
-    assert int(tag[1]) >= 28, "torch itself needs that"
-    library.symbols.append(elf.Symbol("of tomorrow", "GLIBC_2.99"))
-    assert elf.platform_tag([library]) == f"linux_{tag[2]}"
+    for symbol, tag in [
+        (elf.Symbol("of 2021", "GLIBC_2.33"), "manylinux_2_34"),
+        (elf.Symbol("of GCC 12", "GLIBCXX_3.4.30"), "manylinux_2_35"),
+        (elf.Symbol("of tomorrow", "GLIBC_2.99"), "linux"),
+    ]:
+        library.symbols.append(symbol)
+        assert elf.platform_tag([library]) == f"{tag}_{library.machine}"
+
+
+def test_errors_pass_through_torch(library: elf.Library) -> None:
+    """They are thrown by the libstdc++ that catches them, and not by one of the library's own."""
+    assert any(symbol == ("__cxa_throw", "CXXABI_1.3") for symbol in library.symbols)
 
 
 def test_what_is_no_library_is_an_error(tmp_path: Path) -> None:

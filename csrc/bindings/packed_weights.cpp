@@ -61,7 +61,7 @@ struct PackedWeights::Header {
 };
 
 PackedWeights::Memory PackedWeights::allocate(size_t bytes) {
-  Memory memory(static_cast<char*>(std::aligned_alloc(64, std::max(round_up(bytes), size_t(64)))));
+  Memory memory(static_cast<char*>(::operator new(round_up(bytes), std::align_val_t(64), std::nothrow)));
   if (!memory) throw OutOfMemory(bytes);
   return memory;
 }

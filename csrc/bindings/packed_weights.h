@@ -10,6 +10,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "bindings/call.h"
 
@@ -37,7 +38,7 @@ class PackedWeights {
  private:
   struct Header;  // at the beginning of a shared buffer
   struct Free {
-    void operator()(char* p) const { std::free(p); }
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   using Memory = std::unique_ptr<char, Free>;
 

@@ -65,7 +65,7 @@ std::atomic<int> busy{0};  // threads of all calls: callers, and the workers tha
 std::atomic<bool> forked{false};
 
 // A child of fork has none of its parent's threads. Where a worker was does not matter: nobody waits for it here.
-void forget_workers() {
+[[maybe_unused]] void forget_workers() {
   for (int k = 0; k < Threads::kMostWorkers; ++k) new (&workers[k]) Worker;
   calls = busy = 0;
   forked = true;
