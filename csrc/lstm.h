@@ -160,7 +160,7 @@ struct Kernels {
   bool (*forward_reads_stored)(const Sizes&, bool is_double);
   bool (*backward_reads_stored)(const Sizes&);
   int (*worthwhile)(const Sizes&, i64 members, int threads);
-  void (*describe)(const Sizes&, int threads, const i64* caches, char* text, size_t size);
+  void (*describe)(const Sizes&, int threads, const i64* machine, char* text, size_t size);
 };
 
 const Kernels& cpu_kernels();

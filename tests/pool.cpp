@@ -2,6 +2,7 @@
 //
 //   pool WHAT    exits with 0 if every item of every region was computed once; 66 after a race
 //   pool quota MEMBERSHIP ROOT    prints quota_cores of a file and a folder
+//   pool uneven DEVICES           prints uneven_cores of a folder
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -43,23 +44,27 @@ void lend(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
   body(0, 1, context);
   for (std::thread& other : others) other.join();
 }
+constexpr Threads::Lender kLent = {lend, 1};
 
 // Regions of one call. The counts are plain numbers: only the pool orders who writes and who reads them.
-void call(int wanted, uint64_t kind, int regions, int items, Threads::Lend lender, int pause = 0) {
+void call(int wanted, uint64_t kind, int regions, int items, Threads::Lender lender, int pause = 0) {
   Threads threads(wanted, kind, lender);
   std::vector<int> counts(size_t(items), 0);
   together(threads, [&] {
     for (int region = 1; region <= regions; ++region) {
-      parallel(threads, items, [&](i64 item) {
-        if (pause && item % 5 == 0) rest(pause);
-        ++counts[size_t(item)];
-      });
+      parallel(
+          threads, items,
+          [&](i64 item) {
+            if (pause && item % 5 == 0) rest(pause);
+            ++counts[size_t(item)];
+          },
+          region % 2);
       for (int count : counts) check(count == region, "an item was not computed once");
     }
   });
 }
 
-void callers(Threads::Lend lender) {
+void callers(Threads::Lender lender) {
   std::vector<std::thread> all;
   for (int k = 0; k < 6; ++k)
     all.emplace_back([=] {
@@ -70,7 +75,7 @@ void callers(Threads::Lend lender) {
 
 void failing() {
   for (int n = 0; n < 200; ++n) {
-    Threads threads(4, 9, n % 2 ? lend : nullptr);
+    Threads threads(4, 9, n % 2 ? kLent : Threads::Lender{});
     std::atomic<int> done{0};
     bool caught = false;
     try {
@@ -84,16 +89,16 @@ void failing() {
       caught = !std::strcmp(error.what(), "item");
     }
     check(caught, "the exception of an item did not reach its caller");
-    call(4, 9, 2, 20, nullptr);
+    call(4, 9, 2, 20, {});
   }
 }
 
 void forks() {
   for (int n = 0; n < 100; ++n) {
-    call(4, 1, 3, 20, n % 2 ? lend : nullptr);
+    call(4, 1, 3, 20, n % 2 ? kLent : Threads::Lender{});
     const pid_t child = fork();
     if (child == 0) {
-      call(4, 1, 3, 20, nullptr);
+      call(4, 1, 3, 20, {});
       std::_Exit(0);
     }
     int status = -1;
@@ -116,18 +121,22 @@ int main(int count, char** words) {
     std::printf("%d\n", quota_cores(text_of(words[2]), words[3]));
     return 0;
   }
+  if (what == "uneven" && count == 3) {
+    std::printf("%d\n", uneven_cores(words[2]));
+    return 0;
+  }
   if (what == "callers") {
-    callers(nullptr);
-    callers(lend);
+    callers({});
+    callers(kLent);
   } else if (what == "late") {
-    for (int n = 0; n < 30; ++n) call(4, 2, 5, 12, nullptr, n % 3 ? 50 : 1000), rest(n % 4 * 100);
-    for (int n = 0; n < 30; ++n) call(4, 3, 5, 12, lend, 50);
+    for (int n = 0; n < 30; ++n) call(4, 2, 5, 12, {}, n % 3 ? 50 : 1000), rest(n % 4 * 100);
+    for (int n = 0; n < 30; ++n) call(4, 3, 5, 12, kLent, 50);
   } else if (what == "failing") {
     failing();
   } else if (what == "forks") {
     forks();
   } else if (what == "threads") {
-    for (int n = 0; n < 1000; ++n) std::thread([=] { call(4, 4, 2, 9, nullptr); }).join();
+    for (int n = 0; n < 1000; ++n) std::thread([=] { call(4, 4, 2, 9, {}); }).join();
   } else {
     return 2;
   }

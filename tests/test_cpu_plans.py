@@ -11,14 +11,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 MB = 1 << 20
-SERVER = (2 * MB, 32 * MB)  # L2, L3
-LAPTOP = (MB // 2, 8 * MB)
+SERVER = (2 * MB, 32 * MB, 0)  # L2, L3, whether some cores are slower
+LAPTOP = (MB // 2, 8 * MB, 0)
 
 
 def plan(
-    H: int, B: int, threads: int, *, T: int = 40, D: int = 1, caches: tuple[int, int] = SERVER
+    H: int,
+    B: int,
+    threads: int,
+    *,
+    T: int = 40,
+    D: int = 1,
+    machine: tuple[int, int, int] = SERVER,
 ) -> str:
-    return cpu.plan(LayerSpec("LSTM", H, H, directions=D), T, B, threads, caches)
+    return cpu.plan(LayerSpec("LSTM", H, H, directions=D), T, B, threads, machine)
 
 
 def test_input_products_are_computed_ahead_where_reading_w_ih_would_show() -> None:
@@ -43,17 +49,17 @@ def test_threads_share_a_step_where_each_would_read_all_weights() -> None:
 @pytest.mark.parametrize("B", [1, 7, 64, 1000])
 def test_every_size_has_a_plan(B: int, threads: int) -> None:
     for H in (1, 64, 500, 2048):
-        for caches in (SERVER, LAPTOP):
+        for machine in (SERVER, LAPTOP):
             for D in (1, 2):
-                assert "a step reads" in plan(H, B, threads, D=D, caches=caches)
+                assert "a step reads" in plan(H, B, threads, D=D, machine=machine)
 
 
 def test_caches_decide_where_weights_are_read() -> None:
     assert "from L2" in plan(256, 8, 1)
-    assert "from L3" in plan(256, 8, 1, caches=LAPTOP)
-    assert "from memory" in plan(1024, 8, 1, caches=LAPTOP)
+    assert "from L3" in plan(256, 8, 1, machine=LAPTOP)
+    assert "from memory" in plan(1024, 8, 1, machine=LAPTOP)
     # Two threads share the weights, and each half fits L2.
-    assert "from L3" in plan(384, 8, 1, caches=(3 * MB // 2, 32 * MB))
-    assert "from L2" in plan(384, 8, 2, caches=(3 * MB // 2, 32 * MB))
+    assert "from L3" in plan(384, 8, 1, machine=(3 * MB // 2, 32 * MB, 0))
+    assert "from L2" in plan(384, 8, 2, machine=(3 * MB // 2, 32 * MB, 0))
     assert plan(384, 8, 2) == cpu.plan(LayerSpec("LSTM", 384, 384), 40, 8, 2, SERVER)
     assert "a step reads" in cpu.plan(LayerSpec("LSTM", 384, 384), 40, 8, 2)  # this machine's

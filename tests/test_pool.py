@@ -85,6 +85,24 @@ def test_quota(
     assert subprocess.check_output(command, text=True) == f"{cores}\n"
 
 
+@pytest.mark.parametrize(
+    ("files", "uneven"),
+    [
+        ({}, 0),
+        ({"cpu_core/cpus": "0-7", "cpu_atom/cpus": "8-15"}, 1),
+        ({"cpu/cpus": "0-7"}, 0),
+        ({f"system/cpu/cpu{k}/cpu_capacity": "1024" for k in range(4)}, 0),
+        ({f"system/cpu/cpu{k}/cpu_capacity": "1024" if k else "446" for k in range(4)}, 1),
+    ],
+)
+def test_uneven_cores(pool: Path, tmp_path: Path, files: dict[str, str], uneven: int) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    command = [str(pool), "uneven", str(tmp_path)]
+    assert subprocess.check_output(command, text=True) == f"{uneven}\n"
+
+
 def run(code: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
     done = subprocess.run(

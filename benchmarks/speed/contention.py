@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--places", nargs="+", choices=PLACES, default=list(PLACES), metavar="NAME", help="places")
     add("--seconds", type=float, default=4.0, help="time of one run (default: %(default)s)")
     add("--repeat", type=int, default=3, help="runs of each case (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="keep the rows; more places may follow")
+    add("--json", type=Path, metavar="FILE", help="keep the rows; others may follow")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -101,7 +101,8 @@ def main(args: argparse.Namespace) -> int:
                 f"one thread {one:10,.1f}   threads {two:10,.1f}"
             )
         sys.stdout.flush()
-        results.rows = [row for row in results.rows if row["place"] != place]
+        anew = {(place, case) for case in args.cases}
+        results.rows = [r for r in results.rows if (r["place"], r["case"]) not in anew]
         results.add(rows)
     return 0
 

@@ -61,7 +61,7 @@ i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hid
                     i64 gates, bool is_double);
 std::string cpu_isa();
 std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads,
-                     const std::vector<i64>& caches);
+                     const std::vector<i64>& machine);
 std::vector<i64> cuda_plan(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,
                            const std::vector<i64>& wish);
 std::string cuda_obstacle(i64 kind, bool backward, i64 B, i64 hidden, i64 directions, const std::vector<i64>& device,

@@ -49,10 +49,14 @@ void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, 
 }  // namespace
 
 PassThreads::PassThreads(const Sizes& sizes, bool backward, i64 members)
-    : Threads(cpu_kernels().worthwhile(sizes, members, int(torch::stable::get_num_threads())), kind_of(sizes, backward),
-              [](i64 n, void (*body)(i64, i64, void*), void* context) {
-                TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
-              }) {}
+    : PassThreads(sizes, backward, members, int(torch::stable::get_num_threads())) {}
+
+PassThreads::PassThreads(const Sizes& sizes, bool backward, i64 members, int most)
+    : Threads(cpu_kernels().worthwhile(sizes, members, most), kind_of(sizes, backward),
+              {[](i64 n, void (*body)(i64, i64, void*), void* context) {
+                 TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+               },
+               most}) {}
 
 // ---- forward ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,9 @@ namespace fastlstm {
 class PassThreads : public Threads {
  public:
   PassThreads(const Sizes& sizes, bool backward, i64 members = 1);
+
+ private:
+  PassThreads(const Sizes& sizes, bool backward, i64 members, int most);
 };
 
 struct Forward {

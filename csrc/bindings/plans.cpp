@@ -57,15 +57,15 @@ i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hid
 
 std::string cpu_isa() { return cpu_kernels().name; }
 
-// caches: bytes of L2 and L3; empty: those of this machine.
+// machine: bytes of L2 and L3, and 1 if some cores are slower than others; empty: this machine.
 std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads,
-                     const std::vector<i64>& caches) {
-  STD_TORCH_CHECK(caches.empty() || caches.size() == 2, "fastlstm: not the arguments of a plan");
+                     const std::vector<i64>& machine) {
+  STD_TORCH_CHECK(machine.empty() || machine.size() == 3, "fastlstm: not the arguments of a plan");
   Sizes s = layer_sizes(input, hidden, projected, directions);
   s.T = T;
   s.B = B;
   char text[512];
-  cpu_kernels().describe(s, int(threads), caches.empty() ? nullptr : caches.data(), text, sizeof text);
+  cpu_kernels().describe(s, int(threads), machine.empty() ? nullptr : machine.data(), text, sizeof text);
   return text;
 }
 

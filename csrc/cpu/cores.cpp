@@ -9,6 +9,8 @@
 
 #ifdef __linux__
 #include <sched.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "cpu/usefulness.h"
@@ -71,6 +73,30 @@ int quota_cores(const std::string& membership, const std::string& root) {
     }
   }
   return int(std::ceil(least));
+}
+
+bool uneven_cores() {
+#if defined(__linux__)
+  return uneven_cores("/sys/devices");
+#elif defined(__APPLE__)
+  int levels = 1;
+  size_t size = sizeof levels;
+  return sysctlbyname("hw.nperflevels", &levels, &size, nullptr, 0) == 0 && levels > 1;
+#else
+  return false;
+#endif
+}
+
+bool uneven_cores(const std::string& devices) {
+  // Intel: a device of its own for each kind of core.
+  if (std::ifstream(devices + "/cpu_core/cpus") && std::ifstream(devices + "/cpu_atom/cpus")) return true;
+  // ARM: each core's share of the fastest one's capacity.
+  int first = 0, capacity = 0;
+  for (int k = 0; numbers_of(devices + "/system/cpu/cpu" + std::to_string(k) + "/cpu_capacity") >> capacity; ++k) {
+    if (k == 0) first = capacity;
+    if (capacity != first) return true;
+  }
+  return false;
 }
 
 int usable_cores() {

@@ -13,4 +13,10 @@ int usable_cores();
 // cgroups are mounted. The smallest one of the group and those around it counts, of version 1 and of version 2.
 int quota_cores(const std::string& membership, const std::string& root);
 
+// Whether some cores of this machine are slower than others: Apple's, Intel's hybrid ones, big and little ones of ARM.
+bool uneven_cores();
+
+// The same from what Linux says of its devices; devices: /sys/devices.
+bool uneven_cores(const std::string& devices);
+
 }  // namespace fastlstm

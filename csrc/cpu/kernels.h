@@ -7,6 +7,7 @@
 
 #include "cpu/backward/layer.h"
 #include "cpu/backward/step_weights.h"
+#include "cpu/cores.h"
 #include "cpu/forward/layer.h"
 #include "cpu/hash.h"
 
@@ -73,14 +74,19 @@ bool forward_reads_stored_of(const Sizes& s, bool is_double) {
   return is_double ? forward_reads_stored<double>(s) : forward_reads_stored<float>(s);
 }
 
-// Writes to text [size] how a call is computed, in words. caches: bytes of L2 and L3, or null: those of this machine.
-void describe(const Sizes& s, int threads, const i64* caches, char* text, size_t size) {
-  const Machine machine = caches ? Machine{caches[0], caches[1]} : this_machine();
-  const Plan plan = make_plan<float>(s, threads, machine);
+int worthwhile_here(const Sizes& s, i64 members, int most) { return int(worthwhile(s, members, most, this_machine())); }
+
+// Writes to text [size] how a call is computed, in words. other: bytes of L2 and L3 of a machine, and 1 if some of its
+// cores are slower than others; null: this machine, whose free cores bound the threads too.
+void describe(const Sizes& s, int most, const i64* other, char* text, size_t size) {
+  const Machine machine = other ? Machine{other[0], other[1], other[2] != 0} : this_machine();
+  const Plan plan = make_plan<float>(s, other ? most : smaller(most, usable_cores()), machine);
   const long long rows = ceil_div(larger(s.B, 1), plan.lanes), lanes = s.D * plan.lanes;
+  const long long threads = plan.threads, pieces = s.D * plan.pieces;
   char who[96], inputs[64];
   if (plan.split_units)
-    std::snprintf(who, sizeof who, "each step shared by %d threads, all %lld sequences at once", threads, rows);
+    std::snprintf(who, sizeof who, "each step shared by %lld threads in %lld pieces, all %lld sequences at once",
+                  threads, pieces, rows);
   else
     std::snprintf(who, sizeof who, "%lld lane(s) of up to %lld sequences, no barrier between steps", lanes, rows);
   if (plan.input_steps)
@@ -91,9 +97,11 @@ void describe(const Sizes& s, int threads, const i64* caches, char* text, size_t
   const Cost cost = product_cost<float>(s, rows, K, shares, 1, machine);
   const double bytes = double(s.gate_units() * K) / double(shares) * sizeof(float);
   const char* const levels[] = {"L2", "L3", "memory"};
-  std::snprintf(text, size, "%s; %s; a step reads %.1f MB of %s weights a thread from %s, in %.1f times its arithmetic",
+  std::snprintf(text, size,
+                "%s; %s; a step reads %.1f MB of %s weights a thread from %s, in %.1f times its arithmetic; it takes "
+                "about %.1f thousand cycles",
                 who, inputs, bytes / 1e6, forward_reads_stored<float>(s) ? "stored" : "packed",
-                levels[int(level_of(bytes, machine))], cost.reading / cost.arithmetic);
+                levels[int(level_of(bytes, machine))], cost.reading / cost.arithmetic, plan.cycles / 1e3);
 }
 
 }  // namespace
@@ -113,6 +121,6 @@ void describe(const Sizes& s, int threads, const i64* caches, char* text, size_t
                                  weight_grads,            \
                                  forward_reads_stored_of, \
                                  backward_reads_stored,   \
-                                 worthwhile,              \
+                                 worthwhile_here,         \
                                  describe};               \
   }

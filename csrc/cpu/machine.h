@@ -1,8 +1,9 @@
-// What plans know of the machine: sizes of its caches, read once.
+// What plans know of the machine, read once.
 #pragma once
 
 #include <unistd.h>
 
+#include "cpu/cores.h"
 #include "lstm.h"
 
 namespace fastlstm {
@@ -11,10 +12,11 @@ namespace {
 struct Machine {
   i64 second_level;  // bytes of a core's L2
   i64 third_level;   // bytes of the L3 that a process can hope for
+  bool uneven;       // some cores are slower than others
 };
 
 // Where the system does not tell: a common server core.
-constexpr Machine kCommonMachine = {1 << 20, 16 << 20};
+constexpr Machine kCommonMachine = {1 << 20, 16 << 20, false};
 
 inline const Machine& this_machine() {
   static const Machine machine = [] {
@@ -25,6 +27,7 @@ inline const Machine& this_machine() {
     // A large L3 is shared by many cores, and by other processes.
     if (third > 0) m.third_level = third < 4 * m.third_level ? third : 4 * m.third_level;
 #endif
+    m.uneven = uneven_cores();
     return m;
   }();
   return machine;

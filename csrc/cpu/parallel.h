@@ -9,11 +9,11 @@ namespace fastlstm {
 namespace {
 
 // Runs f(item) for every item of [0, n) on any of the threads. The caller's thread flushes denormals already. If f
-// throws the caller gets one of the exceptions, once all threads have ended.
+// throws the caller gets one of the exceptions, once all threads have ended. backwards: see Threads::run.
 template <class F>
-inline void parallel(Threads& threads, i64 n, const F& f) {
+inline void parallel(Threads& threads, i64 n, const F& f, bool backwards = false) {
   threads.run(
-      n,
+      n, backwards,
       [](i64 item, void* context) {
         const FlushDenormals flush;
         (*static_cast<const F*>(context))(item);

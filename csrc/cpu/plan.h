@@ -10,23 +10,31 @@ namespace {
 
 // A lane is a set of sequences of one direction that walks through time together.
 struct Plan {
+  i64 threads;       // that are of use
   i64 lanes;         // per direction
   bool split_units;  // true: all threads share every step (one lane a direction), splitting hidden units
                      // false: a thread owns a lane for the whole sequence, no barrier anywhere
+  i64 pieces;        // of a shared step of one direction: more than threads, so that whoever is faster takes more
   i64 input_steps;   // forward: steps whose input products x W_ih^T are computed ahead, together; 0 = fused
+  double cycles;     // of a step, as estimated
 };
 
 // What a step costs, in cycles of a core: its arithmetic or the reading of its weights, whichever takes longer. The
 // rates are those of server cores with two multiply-add units; a plan needs no more than their order.
-constexpr double kSecondLevelRate = 32;   // bytes of weights a cycle from L2
-constexpr double kThirdLevelRate = 10;    // from a shared L3
-constexpr double kMemoryRate = 6;         // from memory
-constexpr double kExposed = 0.25;         // of the shorter of arithmetic and reading, the part that shows
-constexpr double kBarrierCycles = 10000;  // all threads meet, and the first of them sleeps a little
-constexpr double kWorthwhile = 0.95;      // of the cycles; such estimates cannot tell what is closer
-constexpr double kForkFlops = 1e6;        // arithmetic that is worth a thread of its own: ~10 us
-constexpr i64 kLaneRows = 128;            // a lane's state then stays in L2
-constexpr i64 kProductRows = 96;          // rows of a product after which another reading of its weights costs nothing
+constexpr double kSecondLevelRate = 32;       // bytes of weights a cycle from L2
+constexpr double kThirdLevelRate = 10;        // from a shared L3
+constexpr double kMemoryRate = 6;             // from memory
+constexpr double kExposed = 0.25;             // of the shorter of arithmetic and reading, the part that shows
+constexpr double kBarrierCycles = 8500;       // all threads meet, and the first of them sleeps a little
+constexpr double kThreadCycles = 750;         // more for each thread that is called and waited for
+constexpr double kPieceCycles = 6000;         // of a piece: to take one is nothing beside it
+constexpr i64 kPieces = 4;                    // for each thread, at most: then the last one of a slow core is soon done
+constexpr i64 kPieceRows = 8;                 // of a lane, at least, where lanes are such pieces
+constexpr double kSlowCore = 2;               // times as long as others, or longer, a slow core takes
+constexpr double kWorthwhile = 0.95;          // of the cycles; such estimates cannot tell what is closer
+constexpr double kForkFlops = 1e6;            // arithmetic that is worth a thread of its own: ~10 us
+constexpr i64 kLaneRows = 128;                // a lane's state then stays in L2
+constexpr i64 kProductRows = 2 * kPanelRows;  // of a product; another reading of its weights then costs nothing
 
 // Where weights lie that a core reads once a step.
 enum class Level { second, third, memory };
@@ -71,11 +79,12 @@ double step_cycles(const Sizes& s, i64 rows, i64 shares, i64 input_steps, const 
          product_cost<S>(s, rows, s.I, shares, input_steps, machine).cycles();
 }
 
-// Steps whose input products are computed together, if they are: as many as leave most of L2 to the weights.
+// Steps whose input products are computed together, if they are: as many as leave most of L2 to the weights, and make
+// one or two full groups of rows that pass over a part of a panel.
 template <class S>
 i64 steps_ahead(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
   const i64 room = machine.second_level / 4 * shares / (s.gate_units() * i64(sizeof(S)));
-  return smaller(s.T, ceil_div(larger(kProductRows / 2, smaller(kProductRows, room)), rows));
+  return smaller(s.T, ceil_div(room < kProductRows ? kPanelRows : kProductRows, rows));
 }
 
 // A short call, of up to kShortCall steps, is better off without packed weights: looking for edits of the weights takes
@@ -112,44 +121,71 @@ i64 input_steps(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
   return step_cycles<S>(s, rows, shares, ahead, machine) < kWorthwhile * fused ? ahead : 0;
 }
 
-constexpr i64 kForkBytes = 512 << 10;  // weights that several threads should read: ~10 us for one core
-constexpr i64 kWakeBytes = 768 << 10;  // of one step, for each thread: it has to be woken
-
 // Rows of a backward pass up to which it reads the weights as they are stored: with so few, packing them would take
 // longer than what it makes faster. The bits are the same.
 constexpr i64 kFewRowsInAll = 64;
 
 inline bool backward_reads_stored(const Sizes& s) { return s.T * s.B <= kFewRowsInAll; }
 
-// How many of `threads` threads are worth having for that many calls of these sizes. Memory and arithmetic count; of
-// one step mainly the weights, which one thread reads in ~10 us.
-inline int worthwhile(const Sizes& s, i64 members, int threads) {
+constexpr i64 kForkBytes = 512 << 10;  // weights that several threads should read: ~10 us for one core
+constexpr i64 kWakeBytes = 768 << 10;  // of one step, for each thread: it has to be woken
+
+// Threads of `most` that have enough to do in that many calls of these sizes to be worth waking. Memory and arithmetic
+// count; of one step mainly the weights, which one thread reads in ~10 us.
+inline i64 employed(const Sizes& s, i64 members, i64 most) {
   const double rows = double(members) * double(larger(s.B * s.T, 1));
   const i64 weights = members * s.gate_units() * (s.I + s.P);
   const double by_arithmetic = 2 * double(s.gate_units()) * double(s.I + s.P) * rows / kForkFlops;
   const i64 by_weights = weights * i64(sizeof(float)) * larger(1, s.B / 4) / (s.T == 1 ? kWakeBytes : kForkBytes / 2);
-  const i64 most = larger(by_weights, s.T == 1 ? 0 : i64(smaller(by_arithmetic, 1e9)));
-  return int(smaller(threads, larger(1, most)));
+  const i64 enough = larger(by_weights, s.T == 1 ? 0 : i64(smaller(by_arithmetic, 1e9)));
+  return smaller(most, larger(1, enough));
 }
 
-template <class S>
-Plan make_plan(const Sizes& s, int threads, const Machine& machine) {
-  const double flops = 2.0 * double(s.gate_units()) * double(s.I + s.P);  // one row, one step
-  const i64 batch = larger(s.B, 1);
+// Pieces for each thread, at least, of a shared step. One is enough where all cores are as fast.
+inline i64 least_pieces(const Machine& machine) { return machine.uneven ? 2 : 1; }
 
-  const i64 worthwhile = larger(1, i64(flops * double(batch * s.T) / kForkFlops));
-  i64 lanes = smaller(smaller(ceil_div(threads, s.D), worthwhile), batch);
+// The plan in which that many threads, more than one, share every step.
+template <class S>
+Plan shared_plan(const Sizes& s, i64 threads, const Machine& machine) {
+  const i64 batch = larger(s.B, 1), shares = ceil_div(threads, s.D), tiles = ForwardPack<S>(s).tiles;
+  const i64 ahead = input_steps<S>(s, batch, shares, machine);
+  const double share = step_cycles<S>(s, batch, shares, ahead, machine);
+  const i64 pieces = shares * larger(least_pieces(machine), smaller(kPieces, i64(share / kPieceCycles)));
+  return {threads, 1, true, smaller(tiles, pieces), ahead, share + kBarrierCycles + kThreadCycles * double(threads)};
+}
+
+// The plan of a call that at most so many threads compute.
+template <class S>
+Plan make_plan(const Sizes& s, i64 most, const Machine& machine) {
+  const i64 threads = employed(s, 1, most), batch = larger(s.B, 1);
+  i64 lanes = smaller(ceil_div(threads, s.D), batch);
   lanes = larger(lanes, ceil_div(batch, kLaneRows));
   if (lanes * s.D > threads) lanes = smaller(round_up(lanes * s.D, threads) / s.D, batch);
+  // Where cores differ, a lane for each thread would wait for the slowest one.
+  const bool uneven = machine.uneven && threads > 1;
+  if (uneven) lanes = larger(lanes, smaller(kPieces * lanes, batch / kPieceRows));
 
-  const i64 rows = ceil_div(batch, lanes), shares = ceil_div(threads, s.D);
-  const Plan alone{lanes, false, input_steps<S>(s, rows, 1, machine)};
-  if (threads == 1 || worthwhile == 1) return alone;
-  const Plan shared{1, true, input_steps<S>(s, batch, shares, machine)};
+  const i64 rows = ceil_div(batch, lanes), ahead = input_steps<S>(s, rows, 1, machine);
   const double turns = double(ceil_div(lanes * s.D, threads));  // lanes that a thread takes one after the other
-  const double apart = turns * step_cycles<S>(s, rows, 1, alone.input_steps, machine);
-  const double together = step_cycles<S>(s, batch, shares, shared.input_steps, machine) + kBarrierCycles;
-  return together < apart ? shared : alone;
+  const double slow = uneven && turns == 1 ? kSlowCore : 1;
+  Plan best{
+      smaller(threads, lanes * s.D), lanes, false, 1, ahead, slow * turns * step_cycles<S>(s, rows, 1, ahead, machine)};
+  // With many threads, the meeting of all may cost more than some of them save.
+  const i64 useful = s.D * ForwardPack<S>(s).tiles / least_pieces(machine);
+  for (i64 n = smaller(threads, useful); n > 1; n /= 2) {
+    const Plan shared = shared_plan<S>(s, n, machine);
+    if (shared.cycles < (best.split_units ? kWorthwhile : 1) * best.cycles) best = shared;
+  }
+  return best;
+}
+
+// How many of `most` threads are worth having for that many calls of these sizes, which either take turns, each with
+// all threads, or have a thread each.
+inline i64 worthwhile(const Sizes& s, i64 members, i64 most, const Machine& machine) {
+  const i64 threads = employed(s, members, most);
+  if (2 * members > threads) return threads;
+  const Plan plan = make_plan<float>(s, threads, machine);
+  return plan.split_units ? larger(plan.threads, 2 * members - 1) : threads;
 }
 
 }  // namespace

@@ -161,7 +161,7 @@ static int fair_count(int bound, int others) { return std::max(bound / std::max(
 
 Threads::Threads() = default;
 
-Threads::Threads(int wanted, uint64_t kind, Lend lend) : lend_(lend) {
+Threads::Threads(int wanted, uint64_t kind, Lender lender) {
 #ifndef _WIN32
   static const int registered = pthread_atfork(nullptr, nullptr, forget_workers);
   (void)registered;
@@ -170,7 +170,9 @@ Threads::Threads(int wanted, uint64_t kind, Lend lend) : lend_(lend) {
   calls.fetch_add(1);
   const int others = busy.fetch_add(1);
   if (wanted <= 1) return;
-  bound_ = std::min({wanted, usable_cores(), kMostWorkers + 1});
+  const int cores = usable_cores();
+  bound_ = std::min({wanted, cores, kMostWorkers + 1});
+  if (lender.threads <= std::min(cores, 2 * bound_)) lender_ = lender;
   usefulness_ = &usefulness_of(kind);
   count_ = std::max(1, std::min(bound_, fair_count(bound_, others)));
   if (count_ > 1 && usefulness_->limited()) count_ = std::min(count_, usefulness_->most(now()));
@@ -183,10 +185,12 @@ Threads::~Threads() {
   calls.fetch_sub(1);
 }
 
-// Claims or dismisses workers until there are as many as the call should have now; whether there is one at all.
-bool Threads::recruit() {
+// Claims or dismisses workers until there are as many as the call should have now for so many items; whether there is
+// one at all.
+bool Threads::recruit(int64_t items) {
   if (count_ <= 1) return false;
   int wanted = std::min(count_, std::max(1, fair_count(bound_, busy.load(std::memory_order_relaxed) - size_)));
+  wanted = int(std::min(items, int64_t(wanted)));
   if (usefulness_->limited()) wanted = std::min(wanted, usefulness_->most(now()));
   if (lent_) {
     size_ = wanted;
@@ -211,7 +215,8 @@ void Threads::dismiss(int size) {
 
 void Threads::together(void (*body)(void* context), void* context) {
   // OpenMP's threads do not survive fork, and there are as many sets of them as callers.
-  if (count_ == 1 || !lend_ || !usefulness_->borrows() || forked.load() || calls.load() > 1) return body(context);
+  if (count_ == 1 || !lender_.lend || !usefulness_->borrows() || forked.load() || calls.load() > 1)
+    return body(context);
   borrow(body, context);
 }
 
@@ -243,7 +248,7 @@ void Threads::borrow(void (*body)(void* context), void* context) {
     members_[k] = &lent_[size_t(k)];
   }
   busy.fetch_add(count_ - 1);
-  lend_(
+  lender_.lend(
       count_,
       [](int64_t begin, int64_t end, void* context) {
         Call& call = *static_cast<Call*>(context);
@@ -261,15 +266,15 @@ void Threads::borrow(void (*body)(void* context), void* context) {
 
 Share& Threads::share(int place) { return place ? members_[place - 1]->share : own_; }
 
-void Threads::run(int64_t n, Body body, void* context) {
-  if (n <= 1 || !recruit()) {
-    for (int64_t item = 0; item < n; ++item) body(item, context);
+void Threads::run(int64_t n, bool backwards, Body body, void* context) {
+  if (n <= 1 || !recruit(n)) {
+    for (int64_t k = 0; k < n; ++k) body(backwards ? n - 1 - k : k, context);
     return;
   }
   body_ = body;
   context_ = context;
   const int64_t begin = now();
-  open(n);
+  open(n, backwards);
   wake_two();
   take_items(0);
   const int64_t done = now();
@@ -284,11 +289,13 @@ void Threads::run(int64_t n, Body body, void* context) {
   if (failed_.exchange(false, std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-void Threads::open(int64_t n) {
+void Threads::open(int64_t n, bool backwards) {
   for (int k = 0; k < size_; ++k) {
-    share(k).next.store(k * n / size_, std::memory_order_relaxed);
+    share(k).begin = k * n / size_;
     share(k).end = (k + 1) * n / size_;
+    share(k).next.store(share(k).begin, std::memory_order_relaxed);
   }
+  backwards_ = backwards;
   taken_ = 0;
   woken_.store(size_, std::memory_order_relaxed);  // nobody is woken before all are invited
   for (int k = 1; k < size_; ++k) {
@@ -330,7 +337,7 @@ void Threads::take_items(int place) {
       const int64_t item = from.next.fetch_add(1, std::memory_order_relaxed);
       if (item >= from.end) break;
       try {
-        body_(item, context_);
+        body_(backwards_ ? from.begin + from.end - 1 - item : item, context_);
       } catch (...) {
         if (!failed_.exchange(true, std::memory_order_acq_rel)) error_ = std::current_exception();
       }

@@ -27,9 +27,13 @@ class WeightGrad {
 
   bool allocated() const { return bool(sums_); }
 
-  // Into how many independent parts `add` should be divided for this many threads. Not more than necessary: each part
-  // copies its columns of a.
-  i64 parts(i64 threads) const { return depth_groups() * smaller(panels_, ceil_div(threads, depth_groups())); }
+  // Into how many independent parts `add` should be divided for this many threads: several for each, so that none waits
+  // long for the last one. But each part copies its columns of a, which should be little beside its product.
+  i64 parts(i64 threads) const {
+    if (threads == 1) return depth_groups();
+    const i64 least = ceil_div(threads, depth_groups()), most = larger(least, panels_ / kPartPanels);
+    return depth_groups() * smaller(panels_, smaller(most, ceil_div(kParts * threads, depth_groups())));
+  }
 
   // sums += a^T d over the `rows` rows of a chunk, for part `part` of `parts`. d: rows of N (padded to whole vectors)
   // at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out.
@@ -92,6 +96,8 @@ class WeightGrad {
   static constexpr i64 kRows = 128;   // rows that are summed on their own: short chains are accurate, and fit L1 or L2
   static constexpr i64 kDepth = 240;  // columns of a in one block
   static constexpr i64 kGroup = 256;  // blocks: as many as a sum of all rows has in most calls
+  static constexpr i64 kParts = 4;    // for each of several threads
+  static constexpr i64 kPartPanels = 4;  // of a part, at least, where there are more parts than threads
   i64 depth_groups() const { return ceil_div(K_, kDepth); }
 
   // Adds n sums from place `at` on to those of all groups; they begin anew.

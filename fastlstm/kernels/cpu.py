@@ -58,7 +58,7 @@ _CACHE_BYTES = operators.define_operator(
 )
 _ISA = operators.define_operator("cpu_isa", "() -> str")
 _PLAN = operators.define_operator(
-    "cpu_plan", f"(int steps, int batch, {_SIZES}, int threads, int[] caches) -> str"
+    "cpu_plan", f"(int steps, int batch, {_SIZES}, int threads, int[] machine) -> str"
 )
 
 
@@ -150,17 +150,18 @@ def _error() -> str | None:
     return extension.error()
 
 
-def plan(spec: LayerSpec, T: int, B: int, threads: int, caches: Sequence[int] = ()) -> str:
-    """Describe in a line how the kernels spread one layer over `threads` threads.
+def plan(spec: LayerSpec, T: int, B: int, threads: int, machine: Sequence[int] = ()) -> str:
+    """Describe in a line how the kernels spread one layer over at most `threads` threads.
 
     Args:
-        caches: bytes of L2 of a core and of L3; those of this machine where it is empty.
+        machine: bytes of L2 of a core and of L3, and 1 if some cores are slower than others, else
+            0. Where it is empty: this machine, whose free cores bound the threads too.
     """
     extension.load()
     # Units with one gate are as much work as a quarter of so many with four.
     units = -(-spec.hidden_size * spec.gates // 4)
     sizes = spec.input_size, units, spec.proj_size, spec.directions
-    return _PLAN(T, B, *sizes, threads, list(caches))
+    return _PLAN(T, B, *sizes, threads, list(machine))
 
 
 CPU = register(CpuBackend())

@@ -35,6 +35,8 @@ class BackwardLane {
                const Chunk<S>& chunk);
 
   i64 rows() const { return rows_.rows; }
+  // One step reads the weights forwards, the next one backwards: what was read last is still near.
+  bool reads_backwards() const { return t_ % 2 != 0; }
   i64 state_panels() const { return at_.state_panels; }
   i64 hidden_panels() const { return at_.hidden_panels; }
 

@@ -78,11 +78,13 @@ class BackwardLayer {
   }
   // work(lane, begin, end) over [0, count) of the lane of each direction.
   template <class Work>
-  void share(i64 count, const Work& work) const {
-    parallel(*p_.threads, s_.D * shares_, [&](i64 item) {
-      const i64 k = item % shares_;
-      work(*lanes_[item / shares_], k * count / shares_, (k + 1) * count / shares_);
-    });
+  void share(i64 count, bool backwards, const Work& work) const {
+    const i64 pieces = smaller(count, plan_.pieces);
+    const auto piece = [&](i64 item) {
+      const i64 k = item % pieces;
+      work(*lanes_[item / pieces], k * count / pieces, (k + 1) * count / pieces);
+    };
+    parallel(*p_.threads, s_.D * pieces, piece, backwards);
   }
 
   // work(direction, begin, end) over [0, count) of each direction.
@@ -108,9 +110,10 @@ class BackwardLayer {
     for (i64 step = 0; step < steps; ++step) {
       for (i64 d = 0; d < s_.D; ++d)
         lanes_[d]->begin_step(directions_[d]->time(first + step), directions_[d]->chunk.start[step]);
-      if (s_.projected) share(any.hidden_panels(), [](Lane& lane, i64 a, i64 b) { lane.unproject(a, b); });
-      share(any.rows(), [](Lane& lane, i64 a, i64 b) { lane.gate_grads(a, b); });
-      share(any.state_panels(), [](Lane& lane, i64 a, i64 b) { lane.recur(a, b); });
+      const bool backwards = any.reads_backwards();
+      if (s_.projected) share(any.hidden_panels(), backwards, [](Lane& lane, i64 a, i64 b) { lane.unproject(a, b); });
+      share(any.rows(), backwards, [](Lane& lane, i64 a, i64 b) { lane.gate_grads(a, b); });
+      share(any.state_panels(), backwards, [](Lane& lane, i64 a, i64 b) { lane.recur(a, b); });
       for (i64 d = 0; d < s_.D; ++d) lanes_[d]->end_step();
     }
   }

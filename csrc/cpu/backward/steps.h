@@ -114,10 +114,9 @@ template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   if (n_ == 0 || (!p_.dh0.data && rows_.starts(0, t_))) return;  // all rows begin at this step, and dh0 is not wanted
   if (!packed_) return recur_direct(panel_begin, panel_end);
-  // One step reads the weights forwards, the next one backwards: what was read last is still near.
   const auto w_hh = [&](i64 panel) { return packed_ + at_.w_hh + panel * s_.gate_units() * kPanel<S>; };
-  const i64 direction = t_ % 2 ? -1 : 1;
-  i64 panel = t_ % 2 ? panel_end - 1 : panel_begin;
+  const i64 direction = reads_backwards() ? -1 : 1;
+  i64 panel = reads_backwards() ? panel_end - 1 : panel_begin;
   for (i64 left = panel_end - panel_begin; left > 0; --left, panel += direction) {
     const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
     multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),

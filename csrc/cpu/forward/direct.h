@@ -26,11 +26,10 @@ template <class S, Cell cell>
 inline void ForwardLane<S, cell>::direct_gates(i64 tile_begin, i64 tile_end) {
   if (n_ == 0) return;
   const Dots<S> dots = direct_.dots();
-  const bool backwards = backwards_ != (t_ % 2 != 0);
   const i64 groups = ceil_div(n_, kRowGroup), most = groups > 1 ? 1 : smaller(4, kDirectPanels / n_);
   const i64 blocks = ceil_div(tile_end - tile_begin, most);
   for (i64 k = 0; k < blocks; ++k) {
-    const i64 block = tile_begin + (backwards ? blocks - 1 - k : k) * most;
+    const i64 block = tile_begin + (reads_backwards_ ? blocks - 1 - k : k) * most;
     for (i64 group = 0; group < groups; ++group)
       direct_tiles(dots, group * n_ / groups, (group + 1) * n_ / groups, {block, smaller(block + most, tile_end)});
   }

@@ -38,10 +38,9 @@ inline void ForwardLane<S, cell>::gates(i64 tile_begin, i64 tile_end) {
     with_rows<kTallestTile>(n_, [&](auto height) {
       constexpr int R = decltype(height)::value, P = R == 1 ? 2 : larger(1, kTileRows / R);
       if (n_ != R) return;  // no rows at all
-      // One step reads the weights forwards, the next one backwards: what was read last is still in L1.
       const i64 blocks = ceil_div(tile_end - tile_begin, P);
       for (i64 k = 0; k < blocks; ++k) {
-        const i64 tile = tile_begin + P * (t_ % 2 ? blocks - 1 - k : k);
+        const i64 tile = tile_begin + P * (reads_backwards_ ? blocks - 1 - k : k);
         if (tile + P <= tile_end) {
           sum_gates<R, P>(0, tile, sums);
           update<P>(0, R, tile, sums);
@@ -57,9 +56,9 @@ inline void ForwardLane<S, cell>::gates(i64 tile_begin, i64 tile_end) {
     const i64 groups = ceil_div(n_, kPanelRows);
     for (i64 k = 0; k < tile_end - tile_begin; ++k)
       for (i64 group = 0; group < groups; ++group) {
-        const i64 tile = t_ % 2 ? tile_end - 1 - k : tile_begin + k, first = group * n_ / groups;
+        const i64 tile = reads_backwards_ ? tile_end - 1 - k : tile_begin + k, first = group * n_ / groups;
         const i64 after =
-            group + 1 < groups ? tile : larger(tile_begin, smaller(tile + (t_ % 2 ? -1 : 1), tile_end - 1));
+            group + 1 < groups ? tile : larger(tile_begin, smaller(tile + (reads_backwards_ ? -1 : 1), tile_end - 1));
         const i64 rows = (group + 1) * n_ / groups - first;
         sum_gates(first, rows, tile, sums, after);
         update<1>(first, rows, tile, sums);

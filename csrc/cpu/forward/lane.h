@@ -41,6 +41,8 @@ class ForwardLane {
   i64 out_panels() const { return at_.out_panels; }
   bool at_chunk_start(i64 step) const { return step % steps_ == 0; }
   bool inputs_ahead() const { return inputs_ahead_; }
+  // One step reads the weights forwards, the next one backwards: what was read last is still near.
+  bool reads_backwards() const { return reads_backwards_; }
 
   void begin_chunk(i64 step);
   void input_products(i64 tile_begin, i64 tile_end);
@@ -104,7 +106,8 @@ class ForwardLane {
   const S* packed_;             // null: the weights are read as they are stored
   const GateSums<S> sums_;      // packed
   const DirectSums<S> direct_;  // not packed
-  const bool backwards_;        // see call_order
+  const bool backwards_;        // the first step: see call_order
+  bool reads_backwards_ = false;
   const i64 hidden_pitch_, state_pitch_, gate_pitch_;
   const bool inputs_ahead_;
   const bool stores_y_;  // a cell stores h in y itself, where h is neither projected nor rounded

@@ -36,12 +36,13 @@ void forward_shared_steps(const ForwardParams& p, const Plan& plan, const Extend
   const Sizes& s = p.sizes;
   std::unique_ptr<Lane> lanes[2];
   for (i64 d = 0; d < s.D; ++d) lanes[d].reset(new Lane(p, plan, extended[d], d, 0));
-  const i64 shares = ceil_div(p.threads->count(), s.D);
   const auto share = [&](i64 count, const auto& work) {  // work(lane, begin, end) over [0, count) of each lane
-    parallel(*p.threads, s.D * shares, [&](i64 item) {
-      const i64 k = item % shares;
-      work(*lanes[item / shares], k * count / shares, (k + 1) * count / shares);
-    });
+    const i64 pieces = smaller(count, plan.pieces);
+    const auto piece = [&](i64 item) {
+      const i64 k = item % pieces;
+      work(*lanes[item / pieces], k * count / pieces, (k + 1) * count / pieces);
+    };
+    parallel(*p.threads, s.D * pieces, piece, lanes[0]->reads_backwards());
   };
   for (i64 step = 0; step < s.T; ++step) {
     if (lanes[0]->at_chunk_start(step)) {

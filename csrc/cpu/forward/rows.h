@@ -62,6 +62,7 @@ inline void ForwardLane<S, cell>::begin_chunk(i64 step) {
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::begin_step(i64 step) {
   t_ = time(step);
+  reads_backwards_ = (!packed_ && backwards_) != (step % 2 != 0);
   n_ = rows_.active(t_);
   first_row_ = next_row_;
   next_row_ += n_;
