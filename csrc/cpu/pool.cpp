@@ -19,8 +19,9 @@ namespace fastlstm {
 namespace {
 
 // Nanoseconds. A worker looks for the next region so long before it sleeps: longer than a caller needs from one step of
-// a stream to the next, shorter than anybody notices.
-constexpr int64_t kLinger = 50'000;
+// a stream to the next, or from forward to backward, because an idle core of a virtual machine takes its time to wake;
+// shorter than anybody notices.
+constexpr int64_t kLinger = 200'000;
 // A borrowed one: without us it would look for torch's next operator as long.
 constexpr int64_t kBorrowedLinger = 1'000'000;
 // A caller waits so long, awake, for workers that are in the middle of an item.
