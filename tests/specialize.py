@@ -48,7 +48,8 @@ def launches(H: int, D: int, dtype: torch.dtype, cell: bool) -> list[Launch]:
     w = [new(4 * H, I), new(4 * H, H), new(4 * H), new(4 * H)] * D
     x, y, c_all = new(T, B, I), new(T, B, D * H), empty(T, B, D * H, dtype=torch.float32)
     state, lengths = new(D, B, H), empty(B, dtype=torch.int64)
-    gates = new(D, T, B, 4 * H) if TRITON.keeps_gates(LayerSpec("LSTM", I, H)) else None
+    kind = LayerSpec("LSTM", I, H, peephole=cell)  # or extended otherwise
+    gates = new(D, T, B, 4 * H) if TRITON.keeps_gates(kind) else None
     options: dict[str, Any] = {}
     if cell:
         options = {"zoneout_c": 0.5, "zoneout_h": 0.1, "seed": empty(1, dtype=torch.int64)}
@@ -109,6 +110,7 @@ def compiled(launch: Launch) -> int:
 
 driver.set_active(NoDevice())
 for regime, H, dtype, cell in (
+    ("registers", 32, torch.bfloat16, False),
     ("sequence", 32, torch.bfloat16, False),
     ("sequence", 32, torch.bfloat16, True),
     ("steps", 256, torch.float32, False),

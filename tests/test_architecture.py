@@ -163,7 +163,7 @@ def is_prescribed(path: Path, function: Function, operators: set[str]) -> bool:
     for decorator in function.decorator_list:
         called = decorator.func if isinstance(decorator, ast.Call) else decorator
         words = ast.unparse(called).split(".")
-        if words == ["triton", "jit"] or operators & set(words):
+        if words in (["triton", "jit"], ["gluon", "jit"]) or operators & set(words):
             return True
     place = path.relative_to(ROOT).parts
     if function.name == "__init__":

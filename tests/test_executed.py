@@ -61,7 +61,19 @@ def shrunk(cases: Iterable[Case], how: Callable[[Case], Case] = small) -> list[C
 # The most telling case comes first: it is the sample of the short run.
 GPU = test_gpu.RAGGED + test_gpu.SIZES + test_gpu.FEATURES + test_gpu.MEMORY + test_gpu.GRADIENTS
 CELLS = [case for case in test_gpu_cells.CASES if case not in test_gpu_cells.WIDE_NORMALISED]
+# Odd and even numbers of steps, full tiles of units and others; gates kept and computed again.
+REGISTERS = [
+    Case(T=3, B=9, I=28, H=32, directions=2, recompute=True),
+    Case(T=4, B=3, I=70, H=17, bias=False, cell_states=True),
+    Case(T=6, B=5, I=10, H=20, lengths=(2, 0, 1, 6, 3), directions=2, recompute=True),
+    Case(T=5, B=2, I=30, H=16, reset=True, recompute=True, hx=False),
+]
 WIDE = Case(T=3, B=7, I=28, H=512, hx=False)
+
+
+def approximate(found: Iterable[Run]) -> list[Run]:
+    """Those that one program computes: all but exact float32."""
+    return [run for run in found if run.precision != "exact"]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +107,25 @@ def test_error_is_that_of_pytorch(worker: Worker, run: Run, record_property: Rec
 )
 def test_other_cells(worker: Worker, run: Run, record_property: Record) -> None:
     check(worker, run, record_property)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    "run", approximate(runs(REGISTERS, "bf16", (80, 90), "sequence")), ids=str
+)
+def test_weights_in_shared_memory(worker: Worker, run: Run, record_property: Record) -> None:
+    """What layers get whose weights could rest in registers, if Triton has no Gluon."""
+    kernels = check(worker, run, record_property).kernels
+    assert kernels and all("_sequence_" in name for name in kernels)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    "run", approximate(runs(REGISTERS, "bf16", (90, 80), "registers")), ids=str
+)
+def test_weights_in_registers(worker: Worker, run: Run, record_property: Record) -> None:
+    kernels = check(worker, run, record_property).kernels
+    assert kernels and all("_registers_" in name for name in kernels)
 
 
 @pytest.mark.executed

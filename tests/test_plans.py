@@ -87,12 +87,14 @@ def test_every_layer_has_a_plan_that_fits(plan_of: PlanOf, device: Device) -> No
         assert all(is_tile(getattr(plan, name), n) for name, n in least.items()), context
         assert plan.warps in (1, 2, 4, 8) and plan.stages in (1, 2, 3), context
         assert plan.reason and str(plan).startswith(f"{plan.regime}: {4 * plan.units} x"), context
-        if plan.regime == "sequence":
+        if plan.regime in ("registers", "sequence"):
             assert plan.resident and plan.units >= spec.hidden_size, context
             assert asked.precision != "ieee", context
         else:
             assert not plan.fused, context
-        if plan.resident:  # the weights, and what they are multiplied with
+        if plan.regime == "registers":
+            assert asked.cell == "plain" and not spec.proj_size and device.arch >= 80, context
+        elif plan.resident:  # the weights, and what they are multiplied with
             assert plan.chunk >= spec.state_size, context
             operands = asked.element * plan.chunk * (gates * plan.units + plan.batch)
             assert operands <= device.shared_bytes, context
@@ -126,8 +128,11 @@ def test_persistent_programs_are_on_the_gpu_together(plan_of: PlanOf) -> None:
 def test_what_the_tasks_run() -> None:
     """One launch for the sizes of the tasks, on both GPUs that matter."""
     for device, H in product((Device(80, 108), HOPPER), (32, 64, 128)):
-        assert forward_plan(problem(H), device).regime == "sequence"
-        assert backward_plan(problem(H), device).regime == "sequence"
+        assert forward_plan(problem(H), device).regime == "registers"
+        assert backward_plan(problem(H), device).regime == "registers"
+        without = device._replace(gluon=False)
+        assert forward_plan(problem(H), without).regime == "sequence"
+        assert backward_plan(problem(H), without).regime == "sequence"
     assert forward_plan(problem(), HOPPER).fused
     assert forward_plan(problem(256), HOPPER).regime == "steps"
 
@@ -158,9 +163,40 @@ def test_layer_norm_needs_shared_memory() -> None:
     assert found is not None and "a GPU of more shared memory" in found
 
 
-def test_no_persistent_rnn() -> None:
+@PASSES
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *(problem(128, I=64, element=2), problem(1, B=1), problem(32, element=4)),
+        problem(100, D=2),
+    ],
+    ids=str,
+)
+def test_plain_cells_rest_in_registers(plan_of: PlanOf, asked: Problem) -> None:
+    """Both passes alike: forward keeps the gates in the order in which backward reads them."""
+    plan = plan_of(asked, HOPPER)
+    assert plan.regime == "registers" and str(plan).endswith("weights in registers")
+    assert (plan.batch, plan.warps) == (8, plan.units // 16)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *(problem(129), problem(33, element=4), problem(element=4, precision="ieee")),
+        *(problem(64, 32), problem(peephole=True), problem(zoneout=(0.1, 0.0))),
+    ],
+    ids=str,
+)
+def test_what_does_not_rest_in_registers(asked: Problem) -> None:
+    assert forward_plan(asked, HOPPER).regime != "registers"
+    assert backward_plan(asked, HOPPER).regime != "registers"
+
+
+def test_regimes_without_an_rnn() -> None:
     with override(regime="persistent"), pytest.raises(ValueError, match=r"no nn\.RNN"):
         rnn_plan(problem(1024), HOPPER)
+    with override(regime="registers"), pytest.raises(ValueError, match="no room"):
+        rnn_plan(problem(64), HOPPER)
 
 
 def test_padded_is_the_next_power_of_two() -> None:
@@ -189,7 +225,7 @@ def test_overrides_refuse_what_there_is_not() -> None:
     ):
         with pytest.raises(ValueError, match=message), override(**changes):
             pass
-    assert forward_plan(SMALL, HOPPER).regime == "sequence"
+    assert forward_plan(SMALL, HOPPER).regime == "registers"
 
 
 @PASSES
@@ -197,6 +233,8 @@ def test_an_overridden_regime_without_room_is_an_error(plan_of: PlanOf) -> None:
     wide = problem(1024, B=4096)
     projected = problem(256, 128)
     for regime, asked, message in (
+        ("registers", wide, r"the registers regime has no room for"),
+        ("registers", projected, r"the registers regime has no room for"),
         ("sequence", wide, r"the sequence regime has no room for .* in 232,448 bytes"),
         ("persistent", wide, r"the persistent regime has no room for .* on 132 multiprocessors"),
         ("persistent", projected, r"the persistent regime has no room"),

@@ -20,10 +20,11 @@ def test_one_kernel_for_every_length_and_batch() -> None:
     )
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
+    names = {"steps": "step", "persistent": "step"}
     assert [(name, regime) for name, regime, _ in lines] == [
-        (f"{kind}_{way}_{'sequence' if regime == 'sequence' else 'step'}_kernel", regime)
+        (f"{kind}_{way}_{names.get(regime, regime)}_kernel", regime)
         for kind, regimes in (
-            ("lstm", ("sequence", "sequence", "steps", "steps", "persistent")),
+            ("lstm", ("registers", "sequence", "sequence", "steps", "steps", "persistent")),
             ("rnn", ("sequence", "steps")),
         )
         for regime in regimes

@@ -2,10 +2,11 @@
 
 No GPU is needed. Every variant of the kernels that the configuration can choose is compiled for
 each GPU and disassembled. The table shows the registers of a thread; spilled bytes, which are the
-stack frame of a thread; the shared memory of a program; and the barriers and matrix instructions
-(mma, on Hopper wgmma) within the time loop. Instructions are counted as they stand in the code:
-where the weights do not stay on chip, the time loop contains a loop over chunks of them, whose
-instructions run once for each chunk.
+stack frame of a thread; the shared memory of a program; and of the time loop the cycles that its
+instructions take one after the other (stall), the barriers, special functions (mufu), matrix
+instructions (mma, on Hopper wgmma) and shuffles of a step. Instructions are counted as they stand
+in the code: where the weights do not stay on chip, the time loop contains a loop over chunks of
+them, whose instructions run once for each chunk.
 """
 
 from __future__ import annotations
@@ -56,9 +57,12 @@ COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spilled",
     "shared_bytes": "shared",
+    "stall_per_step": "stall",
     "barriers_per_step": "barriers",
+    "mufu_per_step": "mufu",
     "mma_per_step": "mma",
     "wgmma_per_step": "wgmma",
+    "shuffles_per_step": "shuffles",
     "waits_per_step": "waits",
     "remote_stores_per_step": "remote stores",
     "compile_seconds": "compiled, s",
@@ -261,4 +265,4 @@ def _cell(name: str, value: Any) -> str:
         return ""
     if name == "kernel":
         return str(value).removesuffix("_kernel")
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int | float) else str(value)

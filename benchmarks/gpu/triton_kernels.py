@@ -11,16 +11,19 @@ from typing import Any
 from .machine_code import counts, disassembled, instructions, resources, time_loop
 from .variants import Variant
 
+STEPS_A_TURN = {"registers": 2}  # of the time loop; in other regimes one
+
 
 def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     """Figures of one kernel; its PTX and machine code go to `keep` with other endings."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from fastlstm.kernels.triton.gluon import source_of
 
     kernel = getattr(import_module(variant.module), variant.kernel)
     names = kernel.arg_names
-    source = ASTSource(
+    source = source_of(kernel)(
         kernel,
         dict(variant.signature),
         {(names.index(name),): value for name, value in variant.constants},
@@ -48,6 +51,6 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     return {
         **resources(text),
         "shared_bytes": compiled.metadata.shared,
-        **counts(loop),
+        **counts(loop, STEPS_A_TURN.get(variant.facts["regime"], 1)),
         "compile_seconds": round(seconds, 3),
     }

@@ -276,7 +276,8 @@ def _call(layer: Layer) -> None:
     c_all = gates = None
     if layer.training:
         c_all = new(*rows, D * H, dtype=torch.float32)
-        if TRITON.keeps_gates(LayerSpec("LSTM", I, H)) and "layer_norm" not in parts:
+        kind = LayerSpec("LSTM", I, H, layer.P, D, peephole=bool(parts))  # or extended otherwise
+        if TRITON.keeps_gates(kind) and "layer_norm" not in parts:
             gates = new(D, *rows, 4 * H)
     inputs = (x, group * D, D, h0, c0, batch_sizes, lengths, reset, y)
     lstm_fwd(*inputs, h_n, c_n, c_all, gates, None, **options)

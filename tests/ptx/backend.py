@@ -15,7 +15,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import fastlstm
@@ -23,6 +22,7 @@ from benchmarks.gpu.variants import PROCESSORS, type_name
 from fastlstm.kernels import triton as backend
 from fastlstm.kernels.triton import launch, operators
 from fastlstm.kernels.triton.config import Device
+from fastlstm.kernels.triton.gluon import source_of
 
 from .execute import execute
 from .faults import Fault
@@ -105,7 +105,7 @@ def _ptx(
     name = kernel.__name__
     key = (name, arch, *map(repr, (signature, constants, attributes, options)))
     if key not in _compiled:
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = source_of(kernel)(kernel, signature, constants, attributes)
         compiled = triton.compile(source, GPUTarget("cuda", arch, 32), options)
         shared, limit = compiled.metadata.shared, Device(arch, 1).shared_bytes
         if shared > limit:

@@ -64,7 +64,11 @@ class TritonBackend(Backend):
             return f"forward and backward {plan.described(gates=1)} ({plan.reason})"
         forward = config.forward_plan(problem, device)
         backward = config.backward_plan(problem, device)
-        return f"forward {forward} ({forward.reason}); backward {backward}"
+        text = f"forward {forward} ({forward.reason}); backward {backward}"
+        gluon = device._replace(gluon=True)
+        if not device.gluon and config.fits_registers(problem, gluon):
+            text += f"; not with the weights in registers: {_no_gluon()}"
+        return text
 
     def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Name the regimes of both passes."""
@@ -90,11 +94,13 @@ class TritonBackend(Backend):
     def keeps_gates(self, spec: LayerSpec) -> bool:
         """Whether its forward pass can keep the activated gates for backward.
 
-        Where one program holds all units it does not: four more stores lengthen each of its short
-        steps, while computing the gates again is one product of matrices for all steps. Where W_hh
-        is large, that product is not small.
+        With the weights in registers it does: it writes 4 numbers a cell, where computing them
+        again would write and read the product of each gate in float32, and multiply. Where one
+        program has the weights in shared memory it does not: four more stores lengthen each of its
+        short steps. Where W_hh is large, the product that they save is not small.
         """
-        return spec.hidden_size > _MOST_UNITS_WITHOUT_GATES
+        wide = spec.hidden_size > _MOST_UNITS_WITHOUT_GATES
+        return wide or not (spec.proj_size or spec.is_extended or _no_gluon())
 
 
 @constant  # Dynamo would trace the loading, it ignores the cache
@@ -162,6 +168,14 @@ def _room_for(spec: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -
     x = torch.empty(0, dtype=dtype, device=device)
     problem = Problem(LayerSpec(*spec), 1, x.element_size(), precision_of(x))
     return obstacle(problem, device_of(x))
+
+
+@constant
+def _no_gluon() -> str | None:
+    """Say why nothing that is written in Gluon can run."""
+    from . import gluon
+
+    return gluon.PROBLEM
 
 
 @constant

@@ -50,6 +50,11 @@ def launch_lstm_bwd(
 ) -> None:
     """Write the gradients of one layer of an LSTM; `then`: the weights of the forward pass."""
     plan = backward_plan(call.problem, call.device)
+    if plan.regime == "registers":
+        from .backward_registers import launch_lstm_bwd_registers  # an older Triton has no Gluon
+
+        launch_lstm_bwd_registers(call, plan, then, saved, incoming, gradients)
+        return
     gates = None if plan.regime == "sequence" else saved.gates
     before = _before(call, then, saved.y, gates is None, gradients.weights is not None)
     assert saved.c_all is not None

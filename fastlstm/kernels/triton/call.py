@@ -13,7 +13,7 @@ from fastlstm.spec import LayerSpec, Noise, State, Weights
 from .launch import device_of, dot_precision, precision_of
 from .plan import Device, Plan, Problem
 
-__all__ = ["Call", "call_arguments", "strides_of", "weight_arguments"]
+__all__ = ["Call", "call_arguments", "row_arguments", "strides_of", "weight_arguments"]
 
 
 class Call(NamedTuple):
@@ -43,7 +43,21 @@ class Call(NamedTuple):
 
 
 def call_arguments(call: Call, plan: Plan) -> dict[str, Any]:
-    """Return what every kernel is told of the rows, the sizes and its tile."""
+    """Return what a kernel in ``tl`` is told of the rows, the sizes and its tile."""
+    return {
+        **_rows_and_sizes(call, plan),
+        "UNITS": plan.units,
+        "STAGES": plan.stages,
+        "PRECISION": dot_precision(call.x),
+    }
+
+
+def row_arguments(call: Call, plan: Plan) -> dict[str, Any]:
+    """Return what a kernel of the registers regime is told of the rows, the sizes and its tile."""
+    return {**_rows_and_sizes(call, plan), "U": plan.units}
+
+
+def _rows_and_sizes(call: Call, plan: Plan) -> dict[str, Any]:
     rows, spec = call.rows, call.spec
     return {
         "offsets": rows.offsets,
@@ -54,10 +68,7 @@ def call_arguments(call: Call, plan: Plan) -> dict[str, Any]:
         "B": rows.B,
         "H": spec.hidden_size,
         "D": spec.directions,
-        "UNITS": plan.units,
         "N": plan.batch,
-        "STAGES": plan.stages,
-        "PRECISION": dot_precision(call.x),
     }
 
 

@@ -1,9 +1,10 @@
 """Which kernel computes a layer, in which tiles: a pure function of the layer and the GPU.
 
-Three regimes:
+Four regimes:
 
-- ``sequence``: one program per direction and tile of sequences takes all steps; W_hh stays on
-  chip. Wherever it fits.
+- ``registers``: one program per direction and tile of sequences takes all steps, the weights of a
+  plain cell in its registers. Wherever it fits, and Triton has Gluon.
+- ``sequence``: the same with W_hh in shared memory. Wherever it fits.
 - ``persistent``: the units are spread over programs that are on the GPU together and exchange
   every step through L2; one launch for all steps.
 - ``steps``: the same kernel, one launch for every step.
@@ -21,6 +22,7 @@ from functools import lru_cache
 from typing import Any
 
 from .plan import Device, Plan, Problem, padded
+from .register_plans import backward_registers, fits_registers, forward_registers
 from .sequence_plans import backward_sequence, forward_sequence, rnn_sequence, widest
 from .spread_plans import backward_spread, forward_spread, rnn_spread
 
@@ -29,6 +31,7 @@ __all__ = [
     "Plan",
     "Problem",
     "backward_plan",
+    "fits_registers",
     "forward_plan",
     "obstacle",
     "override",
@@ -36,6 +39,7 @@ __all__ = [
     "rnn_plan",
 ]
 
+_REGIMES = "registers", "sequence", "persistent", "steps"
 # For the whole process: autograd runs backward in a thread of its own.
 _changes: dict[str, Any] = {}
 
@@ -45,6 +49,7 @@ def override(**changes: Any) -> Iterator[None]:
     """Change fields of every plan that the process makes in this block, for tests and tuning.
 
     ``regime`` restricts the choice; the other fields of :class:`Plan` replace what was chosen.
+    Both passes of a layer belong here: regimes differ in how they keep gates for backward.
 
     Raises:
         ValueError: there is no such field or regime.
@@ -52,7 +57,7 @@ def override(**changes: Any) -> Iterator[None]:
     unknown = changes.keys() - Plan.__dataclass_fields__.keys()
     if unknown:
         raise ValueError(f"override(): a plan has no {', '.join(sorted(unknown))}")
-    if changes.get("regime", "steps") not in ("sequence", "persistent", "steps"):
+    if changes.get("regime", "steps") not in _REGIMES:
         raise ValueError(f"override(): {changes['regime']!r} is not a regime")
     global _changes
     before = _changes
@@ -69,7 +74,7 @@ def forward_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    return _plan((forward_sequence, forward_spread), problem, device)
+    return _plan((forward_registers, forward_sequence, forward_spread), problem, device)
 
 
 def backward_plan(problem: Problem, device: Device) -> Plan:
@@ -78,7 +83,7 @@ def backward_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    return _plan((backward_sequence, backward_spread), problem, device)
+    return _plan((backward_registers, backward_sequence, backward_spread), problem, device)
 
 
 def rnn_plan(problem: Problem, device: Device) -> Plan:
@@ -87,7 +92,7 @@ def rnn_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    return _plan((rnn_sequence, rnn_spread), problem, device)
+    return _plan((_none, rnn_sequence, rnn_spread), problem, device)
 
 
 def _plan(makers: Any, problem: Problem, device: Device) -> Plan:
@@ -103,13 +108,20 @@ def _plan(makers: Any, problem: Problem, device: Device) -> Plan:
 
 @lru_cache(maxsize=1024)  # looked up at every launch, by the few layers of a program
 def _choose(makers: Any, problem: Problem, device: Device, regime: str | None) -> Plan:
-    sequence, spread = makers
-    plan = sequence(problem, device) if regime in (None, "sequence") else None
-    if plan is None and regime == "sequence":
-        raise ValueError(
-            f"the sequence regime has no room for {problem} in {device.shared_bytes:,} bytes"
-        )
-    return plan or spread(problem, device, regime)
+    *one_program, spread = makers
+    for name, make in zip(_REGIMES, one_program, strict=False):
+        plan = make(problem, device) if regime in (None, name) else None
+        if plan is not None:
+            return plan
+        if regime == name:
+            raise ValueError(
+                f"the {name} regime has no room for {problem} in {device.shared_bytes:,} bytes"
+            )
+    return spread(problem, device, regime)
+
+
+def _none(problem: Problem, device: Device) -> None:
+    """Stand for a regime that has no such layer."""
 
 
 def obstacle(problem: Problem, device: Device) -> str | None:
@@ -120,7 +132,7 @@ def obstacle(problem: Problem, device: Device) -> str | None:
     """
     spec = problem.spec
     plans = forward_plan(problem, device), backward_plan(problem, device)
-    if all(plan.regime == "sequence" for plan in plans):
+    if all(plan.regime in ("registers", "sequence") for plan in plans):
         return None
     if spec.layer_norm:
         return f"layer_norm needs all units in one program, {_one_program(problem)}"

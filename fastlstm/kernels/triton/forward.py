@@ -17,11 +17,16 @@ def launch_lstm_fwd(call: Call, outputs: Outputs) -> None:
     """Write the outputs of one layer of an LSTM.
 
     The sequence regime writes no gates: ``keeps_gates`` of the backend says where they are kept.
+    The registers regime keeps them by unit, ``[D, rows, H, 4]``, the steps regime by gate.
     """
     plan = forward_plan(call.problem, call.device)
     if call.rows.padded:
         zero(outputs.y, outputs.c_all)
-    if plan.regime == "sequence":
+    if plan.regime == "registers":
+        from .forward_registers import launch_lstm_fwd_registers  # an older Triton has no Gluon
+
+        launch_lstm_fwd_registers(call, plan, outputs)
+    elif plan.regime == "sequence":
         launch_lstm_fwd_sequence(call, plan, outputs)
     else:
         launch_lstm_fwd_steps(call, plan, outputs)

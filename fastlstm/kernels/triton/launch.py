@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import gluon
 from .plan import Device, Plan
 
 # The interpreter runs the kernels on CPU tensors, program after program, to check them.
@@ -21,7 +22,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # bfloat16 wrongly, has no TF32 and no inline assembly. Tests that mend it say so here.
 rounds_as_gpu: bool = not INTERPRETED
 _interpreter = threading.Lock()  # it patches Triton's own functions while it runs
-_ANY_DEVICE = Device(arch=90, processors=132)  # what the interpreter plans for
+_HAS_GLUON = gluon.PROBLEM is None
+_ANY_DEVICE = Device(arch=90, processors=132, gluon=False)  # what the interpreter plans for
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def device_of(x: Tensor) -> Device:
 @cache
 def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    return Device(10 * properties.major + properties.minor, properties.multi_processor_count)
+    arch = 10 * properties.major + properties.minor
+    return Device(arch, properties.multi_processor_count, _HAS_GLUON)
 
 
 def is_fast(x: Tensor) -> bool:

@@ -20,6 +20,7 @@ class Device(NamedTuple):
 
     arch: int  # compute capability, 10 * major + minor
     processors: int  # streaming multiprocessors
+    gluon: bool = True  # whether Triton has Gluon and does not interpret
 
     @property
     def shared_bytes(self) -> int:
@@ -59,7 +60,7 @@ class Problem(NamedTuple):
 class Plan:
     """A regime and its tiles."""
 
-    regime: str  # "sequence", "persistent" or "steps"
+    regime: str  # "registers", "sequence", "persistent" or "steps"
     units: int  # units of a program: the tile is four times as high; 16 or more
     batch: int  # sequences of a program
     chunk: int  # terms of the product loaded at a time; covers P where the weights stay on chip
@@ -76,6 +77,8 @@ class Plan:
         """Describe the plan in a line, for units of so many gates."""
         tile = f"{self.regime}: {gates * self.units} x {self.batch} tiles, {self.warps} warps"
         where = "weights on chip" if self.resident else f"weights in chunks of {self.chunk}"
+        if self.regime == "registers":
+            where = "weights in registers"
         return f"{tile}, {where}"
 
 

@@ -1,0 +1,301 @@
+"""Backward: a whole sequence in one program, the mirror of ``forward_registers.py``."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlstm.kernels.products import gates_again, input_gradient, product
+from fastlstm.spec import Gradients, Incoming, Saved, Weights
+
+from .backward_registers_step import backward_step
+from .call import Call, row_arguments, strides_of, weight_arguments
+from .gluon import gl, gluon
+from .launch import is_fast, launch
+from .plan import Plan
+from .register_tiles import (
+    at_step,
+    beside,
+    by_gate_again,
+    by_unit,
+    first_rows,
+    flags,
+    load_bias,
+    turned,
+)
+
+
+@gluon.jit(
+    do_not_specialize=["rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"],
+    do_not_specialize_on_alignment=[
+        *("c0", "offsets", "lengths", "reset", "dc_all", "dh_n", "dc_n"),
+    ],
+)
+def lstm_bwd_registers_kernel(
+    gates,  # [D, rows, H, 4]: with KEPT after activation; else float32, before it, without biases
+    w_hh,  # [4H, H], direction 0
+    b_ih,  # [4H] or None
+    b_hh,  # [4H] or None
+    w_hh_reverse,  # [4H, H], direction 1; None if there is none
+    b_ih_reverse,  # [4H] or None
+    b_hh_reverse,  # [4H] or None
+    c0,  # [D, B, H] or None
+    c_all,  # float32 [rows, D*H]
+    offsets,  # int64 [T], the first row of each step of packed rows; None for [T, B]
+    lengths,  # int64 [B] or None
+    reset,  # uint8 [T, B] or None
+    dy,  # [rows, D*H] of strides dy_t, dy_b, or None
+    dc_all,  # [rows, D*H] of strides dc_t, dc_b, or None
+    dh_n,  # [D, B, H] or None
+    dc_n,  # [D, B, H] or None
+    dgates,  # [D, rows, H, 4], written: gradients of the gates before activation
+    dh0,  # [D, B, H] or None, written
+    dc0,  # [D, B, H] or None, written
+    rows,  # how many rows there are, padding included
+    T,
+    B,
+    dy_t,  # DY_UNIT elements of dy from a step to the next; with offsets from a row to the next
+    dy_b,  # DY_UNIT elements of dy from a sequence to the next
+    dc_t,  # elements of dc_all from a step to the next; with offsets from a row to the next
+    dc_b,  # elements of dc_all from a sequence to the next
+    H: gl.constexpr,
+    D: gl.constexpr,
+    U: gl.constexpr,  # H, rounded up to a power of two
+    N: gl.constexpr,  # sequences of a program
+    DY_UNIT: gl.constexpr,  # elements; it divides both strides of dy
+    KEPT: gl.constexpr,  # whether forward has kept the gates
+    FAST: gl.constexpr,  # whether activations are approximate
+):
+    """N sequences in one direction, from the last step to the first; the weights stay on chip."""
+    dtype: gl.constexpr = w_hh.dtype.element_ty
+    pair: gl.constexpr = 32 // dtype.primitive_bitwidth
+    tile: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [U // 16, 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, tile, pair)
+    shared: gl.constexpr = gl.SwizzledSharedLayout(4 * pair, 1, 1, [0, 1])
+    direction = 0
+    if D == 2:
+        direction = gl.program_id(1)
+        if direction == 1:
+            w_hh, b_ih, b_hh = w_hh_reverse, b_ih_reverse, b_hh_reverse
+    first = gl.program_id(0).to(gl.int64) * N
+
+    w_i = turned(w_hh, H, U, left)
+    w_f = turned(w_hh + H * H, H, U, left)
+    w_g = turned(w_hh + 2 * H * H, H, U, left)
+    w_o = turned(w_hh + 3 * H * H, H, U, left)
+    bias = 0.0
+    if not KEPT:
+        bias = gl.zeros([4 * U, N], gl.float32, tile)
+        if b_ih is not None:
+            bias += load_bias(b_ih, b_hh, H, U, tile)[:, None]
+
+    zero = gl.zeros([U, N], gl.float32, tile)
+    unit = gl.arange(0, U, gl.SliceLayout(1, tile))
+    n = first + gl.arange(0, N, gl.SliceLayout(0, tile))
+    real = (n < B)[None, :] & (unit < H)[:, None]
+    cells: gl.constexpr = beside(zero, zero, zero, zero, U, N).type.layout
+    n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
+    unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, cells)))
+    gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells)))
+    real4 = ((n4 < B)[None, :] & (unit4 < H)[:, None])[:, :, None]
+    state_at = (direction * B + n)[None, :] * H + unit[:, None]
+    dh, dc, c_start = zero, zero, 0.0
+    if dh_n is not None:
+        dh = gl.load(dh_n + state_at, real, 0).to(gl.float32)
+    if dc_n is not None:
+        dc = gl.load(dc_n + state_at, real, 0).to(gl.float32)
+    if c0 is not None:
+        c_start = gl.load(c0 + state_at, real, 0).to(gl.float32)
+
+    # Offsets within the tile, where it lies at step 0, and how far it is to the next step.
+    own = gl.arange(0, N, gl.SliceLayout(0, tile))
+    own4 = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
+    at = own[None, :] * (D * H) + unit[:, None]
+    at4 = ((own4[None, :] * H + unit4[:, None]) * 4)[:, :, None] + gate[None, None, :]
+    corner4 = (direction * rows.to(gl.int64) + first) * (4 * H)
+    c_at = c_all + (first * (D * H) + direction * H)
+    g_at, d_at = gates + corner4, dgates + corner4
+    c_step, g_step, dy_step, dca_step = D * H, 4 * H, 0, 0
+    dy_at, dca_at, dy_off, dca_off = c_at, c_at, 0, 0
+    if offsets is None:
+        c_step, g_step = B.to(gl.int64) * (D * H), B.to(gl.int64) * (4 * H)
+    if dy is not None:
+        dy_step = dy_t.to(gl.int64) * DY_UNIT
+        dy_b = dy_b.to(gl.int64) * DY_UNIT
+        dy_off = own[None, :] * dy_b + unit[:, None]
+        dy_at = dy + (first * dy_b + direction * H)
+    if dc_all is not None:
+        dca_step = dc_t.to(gl.int64)
+        dca_off = own[None, :] * dc_b.to(gl.int64) + unit[:, None]
+        dca_at = dc_all + (first * dc_b.to(gl.int64) + direction * H)
+
+    steps, length, length4 = T, 0, 0
+    if lengths is not None:
+        length = gl.load(lengths + n, n < B, 0)
+        length4 = gl.load(lengths + n4, n4 < B, 0)
+        steps = gl.max(length, 0).to(gl.int32)
+    forth = 2 * direction - 1
+    last = (steps - 1) * (1 - direction)
+    far = last.to(gl.int64)
+    row, row_1, row_2 = 0, 0, 0
+    real_0, real_1, real4_0 = real & (steps > 0), real & (steps > 1), real4 & (steps > 0)
+    if lengths is not None:
+        real_0 = real & at_step(last, length)
+        real_1 = real & at_step(last + forth, length)
+        real4_0 = real4 & at_step(last, length4)[:, :, None]
+    if offsets is None:
+        c_at += far * c_step
+        g_at += far * g_step
+        d_at += far * g_step
+        dy_at += far * dy_step
+        dca_at += far * dca_step
+        c_step, g_step = c_step * forth, g_step * forth
+        dy_step, dca_step = dy_step * forth, dca_step * forth
+        c = gl.load(c_at + at, real_0, 0)
+        c_before = gl.load(c_at + c_step + at, real_1, 0)
+        g_now = gl.load(g_at + at4, real4_0, 0)
+        dy_0, dca_0 = dy_at, dca_at
+        c_at += 2 * c_step
+        g_at += g_step
+        dy_at += dy_step
+        dca_at += dca_step
+    else:
+        row = first_rows(last, offsets, T, B)
+        row_1 = first_rows(last + forth, offsets, T, B)
+        row_2 = first_rows(last + 2 * forth, offsets, T, B)
+        c = gl.load(c_at + row * c_step + at, real_0, 0)
+        c_before = gl.load(c_at + row_1 * c_step + at, real_1, 0)
+        g_now = gl.load(g_at + row * g_step + at4, real4_0, 0)
+        dy_0, dca_0 = dy_at + row * dy_step, dca_at + row * dca_step
+    dy_now, dca_now, reset_now = 0.0, 0.0, 0
+    if dy is not None:
+        dy_now = gl.load(dy_0 + dy_off, real_0, 0)
+    if dc_all is not None:
+        dca_now = gl.load(dca_0 + dca_off, real_0, 0)
+    if reset is not None:
+        reset_now = flags(reset, 0, steps, last, n, length, lengths, B)
+
+    even_i = gl.allocate_shared_memory(dtype, [U, N], shared)
+    even_f = gl.allocate_shared_memory(dtype, [U, N], shared)
+    even_g = gl.allocate_shared_memory(dtype, [U, N], shared)
+    even_o = gl.allocate_shared_memory(dtype, [U, N], shared)
+    odd_i = gl.allocate_shared_memory(dtype, [U, N], shared)
+    odd_f = gl.allocate_shared_memory(dtype, [U, N], shared)
+    odd_g = gl.allocate_shared_memory(dtype, [U, N], shared)
+    odd_o = gl.allocate_shared_memory(dtype, [U, N], shared)
+    if steps % 2 == 1:
+        (
+            dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
+            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
+        ) = backward_step(
+            odd_i, odd_f, odd_g, odd_o, w_i, w_f, w_g, w_o, bias,
+            dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now, real, real4,
+            at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            c_step, g_step, dy_step, dca_step,
+            row, row_1, row_2, 0, steps, last, forth, n, length, length4,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, FAST,
+        )  # fmt: skip
+    for s in range(steps % 2, steps, 2):
+        (
+            dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
+            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
+        ) = backward_step(
+            even_i, even_f, even_g, even_o, w_i, w_f, w_g, w_o, bias,
+            dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now, real, real4,
+            at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            c_step, g_step, dy_step, dca_step,
+            row, row_1, row_2, s, steps, last + forth * s, forth, n, length, length4,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, FAST,
+        )  # fmt: skip
+        (
+            dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
+            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
+        ) = backward_step(
+            odd_i, odd_f, odd_g, odd_o, w_i, w_f, w_g, w_o, bias,
+            dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now, real, real4,
+            at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            c_step, g_step, dy_step, dca_step,
+            row, row_1, row_2, s + 1, steps, last + forth * (s + 1), forth, n, length, length4,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, FAST,
+        )  # fmt: skip
+    if dh0 is not None:
+        gl.store(dh0 + state_at, dh.to(dh0.dtype.element_ty), real)
+    if dc0 is not None:
+        gl.store(dc0 + state_at, dc.to(dc0.dtype.element_ty), real)
+
+
+def launch_lstm_bwd_registers(
+    call: Call,
+    plan: Plan,
+    then: Sequence[Weights],
+    saved: Saved,
+    incoming: Incoming,
+    gradients: Gradients,
+) -> None:
+    """Write the gradients of one layer; `then`: the weights of the forward pass.
+
+    The gradients of the gates lie by unit, as the gates do. So do the weights that they are
+    multiplied with, which are few, and what comes out is brought back to the order of gates.
+    """
+    spec, rows, weights = call.spec, call.rows, call.weights
+    x = call.x_rows()
+    if rows.padded and gradients.weights is not None:
+        # Whatever x holds there must not meet the zeros of dgates.
+        x = torch.where(rows.real(), x, 0)
+    h: list[Tensor] = []
+    if saved.gates is None or gradients.weights is not None:
+        h = rows.states_before(saved.y.view(rows.count, -1), call.state.h, spec.directions)
+    gates = saved.gates
+    if gates is None:
+        gates = gates_again(x, [_by_unit(each) for each in then], h)
+    empty = torch.zeros if rows.padded else torch.empty
+    size = spec.directions, rows.count, 4 * spec.hidden_size
+    dgates = empty(size, dtype=x.dtype, device=x.device)
+    dy_t, dy_b = strides_of(incoming.dy)
+    # In units of what divides both strides, as the compiler cannot know.
+    dy_unit = math.gcd(dy_t, dy_b, 16)
+    dc_t, dc_b = strides_of(incoming.dc_all)
+    launch(
+        lstm_bwd_registers_kernel,
+        (-(-rows.B // plan.batch), spec.directions),
+        plan,
+        gates=gates,
+        **weight_arguments(weights, "w_hh"),
+        **weight_arguments(then, "b_ih", "b_hh"),
+        c0=call.state.c,
+        c_all=saved.c_all,
+        **row_arguments(call, plan),
+        dy=incoming.dy,
+        dc_all=incoming.dc_all,
+        dh_n=incoming.dh_n,
+        dc_n=incoming.dc_n,
+        dgates=dgates,
+        dh0=gradients.dh0,
+        dc0=gradients.dc0,
+        dy_t=dy_t // dy_unit,
+        dy_b=dy_b // dy_unit,
+        dc_t=dc_t,
+        dc_b=dc_b,
+        DY_UNIT=dy_unit,
+        KEPT=saved.gates is not None,
+        FAST=is_fast(x),
+    )
+    if gradients.dx is not None:
+        input_gradient(gradients.dx.view(x.shape), dgates, [_by_unit(each) for each in weights])
+    for d, target in enumerate(gradients.weights or ()):
+        _set(target.w_ih, product(dgates[d].T, x))
+        _set(target.w_hh, product(dgates[d].T, h[d]))
+        if target.b_ih is not None:
+            _set(target.b_ih, torch.sum(dgates[d], 0))  # adds up in float32
+
+
+def _by_unit(weights: Weights) -> Weights:
+    """Return the weights whose rows belong to gates by unit; the biases are left as they are."""
+    return weights._replace(w_ih=by_unit(weights.w_ih), w_hh=by_unit(weights.w_hh))
+
+
+def _set(target: Tensor, by_unit: Tensor) -> None:
+    """Write the gradient of a weight from that of its rows by unit."""
+    by_gate = by_gate_again(by_unit)
+    target.view(by_gate.shape).copy_(by_gate)

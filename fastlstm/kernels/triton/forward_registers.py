@@ -1,0 +1,386 @@
+"""Forward: a whole sequence in one program, the weights in registers.
+
+Letters as in ``forward_sequence.py``; U units of a program are H rounded up to a power of two. A
+step has one barrier: h goes through two buffers in shared memory by turns. What x adds to the
+gates is made a step ahead, of inputs that were asked for two steps ahead: no step waits for it.
+"""
+
+import math
+
+from torch import Tensor
+
+from fastlstm.kernels.products import products
+from fastlstm.spec import Outputs
+
+from .call import Call, row_arguments, strides_of, weight_arguments
+from .gluon import gl, gluon, mma_v2
+from .launch import is_fast, launch
+from .plan import Plan, padded
+from .primitives import tanh
+from .register_tiles import (
+    activated,
+    at_step,
+    beside,
+    by_gate,
+    by_unit,
+    first_rows,
+    flags,
+    load_bias,
+    only,
+    rounded,
+    stack,
+    weight_tile,
+)
+
+
+@gluon.jit
+def input_side(x, w_x, start, U: gl.constexpr, N: gl.constexpr, FUSED: gl.constexpr):
+    """Return what x ``[I, N]``, or its product ``[U, N, 4]``, adds to the gates: ``[4U, N]``."""
+    if FUSED:
+        result = mma_v2(w_x, rounded(x), start, "tf32")
+    else:
+        result = start + stack(x, U, N, start.type.layout)
+    return result
+
+
+@gluon.jit
+def x_there(t, length, FUSED: gl.constexpr):
+    """Return which sequences of these lengths ``[N]`` have an input at step t."""
+    has = at_step(t, length)
+    if not FUSED:
+        has = has[:, :, None]
+    return has
+
+
+@gluon.jit
+def forward_step(
+    here,  # buffer [U, N] of h
+    there,  # buffer [U, N], written
+    w,  # [4U, U]
+    w_x,  # [4U, I_TILE], with FUSED
+    start,  # [4U, N]: the biases
+    ahead,  # [4U, N]: what x adds to the gates of this step
+    x_next,  # the input of the next step
+    x_else,  # what is read where there is none
+    c,  # [U, N]
+    h,  # [U, N]
+    starts,  # [N]: the flags of the next step, with a reset
+    real,  # [U, N]
+    real4,  # [U, N, 4]
+    x_real,
+    x_off,
+    x_at,  # pointers to the input two steps on; with offsets at row 0, as all the following
+    at,
+    at4,
+    y_at,  # pointers
+    c_at,  # pointers [U, N], with c_all
+    g_at,  # pointers [U, N, 4], with gates
+    x_step,
+    y_step,
+    g_step,
+    row,  # the first row of this step and of the two that follow, with offsets
+    row_1,
+    row_2,
+    s,  # how many steps were taken
+    steps,
+    t,  # the step that this is
+    forth,
+    n,  # [N]
+    length,  # [N], with lengths
+    length_x,  # the same for tiles of x
+    length4,  # and for tiles [U, N, 4]
+    offsets,
+    lengths,
+    reset,
+    c_all,
+    gates,
+    T,
+    B,
+    D: gl.constexpr,
+    H: gl.constexpr,
+    U: gl.constexpr,
+    N: gl.constexpr,
+    FUSED: gl.constexpr,
+    FAST: gl.constexpr,
+):
+    """Take one step; return what the next one begins with."""
+    tile: gl.constexpr = c.type.layout
+    right: gl.constexpr = gl.DotOperandLayout(1, tile, w.type.layout.k_width)
+    now = mma_v2(w, here.load(right), ahead, "tf32")
+    ahead = input_side(x_next, w_x, start, U, N, FUSED)
+    if offsets is None:
+        y_now, c_now, g_now, x_now = y_at, c_at, g_at, x_at
+    else:
+        y_now, c_now, g_now = y_at + row * (D * H), c_at + row * (D * H), g_at + row * (4 * H)
+        x_now = x_at + row_2 * x_step
+    if lengths is None:
+        x_later = gl.load(x_now + x_off, x_real & (s + 2 < steps), x_else)
+    else:
+        x_later = gl.load(x_now + x_off, x_real & x_there(t + 2 * forth, length_x, FUSED), x_else)
+    i, f, g, o = by_gate(now, U, N, tile)
+    i, f, g, o = activated(i, f, g, o, FAST)
+    c_new = f * c + i * g
+    h_new = (o * tanh(c_new, FAST)).to(there.dtype)
+    if H != U:  # an infinite x makes NaN of units that only fill the tile: 0 * inf
+        unit = gl.arange(0, U, gl.SliceLayout(1, tile))
+        h_new = only((unit < H)[:, None], h_new)
+    h_next, c_next = h_new, c_new
+    if lengths is not None:
+        active = (t < length)[None, :]
+        real = real & active
+        h_next, c_next = gl.where(active, h_new, h), gl.where(active, c_new, c)
+    if reset is not None:
+        h_next = only((starts == 0)[None, :], h_next)
+        c_next = only((starts == 0)[None, :], c_next)
+        starts = flags(reset, s + 2, steps, t + 2 * forth, n, length, lengths, B)
+    there.store(rounded(h_next))
+    gl.store(y_now + at, h_new, real)
+    if gates is not None:
+        together = beside(i, f, g, o, U, N).to(gates.dtype.element_ty)
+        if lengths is not None:
+            real4 = real4 & at_step(t, length4)[:, :, None]
+        gl.store(g_now + at4, together, real4)
+    if c_all is not None:
+        gl.store(c_now + at, c_new, real)
+    if offsets is not None:
+        row, row_1, row_2 = row_1, row_2, first_rows(t + 3 * forth, offsets, T, B)
+    else:
+        x_at += x_step
+        y_at += y_step
+        c_at += y_step
+        g_at += g_step
+    return ahead, x_later, c_next, h_next, starts, x_at, y_at, c_at, g_at, row, row_1, row_2
+
+
+@gluon.jit(
+    do_not_specialize=["rows", "T", "B", "x_t", "x_b"],
+    do_not_specialize_on_alignment=["h0", "c0", "offsets", "lengths", "reset"],
+)
+def lstm_fwd_registers_kernel(
+    x,  # with FUSED [rows, I] of strides x_t, x_b; else float32 [D, rows, H, 4], its products
+    w_ih,  # [4H, I], direction 0; None unless FUSED
+    w_hh,  # [4H, H]
+    b_ih,  # [4H] or None
+    b_hh,  # [4H] or None
+    w_ih_reverse,  # [4H, I], direction 1; None unless FUSED, or if there is no direction 1
+    w_hh_reverse,  # [4H, H] or None
+    b_ih_reverse,  # [4H] or None
+    b_hh_reverse,  # [4H] or None
+    h0,  # [D, B, H] or None
+    c0,  # [D, B, H] or None
+    offsets,  # int64 [T], the first row of each step of packed rows; None for [T, B]
+    lengths,  # int64 [B] or None
+    reset,  # uint8 [T, B] or None
+    y,  # [rows, D*H]
+    h_n,  # [D, B, H]
+    c_n,  # [D, B, H]
+    c_all,  # float32 [rows, D*H] or None
+    gates,  # [D, rows, H, 4] or None: after activation
+    rows,  # how many rows there are, padding included
+    T,
+    B,
+    x_t,  # X_UNIT elements of x from a step to the next; with offsets from a row to the next
+    x_b,  # X_UNIT elements of x from a sequence to the next
+    I: gl.constexpr,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    I_TILE: gl.constexpr,  # I and H, rounded up to powers of two
+    U: gl.constexpr,
+    N: gl.constexpr,  # sequences of a program
+    FUSED: gl.constexpr,  # whether x goes through w_ih here
+    ONES: gl.constexpr,  # whether the biases are weights of two inputs more, which are always 1
+    X_UNIT: gl.constexpr,  # elements; it divides both strides of x
+    FAST: gl.constexpr,  # whether activations are approximate
+):
+    """N sequences in one direction, from the first step to the last; the weights stay on chip."""
+    dtype: gl.constexpr = w_hh.dtype.element_ty
+    pair: gl.constexpr = 32 // dtype.primitive_bitwidth
+    tile: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [U // 16, 1], [16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, tile, pair)
+    right: gl.constexpr = gl.DotOperandLayout(1, tile, pair)
+    shared: gl.constexpr = gl.SwizzledSharedLayout(4 * pair, 1, 1, [0, 1])
+    direction = 0
+    if D == 2:
+        direction = gl.program_id(1)
+        if direction == 1:
+            w_ih, w_hh, b_ih, b_hh = w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse
+    first = gl.program_id(0).to(gl.int64) * N
+
+    w = weight_tile(w_hh, H, H, U, U, left)
+    start = gl.zeros([4 * U, N], gl.float32, tile)
+    if b_ih is not None:
+        if not ONES:
+            start += load_bias(b_ih, b_hh, H, U, tile)[:, None]
+
+    unit = gl.arange(0, U, gl.SliceLayout(1, tile))
+    n = first + gl.arange(0, N, gl.SliceLayout(0, tile))
+    real = (n < B)[None, :] & (unit < H)[:, None]
+    state_at = (direction * B + n)[None, :] * H + unit[:, None]
+    c = gl.zeros([U, N], gl.float32, tile)
+    h = gl.zeros([U, N], dtype, tile)
+    if h0 is not None:
+        h = gl.load(h0 + state_at, real, 0)
+    if c0 is not None:
+        c = gl.load(c0 + state_at, real, 0).to(gl.float32)
+    cells: gl.constexpr = beside(c, c, c, c, U, N).type.layout
+    n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
+    unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, cells)))
+    gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells)))
+    real4 = ((n4 < B)[None, :] & (unit4 < H)[:, None])[:, :, None]
+
+    # Where everything lies at step 0, and how far it is to the next step.
+    at = gl.arange(0, N, gl.SliceLayout(0, tile))[None, :] * (D * H) + unit[:, None]
+    corner = first * (D * H) + direction * H
+    corner4 = (direction * rows.to(gl.int64) + first) * (4 * H)
+    at4 = (
+        gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))[None, :] * H + unit4[:, None]
+    ) * 4
+    at4 = at4[:, :, None] + gate[None, None, :]
+    y_at, y_step, g_step = y + corner, B.to(gl.int64) * (D * H), B.to(gl.int64) * (4 * H)
+    c_at, g_at = y_at, y_at
+    if c_all is not None:
+        c_at = c_all + corner
+    if gates is not None:
+        g_at = gates + corner4
+    if FUSED:
+        w_x = weight_tile(w_ih, H, I, U, I_TILE, left)
+        k = gl.arange(0, I_TILE, gl.SliceLayout(1, right))
+        nx = first + gl.arange(0, N, gl.SliceLayout(0, right))
+        x_off = (nx - first)[None, :] * (x_b.to(gl.int64) * X_UNIT) + k[:, None]
+        x_at = x + first * (x_b.to(gl.int64) * X_UNIT)
+        x_real = (nx < B)[None, :] & (k < I)[:, None]
+        x_step = x_t.to(gl.int64) * X_UNIT
+        x_else = gl.zeros([I_TILE, N], dtype, right)
+        if ONES:
+            r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
+            k = gl.arange(0, I_TILE, gl.SliceLayout(0, left))
+            at_b = (r // U * H + r % U)[:, None] + gl.zeros_like(k)[None, :]
+            is_b = (r % U < H)[:, None]
+            w_x = gl.load(b_ih + at_b, is_b & (k == I)[None, :], w_x)
+            w_x = gl.load(b_hh + at_b, is_b & (k == I + 1)[None, :], w_x)
+            k = gl.arange(0, I_TILE, gl.SliceLayout(1, right))
+            x_else = gl.where((k >= I)[:, None] & (nx >= 0)[None, :], x_else + 1, x_else)
+    else:
+        w_x = 0
+        nx = n4
+        x_off, x_at, x_step, x_real, x_else = at4, x + corner4, g_step, real4, 0.0
+    steps, length, length_x, length4 = T, 0, 0, 0
+    if lengths is not None:
+        length = gl.load(lengths + n, n < B, 0)
+        length_x = gl.load(lengths + nx, nx < B, 0)
+        length4 = gl.load(lengths + n4, n4 < B, 0)
+        steps = gl.max(length, 0).to(gl.int32)
+    last = (steps - 1) * direction
+    forth = 1 - 2 * direction
+    row, row_1, row_2 = 0, 0, 0
+    if offsets is not None:
+        if not FUSED:
+            x_step = 4 * H
+        row = first_rows(last, offsets, T, B)
+        row_1 = first_rows(last + forth, offsets, T, B)
+        row_2 = first_rows(last + 2 * forth, offsets, T, B)
+    elif D == 2:
+        x_at += last * x_step
+        y_at += last * y_step
+        c_at += last * y_step
+        g_at += last * g_step
+        x_step, y_step, g_step = x_step * forth, y_step * forth, g_step * forth
+
+    starts = 0
+    if reset is not None:
+        starts = flags(reset, 0, steps, last, n, length, lengths, B)
+        h = only((starts == 0)[None, :], h)
+        c = only((starts == 0)[None, :], c)
+        starts = flags(reset, 1, steps, last + forth, n, length, lengths, B)
+    even = gl.allocate_shared_memory(dtype, [U, N], shared)
+    odd = gl.allocate_shared_memory(dtype, [U, N], shared)
+    even.store(rounded(h))
+    odd.store(rounded(h))
+    x_0, x_1 = x_real & (steps > 0), x_real & (steps > 1)
+    if lengths is not None:
+        x_0 = x_real & x_there(last, length_x, FUSED)
+        x_1 = x_real & x_there(last + forth, length_x, FUSED)
+    if offsets is None:
+        x_now = gl.load(x_at + x_off, x_0, x_else)
+        x_at += x_step
+        x_next = gl.load(x_at + x_off, x_1, x_else)
+        x_at += x_step
+    else:
+        x_now = gl.load(x_at + row * x_step + x_off, x_0, x_else)
+        x_next = gl.load(x_at + row_1 * x_step + x_off, x_1, x_else)
+    ahead = input_side(x_now, w_x, start, U, N, FUSED)
+    if steps % 2 == 1:
+        ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
+            odd, even, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
+            x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
+            0, steps, last, forth, n, length, length_x, length4,
+            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, FAST,
+        )  # fmt: skip
+    for s in range(steps % 2, steps, 2):
+        ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
+            even, odd, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
+            x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
+            s, steps, last + forth * s, forth, n, length, length_x, length4,
+            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, FAST,
+        )  # fmt: skip
+        ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
+            odd, even, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
+            x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
+            s + 1, steps, last + forth * (s + 1), forth, n, length, length_x, length4,
+            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, FAST,
+        )  # fmt: skip
+    gl.store(h_n + state_at, h, real)
+    gl.store(c_n + state_at, c.to(c_n.dtype.element_ty), real)
+
+
+def launch_lstm_fwd_registers(call: Call, plan: Plan, outputs: Outputs) -> None:
+    """Write the outputs of one layer; padding of y, c_all and gates is left as it is."""
+    spec, x, weights = call.spec, call.x, call.weights
+    x_t, x_b = strides_of(x)
+    # In units of what divides both strides, as the compiler cannot know.
+    x_unit = math.gcd(x_t, x_b, 16)
+    features = padded(spec.input_size)
+    w_ih = weight_arguments(weights, "w_ih")
+    launch(
+        lstm_fwd_registers_kernel,
+        (-(-call.rows.B // plan.batch), spec.directions),
+        plan,
+        x=x if plan.fused else _products_by_unit(call),
+        **(w_ih if plan.fused else dict.fromkeys(w_ih)),
+        **weight_arguments(weights, "w_hh", "b_ih", "b_hh"),
+        h0=call.state.h,
+        c0=call.state.c,
+        **row_arguments(call, plan),
+        y=outputs.y,
+        h_n=outputs.h_n,
+        c_n=outputs.c_n,
+        c_all=outputs.c_all,
+        gates=outputs.gates,
+        x_t=x_t // x_unit,
+        x_b=x_b // x_unit,
+        I=spec.input_size,
+        I_TILE=features,
+        FUSED=plan.fused,
+        ONES=plan.fused
+        and spec.bias
+        and x.element_size() == 2
+        and spec.input_size + 2 <= features,
+        X_UNIT=x_unit,
+        FAST=is_fast(x),
+    )
+
+
+def _takes_ones(call: Call, features: int) -> bool:
+    """Return whether the tile of inputs has room for two more, whose weights the biases are.
+
+    Nothing has to be added then, nor set up for the matrix instructions. In TF32 the biases would
+    be rounded, 16-bit ones are not.
+    """
+    spec = call.spec
+    return spec.bias and call.x.element_size() == 2 and spec.input_size + 2 <= features
+
+
+def _products_by_unit(call: Call) -> Tensor:
+    """Return x through w_ih, without the biases: float32 ``[D, rows, 4H]``, by unit."""
+    w_ih = [by_unit(each.w_ih) for each in call.weights]
+    return products([call.x_rows()] * len(w_ih), w_ih)

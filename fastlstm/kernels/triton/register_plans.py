@@ -1,0 +1,52 @@
+"""Plans of the registers regime: one program holds all units, its weights rest in registers.
+
+What the kernels compile to decides (``python -m benchmarks kernels``). A program has 8 sequences,
+the fewest columns of a matrix instruction. Of 16 each step would cost twice as much, since most of
+it is activations, and from H = 32 on registers would spill; two programs of 8 on a multiprocessor
+do the same work, and one goes on while the other waits at its barrier.
+"""
+
+from __future__ import annotations
+
+from .plan import Device, Plan, Problem, padded
+from .sequence_plans import widest
+
+__all__ = ["backward_registers", "fits_registers", "forward_registers"]
+
+_SEQUENCES = 8
+_WIDEST_FLOAT32 = 32  # weights of 64 units leave too few registers
+_WIDEST_INPUT = 64  # that goes through its weights in the loop
+_WIDEST_INPUT_OF_WIDE = 32  # of 128 units, and of float32
+_ON_CHIP = "W_hh fits the registers of one multiprocessor"
+
+
+def fits_registers(problem: Problem, device: Device) -> bool:
+    """Return whether one program can hold all weights of the recurrence in registers."""
+    spec = problem.spec
+    plain = problem.cell == "plain" and not spec.proj_size
+    known = device.gluon and device.arch >= 80  # the oldest whose mma.sync takes them all
+    exact = problem.precision == "ieee"  # which has no matrix instructions
+    most = _WIDEST_FLOAT32 if problem.element == 4 else widest(problem)
+    return known and plain and not exact and padded(spec.hidden_size) <= most
+
+
+def forward_registers(problem: Problem, device: Device) -> Plan | None:
+    """Return the plan of the forward pass of an LSTM; None where a layer has no room."""
+    if not fits_registers(problem, device):
+        return None
+    wide = problem.element == 4 or padded(problem.spec.hidden_size) == widest(problem)
+    most = _WIDEST_INPUT_OF_WIDE if wide else _WIDEST_INPUT
+    fused = padded(problem.spec.input_size) <= most
+    where = "so do its input weights" if fused else "its input products are made before"
+    return _plan(problem, fused, f"{_ON_CHIP}, {where}")
+
+
+def backward_registers(problem: Problem, device: Device) -> Plan | None:
+    """Return the plan of the backward pass of an LSTM; None where a layer has no room."""
+    return _plan(problem, False, _ON_CHIP) if fits_registers(problem, device) else None
+
+
+def _plan(problem: Problem, fused: bool, reason: str) -> Plan:
+    """Return the plan of a pass: a warp for each 16 units."""
+    units = padded(problem.spec.hidden_size)
+    return Plan("registers", units, _SEQUENCES, units, True, fused, units // 16, 1, reason)

@@ -1,0 +1,155 @@
+"""Tiles of matrix instructions whose weights rest in registers: how gates and cells lie in them.
+
+There are U / 16 warps for U units, and the rows of a stacked tile ``[4U, N]`` stand in PyTorch's
+order, gate * U + unit. The result of an mma.sync repeats every U rows, so the four values that a
+thread holds of a column are the gates i, f, g, o of one unit. The functions here only give them
+names: no data moves between threads, which ``assert_trivial`` proves.
+
+In memory the four gates of a cell lie side by side, ``[rows, H, 4]``: one vector a cell.
+"""
+
+from torch import Tensor
+
+from .gluon import gl, gluon
+from .primitives import logistic, tanh
+
+
+@gluon.jit
+def by_gate(stacked, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
+    """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
+    pairs = gl.permute(gl.reshape(stacked, [2, 2, U, N]), [2, 3, 0, 1])
+    i_g, f_o = gl.split(pairs)
+    return four(i_g, f_o, tile)
+
+
+@gluon.jit
+def apart(cells, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
+    """Take ``[U, N, 4]`` apart into i, f, g, o ``[U, N]``."""
+    i_g, f_o = gl.split(gl.reshape(cells, [U, N, 2, 2]))
+    return four(i_g, f_o, tile)
+
+
+@gluon.jit
+def four(i_g, f_o, tile: gl.constexpr):
+    """Take two pairs of gates ``[U, N, 2]`` apart."""
+    i, g = gl.split(i_g)
+    f, o = gl.split(f_o)
+    i = gl.convert_layout(i, tile, assert_trivial=True)
+    f = gl.convert_layout(f, tile, assert_trivial=True)
+    g = gl.convert_layout(g, tile, assert_trivial=True)
+    return i, f, g, gl.convert_layout(o, tile, assert_trivial=True)
+
+
+@gluon.jit
+def beside(i, f, g, o, U: gl.constexpr, N: gl.constexpr):
+    """Join i, f, g, o ``[U, N]`` to ``[U, N, 4]``."""
+    return gl.reshape(gl.join(gl.join(i, g), gl.join(f, o)), [U, N, 4])
+
+
+@gluon.jit
+def stack(cells, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
+    """Stack the gates of ``[U, N, 4]`` to ``[4U, N]``."""
+    rows = gl.reshape(gl.permute(cells, [2, 0, 1]), [4 * U, N])
+    return gl.convert_layout(rows, tile, assert_trivial=True)
+
+
+@gluon.jit
+def rounded(x):
+    """Round float32 to what TF32 instructions read; 16-bit numbers stay as they are.
+
+    The hardware cuts the other bits off: rounding them halves the error.
+    """
+    if x.dtype == gl.float32:
+        x = gl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1
+        ).to(gl.float32, bitcast=True)
+    return x
+
+
+@gluon.jit
+def activated(i, f, g, o, FAST: gl.constexpr):
+    """Return the gates after activation."""
+    return logistic(i, FAST), logistic(f, FAST), tanh(g, FAST), logistic(o, FAST)
+
+
+@gluon.jit
+def only(keep, x):
+    """Return x where it is to be kept, else 0."""
+    return gl.where(keep, x, gl.zeros_like(x))
+
+
+@gluon.jit
+def weight_tile(
+    w, H: gl.constexpr, K: gl.constexpr, U: gl.constexpr, K_TILE: gl.constexpr, left: gl.constexpr
+):
+    """Load ``[4H, K]`` as the operand ``[4U, K_TILE]``, 0 where there are no weights.
+
+    Straight into the registers of the operand: all loads are on their way at once, and shared
+    memory has no part in it.
+    """
+    r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
+    k = gl.arange(0, K_TILE, gl.SliceLayout(0, left))
+    at = w + (r // U * H + r % U)[:, None] * K + k[None, :]
+    if H == U and K == K_TILE:
+        tile = gl.load(at)
+    else:
+        tile = gl.load(at, (r % U < H)[:, None] & (k < K)[None, :], 0)
+    return rounded(tile)
+
+
+@gluon.jit
+def turned(w, H: gl.constexpr, U: gl.constexpr, left: gl.constexpr):
+    """Load the ``[H, H]`` weights of a gate transposed, as the operand ``[U, U]``."""
+    tall: gl.constexpr = gl.BlockedLayout([4 * left.k_width, 1], [4, 8], [1, U // 16], [0, 1])
+    unit = gl.arange(0, U, gl.SliceLayout(1, tall))
+    k = gl.arange(0, U, gl.SliceLayout(0, tall))
+    at = w + k[None, :] * H + unit[:, None]
+    if H == U:
+        tile = gl.load(at)
+    else:
+        tile = gl.load(at, (unit < H)[:, None] & (k < H)[None, :], 0)
+    return rounded(gl.convert_layout(tile, left))
+
+
+@gluon.jit
+def load_bias(b_ih, b_hh, H: gl.constexpr, U: gl.constexpr, tile: gl.constexpr):
+    """Load b_ih + b_hh in float32 as ``[4U]``, the rows of a stacked tile."""
+    r = gl.arange(0, 4 * U, gl.SliceLayout(1, tile))
+    bias = gl.load(b_ih + (r // U * H + r % U), r % U < H, 0).to(gl.float32)
+    return bias + gl.load(b_hh + (r // U * H + r % U), r % U < H, 0).to(gl.float32)
+
+
+@gluon.jit
+def first_rows(step, offsets, T, B):
+    """Return the row of sequence 0 at a step, of the nearest one if there is no such step."""
+    step = gl.minimum(gl.maximum(step, 0), T - 1)
+    if offsets is None:
+        row = step.to(gl.int64) * B
+    else:
+        row = gl.load(offsets + step)
+    return row
+
+
+@gluon.jit
+def at_step(t, length):
+    """Return which sequences ``[1, N]`` of these lengths ``[N]`` have step t."""
+    return ((t >= 0) & (t < length))[None, :]
+
+
+@gluon.jit
+def flags(reset, s, steps, t, n, length, lengths, B):
+    """Load the reset flags ``[N]`` of step t, which is the s-th; 0 where there is no such step."""
+    there = (n < B) & (s < steps) & (t >= 0)
+    if lengths is not None:
+        there = there & (t < length)
+    return gl.load(reset + t.to(gl.int64) * B + n, there, 0)
+
+
+def by_unit(w: Tensor) -> Tensor:
+    """Return the rows of ``[4H, n]`` by unit instead of by gate: ``[H, 4]`` of them, a copy."""
+    return w.view(4, -1, *w.shape[1:]).transpose(0, 1).reshape(w.shape)
+
+
+def by_gate_again(w: Tensor) -> Tensor:
+    """Undo :func:`by_unit`, without a copy: ``[4, H, n]``."""
+    return w.view(-1, 4, *w.shape[1:]).transpose(0, 1)
