@@ -125,7 +125,7 @@ def test_barriers_of_a_step(rows: list[Row]) -> None:
 
     assert names(rows, right) == []
     clusters = [row for row in rows if row["regime"] == "cluster"]
-    assert names(clusters, lambda row: row["remote_stores_per_step"] > 0) == []
+    assert names(clusters, lambda row: row["sends_per_step"] > 0) == []
 
 
 def test_a_jump_from_behind_the_end_is_no_loop() -> None:

@@ -68,6 +68,13 @@ REGISTERS = [
     Case(T=6, B=5, I=10, H=20, lengths=(2, 0, 1, 6, 3), directions=2, recompute=True),
     Case(T=5, B=2, I=30, H=16, reset=True, recompute=True, hx=False),
 ]
+# One step, odd and even numbers of them; 8 and 16 blocks; units that only fill a tile.
+CLUSTERS = [
+    Case(T=4, B=9, I=5, H=200, directions=2),
+    Case(T=1, B=3, I=5, H=150, bias=False),
+    Case(T=3, B=3, I=5, H=256, hx=False, cell_states=True),
+    Case(T=2, B=3, I=5, H=512),
+]
 WIDE = Case(T=3, B=7, I=28, H=512, hx=False)
 
 
@@ -137,6 +144,16 @@ def test_weights_in_registers(worker: Worker, run: Run, record_property: Record)
 def test_one_launch_a_step(worker: Worker, run: Run, record_property: Record) -> None:
     kernels = check(worker, run, record_property).kernels
     assert kernels and all("_step_" in name for name in kernels)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", CLUSTERS, ids=str)
+def test_blocks_of_a_cluster(
+    worker: Worker, case: Case, name: str, record_property: Record
+) -> None:
+    kernels = check(worker, Run(case, name, 90, "cluster"), record_property).kernels
+    assert "lstm_fwd_cluster_kernel" in kernels
 
 
 @pytest.mark.executed

@@ -13,6 +13,7 @@ from fastlstm.kernels.triton.config import (
     Problem,
     backward_plan,
     forward_plan,
+    missing,
     obstacle,
     override,
     padded,
@@ -94,7 +95,7 @@ def test_every_layer_has_a_plan_that_fits(plan_of: PlanOf, device: Device) -> No
             assert not plan.fused, context
         if plan.regime == "registers":
             assert asked.cell == "plain" and not spec.proj_size and device.arch >= 80, context
-        elif plan.resident:  # the weights, and what they are multiplied with
+        elif plan.resident and plan.blocks == 1:  # the weights, and what they are multiplied with
             assert plan.chunk >= spec.state_size, context
             operands = asked.element * plan.chunk * (gates * plan.units + plan.batch)
             assert operands <= device.shared_bytes, context
@@ -134,7 +135,9 @@ def test_what_the_tasks_run() -> None:
         assert forward_plan(problem(H), without).regime == "sequence"
         assert backward_plan(problem(H), without).regime == "sequence"
     assert forward_plan(problem(), HOPPER).fused
-    assert forward_plan(problem(256), HOPPER).regime == "steps"
+    assert forward_plan(problem(256), HOPPER).regime == "cluster"
+    assert forward_plan(problem(256), HOPPER._replace(clusters=False)).regime == "steps"
+    assert forward_plan(problem(256), Device(80, 108)).regime == "steps"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +193,35 @@ def test_plain_cells_rest_in_registers(plan_of: PlanOf, asked: Problem) -> None:
 def test_what_does_not_rest_in_registers(asked: Problem) -> None:
     assert forward_plan(asked, HOPPER).regime != "registers"
     assert backward_plan(asked, HOPPER).regime != "registers"
+
+
+@pytest.mark.parametrize(("H", "B", "blocks"), [(129, 8, 8), (256, 128, 8), (512, 64, 16)])
+def test_clusters_are_on_the_gpu_together(H: int, B: int, blocks: int) -> None:
+    plan = forward_plan(problem(H, B=B), HOPPER)
+    assert (plan.regime, plan.blocks) == ("cluster", blocks)
+    assert str(plan).endswith(f"weights in registers of {blocks} blocks")
+    assert backward_plan(problem(H, B=B), HOPPER).regime == "steps"
+    for other in (
+        *(problem(H, B=132 * 8), problem(H, B=B, element=4), problem(H, B=B, peephole=True)),
+        *(problem(H, H // 2, B=B), problem(H, B=B)._replace(dense=False), problem(1024, B=8)),
+    ):
+        assert forward_plan(other, HOPPER).regime == "steps", str(other)
+
+
+def test_a_forced_cluster() -> None:
+    """It is a regime of the forward pass: the backward pass is that of steps."""
+    with override(regime="cluster"):
+        assert forward_plan(problem(256), HOPPER).regime == "cluster"
+        assert backward_plan(problem(256), HOPPER).regime == "steps"
+        with pytest.raises(ValueError, match="the cluster regime has no room for"):
+            forward_plan(problem(1024, B=4096), HOPPER)
+
+
+def test_what_a_triton_without_gluon_misses() -> None:
+    without = HOPPER._replace(gluon=False, clusters=False)
+    assert missing(problem(64), without) == "weights in registers"
+    assert missing(problem(256), without) == "units spread over a cluster"
+    assert missing(problem(256), HOPPER) is missing(problem(64, 32), without) is None
 
 
 def test_regimes_without_an_rnn() -> None:

@@ -272,6 +272,9 @@ def test_explains_its_plan() -> None:
     assert "interpreted" in explanation.kernel
     wide = fastlstm.explain(fastlstm.LSTM(28, 512), torch.zeros(28, 128, 28))
     assert "steps: " in wide.plan[0]
+    reason = "not with the weights in registers: Triton's interpreter does not run Gluon"
+    bfloat16 = fastlstm.LSTM(28, 64, dtype=torch.bfloat16), torch.zeros(2, 3, 28).bfloat16()
+    assert reason in fastlstm.explain(*bfloat16).plan[0]
 
 
 def test_persistent_regime_is_not_for_the_interpreter() -> None:

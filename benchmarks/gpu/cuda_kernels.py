@@ -145,7 +145,6 @@ def _row(name: str, arch: int, text: str) -> Row:
         "ffma_per_step": count(r"\bFFMA\b", loop),
         "copies_per_step": count(r"\bLDGSTS\b", loop),
         "waits_per_step": count(r"\bSYNCS\.\S*TRYWAIT\b", loop),
-        "remote_stores_per_step": count(r"\bSTAS\b", loop),
     }
 
 

@@ -4,9 +4,9 @@ No GPU is needed. Every variant of the kernels that the configuration can choose
 each GPU and disassembled. The table shows the registers of a thread; spilled bytes, which are the
 stack frame of a thread; the shared memory of a program; and of the time loop the cycles that its
 instructions take one after the other (stall), the barriers, special functions (mufu), matrix
-instructions (mma, on Hopper wgmma) and shuffles of a step. Instructions are counted as they stand
-in the code: where the weights do not stay on chip, the time loop contains a loop over chunks of
-them, whose instructions run once for each chunk.
+instructions (mma, on Hopper wgmma), shuffles and stores into other blocks (sends) of a step.
+Instructions are counted as they stand in the code: where the weights do not stay on chip, the time
+loop contains a loop over chunks of them, whose instructions run once for each chunk.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ COLUMNS = {
     "mma_per_step": "mma",
     "wgmma_per_step": "wgmma",
     "shuffles_per_step": "shuffles",
+    "sends_per_step": "sends",
     "waits_per_step": "waits",
-    "remote_stores_per_step": "remote stores",
     "compile_seconds": "compiled, s",
 }
 

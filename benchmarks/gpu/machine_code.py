@@ -52,6 +52,7 @@ def counts(loop: list[Instruction], steps: int = 1) -> dict[str, float]:
         "wgmma_per_step": count(r"\bHGMMA\b", loop),
         "mufu_per_step": count(r"\bMUFU\b", loop),
         "shuffles_per_step": count(r"\bSHFL\b", loop),
+        "sends_per_step": count(r"\bSTAS\b", loop),
         "instructions_per_step": len(loop),
     }
     return {name: whole(number / steps) for name, number in found.items()}

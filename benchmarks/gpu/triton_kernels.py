@@ -11,7 +11,7 @@ from typing import Any
 from .machine_code import counts, disassembled, instructions, resources, time_loop
 from .variants import Variant
 
-STEPS_A_TURN = {"registers": 2}  # of the time loop; in other regimes one
+STEPS_A_TURN = {"registers": 2, "cluster": 2}  # of the time loop; in other regimes one
 
 
 def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def _examples(layer: Any) -> Iterator[Layer]:
     yield layer(28, 64, 2, 128, True, rows="lengths")
     yield layer(28, 64, 1, 128, True, states=True)
     yield layer(28, 64, 1, 128, True, P=32)
+    for training in (False, True):
+        yield layer(28, 64, 1, 128, training, regime="sequence")
     yield layer(256, 256, 1, 16, True, regime="persistent")
     yield layer(28, 64, 1, 128, True, cell="layer_norm+mask")
     yield layer(28, 64, 1, 128, True, states=True, cell="peephole+zoneout")

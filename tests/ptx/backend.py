@@ -82,6 +82,7 @@ def _launch(
     ]
     program = _translated(edit(ptx), kernel.__name__)
     tensors = [value for value in passed if isinstance(value, Tensor)]
+    grid = (grid[0] * options.get("num_ctas", 1), *grid[1:])
     found = execute(program, grid, list(map(_bits, passed)), tensors, shared_bytes)
     log.kernels.add(kernel.__name__)
     log.races |= {(kernel.__name__, *race) for race in found}

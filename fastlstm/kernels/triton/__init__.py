@@ -65,10 +65,8 @@ class TritonBackend(Backend):
         forward = config.forward_plan(problem, device)
         backward = config.backward_plan(problem, device)
         text = f"forward {forward} ({forward.reason}); backward {backward}"
-        gluon = device._replace(gluon=True)
-        if not device.gluon and config.fits_registers(problem, gluon):
-            text += f"; not with the weights in registers: {_no_gluon()}"
-        return text
+        missing = config.missing(problem, device)
+        return f"{text}; not with the {missing}: {_no_gluon()}" if missing else text
 
     def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Name the regimes of both passes."""
@@ -100,7 +98,7 @@ class TritonBackend(Backend):
         short steps. Where W_hh is large, the product that they save is not small.
         """
         wide = spec.hidden_size > _MOST_UNITS_WITHOUT_GATES
-        return wide or not (spec.proj_size or spec.is_extended or _no_gluon())
+        return wide or not (spec.proj_size or spec.is_extended or _no_registers())
 
 
 @constant  # Dynamo would trace the loading, it ignores the cache
@@ -172,10 +170,18 @@ def _room_for(spec: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -
 
 @constant
 def _no_gluon() -> str | None:
-    """Say why nothing that is written in Gluon can run."""
+    """Say why not everything that is written in Gluon can run."""
     from . import gluon
 
-    return gluon.PROBLEM
+    return gluon.PROBLEM or gluon.CLUSTER_PROBLEM
+
+
+@constant
+def _no_registers() -> bool:
+    """Whether there is no registers regime."""
+    from . import gluon
+
+    return gluon.PROBLEM is not None
 
 
 @constant

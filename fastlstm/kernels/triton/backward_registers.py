@@ -19,7 +19,8 @@ from .register_tiles import (
     beside,
     by_gate_again,
     by_unit,
-    first_rows,
+    elements,
+    first_row,
     flags,
     load_bias,
     turned,
@@ -133,8 +134,9 @@ def lstm_bwd_registers_kernel(
     steps, length, length4 = T, 0, 0
     if lengths is not None:
         length = gl.load(lengths + n, n < B, 0)
-        length4 = gl.load(lengths + n4, n4 < B, 0)
         steps = gl.max(length, 0).to(gl.int32)
+        length = length.to(gl.int32)
+        length4 = gl.load(lengths + n4, n4 < B, 0).to(gl.int32)
     forth = 2 * direction - 1
     last = (steps - 1) * (1 - direction)
     far = last.to(gl.int64)
@@ -161,13 +163,13 @@ def lstm_bwd_registers_kernel(
         dy_at += dy_step
         dca_at += dca_step
     else:
-        row = first_rows(last, offsets, T, B)
-        row_1 = first_rows(last + forth, offsets, T, B)
-        row_2 = first_rows(last + 2 * forth, offsets, T, B)
-        c = gl.load(c_at + row * c_step + at, real_0, 0)
-        c_before = gl.load(c_at + row_1 * c_step + at, real_1, 0)
-        g_now = gl.load(g_at + row * g_step + at4, real4_0, 0)
-        dy_0, dca_0 = dy_at + row * dy_step, dca_at + row * dca_step
+        row = first_row(last, offsets, T)
+        row_1 = first_row(last + forth, offsets, T)
+        row_2 = first_row(last + 2 * forth, offsets, T)
+        c = gl.load(c_at + elements(row, c_step) + at, real_0, 0)
+        c_before = gl.load(c_at + elements(row_1, c_step) + at, real_1, 0)
+        g_now = gl.load(g_at + elements(row, g_step) + at4, real4_0, 0)
+        dy_0, dca_0 = dy_at + elements(row, dy_step), dca_at + elements(row, dca_step)
     dy_now, dca_now, reset_now = 0.0, 0.0, 0
     if dy is not None:
         dy_now = gl.load(dy_0 + dy_off, real_0, 0)

@@ -5,18 +5,19 @@ instructions, which go side by side, instead of one long one.
 """
 
 from .gluon import gl, gluon, mma_v2
-from .primitives import tanh
 from .register_tiles import (
     activated,
     apart,
     at_step,
     beside,
     by_gate,
-    first_rows,
+    elements,
+    first_row,
     flags,
     only,
     rounded,
     stack,
+    tanh,
 )
 
 
@@ -109,9 +110,9 @@ def backward_step(
         c_later = gl.load(c_at + at, later_real, 0)
         d_now = d_at
     else:
-        g_next = gl.load(g_at + row_1 * g_step + at4, next_real4, 0)
-        c_later = gl.load(c_at + row_2 * c_step + at, later_real, 0)
-        d_now = d_at + row * g_step
+        g_next = gl.load(g_at + elements(row_1, g_step) + at4, next_real4, 0)
+        c_later = gl.load(c_at + elements(row_2, c_step) + at, later_real, 0)
+        d_now = d_at + elements(row, g_step)
     dy_next, dca_next, reset_next = dy_now, dca_now, reset_now
     dh_total, dc_total = dh, dc
     if dy is not None:
@@ -119,13 +120,13 @@ def backward_step(
         if offsets is None:
             dy_next = gl.load(dy_at + dy_off, next_real, 0)
         else:
-            dy_next = gl.load(dy_at + row_1 * dy_step + dy_off, next_real, 0)
+            dy_next = gl.load(dy_at + elements(row_1, dy_step) + dy_off, next_real, 0)
     if dc_all is not None:
         dc_total += dca_now.to(gl.float32)
         if offsets is None:
             dca_next = gl.load(dca_at + dca_off, next_real, 0)
         else:
-            dca_next = gl.load(dca_at + row_1 * dca_step + dca_off, next_real, 0)
+            dca_next = gl.load(dca_at + elements(row_1, dca_step) + dca_off, next_real, 0)
     before = c_before
     if c0 is not None:
         if lengths is None:
@@ -171,7 +172,7 @@ def backward_step(
         active = at_step(t, length)
         dh_new, dc_new = gl.where(active, dh_new, dh), gl.where(active, dc_new, dc)
     if offsets is not None:
-        row, row_1, row_2 = row_1, row_2, first_rows(t + 3 * forth, offsets, T, B)
+        row, row_1, row_2 = row_1, row_2, first_row(t + 3 * forth, offsets, T)
     else:
         c_at += c_step
         g_at += g_step

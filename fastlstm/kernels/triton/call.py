@@ -30,7 +30,9 @@ class Call(NamedTuple):
     def problem(self) -> Problem:
         """What a plan depends on."""
         x = self.x
-        return Problem(self.spec, self.rows.B, x.element_size(), precision_of(x))
+        rows = self.rows
+        dense = rows.lengths is None and rows.offsets is None and rows.reset is None
+        return Problem(self.spec, rows.B, x.element_size(), precision_of(x), dense)
 
     @property
     def device(self) -> Device:

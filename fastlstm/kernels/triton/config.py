@@ -1,10 +1,12 @@
 """Which kernel computes a layer, in which tiles: a pure function of the layer and the GPU.
 
-Four regimes:
+Five regimes:
 
 - ``registers``: one program per direction and tile of sequences takes all steps, the weights of a
   plain cell in its registers. Wherever it fits, and Triton has Gluon.
 - ``sequence``: the same with W_hh in shared memory. Wherever it fits.
+- ``cluster``: the units are spread over a cluster of a Hopper GPU, whose blocks send each other
+  h; forward, for dense rows. Wherever all clusters are on the GPU together.
 - ``persistent``: the units are spread over programs that are on the GPU together and exchange
   every step through L2; one launch for all steps.
 - ``steps``: the same kernel, one launch for every step.
@@ -22,7 +24,11 @@ from functools import lru_cache
 from typing import Any
 
 from .plan import Device, Plan, Problem, padded
-from .register_plans import backward_registers, fits_registers, forward_registers
+from .register_plans import (
+    backward_registers,
+    forward_cluster,
+    forward_registers,
+)
 from .sequence_plans import backward_sequence, forward_sequence, rnn_sequence, widest
 from .spread_plans import backward_spread, forward_spread, rnn_spread
 
@@ -31,15 +37,15 @@ __all__ = [
     "Plan",
     "Problem",
     "backward_plan",
-    "fits_registers",
     "forward_plan",
+    "missing",
     "obstacle",
     "override",
     "padded",
     "rnn_plan",
 ]
 
-_REGIMES = "registers", "sequence", "persistent", "steps"
+_REGIMES = "registers", "sequence", "cluster", "persistent", "steps"
 # For the whole process: autograd runs backward in a thread of its own.
 _changes: dict[str, Any] = {}
 
@@ -74,7 +80,9 @@ def forward_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    return _plan((forward_registers, forward_sequence, forward_spread), problem, device)
+    return _plan(
+        (forward_registers, forward_sequence, forward_cluster, forward_spread), problem, device
+    )
 
 
 def backward_plan(problem: Problem, device: Device) -> Plan:
@@ -83,7 +91,8 @@ def backward_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    return _plan((backward_registers, backward_sequence, backward_spread), problem, device)
+    makers = backward_registers, backward_sequence, _after_cluster, backward_spread
+    return _plan(makers, problem, device)
 
 
 def rnn_plan(problem: Problem, device: Device) -> Plan:
@@ -92,7 +101,7 @@ def rnn_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    return _plan((_none, rnn_sequence, rnn_spread), problem, device)
+    return _plan((_none, rnn_sequence, _none, rnn_spread), problem, device)
 
 
 def _plan(makers: Any, problem: Problem, device: Device) -> Plan:
@@ -120,6 +129,14 @@ def _choose(makers: Any, problem: Problem, device: Device, regime: str | None) -
     return spread(problem, device, regime)
 
 
+def _after_cluster(problem: Problem, device: Device) -> Plan:
+    """Return the plan of the backward pass where forward is computed by a cluster.
+
+    There is none over a cluster: each step is a launch.
+    """
+    return backward_spread(problem, device, None)
+
+
 def _none(problem: Problem, device: Device) -> None:
     """Stand for a regime that has no such layer."""
 
@@ -139,6 +156,18 @@ def obstacle(problem: Problem, device: Device) -> str | None:
     if spec.zoneout[1] and spec.proj_size:
         return f"zoneout of a projected h needs all units in one program, {_one_program(problem)}"
     return None
+
+
+def missing(problem: Problem, device: Device) -> str | None:
+    """Say what regime of the forward pass a layer would get if only Triton's Gluon had all of it.
+
+    None where that would be no other. How the backend explains it: "not with the ...".
+    """
+    whole = device._replace(gluon=True, clusters=True)
+    plan = forward_plan(problem, whole)
+    if plan == forward_plan(problem, device):
+        return None
+    return "weights in registers" if plan.regime == "registers" else "units spread over a cluster"
 
 
 def _one_program(problem: Problem) -> str:

@@ -26,6 +26,10 @@ def launch_lstm_fwd(call: Call, outputs: Outputs) -> None:
         from .forward_registers import launch_lstm_fwd_registers  # an older Triton has no Gluon
 
         launch_lstm_fwd_registers(call, plan, outputs)
+    elif plan.regime == "cluster":
+        from .forward_cluster import launch_lstm_fwd_cluster
+
+        launch_lstm_fwd_cluster(call, plan, outputs)
     elif plan.regime == "sequence":
         launch_lstm_fwd_sequence(call, plan, outputs)
     else:

@@ -16,19 +16,20 @@ from .call import Call, row_arguments, strides_of, weight_arguments
 from .gluon import gl, gluon, mma_v2
 from .launch import is_fast, launch
 from .plan import Plan, padded
-from .primitives import tanh
 from .register_tiles import (
     activated,
     at_step,
     beside,
     by_gate,
     by_unit,
-    first_rows,
+    elements,
+    first_row,
     flags,
     load_bias,
     only,
     rounded,
     stack,
+    tanh,
     weight_tile,
 )
 
@@ -111,8 +112,9 @@ def forward_step(
     if offsets is None:
         y_now, c_now, g_now, x_now = y_at, c_at, g_at, x_at
     else:
-        y_now, c_now, g_now = y_at + row * (D * H), c_at + row * (D * H), g_at + row * (4 * H)
-        x_now = x_at + row_2 * x_step
+        y_now, c_now = y_at + elements(row, D * H), c_at + elements(row, D * H)
+        g_now = g_at + elements(row, 4 * H)
+        x_now = x_at + elements(row_2, x_step)
     if lengths is None:
         x_later = gl.load(x_now + x_off, x_real & (s + 2 < steps), x_else)
     else:
@@ -143,7 +145,7 @@ def forward_step(
     if c_all is not None:
         gl.store(c_now + at, c_new, real)
     if offsets is not None:
-        row, row_1, row_2 = row_1, row_2, first_rows(t + 3 * forth, offsets, T, B)
+        row, row_1, row_2 = row_1, row_2, first_row(t + 3 * forth, offsets, T)
     else:
         x_at += x_step
         y_at += y_step
@@ -248,6 +250,8 @@ def lstm_fwd_registers_kernel(
         nx = first + gl.arange(0, N, gl.SliceLayout(0, right))
         x_off = (nx - first)[None, :] * (x_b.to(gl.int64) * X_UNIT) + k[:, None]
         x_at = x + first * (x_b.to(gl.int64) * X_UNIT)
+        if U < 128:  # pointers take more registers than offsets, and fewer cycles
+            x_at, x_off = x_at + x_off, 0
         x_real = (nx < B)[None, :] & (k < I)[:, None]
         x_step = x_t.to(gl.int64) * X_UNIT
         x_else = gl.zeros([I_TILE, N], dtype, right)
@@ -267,18 +271,19 @@ def lstm_fwd_registers_kernel(
     steps, length, length_x, length4 = T, 0, 0, 0
     if lengths is not None:
         length = gl.load(lengths + n, n < B, 0)
-        length_x = gl.load(lengths + nx, nx < B, 0)
-        length4 = gl.load(lengths + n4, n4 < B, 0)
         steps = gl.max(length, 0).to(gl.int32)
+        length = length.to(gl.int32)
+        length_x = gl.load(lengths + nx, nx < B, 0).to(gl.int32)
+        length4 = gl.load(lengths + n4, n4 < B, 0).to(gl.int32)
     last = (steps - 1) * direction
     forth = 1 - 2 * direction
     row, row_1, row_2 = 0, 0, 0
     if offsets is not None:
         if not FUSED:
             x_step = 4 * H
-        row = first_rows(last, offsets, T, B)
-        row_1 = first_rows(last + forth, offsets, T, B)
-        row_2 = first_rows(last + 2 * forth, offsets, T, B)
+        row = first_row(last, offsets, T)
+        row_1 = first_row(last + forth, offsets, T)
+        row_2 = first_row(last + 2 * forth, offsets, T)
     elif D == 2:
         x_at += last * x_step
         y_at += last * y_step
@@ -306,8 +311,8 @@ def lstm_fwd_registers_kernel(
         x_next = gl.load(x_at + x_off, x_1, x_else)
         x_at += x_step
     else:
-        x_now = gl.load(x_at + row * x_step + x_off, x_0, x_else)
-        x_next = gl.load(x_at + row_1 * x_step + x_off, x_1, x_else)
+        x_now = gl.load(x_at + elements(row, x_step) + x_off, x_0, x_else)
+        x_next = gl.load(x_at + elements(row_1, x_step) + x_off, x_1, x_else)
     ahead = input_side(x_now, w_x, start, U, N, FUSED)
     if steps % 2 == 1:
         ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
@@ -345,7 +350,7 @@ def launch_lstm_fwd_registers(call: Call, plan: Plan, outputs: Outputs) -> None:
         lstm_fwd_registers_kernel,
         (-(-call.rows.B // plan.batch), spec.directions),
         plan,
-        x=x if plan.fused else _products_by_unit(call),
+        x=x if plan.fused else products_by_unit(call),
         **(w_ih if plan.fused else dict.fromkeys(w_ih)),
         **weight_arguments(weights, "w_hh", "b_ih", "b_hh"),
         h0=call.state.h,
@@ -380,7 +385,7 @@ def _takes_ones(call: Call, features: int) -> bool:
     return spec.bias and call.x.element_size() == 2 and spec.input_size + 2 <= features
 
 
-def _products_by_unit(call: Call) -> Tensor:
+def products_by_unit(call: Call) -> Tensor:
     """Return x through w_ih, without the biases: float32 ``[D, rows, 4H]``, by unit."""
     w_ih = [by_unit(each.w_ih) for each in call.weights]
     return products([call.x_rows()] * len(w_ih), w_ih)

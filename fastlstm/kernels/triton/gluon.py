@@ -11,9 +11,13 @@ from typing import Any
 
 import triton
 
-__all__ = ["PROBLEM", "gl", "gluon", "mma_v2", "source_of"]
+__all__ = [
+    *("CLUSTER_PROBLEM", "PROBLEM"),
+    *("async_store", "cluster", "gl", "gluon", "mbarrier", "mma_v2", "source_of"),
+]
 
 _HOME = "triton.experimental.gluon"
+_CLUSTERS = 3, 9  # 3.8 has all names, but its mbarriers never end
 
 
 def _load() -> tuple[Any, Any, Any, str | None]:
@@ -31,7 +35,20 @@ def _load() -> tuple[Any, Any, Any, str | None]:
     )
 
 
+def _load_hopper() -> tuple[Any, Any, Any, str | None]:
+    if PROBLEM is not None:
+        return None, None, None, PROBLEM
+    try:
+        hopper = import_module(f"{_HOME}.language.nvidia.hopper")
+        found = hopper.async_store, hopper.cluster, hopper.mbarrier
+    except (ImportError, AttributeError):
+        return None, None, None, f"Triton {triton.__version__} sends nothing through a cluster"
+    known = tuple(map(int, triton.__version__.split(".")[:2])) >= _CLUSTERS
+    return *found, None if known else f"Triton {triton.__version__} counts arrivals otherwise"
+
+
 gluon, gl, mma_v2, PROBLEM = _load()
+async_store, cluster, mbarrier, CLUSTER_PROBLEM = _load_hopper()
 
 
 def source_of(kernel: Any) -> Any:

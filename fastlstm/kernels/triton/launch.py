@@ -22,8 +22,10 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # bfloat16 wrongly, has no TF32 and no inline assembly. Tests that mend it say so here.
 rounds_as_gpu: bool = not INTERPRETED
 _interpreter = threading.Lock()  # it patches Triton's own functions while it runs
-_HAS_GLUON = gluon.PROBLEM is None
-_ANY_DEVICE = Device(arch=90, processors=132, gluon=False)  # what the interpreter plans for
+_GLUON = gluon.PROBLEM is None, gluon.CLUSTER_PROBLEM is None
+_ANY_DEVICE = Device(
+    arch=90, processors=132, gluon=False, clusters=False
+)  # what the interpreter plans for
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> 
     options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
     if plan.regime == "persistent":
         options["launch_cooperative_grid"] = True
+    if plan.blocks > 1:
+        options["num_ctas"] = plan.blocks
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, arguments, options, plan))
     elif INTERPRETED and plan.regime == "persistent":
@@ -97,7 +101,7 @@ def device_of(x: Tensor) -> Device:
 def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
-    return Device(arch, properties.multi_processor_count, _HAS_GLUON)
+    return Device(arch, properties.multi_processor_count, *_GLUON)
 
 
 def is_fast(x: Tensor) -> bool:

@@ -21,6 +21,7 @@ class Device(NamedTuple):
     arch: int  # compute capability, 10 * major + minor
     processors: int  # streaming multiprocessors
     gluon: bool = True  # whether Triton has Gluon and does not interpret
+    clusters: bool = True  # whether its Gluon also sends numbers through a cluster
 
     @property
     def shared_bytes(self) -> int:
@@ -35,6 +36,7 @@ class Problem(NamedTuple):
     B: int
     element: int  # bytes of a number of x and the weights: 2 or 4
     precision: str  # of float32 products: "tf32" or "ieee"; "tf32" for 16-bit numbers too
+    dense: bool = True  # whether all sequences have all steps, and none is reset
 
     @property
     def cell(self) -> str:
@@ -60,7 +62,7 @@ class Problem(NamedTuple):
 class Plan:
     """A regime and its tiles."""
 
-    regime: str  # "registers", "sequence", "persistent" or "steps"
+    regime: str  # "registers", "sequence", "cluster", "persistent" or "steps"
     units: int  # units of a program: the tile is four times as high; 16 or more
     batch: int  # sequences of a program
     chunk: int  # terms of the product loaded at a time; covers P where the weights stay on chip
@@ -69,6 +71,7 @@ class Plan:
     warps: int
     stages: int  # of the pipeline that loads
     reason: str
+    blocks: int = 1  # of a cluster, each of which has `units` / `blocks` units
 
     def __str__(self) -> str:
         return self.described(gates=4)
@@ -79,6 +82,8 @@ class Plan:
         where = "weights on chip" if self.resident else f"weights in chunks of {self.chunk}"
         if self.regime == "registers":
             where = "weights in registers"
+        if self.blocks > 1:
+            where = f"weights in registers of {self.blocks} blocks"
         return f"{tile}, {where}"
 
 

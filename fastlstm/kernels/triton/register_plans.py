@@ -11,12 +11,14 @@ from __future__ import annotations
 from .plan import Device, Plan, Problem, padded
 from .sequence_plans import widest
 
-__all__ = ["backward_registers", "fits_registers", "forward_registers"]
+__all__ = ["backward_registers", "fits_registers", "forward_cluster", "forward_registers"]
 
 _SEQUENCES = 8
 _WIDEST_FLOAT32 = 32  # weights of 64 units leave too few registers
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
 _WIDEST_INPUT_OF_WIDE = 32  # of 128 units, and of float32
+_WIDEST_CLUSTER = 512
+_UNITS_OF_A_BLOCK = 32
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
 
 
@@ -44,6 +46,24 @@ def forward_registers(problem: Problem, device: Device) -> Plan | None:
 def backward_registers(problem: Problem, device: Device) -> Plan | None:
     """Return the plan of the backward pass of an LSTM; None where a layer has no room."""
     return _plan(problem, False, _ON_CHIP) if fits_registers(problem, device) else None
+
+
+def forward_cluster(problem: Problem, device: Device) -> Plan | None:
+    """Return the plan of the forward pass over a cluster; None where a layer has no room.
+
+    A block has 32 units, whose weights its 8 warps can hold: fewer would send more than they
+    compute. 16 blocks are more than every GPU of the kind must have; Triton asks for them.
+    """
+    spec, units = problem.spec, padded(problem.spec.hidden_size)
+    plain = problem.cell == "plain" and not spec.proj_size and problem.dense
+    known = device.clusters and device.arch == 90
+    if not (known and plain and problem.element == 2 and 128 < units <= _WIDEST_CLUSTER):
+        return None
+    blocks = units // _UNITS_OF_A_BLOCK
+    together = -(-problem.B // _SEQUENCES) * spec.directions * blocks <= device.processors
+    reason = "W_hh fits the registers of a cluster, its input products are made before"
+    plan = Plan("cluster", units, _SEQUENCES, units, True, False, 8, 1, reason, blocks)
+    return plan if together else None
 
 
 def _plan(problem: Problem, fused: bool, reason: str) -> Plan:
