@@ -62,6 +62,7 @@ SOURCES = {
     "csrc/bindings/backward.cpp": [],
     "csrc/bindings/infer.cpp": [],
     "csrc/bindings/cell.cpp": [],
+    "csrc/bindings/quantized.cpp": [],
     "csrc/bindings/plans.cpp": [],
     "csrc/bindings/register.cpp": [],
     "csrc/cuda/plan.cpp": [],
@@ -71,13 +72,19 @@ SOURCES = {
     "csrc/cpu/usefulness.cpp": [],
     "csrc/cpu/isa/dispatch.cpp": [],
     "csrc/cpu/isa/portable.cpp": [],
+    "csrc/cpu/quantized/dispatch.cpp": [],
+    "csrc/cpu/quantized/portable.cpp": [],
 }
 # The last two: GCC 12 suspects its own intrinsics of using unset values.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 AVX512 += " -Wno-uninitialized -Wno-maybe-uninitialized"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86_SOURCES = {
-    "csrc/cpu/isa/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/isa/avx2.cpp": AVX2,
+    "csrc/cpu/quantized/avx2.cpp": AVX2,
+    "csrc/cpu/quantized/avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "csrc/cpu/isa/avx512.cpp": AVX512.split(),
+    "csrc/cpu/quantized/avx512vnni.cpp": [*AVX512.split(), "-mavx512vnni"],
 }
 SOURCES |= X86_SOURCES
 

@@ -19,6 +19,7 @@ COMMANDS = {  # a command's module, and what it does
     "report": ("report.command", "write the tables and pictures of all results"),
     "cells": ("speed.cells", "time each option of a cell, and RNN beside nn.RNN"),
     "loops": ("speed.loops", "time loops over LSTMCell beside nn.LSTMCell and ONNX Runtime"),
+    "quantized": ("speed.quantized", "how exact 8-bit and bfloat16 weights are, beside others"),
     "contention": ("speed.contention", "time calls beside busy processes, or on too many threads"),
     "kernels": ("gpu.kernels", "show what the GPU kernels compile to, without a GPU"),
     "gpu": ("gpu.command", "on a GPU: run the tests, record cuDNN's outputs, time the kernels"),

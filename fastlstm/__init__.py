@@ -8,6 +8,7 @@ from fastlstm.backends import backend, backends
 from fastlstm.explain import explain
 from fastlstm.modules import LSTM, RNN, LSTMCell
 from fastlstm.proof import tune, verify
+from fastlstm.quantized import QuantizedLSTM, QuantizedLSTMCell, QuantizedRNN, quantize
 
 __version__ = _version("fastlstm")
 
@@ -15,12 +16,16 @@ __all__ = [
     "LSTM",
     "RNN",
     "LSTMCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
+    "QuantizedRNN",
     "__version__",
     "accelerate",
     "backend",
     "backends",
     "explain",
     "functional",
+    "quantize",
     "restore",
     "tune",
     "verify",

@@ -14,7 +14,7 @@ from torch.nn.modules import rnn as torch_rnn  # torch.nn.LSTM may be replaced b
 from fastlstm.convert import class_name, obstacle, original_class, rebuild, with_ours
 from fastlstm.modules import LSTM, RNN, LSTMCell
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["Patterns", "Swap", "accelerate", "restore", "swap"]
 
 _log = logging.getLogger("fastlstm")
 M = TypeVar("M", bound=nn.Module)
@@ -27,7 +27,7 @@ _SCRIPTED = (
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-class _Swap(NamedTuple):
+class Swap(NamedTuple):
     """What becomes of one module."""
 
     target: type[nn.Module] | None  # the class that takes its place, None where it stays
@@ -69,7 +69,7 @@ def accelerate(
     Raises:
         ValueError: a pattern of include or exclude matches no recurrent module.
     """
-    return _swap(model, _to_ours, "accelerate", verbose, include, exclude, dry_run)
+    return swap(model, _to_ours, "accelerate", verbose, (include, exclude), dry_run)
 
 
 def restore(
@@ -99,22 +99,38 @@ def restore(
     Raises:
         ValueError: a pattern of include or exclude matches no recurrent module.
     """
-    return _swap(model, _to_theirs, "restore", verbose, include, exclude, dry_run)
+    return swap(model, _to_theirs, "restore", verbose, (include, exclude), dry_run)
 
 
-def _swap(
+def _rebuilt(module: nn.Module, target: type[nn.Module]) -> nn.Module:
+    # The dictionaries of hooks are handed over, not copied: the handles refer to them.
+    return rebuild(module, dict(module.__dict__), target)
+
+
+def swap(
     model: M,
-    plan: Callable[[nn.Module], _Swap],
+    plan: Callable[[nn.Module], Swap],
     verb: str,
     verbose: bool,
-    include: Patterns,
-    exclude: Patterns,
+    patterns: tuple[Patterns, Patterns],
     dry_run: bool,
+    build: Callable[[nn.Module, type[nn.Module]], nn.Module] = _rebuilt,
 ) -> M:
-    """Replace what plan gives a target for, and report it."""
+    """Replace what plan gives a target for, and report it.
+
+    Args:
+        model: any module.
+        plan: says what becomes of a module.
+        verb: the name of the function that was called.
+        verbose: also print the report.
+        patterns: include and exclude of that function.
+        dry_run: report only.
+        build: makes the replacement of a module, of the class that plan names. If it raises,
+            nothing has been replaced.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{verb}: expected a module, got {type(model).__name__}")
-    chosen, left_out = _patterns("include", include), _patterns("exclude", exclude)
+    chosen, left_out = map(_patterns, ("include", "exclude"), patterns)
     unused = {*(chosen or ()), *(left_out or ())}
     lines: list[str] = []
     replaced: dict[nn.Module, nn.Module] = {}
@@ -129,8 +145,7 @@ def _swap(
             target, line = None, "left, as include and exclude ask for"
         lines.append(f"{paths[0] or 'the model'}: {line}")
         if target is not None and not dry_run:
-            # The dictionaries of hooks are handed over, not copied: the handles refer to them.
-            replaced[module] = rebuild(module, dict(module.__dict__), target)
+            replaced[module] = build(module, target)
     if unused:
         raise ValueError(
             f"{verb}: no recurrent module of this model matches {', '.join(sorted(unused))}"
@@ -152,7 +167,7 @@ def _report(lines: Sequence[str], verb: str, verbose: bool) -> None:
 
 
 def _nothing(verb: str) -> str:
-    package = "nn" if verb == "accelerate" else "fastlstm"
+    package = "fastlstm" if verb == "restore" else "nn"
     return f"no {package}.LSTM, {package}.LSTMCell or {package}.RNN in this model"
 
 
@@ -179,44 +194,44 @@ def _matches(paths: Sequence[str], patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
 
-def _to_ours(module: nn.Module) -> _Swap:
+def _to_ours(module: nn.Module) -> Swap:
     """What accelerate makes of a module."""
     if isinstance(module, torch.jit.ScriptModule):
         names = {kind.__name__ for kind in _OURS}
-        return _Swap(None, _SCRIPTED if module.original_name in names else "")
+        return Swap(None, _SCRIPTED if module.original_name in names else "")
     actual: Any = original_class(module)
     if actual in (torch_rnn.GRU, torch_rnn.RNNCell, torch_rnn.GRUCell):
-        return _Swap(None, f"left, fastlstm has no {actual.__name__}")
+        return Swap(None, f"left, fastlstm has no {actual.__name__}")
     kind: Any = next((kind for kind in _OURS if issubclass(actual, kind)), None)
     if kind is None:
-        return _Swap(None, "")
+        return Swap(None, "")
     ours: Any = _OURS[kind]
     target = ours
     if actual is not kind:
         target = with_ours(actual, kind, ours)
         if isinstance(target, str):
-            return _Swap(None, f"left, it is a {class_name(actual)}, {target}")
+            return Swap(None, f"left, it is a {class_name(actual)}, {target}")
     if problem := obstacle(module, target):
-        return _Swap(None, f"left, {problem}")
-    return _Swap(target, f"{class_name(actual)} -> {_described(ours, module)}")
+        return Swap(None, f"left, {problem}")
+    return Swap(target, f"{class_name(actual)} -> {_described(ours, module)}")
 
 
-def _to_theirs(module: nn.Module) -> _Swap:
+def _to_theirs(module: nn.Module) -> Swap:
     """What restore makes of a module."""
     actual: Any = original_class(module)
     kind = next((kind for kind in _THEIRS if issubclass(actual, kind)), None)
     if kind is None:
-        return _Swap(None, "")
+        return Swap(None, "")
     target: type[nn.Module] = _THEIRS[kind]
     if "_replaces" in vars(actual):
         target = actual._replaces
     elif actual is not kind:
-        return _Swap(None, f"left, it is a {class_name(actual)}, a subclass of fastlstm's")
+        return Swap(None, f"left, it is a {class_name(actual)}, a subclass of fastlstm's")
     if isinstance(module, LSTM) and (lacking := module.beyond_torch()):
-        return _Swap(None, f"left, nn.LSTM has no {', '.join(lacking)}")
+        return Swap(None, f"left, nn.LSTM has no {', '.join(lacking)}")
     if problem := obstacle(module, target):
-        return _Swap(None, f"left, {problem}")
-    return _Swap(target, f"{_described(kind, module)} -> {class_name(target)}")
+        return Swap(None, f"left, {problem}")
+    return Swap(target, f"{_described(kind, module)} -> {class_name(target)}")
 
 
 def _described(kind: type[nn.Module], module: nn.Module) -> str:

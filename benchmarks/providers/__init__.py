@@ -21,7 +21,8 @@ class Provider(ABC):
 
     `packages` are those it needs; the version of the first is reported. `remote` is True if it
     brings a runtime with threads and a global state, and so needs a process of its own.
-    `own_kernels` is True if it must be as exact as this library promises.
+    `own_kernels` is True if it must be as exact as this library promises. `eps` is the spacing, at
+    1, of the numbers that it multiplies, where that is not the spacing of the dtype.
     """
 
     name: str  # on the command line and in results
@@ -29,6 +30,7 @@ class Provider(ABC):
     packages: tuple[str, ...]
     remote = False
     own_kernels = False
+    eps: float | None = None
 
     def missing(self) -> str | None:
         """Return why it cannot run on this machine at all; None if it can."""
@@ -59,10 +61,14 @@ _PLACES = {
     "fastlstm-cuda": "ours:Cuda",
     "fastlstm-reference": "ours:Reference",
     "fastlstm-compiled": "ours:Compiled",
+    "fastlstm-int8": "quantized:Int8",
+    "fastlstm-bfloat16": "quantized:Bfloat16",
     "torch": "pytorch:Plain",
     "torch-compiled": "pytorch:Compiled",
     "cell-compiled": "pytorch:CellLoop",
+    "torch-int8": "quantized:PyTorchInt8",
     "onnxruntime": "onnx_runtime:OnnxRuntime",
+    "onnxruntime-int8": "quantized:OnnxRuntimeInt8",
     "jax": "jax_scan:JaxScan",
     "flax": "flax_rnn:FlaxRNN",
     "keras-torch": "keras_lstm:KerasTorch",
@@ -72,6 +78,8 @@ _PLACES = {
     "haste": "haste_lstm:Haste",
 }
 PROVIDERS = tuple(_PLACES)
+# Those that round the weights: a kind of their own, timed where they are asked for.
+QUANTIZED = tuple(name for name, place in _PLACES.items() if place.startswith("quantized:"))
 
 
 @cache

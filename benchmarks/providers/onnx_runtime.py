@@ -34,7 +34,7 @@ class OnnxRuntime(Provider):
         return refuses_step(work)
 
     def contender(self, work: Workload) -> Contender:
-        runtime = session(work)
+        runtime = session(work, self.model(work))
         if not work.on_cpu:
             return _on_gpu(runtime, work)
         start = {name: value.numpy() for name, value in inputs(work).items()}
@@ -53,6 +53,10 @@ class OnnxRuntime(Provider):
 
         # Its arena keeps what it has, so that a later call shows nothing of its memory.
         return Contender(step if work.mode == "step" else infer, results, peak=lambda: None)
+
+    def model(self, work: Workload) -> bytes:
+        """Return the ONNX model: the inputs of `inputs`, the outputs of `outputs`."""
+        return model(work)
 
 
 def _providers() -> list[str]:
@@ -120,8 +124,8 @@ def _on_gpu(runtime: Any, work: Workload) -> Contender:
     return Contender(step if work.mode == "step" else call, results)
 
 
-def session(work: Workload) -> Any:
-    """An onnxruntime.InferenceSession of the work's LSTM, on as many threads as torch has."""
+def session(work: Workload, made: bytes) -> Any:
+    """An onnxruntime.InferenceSession of the model `made`, on as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -131,7 +135,7 @@ def session(work: Workload) -> Any:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     cuda = ("CUDAExecutionProvider", {"device_id": work.x.device.index or 0})
     providers = ["CPUExecutionProvider"] if work.on_cpu else [cuda]
-    return onnxruntime.InferenceSession(model(work), options, providers=providers)
+    return onnxruntime.InferenceSession(made, options, providers=providers)
 
 
 def model(work: Workload) -> bytes:

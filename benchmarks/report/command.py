@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .. import BenchmarkError
+from ..speed import quantized
 from ..speed.results import FOLDER, Results, Row, load
 from . import charts, tables
 from .overview import overview, speed_results
@@ -31,6 +32,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "losses": tables.losses,
     "peers": tables.peers,
     "cells": tables.cells,
+    "errors": quantized.error_table,
+    "small": quantized.task_table,
 }
 TASK_SECTIONS: dict[str, Callable[[list[Row]], str]] = {  # from the records of training tasks
     "tasks": tables.tasks,

@@ -32,11 +32,14 @@ class Judge:
         self.truth = _solve(work.to(torch.float64))
         self._yardstick = _solve(work.to(narrow))
 
-    def error(self, name: str, contender: Contender, *, ours: bool) -> float:
+    def error(
+        self, name: str, contender: Contender, *, ours: bool, eps: float | None = None
+    ) -> float:
         """Return the largest error of a result, as a share of that result's largest value.
 
         Raises Mismatch if an error is too large. Results of ours may be twice as far from float64
-        as those of nn.LSTM, plus one rounding. A peer must have half of the digits right.
+        as those of nn.LSTM, plus one rounding. A peer must have half of the digits right, of those
+        that numbers with the spacing `eps` have, where that is not the one of all.
         """
         worst = 0.0
         for what, got in contender.results().items():
@@ -44,7 +47,7 @@ class Judge:
             if got.shape != want.shape:
                 raise Mismatch(f"{self._where}: {what} from {name} is {list(got.shape)}")
             size, error = _largest(want), _largest(got.to(want) - want)
-            bound, rule = self.eps**0.5 * size, "half of the digits"
+            bound, rule = (eps or self.eps) ** 0.5 * size, "half of the digits"
             if ours:
                 bound = 2 * self._scale * _largest(self._yardstick[what] - want) + self.eps * size
                 rule = "twice the error of nn.LSTM, plus one rounding"

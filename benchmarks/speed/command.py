@@ -19,7 +19,7 @@ from time import monotonic
 import torch
 
 from .. import BenchmarkError
-from ..providers import PROVIDERS, provider
+from ..providers import PROVIDERS, QUANTIZED, provider
 from ..providers.remote import Remotes
 from . import floor
 from .cases import ALL, CASES, GROUPS, Case, parse
@@ -73,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=PROVIDERS,
         metavar="NAME",
-        help=f"whose LSTMs to time (default: all): {', '.join(PROVIDERS)}",
+        help=f"whose LSTMs to time (default: all but those that round the "
+        f"weights): {', '.join(PROVIDERS)}",
     )
     add(
         "--precision",
@@ -145,7 +146,8 @@ def main(args: argparse.Namespace) -> int:
     print(", ".join(f"{k} {v}" for k, v in facts if isinstance(v, str | int)))
     if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > BUSY * (os.cpu_count() or 1):
         print(f"the machine is busy (load {load:.1f}): these figures mean little")
-    names = args.providers or (QUICK_PROVIDERS if args.quick else PROVIDERS)
+    usual = tuple(name for name in PROVIDERS if name not in QUANTIZED)
+    names = args.providers or (QUICK_PROVIDERS if args.quick else usual)
     graphs = (False, True) if args.graph and cuda else (False,)
     counts = args.threads or (None,)
     wanted = (_cases(args), args.modes, precision, graphs, counts, args.input_gradient)

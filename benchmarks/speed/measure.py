@@ -91,7 +91,8 @@ def measure(
 def _first_figures(contender: Contender, judge: Judge, name: str, job: Job) -> Row:
     """Return what is known before the turns; raises Mismatch for wrong results."""
     row: Row = {"first_call_s": contender.seconds(1)}
-    row["max_error"] = judge.error(name, contender, ours=provider(name).own_kernels)
+    who = provider(name)
+    row["max_error"] = judge.error(name, contender, ours=who.own_kernels, eps=who.eps)
     row["peak_bytes"] = contender.peak_bytes()
     if contender.rest:
         row["rest_bytes"] = contender.rest()

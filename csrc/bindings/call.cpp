@@ -27,10 +27,7 @@ Call::Call(const Array& x, Weights w, i64 directions, const Array& batch_sizes, 
   FASTLSTM_CHECK(plain >= 2 && plain <= 5 && each * directions == w.count, "fastlstm: expected 2 to 5 weights",
                  peephole ? ", 1 of the peepholes" : "", layer_norm ? ", 4 of layer normalisation" : "",
                  " for each of ", directions, " directions, got ", w.count);
-  FASTLSTM_CHECK(x.dim == 2 || (x.dim == 3 && !packed_rows), "fastlstm: expected ",
-                 packed_rows ? "packed rows [N, I]" : "input [T, B, I], or [B, I] for one step", ", got ",
-                 x.shape_text());
-  FASTLSTM_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
+  check_input(x);
   sizes.D = directions;
   sizes.peephole = peephole;
   sizes.layer_norm = layer_norm;
@@ -39,6 +36,25 @@ Call::Call(const Array& x, Weights w, i64 directions, const Array& batch_sizes, 
   for (i64 d = 0; d < directions; ++d) read_weights(w.first + d * each, each, plain, weights[d]);
   if (batch_sizes) read_batch_sizes(batch_sizes);
   if (lengths) read_lengths(lengths);
+}
+
+Call::Call(const Array& x, const Sizes& layer, const Array& batch_sizes, const Array& lengths)
+    : sizes(layer), dtype(dtype_of(x)), type(x.dtype),
+      compute_type(dtype == Dtype::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32()),
+      packed_rows(bool(batch_sizes)) {
+  check_input(x);
+  FASTLSTM_CHECK(x.last() == sizes.I, "fastlstm: expected input with a last dimension of ", sizes.I, ", got ",
+                 x.shape_text());
+  read_rows(x, batch_sizes);
+  if (batch_sizes) read_batch_sizes(batch_sizes);
+  if (lengths) read_lengths(lengths);
+}
+
+void Call::check_input(const Array& x) const {
+  FASTLSTM_CHECK(x.dim == 2 || (x.dim == 3 && !packed_rows), "fastlstm: expected ",
+                 packed_rows ? "packed rows [N, I]" : "input [T, B, I], or [B, I] for one step", ", got ",
+                 x.shape_text());
+  FASTLSTM_CHECK(x.last_dense(), "fastlstm: the last dimension of the input must be dense");
 }
 
 // Sizes of the layer. plain: how many weights a direction has without those of options.

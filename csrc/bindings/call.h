@@ -40,6 +40,9 @@ struct Call {
   Call(const Array& x, Weights w, i64 directions, const Array& batch_sizes, const Array& lengths, i64 gates,
        bool peephole = false, bool layer_norm = false);
 
+  // Of a layer whose weights are no plain tensors: `layer` has its sizes, all but T and B.
+  Call(const Array& x, const Sizes& layer, const Array& batch_sizes, const Array& lengths);
+
   // An absent tensor stays absent in all of these. n: size of the last dimension; name: for messages.
   // Rows [T, B, D*n] or packed [N, D*n]: each direction has n columns of its own.
   Rows rows_of(const Array& t, const char* name, i64 n, int32_t expected) const;
@@ -65,6 +68,7 @@ struct Call {
   }
 
  private:
+  void check_input(const Array& x) const;
   void read_sizes(const Array& x, Weights w, i64 gates, i64 plain);
   void read_rows(const Array& x, const Array& batch_sizes);
   void read_weights(const Array* w, i64 each, i64 plain, DirectionWeights& of) const;

@@ -56,6 +56,14 @@ std::tuple<Output, Output, Output, Output> lstm_cell_bwd_cpu(Handle x, const Han
 void lstm_cell_weight_grads_cpu(const HandleList& x, const HandleList& h, const HandleList& dsums,
                                 const HandleList& dweights, bool add);
 
+// quantized.cpp
+std::tuple<Output, Output, Output> quantized_infer_cpu(Handle x, const HandleList& weights, i64 gates, bool relu,
+                                                       i64 inputs, i64 hidden, i64 projected, i64 layers,
+                                                       i64 directions, OptionalHandle h0, OptionalHandle c0,
+                                                       OptionalHandle batch_sizes, OptionalHandle lengths,
+                                                       OptionalHandle reset);
+std::string quantized_isa();
+
 // plans.cpp
 i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions,
                     i64 gates, bool is_double);

@@ -5,10 +5,11 @@
 namespace fastlstm {
 namespace {
 
-uint64_t kind_of(const Sizes& s, bool backward) {
+// kernels: 0 forward, 1 backward, 2 and 3 with quantised weights.
+uint64_t kind_of(const Sizes& s, int kernels) {
   i64 steps = 0;  // log2 T
   while (s.T >> steps > 1) ++steps;
-  uint64_t mixed = uint64_t(backward);
+  uint64_t mixed = uint64_t(kernels);
   for (i64 number : {steps, s.B, s.I, s.gate_units(), s.P, s.D}) mixed = mixed * 0x100000001b3 + uint64_t(number);
   return mixed;
 }
@@ -46,17 +47,22 @@ void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, 
   }
 }
 
+int threads_of_torch() { return int(torch::stable::get_num_threads()); }
+
 }  // namespace
 
-PassThreads::PassThreads(const Sizes& sizes, bool backward, i64 members)
-    : PassThreads(sizes, backward, members, int(torch::stable::get_num_threads())) {}
-
-PassThreads::PassThreads(const Sizes& sizes, bool backward, i64 members, int most)
-    : Threads(cpu_kernels().worthwhile(sizes, members, most), kind_of(sizes, backward),
+PassThreads::PassThreads(int wanted, const Sizes& sizes, int kernels)
+    : Threads(wanted, kind_of(sizes, kernels),
               {[](i64 n, void (*body)(i64, i64, void*), void* context) {
                  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
                },
-               most}) {}
+               threads_of_torch()}) {}
+
+PassThreads::PassThreads(const Sizes& sizes, bool backward, i64 members)
+    : PassThreads(cpu_kernels().worthwhile(sizes, members, threads_of_torch()), sizes, int(backward)) {}
+
+PassThreads::PassThreads(const Sizes& sizes, int (*worthwhile)(const Sizes&, bool int8, int threads), bool int8)
+    : PassThreads(worthwhile(sizes, int8, threads_of_torch()), sizes, 2 + int8) {}
 
 // ---- forward ------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,11 @@ namespace fastlstm {
 class PassThreads : public Threads {
  public:
   PassThreads(const Sizes& sizes, bool backward, i64 members = 1);
+  // For kernels with quantised weights.
+  PassThreads(const Sizes& sizes, int (*worthwhile)(const Sizes&, bool int8, int threads), bool int8);
 
  private:
-  PassThreads(const Sizes& sizes, bool backward, i64 members, int most);
+  PassThreads(int wanted, const Sizes& sizes, int kernels);
 };
 
 struct Forward {

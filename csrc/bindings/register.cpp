@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("lstm_cell_fwd_cpu", TORCH_BOX(&Guarded<&lstm_cell_fwd_cpu>::call));
   m.impl("lstm_cell_bwd_cpu", TORCH_BOX(&Guarded<&lstm_cell_bwd_cpu>::call));
   m.impl("lstm_cell_weight_grads_cpu", TORCH_BOX(&Guarded<&lstm_cell_weight_grads_cpu>::call));
+  m.impl("quantized_infer_cpu", TORCH_BOX(&Guarded<&quantized_infer_cpu>::call));
   m.impl("rnn_fwd_cpu", TORCH_BOX(&Guarded<&rnn_fwd_cpu>::call));
   m.impl("rnn_bwd_cpu", TORCH_BOX(&Guarded<&rnn_bwd_cpu>::call));
 }
@@ -19,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {
   m.impl("cpu_cache_bytes", TORCH_BOX(&cpu_cache_bytes));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("quantized_isa", TORCH_BOX(&quantized_isa));
   m.impl("cpu_plan", TORCH_BOX(&cpu_plan));
   m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
   m.impl("cuda_obstacle", TORCH_BOX(&cuda_obstacle));

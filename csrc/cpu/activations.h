@@ -8,8 +8,9 @@ namespace fastlstm {
 namespace {
 
 // exp(y) = scale * (1 + fraction) with scale = 2^n, |fraction| <= 0.42. NaN stays NaN; y must lie within
-// [-126 ln 2, 127 ln 2].
-FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& fraction) {
+// [-126 ln 2, 127 ln 2]. fma(a, b, c): a * b + c.
+template <class Fma>
+FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& fraction, const Fma& fma) {
   using Int = Simd<float>::Int;
   constexpr float kMagic = 0x1.8p23f + 127;  // adding it rounds to an integer; the low bits are then its exponent
   const Vec<float> shifted = fma(y, splat(0x1.715476p+0f), splat(kMagic));
@@ -24,6 +25,11 @@ FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& frac
   p = fma(p, r, splat(0x1.555486p-3f));
   p = fma(p, r, splat(0.5f));
   fraction = fma(r * r, p, r);
+}
+
+FASTLSTM_INLINE void split_exp(Vec<float> y, Vec<float>& scale, Vec<float>& fraction) {
+  split_exp(y, scale, fraction,
+            [](Vec<float> a, Vec<float> b, Vec<float> c) FASTLSTM_INLINE_LAMBDA { return fma(a, b, c); });
 }
 
 // A closed gate is 0: sigmoid(-88) would be denormal.

@@ -10,6 +10,13 @@
 namespace fastlstm {
 namespace {
 
+// Every second call of a thread reads stored weights from their end: a stream of single steps finds there in cache what
+// the call before has read last.
+inline bool call_order() {
+  static thread_local bool backwards = false;
+  return backwards = !backwards;
+}
+
 // Row i of a lane is slot first + i * stride. Slots are sorted by length: with a stride, each lane gets as many long
 // sequences as the others.
 struct LaneRows {

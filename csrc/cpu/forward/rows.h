@@ -6,13 +6,6 @@
 namespace fastlstm {
 namespace {
 
-// Every second call of a thread reads stored weights from their end: a stream of single steps finds there in cache what
-// the call before has read last.
-inline bool call_order() {
-  static thread_local bool backwards = false;
-  return backwards = !backwards;
-}
-
 template <class S, Cell cell>
 inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& plan, const Extended<S>* extended,
                                          i64 direction, i64 lane)

@@ -12,6 +12,8 @@ namespace fastlstm {
 struct X86Features {
   bool avx2 = false;    // and FMA, F16C
   bool avx512 = false;  // F, BW, DQ and VL
+  // Dot products of bytes: with the registers of AVX-512, or with those of AVX2.
+  bool avx512_vnni = false, avx_vnni = false;
 };
 
 inline X86Features x86_features() {
@@ -25,6 +27,8 @@ inline X86Features x86_features() {
   if (!has(low, 1, 2) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
   features.avx2 = has(b, 5);
   features.avx512 = features.avx2 && has(low, 5, 6, 7) && has(b, 16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */);
+  features.avx512_vnni = features.avx512 && has(c, 11);
+  features.avx_vnni = features.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 4);
   return features;
 }
 

@@ -1,0 +1,64 @@
+// Chooses the instruction set of the kernels with quantised weights, once, when the first one is called: the fastest
+// one that this CPU has and that FASTLSTM_ISA, if it is set, does not exclude. They give the same int8 results.
+// FASTLSTM_QUANTIZED_ISA names one of them, for tests.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa/x86.h"
+#include "cpu/quantized/quantized.h"
+
+namespace fastlstm {
+
+#ifdef FASTLSTM_X86
+extern const QuantizedKernels avx512vnni_quantized, avxvnni_quantized, avx2_quantized;
+#endif
+extern const QuantizedKernels portable_quantized;
+
+namespace {
+
+struct Choice {
+  const QuantizedKernels* kernels;
+  const char* isa;  // of the other kernels: FASTLSTM_ISA
+};
+
+bool supported(const QuantizedKernels& kernels) {
+#ifdef FASTLSTM_X86
+  static const X86Features features = x86_features();
+  if (&kernels == &avx512vnni_quantized) return features.avx512_vnni;
+  if (&kernels == &avxvnni_quantized) return features.avx_vnni;
+  if (&kernels == &avx2_quantized) return features.avx2;
+#endif
+  return &kernels == &portable_quantized;
+}
+
+const QuantizedKernels& choose() {
+  const Choice fastest_first[] = {
+#ifdef FASTLSTM_X86
+      {&avx512vnni_quantized, "avx512"},
+      {&avxvnni_quantized, "avx2"},
+      {&avx2_quantized, "avx2"},
+#endif
+      {&portable_quantized, "portable"}};
+  const char *limit = std::getenv("FASTLSTM_ISA"), *wanted = std::getenv("FASTLSTM_QUANTIZED_ISA");
+  bool within = !limit || !*limit;
+  std::string available;
+  for (const Choice& choice : fastest_first) {
+    within = within || std::strcmp(limit, choice.isa) == 0;
+    if (!within || !supported(*choice.kernels)) continue;
+    if (!wanted || !*wanted || std::strcmp(wanted, choice.kernels->name) == 0) return *choice.kernels;
+    available += (available.empty() ? "" : ", ") + std::string(choice.kernels->name);
+  }
+  throw std::runtime_error("FASTLSTM_QUANTIZED_ISA=" + std::string(wanted ? wanted : "") +
+                           " is not available on this machine; choose one of: " + available + ", or unset it");
+}
+
+}  // namespace
+
+const QuantizedKernels& quantized_kernels() {
+  static const QuantizedKernels& kernels = choose();
+  return kernels;
+}
+
+}  // namespace fastlstm

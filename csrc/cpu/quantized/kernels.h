@@ -1,0 +1,76 @@
+// The forward pass of a layer with quantised weights, and the table of the kernels of one instruction set. Each source
+// of this folder includes this file once; setup.py has the flags.
+#pragma once
+
+#include <memory>
+
+#include "cpu/parallel.h"
+#include "cpu/quantized/lane.h"
+
+namespace fastlstm {
+namespace {
+
+// Takes lanes through all steps together. share(n, work) calls work(lane, begin, end) over [0, n) of each of them.
+template <class Lane, class Share>
+void run_lanes(const std::unique_ptr<Lane>* lanes, i64 count, i64 steps, bool projected, const Share& share) {
+  const auto each = [&](const auto& work) {
+    for (i64 k = 0; k < count; ++k) work(*lanes[k]);
+  };
+  for (i64 step = 0; step < steps; ++step) {
+    const bool first = lanes[0]->at_chunk_start(step);
+    each([&](Lane& lane) {
+      if (first) lane.begin_chunk(step);
+      lane.begin_step(step);
+    });
+    share(lanes[0]->panels(), [&](Lane& lane, i64 begin, i64 end) {
+      if (first && lane.inputs_ahead()) lane.inputs(begin, end);
+      lane.gates(begin, end);
+    });
+    if (projected) {
+      each([](Lane& lane) { lane.begin_projection(); });
+      share(lanes[0]->out_panels(), [](Lane& lane, i64 begin, i64 end) { lane.project(begin, end); });
+    }
+    each([](Lane& lane) { lane.end_step(); });
+  }
+  each([](Lane& lane) { lane.end_sequence(); });
+}
+
+template <class W, bool has_cell>
+void quantized_layer(const QuantizedParams& p) {
+  using Lane = QuantizedLane<W, has_cell>;
+  const Sizes& s = p.sizes;
+  const QuantizedPlan plan = make_quantized_plan(s, p.int8, p.threads->count(), this_machine());
+  if (!plan.split_units) {  // a thread takes a lane from its first step to its last
+    parallel(*p.threads, s.D * plan.lanes, [&](i64 item) {
+      const std::unique_ptr<Lane> lane(new Lane(p, plan, item / plan.lanes, item % plan.lanes));
+      run_lanes(&lane, 1, s.T, s.projected, [&](i64 panels, const auto& work) { work(*lane, 0, panels); });
+    });
+    return;
+  }
+  std::unique_ptr<Lane> lanes[2];
+  for (i64 d = 0; d < s.D; ++d) lanes[d].reset(new Lane(p, plan, d, 0));
+  const i64 shares = ceil_div(p.threads->count(), s.D);
+  run_lanes(lanes, s.D, s.T, s.projected, [&](i64 panels, const auto& work) {
+    parallel(*p.threads, s.D * shares, [&](i64 item) {
+      const i64 k = item % shares;
+      work(*lanes[item / shares], k * panels / shares, (k + 1) * panels / shares);
+    });
+  });
+}
+
+void quantized_forward(const QuantizedParams& p) {
+  const FlushDenormals flush;
+  if (p.int8)
+    p.sizes.G == 4 ? quantized_layer<Int8, true>(p) : quantized_layer<Int8, false>(p);
+  else
+    p.sizes.G == 4 ? quantized_layer<Bfloat16, true>(p) : quantized_layer<Bfloat16, false>(p);
+}
+
+}  // namespace
+}  // namespace fastlstm
+
+#define FASTLSTM_QUANTIZED(isa)                                                             \
+  namespace fastlstm {                                                                      \
+  extern const QuantizedKernels isa##_quantized;                                            \
+  const QuantizedKernels isa##_quantized = {#isa, quantized_forward, quantized_worthwhile}; \
+  }

@@ -1,0 +1,190 @@
+"""What the quantised modules share: their buffers, and the ways from and to float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fastlstm.convert import class_name
+from fastlstm.quantized import packing
+from fastlstm.spec import LayerSpec
+
+__all__ = ["DTYPES", "Quantized"]
+
+DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16}
+
+
+class Quantized(nn.Module):
+    """A stack of layers whose weights are small; it computes on CPUs, in inference.
+
+    All that it holds are buffers, in the order in which the kernels read them
+    (:mod:`fastlstm.quantized.packing`), for each layer and direction:
+
+    - ``weight_ih`` and ``weight_hh``: panels of the weights;
+    - ``rows``: numbers of each row of the weights. With int8 weights these are the scale and the
+      sum of its integers in ``weight_ih``, both in ``weight_hh``, and the bias, which is the sum
+      of both biases; with bfloat16 weights only the bias;
+    - ``weight_hr`` and ``rows_hr`` of a projection: scale and sum, or nothing.
+
+    Attributes:
+        dtype: "int8" or "bfloat16".
+    """
+
+    def __init__(self, dtype: str, mode: str, bias: bool, specs: tuple[LayerSpec, ...]) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be 'int8' or 'bfloat16', got {dtype!r}")
+        self.dtype, self.mode, self.bias = dtype, mode, bias
+        self._names: list[str] = []
+        for suffix, spec in self._places(specs):
+            H, P, G = spec.hidden_size, spec.state_size, spec.gates
+            self._add("weight_ih" + suffix, self._panels(G, H, spec.input_size))
+            self._add("weight_hh" + suffix, self._panels(G, H, P))
+            empty = torch.zeros(G * H)
+            numbers = [empty] * (5 if dtype == "int8" else 1)
+            self._add("rows" + suffix, packing.pack_rows(numbers, G))
+            if spec.proj_size:
+                self._add("weight_hr" + suffix, self._panels(1, P, H))
+                columns = packing.pack_rows([empty[:1].expand(P)] * 2, 1)
+                self._add("rows_hr" + suffix, columns if dtype == "int8" else columns[:, :0])
+        first = specs[0]
+        self._config = (
+            first.gates,
+            mode == "RNN_RELU",
+            first.input_size,
+            first.hidden_size,
+            first.proj_size,
+            len(specs),
+            first.directions,
+        )
+
+    _buffers: dict[str, Any]
+
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """Return what each layer is."""
+        raise NotImplementedError
+
+    def _add(self, name: str, buffer: Tensor) -> None:
+        self.register_buffer(name, buffer)
+        self._names.append(name)
+
+    def _panels(self, gates: int, H: int, K: int) -> Tensor:
+        return packing.to_panels(torch.zeros(gates * H, K, dtype=DTYPES[self.dtype]), gates)
+
+    def _places(self, specs: tuple[LayerSpec, ...]) -> Iterator[tuple[str, LayerSpec]]:
+        """The suffix of each layer and direction in the names of buffers, and what it is."""
+        for k, spec in enumerate(specs):
+            for direction in ("", "_reverse")[: spec.directions]:
+                yield f"_l{k}{direction}", spec
+
+    def _weights(self) -> list[Any]:
+        return list(map(self._buffers.__getitem__, self._names))
+
+    # ---- from and to float ----------------------------------------------------------------
+
+    def _read(self, source: nn.Module) -> None:
+        """Quantise the weights of a float module whose layers are as those of this one."""
+        for suffix, spec in self._places(self.specs()):
+            w = {
+                name: self._weight(source, name + suffix)
+                for name in (
+                    *("weight_ih", "weight_hh"),
+                    *(("bias_ih", "bias_hh") if spec.bias else ()),
+                    *(("weight_hr",) if spec.proj_size else ()),
+                )
+            }
+            none = torch.zeros(spec.gates * spec.hidden_size)
+            bias = w["bias_ih"] + w["bias_hh"] if spec.bias else none
+            ih = self._set("weight_ih" + suffix, w["weight_ih"], spec.gates)
+            hh = self._set("weight_hh" + suffix, w["weight_hh"], spec.gates)
+            rows = packing.pack_rows([*ih, *hh, bias], spec.gates)
+            self._buffers["rows" + suffix] = rows
+            if spec.proj_size:
+                numbers = self._set("weight_hr" + suffix, w["weight_hr"], 1)
+                if numbers:
+                    self._buffers["rows_hr" + suffix] = packing.pack_rows(numbers, 1)
+
+    def _weight(self, source: nn.Module, name: str) -> Tensor:
+        w = getattr(source, name.removesuffix("_l0") if self._is_cell else name).detach()
+        if w.is_meta or not w.isfinite().all():
+            what = "is on the meta device" if w.is_meta else "has infinite numbers or NaN"
+            raise ValueError(f"quantize: {name} of this {class_name(type(source))} {what}")
+        return w.float().cpu()
+
+    _is_cell = False
+
+    def _set(self, name: str, w: Tensor, gates: int) -> list[Tensor]:
+        """Store a matrix; return the numbers of its rows that go with it."""
+        if self.dtype == "bfloat16":
+            self._buffers[name] = packing.to_panels(w.to(torch.bfloat16), gates)
+            return []
+        q, scale = packing.quantize_rows(w)
+        self._buffers[name] = packing.to_panels(q, gates)
+        return [scale, q.sum(1, dtype=torch.int64).float()]
+
+    @torch.no_grad()
+    def _write(self, target: nn.Module) -> None:
+        """Give a float module the weights of this one; all of the bias goes into bias_ih."""
+        for suffix, spec in self._places(self.specs()):
+            H, P, I, G = spec.hidden_size, spec.state_size, spec.input_size, spec.gates
+            numbers = packing.from_rows(self._buffers["rows" + suffix], G, H)
+            found = {
+                "weight_ih": self._matrix("weight_ih" + suffix, G, H, I, numbers),
+                "weight_hh": self._matrix("weight_hh" + suffix, G, H, P, numbers[2:]),
+            }
+            if spec.bias:
+                found |= {"bias_ih": numbers[-1], "bias_hh": torch.zeros_like(numbers[-1])}
+            if spec.proj_size:
+                rows, scales = self._buffers["rows_hr" + suffix], []
+                if self.dtype == "int8":
+                    scales = packing.from_rows(rows, 1, P)
+                found["weight_hr"] = self._matrix("weight_hr" + suffix, 1, P, H, scales)
+            for name, w in found.items():
+                full = name + ("" if self._is_cell else suffix)
+                getattr(target, full).copy_(w)
+
+    def _matrix(self, name: str, gates: int, H: int, K: int, numbers: Sequence[Tensor]) -> Tensor:
+        """Return a matrix as float32; the first of `numbers` is its scale, if it has one."""
+        w = packing.from_panels(self._buffers[name], gates, H, K).float()
+        return w * numbers[0][:, None] if self.dtype == "int8" else w
+
+    # ---- what nn.Module does ----------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the buffers; ``half()`` and the like leave their dtypes as they are."""
+        for name, buffer in self._buffers.items():
+            moved = fn(buffer)
+            self._buffers[name] = moved if moved.dtype is buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        for name in self._names:
+            given = state_dict.get(prefix + name)
+            expected = self._buffers[name]
+            if isinstance(given, Tensor) and given.dtype is not expected.dtype:
+                raise RuntimeError(
+                    f"{prefix}{name} of this state dict is {given.dtype}, that of a "
+                    f"{type(self).__name__} of {self.dtype} is {expected.dtype}: load a float "
+                    "state dict into a float module, then call fastlstm.quantize"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no flat copy to keep."""
+
+    def _refuse_gradients(self) -> NoReturn:
+        raise RuntimeError(
+            f"{type(self).__name__} does not train, and the input requires gradients: call it "
+            "under torch.no_grad(), or train the float module that dequantize() returns"
+        )
+
+    def _refuse_device(self, x: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"{type(self).__name__} computes on the CPU, and the input is on {x.device}: move it "
+            "with .cpu()"
+        )
