@@ -127,24 +127,27 @@ class Quantized(nn.Module):
 
     @torch.no_grad()
     def _write(self, target: nn.Module) -> None:
-        """Give a float module the weights of this one; all of the bias goes into bias_ih."""
+        """Give a float module the weights of this one."""
         for suffix, spec in self._places(self.specs()):
-            H, P, I, G = spec.hidden_size, spec.state_size, spec.input_size, spec.gates
-            numbers = packing.from_rows(self._buffers["rows" + suffix], G, H)
-            found = {
-                "weight_ih": self._matrix("weight_ih" + suffix, G, H, I, numbers),
-                "weight_hh": self._matrix("weight_hh" + suffix, G, H, P, numbers[2:]),
-            }
-            if spec.bias:
-                found |= {"bias_ih": numbers[-1], "bias_hh": torch.zeros_like(numbers[-1])}
-            if spec.proj_size:
-                rows, scales = self._buffers["rows_hr" + suffix], []
-                if self.dtype == "int8":
-                    scales = packing.from_rows(rows, 1, P)
-                found["weight_hr"] = self._matrix("weight_hr" + suffix, 1, P, H, scales)
-            for name, w in found.items():
-                full = name + ("" if self._is_cell else suffix)
-                getattr(target, full).copy_(w)
+            for name, w in self._floats(suffix, spec).items():
+                getattr(target, name + ("" if self._is_cell else suffix)).copy_(w)
+
+    def _floats(self, suffix: str, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return the weights of a layer and direction as float32; all bias is in bias_ih."""
+        H, P, I, G = spec.hidden_size, spec.state_size, spec.input_size, spec.gates
+        numbers = packing.from_rows(self._buffers["rows" + suffix], G, H)
+        found = {
+            "weight_ih": self._matrix("weight_ih" + suffix, G, H, I, numbers),
+            "weight_hh": self._matrix("weight_hh" + suffix, G, H, P, numbers[2:]),
+        }
+        if spec.bias:
+            found |= {"bias_ih": numbers[-1], "bias_hh": torch.zeros_like(numbers[-1])}
+        if spec.proj_size:
+            rows, scales = self._buffers["rows_hr" + suffix], []
+            if self.dtype == "int8":
+                scales = packing.from_rows(rows, 1, P)
+            found["weight_hr"] = self._matrix("weight_hr" + suffix, 1, P, H, scales)
+        return found
 
     def _matrix(self, name: str, gates: int, H: int, K: int, numbers: Sequence[Tensor]) -> Tensor:
         """Return a matrix as float32; the first of `numbers` is its scale, if it has one."""

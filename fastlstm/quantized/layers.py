@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fastlstm import functional
 from fastlstm.functional import State
 from fastlstm.kernels.onnx import ONNX
 from fastlstm.layer.checks import (
@@ -159,12 +161,30 @@ class _Layers(Quantized):
         """Let ONNX compute a call."""
         batch_sizes, lengths, reset = options
         plain = self.mode == "LSTM" and not self.proj_size
-        if self.dtype != "int8" or not plain or batch_sizes is not None or reset is not None:
-            raise RuntimeError(
-                "ONNX has a node for an int8 LSTM without projection, packed rows and resets, not "
-                "for this call: export the float module that dequantize() returns"
-            )
-        return onnx.stack(self.specs(), x, self._weights(), states, lengths)
+        if self.dtype == "int8" and plain and batch_sizes is None and reset is None:
+            return onnx.stack(self.specs(), x, self._weights(), states, lengths)
+        warnings.warn(
+            "ONNX has a node for an int8 LSTM without projection, packed rows and resets, not for "
+            "this call: it is exported with float32 weights",
+            stacklevel=2,
+        )
+        places = self._places(self.specs())
+        weights = [w for place in places for w in self._floats(*place).values()]
+        given: dict[str, Any] = {
+            "num_layers": self.num_layers,
+            "bidirectional": self.bidirectional,
+            "batch_sizes": batch_sizes,
+            "lengths": lengths,
+            "reset": reset,
+        }
+        if self.mode == "LSTM":
+            pair = None if states is None else (states[0], states[1])
+            y, (h_n, c_n), *_ = functional.lstm(x, pair, weights, **given)
+            return y, h_n, c_n
+        activation = self.mode.removeprefix("RNN_").lower()
+        h_0 = None if states is None else states[0]
+        y, h_n = functional.rnn(x, h_0, weights, nonlinearity=activation, **given)
+        return y, h_n, h_n
 
 
 class QuantizedLSTM(_Layers):
