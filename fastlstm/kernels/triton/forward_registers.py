@@ -250,7 +250,8 @@ def lstm_fwd_registers_kernel(
         nx = first + gl.arange(0, N, gl.SliceLayout(0, right))
         x_off = (nx - first)[None, :] * (x_b.to(gl.int64) * X_UNIT) + k[:, None]
         x_at = x + first * (x_b.to(gl.int64) * X_UNIT)
-        if U < 128:  # pointers take more registers than offsets, and fewer cycles
+        # Pointers take more registers than offsets, and fewer cycles.
+        if U < 128 and H == U and I_TILE < 64 and pair == 2:
             x_at, x_off = x_at + x_off, 0
         x_real = (nx < B)[None, :] & (k < I)[:, None]
         x_step = x_t.to(gl.int64) * X_UNIT

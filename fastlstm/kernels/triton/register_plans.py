@@ -16,7 +16,8 @@ __all__ = ["backward_registers", "fits_registers", "forward_cluster", "forward_r
 _SEQUENCES = 8
 _WIDEST_FLOAT32 = 32  # weights of 64 units leave too few registers
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
-_WIDEST_INPUT_OF_WIDE = 32  # of 128 units, and of float32
+_WIDEST_INPUT_OF_WIDE = 32  # of 128 units
+_WIDEST_INPUT_OF_FLOAT32 = 16
 _WIDEST_CLUSTER = 512
 _UNITS_OF_A_BLOCK = 32
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
@@ -36,8 +37,11 @@ def forward_registers(problem: Problem, device: Device) -> Plan | None:
     """Return the plan of the forward pass of an LSTM; None where a layer has no room."""
     if not fits_registers(problem, device):
         return None
-    wide = problem.element == 4 or padded(problem.spec.hidden_size) == widest(problem)
-    most = _WIDEST_INPUT_OF_WIDE if wide else _WIDEST_INPUT
+    most = _WIDEST_INPUT
+    if problem.element == 4:
+        most = _WIDEST_INPUT_OF_FLOAT32
+    elif padded(problem.spec.hidden_size) == widest(problem):
+        most = _WIDEST_INPUT_OF_WIDE
     fused = padded(problem.spec.input_size) <= most
     where = "so do its input weights" if fused else "its input products are made before"
     return _plan(problem, fused, f"{_ON_CHIP}, {where}")
