@@ -8,6 +8,7 @@ import torch
 from cases import Results
 from oracle import compare, judge
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastlstm
@@ -315,3 +316,28 @@ def test_transforms() -> None:
     found = torch.vmap(torch.func.grad(of), (None, 0))(weights, xs)
     each = [torch.autograd.grad(loss(theirs, x.unbind()), [*theirs.parameters()]) for x in xs]
     assert_alike(found.values(), [torch.stack(of_one) for of_one in zip(*each, strict=True)])
+
+
+@pytest.mark.slow
+def test_compiled_autograd() -> None:
+    theirs, ours = pair()
+    x = draw(3, B, I).detach()
+    loss(theirs, x.unbind()).backward()
+    value = loss(ours, x.unbind())
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        value.backward()
+    assert_alike(grads(ours), grads(theirs))
+
+
+def test_gradients_are_there_with_those_of_the_inputs() -> None:
+    """However old the node of the weights is: FSDP reads them then."""
+    _, ours = pair()
+    x = draw(2, B, I)
+    first = loss(ours, x.unbind())
+    passed = x * 1
+    value = loss(ours, passed.unbind())
+    seen: list[bool] = []
+    passed.register_hook(lambda grad: seen.append(ours.weight_ih.grad is not None))
+    value.backward()
+    assert seen == [True]
+    first.backward()

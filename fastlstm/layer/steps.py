@@ -207,7 +207,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        left = ctx.left.pop(_task(), None)
+        left = None if torch.compiler.is_compiling() else ctx.left.pop(_task(), None)
         found = None if left is None else left.gradients()
         if grad is not None and (left is None or grad.stride(0) != 0):
             parts = apart(grad, ctx.weights)
@@ -238,9 +238,9 @@ class _Step(torch.autograd.Function):
         needed, shared = ctx.needs_input_grad[:4], ctx.shared
         inputs = x, h0, c0, *weights
         if (
-            torch.is_grad_enabled()
+            torch.compiler.is_compiling()  # compiled autograd: no engine runs
+            or torch.is_grad_enabled()
             or _is_transformed()
-            or _task() < 0  # compiled autograd, which runs no engine
             or is_legacy_batch(dh)
             or is_legacy_batch(dc)
         ):
