@@ -225,6 +225,7 @@ class Watched:
     def __init__(self, backend: Backend, name: str) -> None:
         self._backend, self._name = backend, name
         self._takes: dict[Any, bool] = {}
+        self.error, self.packed_weights = backend.error, backend.packed_weights
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
