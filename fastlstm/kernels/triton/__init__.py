@@ -81,13 +81,13 @@ class TritonBackend(Backend):
         return "/".join(plan.regime for plan in plans)
 
     def trials(self, x: Tensor) -> Sequence[tuple[Callable[[], Any], dict[str, int]]]:
-        """Return a call in each regime and, on a GPU, what the plan makes of larger ones."""
+        """Return a call in each regime of `tl` and, on a GPU, what plans make of calls there."""
         from . import config
 
         small = [partial(config.override, regime=regime) for regime in ("sequence", "steps")]
         sizes = {"T": 3, "B": 3} if _interpreted() else {}  # which takes seconds for a call
         found: list[tuple[Callable[[], Any], dict[str, int]]] = [(force, sizes) for force in small]
-        return found + [(nullcontext, {"H": H}) for H in (64, 160, 512) if x.is_cuda]
+        return found + [(nullcontext, {"H": H}) for H in (20, 64, 160, 512) if x.is_cuda]
 
     def keeps_gates(self, spec: LayerSpec) -> bool:
         """Whether its forward pass can keep the activated gates for backward.
