@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -164,7 +164,7 @@ def _race(names: Sequence[str], call: Callable[[], Any], device: torch.device) -
     for _ in range(_ROUNDS):
         for name, run in runs.items():
             seen[name].append(_time(run, name, count, device))
-    return {name: median(values) * 1e6 for name, values in seen.items()}
+    return {name: float(np.median(values)) * 1e6 for name, values in seen.items()}
 
 
 def _captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
