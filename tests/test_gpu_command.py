@@ -285,6 +285,7 @@ class Told:
         return self.outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outcome", ["passed", "failed", "unfinished", "skipped"])
 def test_the_command(
     outcome: str,

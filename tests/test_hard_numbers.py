@@ -144,6 +144,7 @@ def test_fill_weights_with_constants(backend: str, dtype: torch.dtype) -> None:
 
 
 @ON_CPU
+@pytest.mark.slow
 @pytest.mark.parametrize("values", ["normal", "positive", "constant"])
 @pytest.mark.parametrize("kind", ["RNN_TANH", "LSTM"])
 def test_train_on_many_rows(backend: str, kind: str, values: str) -> None:

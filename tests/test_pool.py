@@ -138,6 +138,7 @@ def check():
 """
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_children_of_fork() -> None:
@@ -156,6 +157,7 @@ print("right")
     assert run(PREPARE + code, FASTLSTM_CORES="4") == "right\n"
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_threads_that_come_and_go_leave_no_thread() -> None:
@@ -174,6 +176,7 @@ print(max(generation() for _ in range(250)) <= 3)
     assert run(PREPARE + code, FASTLSTM_CORES="4") == "True\n"
 
 
+@pytest.mark.slow
 @needs_library
 def test_import_compute_and_exit() -> None:
     """Also while another thread is in the middle of a call."""

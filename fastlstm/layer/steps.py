@@ -36,6 +36,7 @@ _FIRST = 2**62  # a number of nodes that no graph has
 _task = torch._C._current_graph_task_id
 _will_run = torch._C._will_engine_execute_node
 _is_transformed = torch._C._are_functorch_transforms_active
+_has_mode = torch._C._is_torch_function_mode_enabled
 
 
 class Steps:
@@ -65,7 +66,7 @@ class Steps:
             The next ``(h, c)``; None for a call that the operator refused, which then takes the
             long way, to an answer or a better message.
         """
-        if backend.lstm_cell_fwd is None:
+        if backend.lstm_cell_fwd is None or _has_mode():  # a mode sees the call as a whole
             return None
         if hx is None:
             h0 = c0 = x.new_zeros(x.shape[0], self._spec.hidden_size)
