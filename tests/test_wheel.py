@@ -1,5 +1,6 @@
 """The wheel and the sdist: what the library asks of a machine, tags, what is packed."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -88,9 +89,11 @@ def packed(tmp_path: Path) -> Path:
     shutil.copytree(ROOT, tree, ignore=ignored)
     code = "import sys; sys.modules['torch'] = None; import runpy; sys.argv[1:] = {}; "
     code += "runpy.run_path('setup.py', run_name='__main__')"
+    variables = {k: v for k, v in os.environ.items() if k != "FASTLSTM_REQUIRE_EXTENSION"}
     for command in (["-q", "bdist_wheel"], ["-q", "sdist"]):
         run = [sys.executable, "-c", code.format(command)]
-        subprocess.run(run, cwd=tree, check=True, capture_output=True, start_new_session=True)
+        options = {"cwd": tree, "env": variables, "start_new_session": True}
+        subprocess.run(run, check=True, capture_output=True, **options)
     return tree
 
 
