@@ -154,7 +154,7 @@ def sample(found: Iterable[Variant]) -> list[Variant]:
 def _of(layer: Layer, arch: int) -> Iterator[Variant]:
     from fastlstm.kernels.triton import config, launch
 
-    device = config.Device(arch, PROCESSORS[arch])
+    device = config.Device(arch, PROCESSORS[arch], *launch.GLUON)
     with launch.record(device, layer.precision or "tf32") as launches:
         changes = {"regime": layer.regime} if layer.regime else {}
         with config.override(**changes):

@@ -22,7 +22,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # bfloat16 wrongly, has no TF32 and no inline assembly. Tests that mend it say so here.
 rounds_as_gpu: bool = not INTERPRETED
 _interpreter = threading.Lock()  # it patches Triton's own functions while it runs
-_GLUON = gluon.PROBLEM is None, gluon.CLUSTER_PROBLEM is None
+GLUON = gluon.PROBLEM is None, gluon.CLUSTER_PROBLEM is None  # of a Device, what Triton has
 _ANY_DEVICE = Device(
     arch=90, processors=132, gluon=False, clusters=False
 )  # what the interpreter plans for
@@ -101,7 +101,7 @@ def device_of(x: Tensor) -> Device:
 def _device(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
-    return Device(arch, properties.multi_processor_count, *_GLUON)
+    return Device(arch, properties.multi_processor_count, *GLUON)
 
 
 def is_fast(x: Tensor) -> bool:
