@@ -69,6 +69,11 @@ class Record:
         return next(iter(self.times.get(shape, ())), None)
 
     @cached_property
+    def winners(self) -> frozenset[str]:
+        """The backends that were the fastest somewhere."""
+        return frozenset(next(iter(each)) for each in self.times.values() if each)
+
+    @cached_property
     def doubted(self) -> frozenset[str]:
         """The backends that were wrong somewhere."""
         wrong = (key for key, verdict in self.verdicts.items() if verdict != OK)
