@@ -53,7 +53,7 @@ class Record:
     verdicts: dict[str, str] = field(default_factory=dict)
     """"BACKEND DTYPE REGIME FEATURE" to "ok", or to what was wrong."""
     times: dict[str, dict[str, float]] = field(default_factory=dict)
-    """A :func:`shape_class` to microseconds by backend, the best first."""
+    """A :func:`shape_class` to microseconds by backend, first the one that auto takes."""
 
     def verdict(self, backend: str, dtype: torch.dtype, regime: str, feature: str) -> str | None:
         """Return "ok", what was wrong, or None where nobody has looked."""
@@ -81,7 +81,7 @@ class Record:
 
     def always_takes(self, backend: str) -> bool:
         """Whether a backend that is proven has been right and the fastest wherever one looked."""
-        return backend not in self.doubted and {*map(self.winner, self.times)} <= {backend}
+        return backend not in self.doubted and self.winners <= {backend}
 
     def __str__(self) -> str:
         lines = [f"{name:<10}{value}" for name, value in self.machine.items()]
