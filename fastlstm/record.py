@@ -65,12 +65,12 @@ class Record:
         return [verdict for key, verdict in self.verdicts.items() if key.startswith(start)]
 
     def winner(self, shape: str) -> str | None:
-        """Return the fastest backend of a class of shapes; None where nobody has measured."""
+        """Return what auto takes for a class of shapes; None where nobody has measured."""
         return next(iter(self.times.get(shape, ())), None)
 
     @cached_property
     def winners(self) -> frozenset[str]:
-        """The backends that were the fastest somewhere."""
+        """The backends that auto takes for some class of shapes."""
         return frozenset(next(iter(each)) for each in self.times.values() if each)
 
     @cached_property
@@ -80,7 +80,7 @@ class Record:
         return frozenset(key.partition(" ")[0] for key in wrong)
 
     def always_takes(self, backend: str) -> bool:
-        """Whether a backend that is proven has been right and the fastest wherever one looked."""
+        """Whether a backend that is proven has been right and taken wherever one looked."""
         return backend not in self.doubted and self.winners <= {backend}
 
     def __str__(self) -> str:

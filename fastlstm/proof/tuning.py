@@ -32,7 +32,7 @@ _MARGIN = 0.97  # of its time counts for what auto takes anyway: closer may be c
 
 
 class Timing(NamedTuple):
-    """The times of the candidates for one class of shapes, in microseconds, the best first."""
+    """Microseconds of the candidates for one class of shapes, first the one that auto takes."""
 
     shape: str
     times: dict[str, float]
