@@ -1,6 +1,8 @@
 """A call that gets no memory raises; the process lives, and the module works afterwards."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +50,28 @@ def test_ask_for_more_memory_than_there_is(backend: str, infer: bool) -> None:
     x = torch.zeros(1, 1, 1).expand(1 << 45, 1, 1)
     with torch.inference_mode(infer), pytest.raises(RuntimeError, match=f"{1 << 47} bytes"):
         fastlstm.LSTM(1, 1)(x)
+
+
+TRAIN = """
+import resource, torch, fastlstm
+
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.set_num_threads(1)
+lstm, x, dy = fastlstm.LSTM(2, 20), torch.randn(20, 192, 2), torch.randn(20, 192, 20)
+with fastlstm.backend("cpu"):
+    for _ in range(20):
+        before = pages()
+        lstm(x)[0].backward(dy)
+print(pages() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have other rules")
+def test_train_in_memory_that_stays() -> None:
+    """A training step does not give its 2 MB back to the system for the next one to get anew."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    arguments = [sys.executable, "-c", TRAIN]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "bindings/heap.h"
+
 namespace fastlstm {
 namespace {
 
@@ -179,6 +181,10 @@ PackedWeights::Orders Backward::orders() const {
 }
 
 void Backward::run(const PackedWeights& packed, Threads& threads) {
+  const Sizes& s = call.sizes;
+  const i64 rows = call.packed_rows ? call.rows : s.T * s.B;
+  const i64 kept = s.D * (s.gate_units() + s.H + s.P) + s.I;  // numbers of a row: gates, c, y, dx
+  expect_again(2 * size_t(rows * kept) * sizeof(float));      // and the gradients of the gates, and of y
   p.packed = packed.backward();
   p.packed_forward = packed.forward();
   p.threads = &threads;

@@ -77,9 +77,24 @@ FASTLSTM_INLINE void ForwardLane<S, cell>::add_inputs(Vec<S> (&acc)[R][P * kPane
   sums_.template start<R, P>(acc, x, tile);
 }
 
+// Asks for the lines of memory that `update` will write for a tile of these rows. They were last touched a step or a
+// call ago, so they come from far; a store that waits for its line holds up everything behind it.
+template <class S, Cell cell>
+FASTLSTM_INLINE void ForwardLane<S, cell>::fetch_outputs(i64 first, i64 rows, i64 tile) const {
+  const i64 unit = tile * kTileUnits, units = smaller(kTileUnits, s_.H - unit);
+  const auto fetch = [&](S* const* row, i64 begin, i64 count) FASTLSTM_INLINE_LAMBDA {
+    for (i64 r = first; r < first + rows; ++r)
+      for (i64 k = 0; k < count; k += kLanes<S>) __builtin_prefetch(row[r] + begin + k, 1);
+  };
+  if (stores_y_) fetch(y_row_, unit, units);
+  if (p_.c_all.data) fetch(cell_row_, unit, units);
+  if (p_.gates.data) fetch(gates_row_, s_.G * unit, s_.G * units);
+}
+
 // Gate sums of one tile for up to kPanelRows rows. next: the tile that follows.
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 rows, i64 tile, S (*sums)[kPanel<S>], i64 next) {
+  if (!kByRow) fetch_outputs(first, rows, tile);
   const S* h[kPanelRows];
   for (i64 r = 0; r < rows; ++r) h[r] = &(kByRow && h_masked_ ? h_masked_ : h_)[(first + r) * state_pitch_];
   if (kByRow && s_.layer_norm)  // which adds the input products later

@@ -78,6 +78,7 @@ class ForwardLane {
   template <int R, int P>
   void add_inputs(Vec<S> (&acc)[R][P * kPanelVectors], i64 row, i64 tile) const;
   void put_panel(S* row, i64 tile, const S* sums) const;
+  void fetch_outputs(i64 first, i64 rows, i64 tile) const;
   void sum_gates(i64 first, i64 rows, i64 tile, S (*sums)[kPanel<S>], i64 next);
   template <int R, int P>
   void sum_gates(i64 first, i64 tile, S (*sums)[kPanel<S>]);
