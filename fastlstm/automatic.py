@@ -27,13 +27,13 @@ __all__ = [
     "CHECKED",
     "TUNED",
     "Size",
-    "Watched",
     "candidates",
     "doubt",
     "features",
     "first_obstacle",
     "first_without_doubt",
     "in_order",
+    "trains",
 ]
 
 CHECKED = os.environ.get("FASTLSTM_CHECK") == "1"  # see fastlstm.proof.checking
@@ -77,10 +77,14 @@ class Size(NamedTuple):
     def key(self, x: Tensor, spec: LayerSpec, sequences: Sequences) -> str:
         """Return the class of shapes that the call belongs to; lengths count as packed rows."""
         dense = sequences.batch_sizes is None and sequences.lengths is None
-        grad = torch.is_grad_enabled()
-        training = grad and (x.requires_grad or any(w.requires_grad for w in self.weights))
+        training = trains(x, self.weights)
         size, threads = (self.steps, self.batch), torch.get_num_threads() if x.is_cpu else 0
         return records.shape_class(spec, self.layers, size, x.dtype, not dense, training, threads)
+
+
+def trains(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a backward pass may follow a call of x."""
+    return torch.is_grad_enabled() and (x.requires_grad or any([w.requires_grad for w in weights]))
 
 
 def first_without_doubt(
@@ -131,6 +135,8 @@ def in_order(
         measure(x, spec, sequences, size)
         record = records.known(x)
         winner = record.winner(key) if record else None
+    if winner is None or winner == asked[0].name:
+        return asked
     first = tuple(backend for backend in asked if backend.name == winner)
     return (*first, *(backend for backend in asked if backend not in first))
 
@@ -213,52 +219,3 @@ def features(spec: LayerSpec, sequences: Sequences, cell_states: bool) -> list[s
     }
     first = "plain" if spec.is_lstm else spec.mode.lower()
     return [first, *(name for name, wanted in asked.items() if wanted)]
-
-
-class Watched:
-    """The quick calls of a backend where the record of the machine has a say.
-
-    They know nothing of shapes. A call that auto would give to another backend is refused here,
-    and takes the long way to it.
-    """
-
-    def __init__(self, backend: Backend, name: str) -> None:
-        self._backend, self._name = backend, name
-        self._takes: dict[Any, bool] = {}
-        self.error, self.packed_weights = backend.error, backend.packed_weights
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def lstm_infer(self, x: Tensor, weights: Any, layers: int, *rest: Any) -> Any:
-        """Compute layers, as the operator of the backend."""
-        self._ask(x, weights, layers, rest[0], False)
-        return self._backend.lstm_infer(x, weights, layers, *rest)
-
-    def lstm_cell_infer(self, x: Tensor, weights: Any, *rest: Any) -> Any:
-        """Take a step of a cell, as the operator of the backend."""
-        self._ask(x, weights, 0, 1, False)
-        return self._backend.lstm_cell_infer(x, weights, *rest)
-
-    def lstm_cell_fwd(self, x: Tensor, weights: Any, *rest: Any) -> Any:
-        """Take a step of a cell in training, as the operator of the backend."""
-        self._ask(x, weights, 0, 1, True)
-        return self._backend.lstm_cell_fwd(x, weights, *rest)
-
-    def _ask(
-        self, x: Tensor, weights: Sequence[Tensor], layers: int, directions: int, training: bool
-    ) -> None:
-        # A parameter stands for its module: this is looked up at every step of a stream.
-        key = id(weights[1]), len(weights), x.shape, x.dtype, torch.get_num_threads(), training
-        takes = self._takes.get(key)
-        if takes is None:
-            if len(self._takes) > 4096:
-                self._takes.clear()
-            spec = LayerSpec.of("LSTM", weights[: len(weights) // max(layers, 1)], directions)
-            steps, batch = x.shape[:2] if layers else (1, x.shape[0])
-            size = Size(layers, steps, batch, weights)
-            with torch.set_grad_enabled(training):  # it is off where autograd calls an operator
-                found = first_without_doubt(self._name, x, (spec,), size=size)
-            takes = self._takes[key] = found is self._backend
-        if not takes:
-            raise RuntimeError("another backend takes this call on this machine")

@@ -41,6 +41,7 @@ __all__ = [
 
 OK = "ok"
 _FORMAT = 1
+_CPU = "cpu", 0
 _known: dict[tuple[str, int], Record | None] = {}
 _lock = threading.Lock()
 
@@ -79,9 +80,19 @@ class Record:
         wrong = (key for key, verdict in self.verdicts.items() if verdict != OK)
         return frozenset(key.partition(" ")[0] for key in wrong)
 
-    def always_takes(self, backend: str) -> bool:
-        """Whether a backend that is proven has been right and taken wherever one looked."""
-        return backend not in self.doubted and self.winners <= {backend}
+    def disputes(self, backend: str, kind: str, use: str) -> bool:
+        """Whether auto may take another backend than one that is proven for calls of a kind.
+
+        Args:
+            backend: what auto takes where nothing is known.
+            kind: the mode of the layers; of a cell, with "CELL".
+            use: "inference" or "training".
+        """
+        return backend in self.doubted or any(
+            shape.startswith(f"{kind} ") and f" {use} " in shape
+            for shape in self.times
+            if self.winner(shape) not in (None, backend)
+        )
 
     def __str__(self) -> str:
         lines = [f"{name:<10}{value}" for name, value in self.machine.items()]
@@ -188,13 +199,13 @@ def _path(device: torch.device) -> Path:
 
 def known(x: Tensor) -> Record | None:
     """Return what is known of the device of x, None if nothing; the file is read once."""
-    device = x.device
-    key = device.type, device.index or 0
+    # Asking for the device takes longer, at every call.
+    key = _CPU if x.is_cpu else (x.device.type, x.device.index or 0)
     try:
         return _known[key]
     except KeyError:
         with _lock:
-            _known[key] = found = load(device)
+            _known[key] = found = load(x.device)
         return found
 
 

@@ -369,13 +369,79 @@ def test_kernels_for_gpus_have_to_be_verified(monkeypatch: pytest.MonkeyPatch) -
 @needs_cpu
 def test_a_record_costs_quick_calls_nothing_unless_it_prefers_others() -> None:
     keep({"cpu float32 long plain": OK}, {key(): {"cpu": 1.0, "torch": 2.0}})
-    assert choice.fast is get("cpu")
-    keep({}, {key(training=True): {"torch": 1.0, "cpu": 2.0}})
-    assert choice.fast is not get("cpu")
+    assert not choice.asks
+    keep({}, {key(training=True): {"torch": 1.0, "cpu": 2.0}, "nonsense": {"torch": 1.0}})
+    assert not choice.asks  # quick calls of layers are for inference
+    keep({}, {key(layers=0, size=(1, B), training=True): {"torch": 1.0, "cpu": 2.0}})
+    assert set(choice.asks) == {"LSTMCELL training"}
+    keep({}, {key(): {"torch": 1.0, "cpu": 2.0}})
+    assert set(choice.asks) == {"LSTM inference"}
     keep({"cpu float32 long plain": "y is 3"})
-    assert choice.fast is not get("cpu")
+    assert len(choice.asks) == 3
     with fastlstm.backend("cpu"):
-        assert choice.fast is get("cpu")
+        assert not choice.asks
+    assert choice.fast is get("cpu")
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", ["LSTM", "batch_first", "RNN", "LSTMCell"])
+@pytest.mark.parametrize("training", [False, True])
+def test_plain_calls_obey_the_record(
+    kind: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call, of any shape, also after the record or the number of threads has changed."""
+    cell, first = kind == "LSTMCell", kind == "batch_first"
+    options: Any = {"batch_first": True} if first else {}
+    module = getattr(fastlstm, "LSTM" if first else kind)(I, H, **options)
+    seen = []
+    for name in ("stack", "cell"):
+        function = getattr(get("torch"), name)
+        monkeypatch.setattr(
+            get("torch"), name, lambda *a, f=function: (seen.append("torch"), f(*a))[1]
+        )
+
+    def torch_takes(steps: int, batch: int) -> bool:
+        seen.clear()
+        shape = (batch,) if cell else (batch, steps) if first else (steps, batch)
+        for _ in range(2):  # the second time from memory
+            module(torch.randn(*shape, I))
+        assert len(seen) in (0, 2)
+        return bool(seen)
+
+    def record_of(steps: int, batch: int) -> dict[str, dict[str, float]]:
+        size = Size(0 if cell else 1, steps, batch, tuple(module.parameters()))
+        return {size.key(torch.empty(0), module.specs()[0], DENSE): {"torch": 1.0, "cpu": 2.0}}
+
+    with torch.set_grad_enabled(training):
+        assert not torch_takes(1, 2)
+        keep({}, record_of(1, 2))
+        assert torch_takes(1, 2)
+        assert not torch_takes(1, 4)
+        with fastlstm.backend("cpu"):
+            assert not torch_takes(1, 2)
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        assert not torch_takes(1, 2)
+        torch.set_num_threads(before)
+        assert torch_takes(1, 2)
+        keep({}, record_of(1, 4))
+        assert torch_takes(1, 4)
+        assert not torch_takes(1, 2)
+        if not cell:
+            assert not torch_takes(4, 1)
+
+
+@needs_cpu
+def test_a_frozen_module_is_not_in_training() -> None:
+    keep({}, {key(training=True): {"torch": 1.0, "cpu": 2.0}})
+    lstm, x = fastlstm.LSTM(I, H), torch.randn(T, B, I)
+    theirs = lstm.to_torch()
+    assert torch.equal(lstm(x)[0], theirs(x)[0])
+    lstm.requires_grad_(False)
+    with fastlstm.backend("cpu"):
+        ours = lstm(x)[0]
+    assert torch.equal(lstm(x)[0], ours)
+    assert torch.equal(lstm(x.requires_grad_())[0], theirs(x)[0])
 
 
 @needs_cpu

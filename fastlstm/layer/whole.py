@@ -24,6 +24,7 @@ from fastlstm.backends import choice, is_automatic
 from fastlstm.kernels.base import Backend
 from fastlstm.layer.options import Options
 from fastlstm.layer.recorded import is_recorded
+from fastlstm.layer.taken import Taken
 from fastlstm.record import known
 from fastlstm.spec import LayerSpec
 
@@ -37,27 +38,33 @@ Again = Callable[[Tensor, Any, Sequence[Tensor]], tuple[Tensor, Results, Any]]
 
 def is_whole(backend: Backend) -> bool:
     """Whether a backend takes this call as a whole: nobody compiles, records or transforms it."""
-    return backend.stack is not None and not (
-        torch.compiler.is_compiling() or is_recorded() or _is_transformed()
-    )
+    return backend.stack is not None and not _is_watched()
 
 
-def whole_backend(x: Tensor) -> Backend | None:
-    """Return the backend that takes plain layers of x as they are, if the first choice is such.
+def _is_watched() -> bool:
+    return torch.compiler.is_compiling() or is_recorded() or _is_transformed()
+
+
+def whole_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend | None:
+    """Return the backend that takes plain layers of x as they are, if the choice is such a one.
 
     Nothing casts, records or transforms the call then.
+
+    Args:
+        x: the input of a module.
+        weights: those of all layers.
+        taken: what auto takes for the module.
     """
-    asked = candidates(choice.name, x)
-    if (
-        automatic.CHECKED
-        or not is_whole(asked[0])
-        or _is_autocast()
-        or forward_ad._current_level >= 0
-    ):
+    first = candidates(choice.name, x)[0]
+    record = known(x) if is_automatic() else None
+    asks = record is not None or choice.name == TUNED
+    if not asks and first.stack is None:
         return None
-    if is_automatic() and (choice.name == TUNED or known(x) is not None):
-        return None  # by the size
-    return asked[0]
+    if automatic.CHECKED or _is_watched() or _is_autocast() or forward_ad._current_level >= 0:
+        return None
+    grad = torch.is_grad_enabled()
+    backend = taken.backend(record, x, weights, grad) if asks else first
+    return None if backend is None or backend.stack is None else backend
 
 
 def compute_whole(

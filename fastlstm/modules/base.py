@@ -15,12 +15,14 @@ from fastlstm.kernels.base import Cache
 from fastlstm.layer.checks import check_states
 from fastlstm.layer.options import Options
 from fastlstm.layer.stack import run_plain
+from fastlstm.layer.taken import Taken
 from fastlstm.layer.whole import whole_backend
 from fastlstm.modules.stand_in import StandIn
 from fastlstm.spec import LayerSpec
 
 __all__ = ["Layers", "by_sample", "is_by_sample", "tensors"]
 
+_OF_SETTINGS = "_fast_settings", "_plain", "_taken"
 _CHOOSE_WEIGHTS = frozenset({"num_layers", "bidirectional", "bias", "_flat_weights_names"})
 
 
@@ -105,10 +107,10 @@ class Layers(StandIn, nn.RNNBase):
             hx: a tuple of the states, or None.
             weights: those of all layers.
         """
-        backend = whole_backend(x)
-        if backend is None or (settings := self._plain) is None:
+        if torch.compiler.is_compiling() or (settings := self._plain) is None or x.dim() != 3:
             return None
-        return run_plain(backend, x, hx, weights, *settings)
+        backend = whole_backend(x, weights, self._taken)
+        return None if backend is None else run_plain(backend, x, hx, weights, *settings)
 
     @cached_property
     def _plain(self) -> tuple[tuple[LayerSpec, ...], Options] | None:
@@ -127,6 +129,10 @@ class Layers(StandIn, nn.RNNBase):
         )
         return specs, options
 
+    @cached_property
+    def _taken(self) -> Taken:
+        return Taken(self.specs(), self.num_layers, self.batch_first)
+
     def flatten_parameters(self) -> None:
         """Do nothing: who wants the weights in one chunk (cuDNN) puts them there at a call."""
 
@@ -140,8 +146,8 @@ class Layers(StandIn, nn.RNNBase):
         self._names = [n for group in groups for n in group if not n.startswith(unread)]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_fast_settings", None)  # a setting may have changed
-        self.__dict__.pop("_plain", None)
+        for known in _OF_SETTINGS:  # one may have changed
+            self.__dict__.pop(known, None)
         super().__setattr__(name, value)
         if name in _CHOOSE_WEIGHTS and "_names" in self.__dict__:
             self._read_settings()
@@ -154,7 +160,7 @@ class Layers(StandIn, nn.RNNBase):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for own in ("_caches", "_names", "_fast_settings", "_plain"):
+        for own in ("_caches", "_names", *_OF_SETTINGS):
             state.pop(own, None)
         return state
 

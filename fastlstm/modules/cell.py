@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules import rnn as torch_rnn  # torch.nn.LSTMCell may be replaced by ours
 
 from fastlstm import convert
+from fastlstm.backends import choice
 from fastlstm.functional import State, lstm_cell
 from fastlstm.kernels.base import Cache
 from fastlstm.layer.fast_path import Layers, fast_backend, infer
 from fastlstm.layer.steps import Steps
+from fastlstm.layer.taken import Taken
 from fastlstm.layer.whole import plain_cell, whole_backend
 from fastlstm.modules.base import tensors
 from fastlstm.modules.stand_in import StandIn, drawn
@@ -68,20 +71,15 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         weights = tensors(self, _NAMES if self.bias else _NAMES[:2])
         is_tensor = isinstance(input, Tensor)
         if is_tensor and input.dim() == 2:
-            backend = fast_backend(input)
-            if backend is not None:
-                if torch.is_grad_enabled():
-                    result = self._steps.run(backend, input, hx, weights)
-                else:
-                    result = infer(backend, input, hx, weights, self._layers, cell=True)
-                if result is not None:
-                    return result
+            result = self._step(input, hx, weights)
+            if result is not None:
+                return result
         if not is_tensor or hx is not None:
             node = drawn(self, (input, hx))
             if node is not None:
                 return node
-        if is_tensor and input.dim() == 2:
-            whole = whole_backend(input)
+        if is_tensor and input.dim() == 2 and not torch.compiler.is_compiling():
+            whole = whole_backend(input, weights, self._taken)
             if whole is not None:
                 result = plain_cell(whole, input, hx, weights)
                 if result is not None:
@@ -90,6 +88,19 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         cache = None if torch.compiler.is_compiling() else self._cache
         return lstm_cell(input, hx, weights, cache=cache)
 
+    def _step(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> State | None:
+        """A plain step on the CPU, for latency; None for what `lstm_cell` has to look at."""
+        backend = fast_backend(x)
+        if backend is None:
+            return None
+        grad = torch.is_grad_enabled()
+        record = choice.asks.get("LSTMCELL training" if grad else "LSTMCELL inference")
+        if record is not None and self._taken.backend(record, x, weights, grad) is not backend:
+            return None
+        if grad:
+            return self._steps.run(backend, x, hx, weights)
+        return infer(backend, x, hx, weights, self._layers, cell=True)
+
     @cached_property
     def _layers(self) -> Layers:
         return Layers(self.specs(), [self._cache], {})
@@ -97,6 +108,10 @@ class LSTMCell(StandIn, nn.RNNCellBase):
     @cached_property
     def _steps(self) -> Steps:
         return Steps(self.specs()[0], self._cache)
+
+    @cached_property
+    def _taken(self) -> Taken:
+        return Taken(self.specs(), 0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert or move the parameters; what was kept of the old ones goes."""
@@ -109,6 +124,7 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         state.pop("_cache", None)
         state.pop("_layers", None)
         state.pop("_steps", None)
+        state.pop("_taken", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
