@@ -88,15 +88,12 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_QUICK = "LSTM inference", "LSTMCELL inference", "LSTMCELL training"
-
-
 class _Choice(threading.local):
     """What a thread has chosen."""
 
     name = _checked(os.environ.get("FASTLSTM_BACKEND") or AUTO, "FASTLSTM_BACKEND")
     fast: Any  # what computes plain calls on the CPU without gradients, for latency
-    asks: dict[str, record.Record]  # the record, by the kinds of quick calls where it has a say
+    asks: record.Record | None  # what has a say in that
 
     def __init__(self) -> None:
         self.set(self.name)
@@ -105,15 +102,11 @@ class _Choice(threading.local):
         asked = candidates(name, _CPU)
         self.name = name
         self.fast = asked[0] if asked[0].lstm_infer and not automatic.CHECKED else None
-        self.asks = {}
+        self.asks = None
         if self.fast and name in AUTOMATIC:
-            found = record.known(_CPU)
-            every, found = name == TUNED, found or record.Record({})
-            self.asks = {
-                kind: found
-                for kind in _QUICK
-                if every or found.disputes(self.fast.name, *kind.split())
-            }
+            found = record.known(_CPU) or record.Record({})
+            if name == TUNED or not found.always_takes(self.fast.name):
+                self.asks = found
 
 
 def is_automatic() -> bool:

@@ -34,6 +34,7 @@ __all__ = [
     "known",
     "load",
     "machine",
+    "module_class",
     "shape_class",
     "store",
     "verdict_key",
@@ -70,9 +71,13 @@ class Record:
         return next(iter(self.times.get(shape, ())), None)
 
     @cached_property
-    def winners(self) -> frozenset[str]:
-        """The backends that auto takes for some class of shapes."""
-        return frozenset(next(iter(each)) for each in self.times.values() if each)
+    def _modules(self) -> dict[str, set[tuple[str, bool]]]:
+        """By :func:`module_class`, what auto takes in inference (False) and in training."""
+        found: dict[str, set[tuple[str, bool]]] = {}
+        for shape, times in self.times.items():
+            module = shape.partition(" T<=")[0]
+            found.setdefault(module, set()).add((next(iter(times), ""), " training " in shape))
+        return found
 
     @cached_property
     def doubted(self) -> frozenset[str]:
@@ -80,18 +85,22 @@ class Record:
         wrong = (key for key, verdict in self.verdicts.items() if verdict != OK)
         return frozenset(key.partition(" ")[0] for key in wrong)
 
-    def disputes(self, backend: str, kind: str, use: str) -> bool:
-        """Whether auto may take another backend than one that is proven for calls of a kind.
+    def always_takes(self, backend: str) -> bool:
+        """Whether a backend that is proven has been right and taken wherever one looked."""
+        taken = (self.winner(shape) for shape in self.times)
+        return backend not in self.doubted and all(name in (None, backend) for name in taken)
+
+    def disputes(self, backend: str, module: str, training: bool = True) -> bool:
+        """Whether auto may take another backend than one that is proven for calls of a module.
 
         Args:
             backend: what auto takes where nothing is known.
-            kind: the mode of the layers; of a cell, with "CELL".
-            use: "inference" or "training".
+            module: a :func:`module_class`.
+            training: whether the calls may be in training.
         """
         return backend in self.doubted or any(
-            shape.startswith(f"{kind} ") and f" {use} " in shape
-            for shape in self.times
-            if self.winner(shape) not in (None, backend)
+            name != backend and (training or not trained)
+            for name, trained in self._modules.get(module, ())
         )
 
     def __str__(self) -> str:
@@ -113,6 +122,19 @@ def verdict_key(backend: str, dtype: torch.dtype, regime: str, feature: str) -> 
 
 
 @lru_cache(maxsize=4096)  # looked up in calls
+def module_class(spec: LayerSpec, layers: int) -> str:
+    """Return the class of shapes that layers of one kind and size have, whatever T and B are.
+
+    Args:
+        spec: the first layer.
+        layers: L; 0 for a cell.
+    """
+    kind = spec.mode if layers else f"{spec.mode}CELL"
+    sizes = f"I={spec.input_size} H={spec.hidden_size} P={spec.proj_size}"
+    return f"{kind} {sizes} L={layers} D={spec.directions}"
+
+
+@lru_cache(maxsize=4096)
 def shape_class(
     spec: LayerSpec,
     layers: int,
@@ -136,12 +158,10 @@ def shape_class(
         threads: of a CPU; 0 elsewhere.
     """
     steps, batch = (1 << max(n - 1, 0).bit_length() for n in size)
-    kind = spec.mode if layers else f"{spec.mode}CELL"
-    shape = f"I={spec.input_size} H={spec.hidden_size} P={spec.proj_size} L={layers}"
     how = f"{'packed' if packed else 'dense'} {'training' if training else 'inference'}"
     rest = f"bias={int(spec.bias)} threads={threads}"
     name = str(dtype).removeprefix("torch.")
-    return f"{kind} {shape} D={spec.directions} T<={steps} B<={batch} {name} {how} {rest}"
+    return f"{module_class(spec, layers)} T<={steps} B<={batch} {name} {how} {rest}"
 
 
 def folder() -> Path:

@@ -25,7 +25,7 @@ from fastlstm.kernels.base import Backend
 from fastlstm.layer.options import Options
 from fastlstm.layer.recorded import is_recorded
 from fastlstm.layer.taken import Taken
-from fastlstm.record import known
+from fastlstm.record import Record, known
 from fastlstm.spec import LayerSpec
 
 __all__ = ["compute_whole", "is_whole", "plain_cell", "whole_backend"]
@@ -56,14 +56,15 @@ def whole_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend
         taken: what auto takes for the module.
     """
     first = candidates(choice.name, x)[0]
-    record = known(x) if is_automatic() else None
-    asks = record is not None or choice.name == TUNED
-    if not asks and first.stack is None:
+    found = known(x) if is_automatic() else None
+    record = Record({}) if found is None and choice.name == TUNED else found
+    if first.stack is None and (record is None or taken.is_settled(record, first)):
         return None
     if automatic.CHECKED or _is_watched() or _is_autocast() or forward_ad._current_level >= 0:
         return None
-    grad = torch.is_grad_enabled()
-    backend = taken.backend(record, x, weights, grad) if asks else first
+    backend: Backend | None = first
+    if record is not None:
+        backend = taken.backend(record, first, x, weights, torch.is_grad_enabled())
     return None if backend is None or backend.stack is None else backend
 
 

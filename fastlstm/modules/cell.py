@@ -93,9 +93,8 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         backend = fast_backend(x)
         if backend is None:
             return None
-        grad = torch.is_grad_enabled()
-        record = choice.asks.get("LSTMCELL training" if grad else "LSTMCELL inference")
-        if record is not None and self._taken.backend(record, x, weights, grad) is not backend:
+        grad, record = torch.is_grad_enabled(), choice.asks
+        if record and self._taken.backend(record, backend, x, weights, grad) is not backend:
             return None
         if grad:
             return self._steps.run(backend, x, hx, weights)

@@ -308,8 +308,8 @@ class LSTM(Layers):
             weights = take(self._parameters)
         except KeyError:
             weights = tensors(self, self._names)
-        record = choice.asks.get("LSTM inference")  # if it has a say
-        if record is not None and self._taken.backend(record, x, weights, False) is not backend:
+        record = choice.asks
+        if record and self._taken.backend(record, backend, x, weights, False) is not backend:
             return None
         if batch_first:
             x = x.transpose(0, 1)
