@@ -93,7 +93,7 @@ class _Choice(threading.local):
 
     name = _checked(os.environ.get("FASTLSTM_BACKEND") or AUTO, "FASTLSTM_BACKEND")
     fast: Any  # what computes plain calls on the CPU without gradients, for latency
-    asks: record.Record | None  # what has a say in that
+    asks: record.Record | None  # what has a say in what auto takes on the CPU
 
     def __init__(self) -> None:
         self.set(self.name)
@@ -103,9 +103,9 @@ class _Choice(threading.local):
         self.name = name
         self.fast = asked[0] if asked[0].lstm_infer and not automatic.CHECKED else None
         self.asks = None
-        if self.fast and name in AUTOMATIC:
+        if name in AUTOMATIC:
             found = record.known(_CPU) or record.Record({})
-            if name == TUNED or not found.always_takes(self.fast.name):
+            if name == TUNED or not found.always_takes(asked[0].name):
                 self.asks = found
 
 

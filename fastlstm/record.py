@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import tempfile
 import threading
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ __all__ = [
 OK = "ok"
 _FORMAT = 1
 _CPU = "cpu", 0
+_SHAPE = re.compile(r"(.*) T<=(\d+) B<=(\d+) .* (training|inference) ")  # see shape_class
 _known: dict[tuple[str, int], Record | None] = {}
 _lock = threading.Lock()
 
@@ -71,12 +74,15 @@ class Record:
         return next(iter(self.times.get(shape, ())), None)
 
     @cached_property
-    def _modules(self) -> dict[str, set[tuple[str, bool]]]:
-        """By :func:`module_class`, what auto takes in inference (False) and in training."""
-        found: dict[str, set[tuple[str, bool]]] = {}
+    def _modules(self) -> dict[str, list[tuple[str, bool, int]]]:
+        """By :func:`module_class`: what auto takes, whether in training, from how many rows on."""
+        found: dict[str, list[tuple[str, bool, int]]] = {}
         for shape, times in self.times.items():
-            module = shape.partition(" T<=")[0]
-            found.setdefault(module, set()).add((next(iter(times), ""), " training " in shape))
+            match = _SHAPE.match(shape)
+            if match and times:
+                module, steps, batch, use = match.groups()
+                rows = (int(steps) // 2 + 1) * (int(batch) // 2 + 1)
+                found.setdefault(module, []).append((next(iter(times)), use == "training", rows))
         return found
 
     @cached_property
@@ -90,18 +96,19 @@ class Record:
         taken = (self.winner(shape) for shape in self.times)
         return backend not in self.doubted and all(name in (None, backend) for name in taken)
 
-    def disputes(self, backend: str, module: str, training: bool = True) -> bool:
-        """Whether auto may take another backend than one that is proven for calls of a module.
+    def rows_for_others(self, backend: str, module: str, training: bool = True) -> float:
+        """Return from how many rows, T times B, on auto may take another backend.
 
         Args:
             backend: what auto takes where nothing is known.
             module: a :func:`module_class`.
-            training: whether the calls may be in training.
+            training: whether calls may be in training.
         """
-        return backend in self.doubted or any(
-            name != backend and (training or not trained)
-            for name, trained in self._modules.get(module, ())
-        )
+        if backend in self.doubted:
+            return 0
+        each = self._modules.get(module, ())
+        found = [rows for name, trained, rows in each if name != backend and trained <= training]
+        return min(found, default=math.inf)
 
     def __str__(self) -> str:
         lines = [f"{name:<10}{value}" for name, value in self.machine.items()]

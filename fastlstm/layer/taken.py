@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlstm.automatic import AUTO, TUNED, Size, first_without_doubt, trains
+from fastlstm.automatic import AUTO, Size, first_without_doubt, trains
 from fastlstm.backends import choice
 from fastlstm.kernels.base import Backend
 from fastlstm.record import Record, known, module_class
@@ -24,7 +25,7 @@ class _Answers(NamedTuple):
 
     record: Record | None
     name: str  # AUTO or TUNED
-    disputed: tuple[bool, bool]  # whether it takes several backends: in inference, in all calls
+    least: tuple[float, float]  # numbers of x from which on others are taken: in inference, or not
     backends: dict[Any, Backend | None]
 
 
@@ -42,7 +43,7 @@ class Taken:
 
     def __init__(self, specs: Sequence[LayerSpec], layers: int, batch_first: bool = False) -> None:
         self._specs, self._layers, self._batch_first = specs, layers, batch_first
-        self._answers = _Answers(None, AUTO, (False, False), {})
+        self._answers = _Answers(None, AUTO, (0, 0), {})
 
     def backend(
         self, record: Record, first: Backend, x: Tensor, weights: Sequence[Tensor], grad: bool
@@ -56,9 +57,12 @@ class Taken:
             weights: those of all layers.
             grad: whether gradients are enabled.
         """
-        _, _, disputed, backends = self._of(record, first)
-        if not disputed[grad]:
+        answers = self._answers
+        if answers.record is not record or answers.name != choice.name:
+            answers = self._renew(record, first)
+        if x.numel() < answers.least[grad]:
             return first
+        backends = answers.backends
         try:
             training = grad and trains(x, weights)
             key = x.shape, x.dtype, training, torch.get_num_threads()
@@ -70,18 +74,20 @@ class Taken:
 
     def is_settled(self, record: Record, first: Backend) -> bool:
         """Whether auto takes the first backend for every call."""
-        return not self._of(record, first).disputed[True]
+        answers = self._answers
+        if answers.record is not record or answers.name != choice.name:
+            answers = self._renew(record, first)
+        return answers.least[True] == math.inf
 
-    def _of(self, record: Record, first: Backend) -> _Answers:
-        """The answers of a record."""
-        found = self._answers
-        if found.record is not record or found.name != choice.name:
-            module = module_class(self._specs[0], self._layers)
-            disputed = (
-                choice.name == TUNED or record.disputes(first.name, module, False),
-                choice.name == TUNED or record.disputes(first.name, module),
-            )
-            self._answers = found = _Answers(record, choice.name, disputed, {})
+    def _renew(self, record: Record, first: Backend) -> _Answers:
+        """Start anew, with another record."""
+        least = 0.0, 0.0
+        if choice.name == AUTO:
+            spec = self._specs[0]
+            what = first.name, module_class(spec, self._layers)
+            inference, any_call = (record.rows_for_others(*what, grad) for grad in (False, True))
+            least = inference * spec.input_size, any_call * spec.input_size
+        self._answers = found = _Answers(record, choice.name, least, {})
         return found
 
     def _ask(

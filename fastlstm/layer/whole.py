@@ -56,8 +56,7 @@ def whole_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend
         taken: what auto takes for the module.
     """
     first = candidates(choice.name, x)[0]
-    found = known(x) if is_automatic() else None
-    record = Record({}) if found is None and choice.name == TUNED else found
+    record = choice.asks if x.is_cpu else _record(x)
     if first.stack is None and (record is None or taken.is_settled(record, first)):
         return None
     if automatic.CHECKED or _is_watched() or _is_autocast() or forward_ad._current_level >= 0:
@@ -66,6 +65,13 @@ def whole_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend
     if record is not None:
         backend = taken.backend(record, first, x, weights, torch.is_grad_enabled())
     return None if backend is None or backend.stack is None else backend
+
+
+def _record(x: Tensor) -> Record | None:
+    """What has a say in what auto takes on the device of x."""
+    if not is_automatic():
+        return None
+    return known(x) or (Record({}) if choice.name == TUNED else None)
 
 
 def compute_whole(
