@@ -127,12 +127,8 @@ def in_order(
     if size is None or torch.compiler.is_compiling():
         return asked
     record = records.known(x)
-    if name == AUTO:  # without the time that it takes to name the class of shapes, if possible
-        if record is None:
-            return asked
-        module = records.module_class(spec, size.layers)
-        if size.steps * size.batch < record.rows_for_others(asked[0].name, module):
-            return asked
+    if name == AUTO and record is None:
+        return asked
     key = size.key(x, spec, sequences)
     winner = record.winner(key) if record else None
     if winner is None and name == TUNED and measure is not None:

@@ -185,16 +185,30 @@ def select(
     if derived and higher_derivative() is not None:
         return REFERENCE
     name = choice.name
-    if name in AUTOMATIC:
+    backend = candidates(name, x)[0]
+    named = name not in AUTOMATIC
+    obstacle = None
+    if named or _is_settled(backend, x, specs[0], size):
+        obstacle = first_obstacle(backend, x, specs, sequences, cell_states)
+        if obstacle is None:
+            return backend
+    if not named:
         return first_without_doubt(name, x, specs, sequences, cell_states, size) or REFERENCE
-    backend = get(name)
-    obstacle = first_obstacle(backend, x, specs, sequences, cell_states)
-    if obstacle is None:
-        return backend
     raise RuntimeError(
         f'the "{name}" backend cannot compute this call: {obstacle}. '
         'Use fastlstm.backend("auto") or "reference"'
     )
+
+
+def _is_settled(first: Backend, x: Tensor, spec: LayerSpec, size: Size | None) -> bool:
+    """Whether auto takes its first backend, if this can compute such a call: no record objects."""
+    if choice.name != AUTO or torch.compiler.is_compiling():
+        return False
+    found = choice.asks if x.is_cpu else record.known(x)
+    if found is None or size is None:
+        return found is None
+    module = record.module_class(spec, size.layers)
+    return size.steps * size.batch < found.rows_for_others(first.name, module)
 
 
 def higher_derivative() -> str | None:
