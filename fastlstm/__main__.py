@@ -27,11 +27,17 @@ one, whose LSTMs, RNNs and LSTMCells are timed for B sequences of T steps.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0 if all is well, 1 if something is wrong, 2 for wrong arguments."""
     options = _parser().parse_args(arguments)
-    if _device(options).type == "cuda" and not torch.cuda.is_available():
-        print("there is no CUDA device", file=sys.stderr)
+    try:
+        torch.empty(0, device=_device(options))
+    except (RuntimeError, AssertionError) as error:
+        print(f"there is no device {options.device!r}: {_first_line(error)}", file=sys.stderr)
         return 2
     result: int = options.run(options)
     return result
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{error}".partition("\n")[0].partition(". ")[0]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,7 +83,11 @@ def _show(options: Any) -> int:
 
 def _verify(options: Any) -> int:
     keep = not options.no_record
-    found = fastlstm.verify(_device(options), options.backend, keep=keep, verbose=True)
+    try:
+        found = fastlstm.verify(_device(options), options.backend, keep=keep, verbose=True)
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
     print(repr(found).splitlines()[len(found)])
     _tell(found.note, keep and bool(found))
     return 0 if found.right else 1
@@ -98,7 +108,7 @@ def _tune(options: Any) -> int:
         for module, x in calls:
             found = fastlstm.tune(module, x, keep=keep)
             print(repr(found) or f"{what}: there is one candidate only, nothing to choose")
-            _tell(found.note, keep and bool(found))
+            _tell("", keep and bool(found) and not found.note)
     return 0
 
 

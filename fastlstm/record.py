@@ -193,6 +193,9 @@ def machine(device: torch.device) -> dict[str, str]:
         c: Any = torch._C
         driver = f"{c._cuda_getDriverVersion()}" if torch.version.hip is None else "ROCm"
         driver += f", cuDNN {torch.backends.cudnn.version()}"
+    else:
+        named = getattr(getattr(torch, device.type, None), "get_device_name", None)
+        name, driver = named(device) if named else device.type, platform.platform()
     return {
         "device": name,
         "driver": driver,

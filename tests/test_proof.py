@@ -546,6 +546,10 @@ def test_the_command(cache: Path, quick: None, hasty: None, capsys: Any) -> None
     if not torch.cuda.is_available():
         assert main(["record", "--device", "cuda"]) == 2
     assert main(["tune", "3,5,1,1,1,1", "--dtype", "short"]) == 2
+    capsys.readouterr()
+    for wrong in (["--device", "nope"], ["--backend", "nope"]):
+        assert main(["verify", *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @needs_cpu

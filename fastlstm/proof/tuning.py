@@ -27,7 +27,9 @@ __all__ = ["Timing", "Tuning", "tune"]
 
 _TURNS = 2
 _ROUNDS = 5  # of a turn
-_TRIES = 4  # so many times as many turns before another backend takes the place of the first
+_TRIES = 4  # so many times as many turns where it is not clear
+_CLEAR = 0.9  # of its time is less than what auto takes anyway needs: that is the best
+_PATIENCE = 5.0  # seconds after which nobody tries again
 _SECONDS = 0.02  # of one measurement
 _CELL_STEPS = 8  # of a loop over a cell, which is how cells are used
 _MARGIN = 0.97  # of its time counts for what auto takes anyway: closer may be chance
@@ -70,9 +72,8 @@ def tune(
     Candidates are PyTorch's own kernels and those of this library that are proven on the device,
     by the tests or by :func:`fastlstm.verify`. They take turns, and what counts is the lower
     quartile: other processes slow some calls down. What auto takes anyway keeps its place unless
-    another one is faster by more than 3%, after four times as many turns. T and B stand for all
-    that need as many powers of two. On CUDA devices inference is captured in a graph, where that
-    is possible.
+    another one is faster by more than 3%. T and B stand for all that need as many powers of two.
+    On CUDA devices inference is captured in a graph, where that is possible.
 
     Args:
         module: what is called. Its parameters keep their values and gradients.
@@ -166,6 +167,7 @@ def _race(names: Sequence[str], call: Callable[[], Any], device: torch.device) -
     count = max(1, int(_SECONDS / max(once, 1e-6)))
     seen: dict[str, list[float]] = {name: [] for name in names}
     times: dict[str, float] = {}
+    end = time.perf_counter() + _PATIENCE
     for _ in range(_TRIES):
         for _ in range(_TURNS):
             for name, run in runs.items():
@@ -175,7 +177,8 @@ def _race(names: Sequence[str], call: Callable[[], Any], device: torch.device) -
         times = {name: float(np.quantile(each, 0.25)) * 1e6 for name, each in seen.items()}
         best = sorted(names, key=lambda name: times[name] * (_MARGIN if name == names[0] else 1))
         times = {name: times[name] for name in best}
-        if best[0] == names[0]:
+        clear = best[0] == names[0] and times[best[0]] < _CLEAR * times[best[1]]
+        if clear or time.perf_counter() > end:
             break
     return times
 
