@@ -74,6 +74,11 @@ class Size(NamedTuple):
     batch: int
     weights: Sequence[Tensor]
 
+    @property
+    def is_known(self) -> bool:
+        """Whether T and B are numbers: what records a call may have made values of them."""
+        return type(self.steps) is int and type(self.batch) is int
+
     def key(self, x: Tensor, spec: LayerSpec, sequences: Sequences) -> str:
         """Return the class of shapes that the call belongs to; lengths count as packed rows."""
         dense = sequences.batch_sizes is None and sequences.lengths is None
@@ -124,7 +129,7 @@ def in_order(
 ) -> tuple[Backend, ...]:
     """Return the backends that auto asks, the one first that was measured to be fastest."""
     asked = candidates(AUTO, x)
-    if size is None or torch.compiler.is_compiling():
+    if size is None or torch.compiler.is_compiling() or not size.is_known:
         return asked
     record = records.known(x)
     if name == AUTO and record is None:
@@ -167,7 +172,7 @@ def doubt(
     size: Size | None = None,
 ) -> str | None:
     """Return why ``auto`` does not take a backend that can compute a call, None if it does."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (size is not None and not size.is_known):
         return _doubt_of_any(backend.name, backend.proven, x.dtype, x.device)
     record = records.known(x)
     if record is None:
@@ -195,7 +200,7 @@ def _unverified(name: str) -> str:
 
 @constant
 def _doubt_of_any(name: str, proven: bool, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The same in compiled code, for calls of any size: whatever was looked at has to be right."""
+    """The same where code is recorded for any size: whatever was looked at has to be right."""
     record = records.known(torch.empty(0, device=device))
     verdicts = record.about(name, dtype) if record else []
     wrong = [verdict for verdict in verdicts if verdict != records.OK]

@@ -205,7 +205,7 @@ def _is_settled(first: Backend, x: Tensor, spec: LayerSpec, size: Size | None) -
     if choice.name != AUTO or torch.compiler.is_compiling():
         return False
     found = choice.asks if x.is_cpu else record.known(x)
-    if found is None or size is None:
+    if found is None or size is None or not size.is_known:
         return found is None
     module = record.module_class(spec, size.layers)
     return size.steps * size.batch < found.rows_for_others(first.name, module)

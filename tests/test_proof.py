@@ -446,6 +446,21 @@ def test_plain_calls_obey_the_record(
 
 
 @needs_cpu
+@pytest.mark.parametrize("verdicts", [{}, {"cpu float32 short plain": "y is 3"}])
+def test_what_records_a_call_obeys_verdicts_alone(verdicts: Any) -> None:
+    """A trace, an export and a transform are for any T and B."""
+    keep(verdicts, {key(): {"torch": 1.0, "cpu": 2.0}})
+    lstm, x, longer = fastlstm.LSTM(I, H), torch.randn(T, B, I), torch.randn(T + 5, B, I)
+    wanted = lstm(longer)[0]
+    traced = torch.jit.trace(lstm, x, check_trace=False)
+    torch.testing.assert_close(traced(longer)[0], wanted)
+    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    program = torch.export.export(lstm, (x,), dynamic_shapes=dynamic)
+    torch.testing.assert_close(program.module()(longer)[0], wanted)
+    torch.testing.assert_close(torch.func.vmap(lstm)(longer[None])[0][0], wanted)
+
+
+@needs_cpu
 def test_a_frozen_module_is_not_in_training() -> None:
     keep({}, {key(training=True): {"torch": 1.0, "cpu": 2.0}})
     lstm, x = fastlstm.LSTM(I, H), torch.randn(T, B, I)
