@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
+from fastlstm.kernels.base import get
 
 CASES = [
     Case(T=3, B=2, I=3, H=2),
@@ -254,6 +255,24 @@ def test_second_derivatives_of_a_constant_gradient(backend: str) -> None:
     found = torch.autograd.grad(c_n.sum(), weights, create_graph=True, materialize_grads=True)
     sum(g.square().sum() for g in found).backward()
     assert lstm.weight_hh_l0.grad is not None and lstm.weight_ih_l0.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_a_gradient_penalty_goes_back_through_a_layer_once(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second pass has formulas; it does not run the first one again with no gradients."""
+    passes = []
+    kernel = get(backend).lstm_bwd
+    monkeypatch.setattr(
+        get(backend), "lstm_bwd", lambda *a, **k: (passes.append(1), kernel(*a, **k))
+    )
+    x = torch.randn(4, 2, 5, requires_grad=True)
+    lstm = fastlstm.LSTM(5, 8)
+    (dx,) = torch.autograd.grad(lstm(x)[0].sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    assert x.grad is not None and x.grad.any()
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("directions", [1, 2])

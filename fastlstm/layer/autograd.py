@@ -94,8 +94,11 @@ def pull(
 
 
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-    call, inputs, kept, weights = recall(ctx)
     needed = ctx.needs_input_grad[1:]
+    # A derivative of the gradients leads here too, by the outputs that they were computed from.
+    if not torch.compiler.is_compiling() and all([grad is None for grad in incoming]):
+        return None, *(None for _ in needed)
+    call, inputs, kept, weights = recall(ctx)
     rest = iter(pull(call, needed, inputs, kept, incoming[: count_results(call)], weights))
     return None, *(next(rest) if need else None for need in needed)
 
