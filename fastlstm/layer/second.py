@@ -102,16 +102,18 @@ class _Steps(NamedTuple):
         zeros = torch.zeros_like(y[:1])
         h = torch.cat([zeros if h0 is None else h0[None], y[:-1]])
         c = torch.cat([zeros if c0 is None else c0[None], c_all[:-1]])
-        z = x @ w.w_ih.T + h @ w.w_hh.T
+        z = (x @ w.w_ih.T).add_(h @ w.w_hh.T)
         if w.b_ih is not None and w.b_hh is not None:
             z += w.b_ih + w.b_hh
         i, f, g, o = z.chunk(4, -1)
         i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        slopes = i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)
+        si, sf, so = (torch.addcmul(s, s, s, value=-1) for s in (i, f, o))
+        slopes = si, sf, 1 - g * g, so
         tanh_c = c_all.tanh()
         factors = g, c, i, tanh_c
         of_z = torch.cat([a * b for a, b in zip(factors, slopes, strict=True)], -1)
-        return cls(x, h, c, (i, f, g, o), slopes, tanh_c, of_z, o * (1 - tanh_c * tanh_c))
+        of_c = torch.addcmul(o, o * tanh_c, tanh_c, value=-1)
+        return cls(x, h, c, (i, f, g, o), slopes, tanh_c, of_z, of_c)
 
 
 def _back(
@@ -171,15 +173,15 @@ def _back_dot(
     i_dot, f_dot, g_dot, o_dot, tanh_dot = si * zi, sf * zf, sg * zg, so * zo, slope_c * c_after
     of_z_dot = torch.cat(
         [
-            g_dot * si + g * i_dot * (1 - 2 * i),
-            c_before * sf + steps.c * f_dot * (1 - 2 * f),
-            i_dot * sg - 2 * i * g * g_dot,
-            tanh_dot * so + steps.tanh_c * o_dot * (1 - 2 * o),
+            torch.addcmul(g_dot * si, g * i_dot, torch.rsub(i, 1, alpha=2)),
+            torch.addcmul(c_before * sf, steps.c * f_dot, torch.rsub(f, 1, alpha=2)),
+            torch.addcmul(i_dot * sg, i * g, g_dot, value=-2),
+            torch.addcmul(tanh_dot * so, steps.tanh_c * o_dot, torch.rsub(o, 1, alpha=2)),
         ],
         -1,
     )
-    of_c_dot = o_dot * slope_c - 2 * o * steps.tanh_c * tanh_dot
-    fixed = of_z_dot * torch.cat([dc, dc, dc, dh], -1)
+    of_c_dot = torch.addcmul(o_dot * slope_c, o * steps.tanh_c, tanh_dot, value=-2)
+    fixed = of_z_dot.mul_(torch.cat([dc, dc, dc, dh], -1))
     into_h, into_c, into_before = _times(dz, v.w_hh), dh * of_c_dot, dc * f_dot
     h, c = torch.zeros_like(dc[0]), torch.zeros_like(dc[0])
     zs = []
