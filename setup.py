@@ -2,7 +2,8 @@
 
 _C.so: of CPUs, and the plans of all. _cuda.so: of GPUs, where torch was built with CUDA and there
 is an nvcc; a GPU need not be there. _emulator.so, of a development install: the same on a CPU, for
-tests.
+tests. _triton.so, with FASTLSTM_AHEAD=1: what starts Triton's kernels, which the installed Triton
+compiles then, for every GPU.
 
 The install succeeds without any of them, on a slower backend. The reason goes to a file beside
 them, which fastlstm.backends() quotes, and to the terminal, unless CUDA simply is not there.
@@ -95,6 +96,20 @@ EMULATOR = tuple(
     f"csrc/cuda/emulator/{name}.cpp" for name in ("context", "schedule", "synchronise", "products")
 )
 GPUS = "8.0 9.0+PTX"  # +PTX: newer ones too
+AHEAD_IS_WANTED = os.environ.get("FASTLSTM_AHEAD") == "1"
+AHEAD = tuple(
+    f"csrc/triton/{name}.cpp"
+    for name in (
+        "driver",
+        "kernels",
+        "tensors",
+        "layer",
+        "forward",
+        "backward",
+        "register",
+        "old_glibc",
+    )
+)
 
 # Of a library on Linux. What is missing fails here, not in the first call; its threads may outlive
 # whoever has loaded it.
@@ -159,6 +174,23 @@ def cpu() -> Recipe:
     if "-zdefs" in recipe.link:
         recipe.link.extend(["-Xlinker", "--version-script=csrc/old_glibc.map"])
     return recipe
+
+
+def ahead() -> Recipe:
+    """Of what starts Triton's kernels that were compiled ahead; CUDA is not needed."""
+    if sys.platform != "linux":
+        raise BuildError("Triton's kernels are for Linux")
+    recipe = of_host({name: [] for name in (*AHEAD, "csrc/old_glibc.cpp")})
+    recipe.link.extend(["-ldl", "-Xlinker", "--version-script=csrc/old_glibc.map"])
+    return recipe
+
+
+def compile_ahead(folder: Path) -> None:
+    """Let the installed Triton compile the kernels for every GPU, which takes half an hour."""
+    module = "fastlstm.kernels.triton.ahead"
+    target = folder.joinpath(*module.split(".")[1:], "built")
+    advice = "install triton of the version that the workflow of the wheels names, and torch"
+    run([sys.executable, "-m", module, "build", str(target.resolve())], advice)
 
 
 def emulator() -> Recipe:
@@ -233,6 +265,7 @@ def tell_user(message: str) -> None:
 # In the order in which they start: the slowest first.
 LIBRARIES = [
     Library("_cuda", cuda, "_cuda_error.txt", "FASTLSTM_CUDA", "its CUDA kernels"),
+    Library("_triton", ahead, "_triton_error.txt", "FASTLSTM_AHEAD"),
     Library("_emulator", emulator, "_emulator_error.txt", "FASTLSTM_REQUIRE_EXTENSION"),
     Library(
         "_C",
@@ -254,7 +287,8 @@ class BuildLibraries(build_ext):
         for library in LIBRARIES:  # an older one must not outlive a failed build
             (folder / f"{library.name}.so").unlink(missing_ok=True)
             (folder / library.report).unlink(missing_ok=True)
-        wanted = [library for library in LIBRARIES if self.inplace or library.name != "_emulator"]
+        left_out = {"_emulator": not self.inplace, "_triton": not AHEAD_IS_WANTED}
+        wanted = [library for library in LIBRARIES if not left_out.get(library.name)]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
             scratch = Path("build", "objects")  # pip throws self.build_temp away
@@ -268,6 +302,11 @@ class BuildLibraries(build_ext):
                 self.do_without(library, folder, error)
             elif error is not None:
                 raise error
+        if AHEAD_IS_WANTED:
+            try:
+                compile_ahead(folder)
+            except BuildError as error:
+                raise SystemExit(f"fastlstm: {error}") from error
 
     def do_without(self, library: Library, folder: Path, error: BuildError) -> None:
         if os.environ.get(library.required) == "1":
@@ -303,6 +342,7 @@ def source_files() -> Iterator[str]:
     for folder in ("benchmarks", "csrc", "fastlstm", "tests", ".ci", ".github"):
         for path in Path(folder).rglob("*"):
             built = path.suffix in (".so", ".pyc") or path.name.endswith("_error.txt")
+            built = built or path.parent.name == "built"
             if path.is_file() and not built:
                 yield str(path)
     yield from ("CHANGELOG.md", "CONTRIBUTING.md")

@@ -66,6 +66,11 @@ def cuda_error(emulated: bool) -> str | None:
     return _error_of("_cuda", "_cuda_error.txt", "the CUDA library")
 
 
+def triton_error() -> str | None:
+    """Load what starts Triton's kernels compiled ahead; return why it is missing, or None."""
+    return _error_of("_triton", "_triton_error.txt", "what starts compiled Triton kernels")
+
+
 def cuda_library() -> Path | None:
     """Return the file of the CUDA kernels; None where it has not been built. Loads nothing."""
     return _find("_cuda")

@@ -1,7 +1,7 @@
 """Cases through executed PTX, of Triton's kernels and of the CUDA C++ ones.
 
-For tests/test_executed.py and tests/test_executed_cuda.py, in a process that does not interpret
-and has not loaded the emulator of csrc/cuda.
+For tests/test_executed.py and its relatives, in a process that does not interpret and has not
+loaded the emulator of csrc/cuda.
 """
 
 from __future__ import annotations
@@ -68,6 +68,29 @@ class CudaRun(NamedTuple):
         return executed(self.library, self.arch, edit, tf32=tf32, **self.wishes)
 
 
+class AheadRun(NamedTuple):
+    """A case, and how kernels that were compiled ahead are executed."""
+
+    case: Case
+    precision: str
+    arch: int
+    library: Path | None = None  # csrc/triton on a stand-in for the driver: see ahead_host.py
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}-{self.precision}-{self.case}"
+
+    def executed(self, edit: Callable[[str], str]) -> AbstractContextManager[Log]:
+        """Serve the calls of this block."""
+        from ptx.ahead import executed
+
+        assert self.library is not None
+        folder = self.library.parent / f"kernels_{self.arch}"
+        return executed(self.library, folder, self.arch, edit)
+
+
+AnyRun = Run | CudaRun | AheadRun
+
+
 class Verdict(NamedTuple):
     """What came out."""
 
@@ -78,7 +101,7 @@ class Verdict(NamedTuple):
 
 
 @contextmanager
-def executing(run: Run | CudaRun, edit: Callable[[str], str] = str) -> Iterator[Log]:
+def executing(run: AnyRun, edit: Callable[[str], str] = str) -> Iterator[Log]:
     """Execute in the precision and regime of a run, on memory that begins as NaN."""
     torch.set_num_threads(1)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -87,7 +110,7 @@ def executing(run: Run | CudaRun, edit: Callable[[str], str] = str) -> Iterator[
         yield log
 
 
-def judged(run: Run | CudaRun) -> Verdict:
+def judged(run: AnyRun) -> Verdict:
     """Execute a case and hold it against the oracle, training and inferring."""
     case, precision = run.case, PRECISIONS[run.precision]
     numbers = draw(case, precision.dtype)
@@ -115,7 +138,7 @@ class Broken(NamedTuple):
     seen: str  # "" if nothing did
 
 
-def broken(run: Run | CudaRun, pattern: str, instead: str) -> list[Broken]:
+def broken(run: AnyRun, pattern: str, instead: str) -> list[Broken]:
     """Change the PTX of one pass at each match of a pattern in turn, and look what shows it."""
     sources: list[str] = []
     right, _ = _results(run, lambda ptx: sources.append(ptx) or ptx)
@@ -127,7 +150,7 @@ def broken(run: Run | CudaRun, pattern: str, instead: str) -> list[Broken]:
     return found
 
 
-def _seen(run: Run | CudaRun, right: Results, source: str, text: str) -> str:
+def _seen(run: AnyRun, right: Results, source: str, text: str) -> str:
     """What gives it away that `text` was executed instead of `source`."""
     try:
         got, log = _results(run, lambda ptx: text if ptx == source else ptx)
@@ -139,7 +162,7 @@ def _seen(run: Run | CudaRun, right: Results, source: str, text: str) -> str:
     return "" if same else "other numbers"
 
 
-def _results(run: Run | CudaRun, edit: Callable[[str], str]) -> tuple[Results, Log]:
+def _results(run: AnyRun, edit: Callable[[str], str]) -> tuple[Results, Log]:
     """The outputs of a case whose PTX is edited, without gradients."""
     dtype = PRECISIONS[run.precision].dtype
     numbers = draw(run.case, dtype)

@@ -83,6 +83,8 @@ class Array {
     return view;
   }
 
+  // Null in a part of another tensor.
+  AtenTensorHandle handle() const { return handle_; }
   explicit operator bool() const { return dtype >= 0; }
   i64 last(i64 k = 1) const { return sizes[dim - k]; }
 

@@ -1,8 +1,8 @@
 """Branches, barriers, and what lanes of a warp tell each other.
 
 PTX ISA, "Instructions": "Control Flow Instructions"; of "Parallel Synchronization and
-Communication Instructions" bar, barrier.cluster, fence and elect.sync; shfl.sync of "Data Movement
-and Conversion Instructions". A fence does nothing here: stores are seen at once.
+Communication Instructions" bar, barrier.cluster, fence, elect.sync and redux.sync; shfl.sync of
+"Data Movement and Conversion Instructions". A fence does nothing here: stores are seen at once.
 """
 
 from .flow import ENDED
@@ -75,3 +75,12 @@ def shuffle(i: Instruction) -> str | None:
     if i.parts[2] == "idx":
         return f"{i.value(value)}[(TID & U32(0xFFFFFFE0)) | np.asarray({i.value(lane)})]"
     return None
+
+
+@expression("redux")
+def reduce(i: Instruction) -> str | None:
+    """The largest signed number of a warp, all of whose lanes take part."""
+    if i.parts[2] != "max" or i.type != "s32":
+        return None
+    lanes = f"{i.spread(i.operands[1])}.astype(U32).view(np.int32).reshape(-1, 32)"
+    return f"np.repeat({lanes}.max(1), 32).view(U32)"

@@ -33,7 +33,7 @@ _ZEROS = {
 _NAMES = {"np": np, "Fault": Fault}
 _NAMES |= {"U16": U16, "U32": U32, "U64": U64, "F32": F32}
 # What all threads of a warp or of a block come to together, where branches divide them.
-_OF_A_WARP = r"(mma|ldmatrix|stmatrix|shfl|elect|bar\.warp)\b"
+_OF_A_WARP = r"(mma|ldmatrix|stmatrix|shfl|redux|elect|bar\.warp)\b"
 _OF_A_BLOCK = r"(bar\.sync|barrier|cp\.async\.(commit|wait)_group|mbarrier\.try_wait)\b"
 
 

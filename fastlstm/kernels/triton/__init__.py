@@ -1,14 +1,16 @@
 """The backend of the Triton kernels: CUDA devices from sm_80.
 
 This file imports neither Triton nor the kernels; :meth:`TritonBackend.error` does, when somebody
-asks for the backend. README.md in the folder above says how the kernels work.
+asks for the backend. README.md in the folder above says how the kernels work. Where they were
+compiled ahead, C++ starts them (``ahead/``), and Triton compiles what was not, if it is there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -25,7 +27,9 @@ __all__ = ["TRITON", "TritonBackend"]
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = 3, 6  # of Triton: the compiler of 3.5 has not been tried
 _MOST_UNITS_WITHOUT_GATES = 128
+_MODES = "auto", "ahead", "jit"  # of FASTLSTM_TRITON
 _OPERATORS = define("triton")
+_JIT_OPERATORS = define("triton_jit", rnn=False)  # of what was not compiled ahead
 
 
 class TritonBackend(Backend):
@@ -42,39 +46,54 @@ class TritonBackend(Backend):
 
     def detail(self) -> str:
         """Describe in a line what is there."""
+        if _interpreted():
+            from triton import __version__
+
+            return f"Triton {__version__}, interpreted (TRITON_INTERPRET=1), to check the kernels"
+        what = "float32, bfloat16, float16 on CUDA devices from sm_80"
+        ahead, jit = _ahead_problem(), _jit_problem()
+        if ahead is None:
+            from .ahead.library import load
+
+            manifest = load()
+            kernels = f"kernels of Triton {manifest.triton} compiled ahead for {manifest.archs()}"
+            rest = "Triton is not needed" if jit else "others are compiled at run time"
+            return f"{kernels}; {rest}: {what}"
         from triton import __version__
 
-        if _interpreted():
-            return f"Triton {__version__}, interpreted (TRITON_INTERPRET=1), to check the kernels"
-        return f"Triton {__version__}: float32, bfloat16, float16 on CUDA devices from sm_80"
+        aside = f" (compiled ahead: {ahead})" if _built() else ""
+        return f"Triton {__version__}: {what}{aside}"
 
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
-        return self.error() or _input_obstacle(x) or _cell_obstacle(spec, x)
+        found = self.error() or _input_obstacle(x)
+        if found is not None or _jit_problem() is None:
+            return found or _cell_obstacle(spec, x)
+        missing = _not_ahead(spec, x)
+        return f"{missing}, and {_jit_problem()}" if missing else None
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
-        """Describe in a line the regimes and tiles of both passes."""
+        """Describe in a line the regimes and tiles of both passes, and who compiled them."""
         from . import config
-        from .launch import device_of, precision_of
 
-        problem = config.Problem(spec, B, x.element_size(), precision_of(x))
-        device = device_of(x)
+        problem, device = _problem(spec, B, x)
         if not spec.is_lstm:
             plan = config.rnn_plan(problem, device)
             return f"forward and backward {plan.described(gates=1)} ({plan.reason})"
         forward = config.forward_plan(problem, device)
         backward = config.backward_plan(problem, device)
         text = f"forward {forward} ({forward.reason}); backward {backward}"
+        if _ahead_problem() is None:
+            missing = _not_ahead(spec, x)
+            return f"{text}; {missing or 'compiled ahead'}"
         missing = config.missing(problem, device)
         return f"{text}; not with the {missing}: {_no_gluon()}" if missing else text
 
     def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Name the regimes of both passes."""
         from . import config
-        from .launch import device_of, precision_of
 
-        problem = config.Problem(spec, B, x.element_size(), precision_of(x))
-        device = device_of(x)
+        problem, device = _problem(spec, B, x)
         if not spec.is_lstm:
             return str(config.rnn_plan(problem, device).regime)
         plans = config.forward_plan(problem, device), config.backward_plan(problem, device)
@@ -109,6 +128,61 @@ def _error() -> str | None:
 @cache
 def _load() -> str | None:
     """Load the kernels; say why they cannot be loaded."""
+    mode = os.environ.get("FASTLSTM_TRITON", "auto")
+    if mode not in _MODES:
+        raise ValueError(f"FASTLSTM_TRITON is {mode!r}, expected one of {', '.join(_MODES)}")
+    ahead = _ahead_problem()
+    if mode == "ahead":
+        return ahead
+    jit = _jit_problem()
+    if jit is None:
+        operators: Any = import_module("fastlstm.kernels.triton.operators")
+        operators.register_kernels(ahead=ahead is None)
+    if ahead is None or jit is None:
+        return None
+    return f"{ahead}; {jit}" if _built() else jit
+
+
+def _built() -> bool:
+    """Whether somebody compiled kernels ahead, be they good or not."""
+    from .ahead.manifest import FOLDER
+
+    return FOLDER.exists()
+
+
+@constant
+def _ahead_problem() -> str | None:
+    return _load_ahead()
+
+
+@cache
+def _load_ahead() -> str | None:
+    """Load the kernels that were compiled ahead; say why there are none."""
+    if os.environ.get("FASTLSTM_TRITON") == "jit":
+        return "FASTLSTM_TRITON=jit leaves the kernels that were compiled ahead aside"
+    if _interpreted():
+        return "TRITON_INTERPRET=1 asks for the interpreter"
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "there is no CUDA device"
+    from .ahead import library
+
+    try:
+        library.load()
+    except library.ManifestError as error:
+        return str(error)
+    return None
+
+
+@constant
+def _jit_problem() -> str | None:
+    return _load_jit()
+
+
+@cache
+def _load_jit() -> str | None:
+    """Load what compiles at run time; say why it cannot be loaded."""
+    if os.environ.get("FASTLSTM_TRITON") == "ahead":
+        return "FASTLSTM_TRITON=ahead forbids to compile at run time"
     if find_spec("triton") is None:
         return 'Triton is not installed; to install it, run: pip install "fastlstm[triton]"'
     if torch.version.hip is not None:
@@ -150,6 +224,55 @@ def _input_obstacle(x: Tensor) -> str | None:
     return None
 
 
+def _problem(spec: LayerSpec, B: int, x: Tensor) -> tuple[Any, Any]:
+    """Return what a plan depends on: of the call, and of the GPU."""
+    from .plan import Problem
+
+    if _jit_problem() is not None:  # there need be no Triton
+        from .ahead.library import gpu
+
+        precision = "ieee" if _kind(x.dtype) is None else "tf32"
+        return Problem(spec, B, x.element_size(), precision), gpu(x.device.index or 0)
+    from .launch import device_of, precision_of
+
+    return Problem(spec, B, x.element_size(), precision_of(x)), device_of(x)
+
+
+@constant
+def _kind(dtype: torch.dtype) -> int | None:
+    """Return which kind of number compiled kernels have, as in ahead/plans.py, or None."""
+    if dtype is torch.float32:
+        rnn: Any = torch.backends.cudnn.rnn
+        return 2 if rnn.fp32_precision == "tf32" else None
+    return {torch.bfloat16: 0, torch.float16: 1}[dtype]
+
+
+def _not_ahead(spec: LayerSpec, x: Tensor) -> str | None:
+    """Say why kernels of such a layer were not compiled ahead; None if they were."""
+    return _layer_not_ahead(tuple(spec), x.device.index or 0, _kind(x.dtype))
+
+
+@constant
+def _layer_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None) -> str | None:
+    return _find_not_ahead(spec, gpu, kind)
+
+
+@lru_cache(maxsize=1024)  # asked at every call
+def _find_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None) -> str | None:
+    from .ahead import library
+
+    problem = _ahead_problem() or library.problem_of(gpu)
+    if problem is not None:
+        return problem
+    layer = LayerSpec(*spec)
+    plain = layer.is_lstm and not layer.is_extended and not layer.proj_size
+    if plain and kind is not None:
+        sizes = kind, layer.input_size, layer.hidden_size
+        if all(library.plan(gpu, back, *sizes) for back in (False, True)):
+            return None
+    return "no kernel for such a layer was compiled ahead"
+
+
 def _cell_obstacle(spec: LayerSpec, x: Tensor) -> str | None:
     """Say why the kernels have no such cell."""
     if not spec.is_lstm or not spec.is_extended:
@@ -179,6 +302,8 @@ def _no_gluon() -> str | None:
 @constant
 def _no_registers() -> bool:
     """Whether there is no registers regime."""
+    if _ahead_problem() is None:
+        return False
     from . import gluon
 
     return gluon.PROBLEM is not None
@@ -186,8 +311,12 @@ def _no_registers() -> bool:
 
 @constant
 def _interpreted() -> bool:
-    from triton import knobs
-
+    if find_spec("triton") is None:
+        return False
+    try:
+        from triton import knobs
+    except (ImportError, AttributeError):
+        return False
     return bool(knobs.runtime.interpret)
 
 
@@ -205,3 +334,4 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 TRITON = register(TritonBackend())
 load_on_first_use(_OPERATORS, _load, "triton")
+load_on_first_use(_JIT_OPERATORS, _load_jit, "triton")

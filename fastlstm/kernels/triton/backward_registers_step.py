@@ -12,8 +12,10 @@ from .register_tiles import (
     beside,
     by_gate,
     elements,
+    fills,
     first_row,
     flags,
+    given,
     only,
     rounded,
     stack,
@@ -116,17 +118,19 @@ def backward_step(
     dy_next, dca_next, reset_next = dy_now, dca_now, reset_now
     dh_total, dc_total = dh, dc
     if dy is not None:
+        dy_real = next_real & given(dy)
         dh_total += dy_now.to(gl.float32)
         if offsets is None:
-            dy_next = gl.load(dy_at + dy_off, next_real, 0)
+            dy_next = gl.load(dy_at + dy_off, dy_real, 0)
         else:
-            dy_next = gl.load(dy_at + elements(row_1, dy_step) + dy_off, next_real, 0)
+            dy_next = gl.load(dy_at + elements(row_1, dy_step) + dy_off, dy_real, 0)
     if dc_all is not None:
+        dca_real = next_real & given(dc_all)
         dc_total += dca_now.to(gl.float32)
         if offsets is None:
-            dca_next = gl.load(dca_at + dca_off, next_real, 0)
+            dca_next = gl.load(dca_at + dca_off, dca_real, 0)
         else:
-            dca_next = gl.load(dca_at + elements(row_1, dca_step) + dca_off, next_real, 0)
+            dca_next = gl.load(dca_at + elements(row_1, dca_step) + dca_off, dca_real, 0)
     before = c_before
     if c0 is not None:
         if lengths is None:
@@ -143,7 +147,7 @@ def backward_step(
         i, f, g, o = by_gate(bias + stack(g_now, U, N, tile), U, N, tile)
         i, f, g, o = activated(i, f, g, o, FAST)
     d_i, d_f, d_g, d_o, dc_new = cell_gradient(dh_total, dc_total, i, f, g, o, c, before, FAST)
-    if H != U:  # as in forward
+    if not fills(H, U):  # as in forward
         unit = gl.arange(0, U, gl.SliceLayout(1, tile))
         inside = (unit < H)[:, None]
         d_i, d_f, d_g, d_o = (

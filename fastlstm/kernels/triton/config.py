@@ -17,7 +17,7 @@ registers, spills, shared memory, barriers); none of them has been timed on a GP
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -43,9 +43,12 @@ __all__ = [
     "override",
     "padded",
     "rnn_plan",
+    "watchers",
 ]
 
 _REGIMES = "registers", "sequence", "cluster", "persistent", "steps"
+# Told whether plans are overridden: kernels that were compiled ahead know none but their own.
+watchers: list[Callable[[bool], Any]] = []
 # For the whole process: autograd runs backward in a thread of its own.
 _changes: dict[str, Any] = {}
 
@@ -65,13 +68,19 @@ def override(**changes: Any) -> Iterator[None]:
         raise ValueError(f"override(): a plan has no {', '.join(sorted(unknown))}")
     if changes.get("regime", "steps") not in _REGIMES:
         raise ValueError(f"override(): {changes['regime']!r} is not a regime")
-    global _changes
     before = _changes
-    _changes = {**before, **changes}
+    _change({**before, **changes})
     try:
         yield
     finally:
-        _changes = before
+        _change(before)
+
+
+def _change(changes: dict[str, Any]) -> None:
+    global _changes
+    _changes = changes
+    for watcher in watchers:
+        watcher(bool(changes))
 
 
 def forward_plan(problem: Problem, device: Device) -> Plan:

@@ -23,9 +23,12 @@ from .register_tiles import (
     by_gate,
     by_unit,
     elements,
+    fills,
     first_row,
     flags,
+    given,
     load_bias,
+    load_lengths,
     only,
     rounded,
     stack,
@@ -123,7 +126,7 @@ def forward_step(
     i, f, g, o = activated(i, f, g, o, FAST)
     c_new = f * c + i * g
     h_new = (o * tanh(c_new, FAST)).to(there.dtype)
-    if H != U:  # an infinite x makes NaN of units that only fill the tile: 0 * inf
+    if not fills(H, U):  # an infinite x makes NaN of units that only fill the tile: 0 * inf
         unit = gl.arange(0, U, gl.SliceLayout(1, tile))
         h_new = only((unit < H)[:, None], h_new)
     h_next, c_next = h_new, c_new
@@ -141,9 +144,9 @@ def forward_step(
         together = beside(i, f, g, o, U, N).to(gates.dtype.element_ty)
         if lengths is not None:
             real4 = real4 & at_step(t, length4)[:, :, None]
-        gl.store(g_now + at4, together, real4)
+        gl.store(g_now + at4, together, real4 & given(gates))
     if c_all is not None:
-        gl.store(c_now + at, c_new, real)
+        gl.store(c_now + at, c_new, real & given(c_all))
     if offsets is not None:
         row, row_1, row_2 = row_1, row_2, first_row(t + 3 * forth, offsets, T)
     else:
@@ -221,9 +224,9 @@ def lstm_fwd_registers_kernel(
     c = gl.zeros([U, N], gl.float32, tile)
     h = gl.zeros([U, N], dtype, tile)
     if h0 is not None:
-        h = gl.load(h0 + state_at, real, 0)
+        h = gl.load(h0 + state_at, real & given(h0), 0)
     if c0 is not None:
-        c = gl.load(c0 + state_at, real, 0).to(gl.float32)
+        c = gl.load(c0 + state_at, real & given(c0), 0).to(gl.float32)
     cells: gl.constexpr = beside(c, c, c, c, U, N).type.layout
     n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
     unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, cells)))
@@ -251,7 +254,7 @@ def lstm_fwd_registers_kernel(
         x_off = (nx - first)[None, :] * (x_b.to(gl.int64) * X_UNIT) + k[:, None]
         x_at = x + first * (x_b.to(gl.int64) * X_UNIT)
         # Pointers take more registers than offsets, and fewer cycles.
-        if U < 128 and H == U and I_TILE < 64 and pair == 2:
+        if U < 128 and fills(H, U) and I_TILE < 64 and pair == 2:
             x_at, x_off = x_at + x_off, 0
         x_real = (nx < B)[None, :] & (k < I)[:, None]
         x_step = x_t.to(gl.int64) * X_UNIT
@@ -260,7 +263,7 @@ def lstm_fwd_registers_kernel(
             r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
             k = gl.arange(0, I_TILE, gl.SliceLayout(0, left))
             at_b = (r // U * H + r % U)[:, None] + gl.zeros_like(k)[None, :]
-            is_b = (r % U < H)[:, None]
+            is_b = ((r % U < H) & given(b_ih))[:, None]
             w_x = gl.load(b_ih + at_b, is_b & (k == I)[None, :], w_x)
             w_x = gl.load(b_hh + at_b, is_b & (k == I + 1)[None, :], w_x)
             k = gl.arange(0, I_TILE, gl.SliceLayout(1, right))
@@ -271,11 +274,10 @@ def lstm_fwd_registers_kernel(
         x_off, x_at, x_step, x_real, x_else = at4, x + corner4, g_step, real4, 0.0
     steps, length, length_x, length4 = T, 0, 0, 0
     if lengths is not None:
-        length = gl.load(lengths + n, n < B, 0)
-        steps = gl.max(length, 0).to(gl.int32)
-        length = length.to(gl.int32)
-        length_x = gl.load(lengths + nx, nx < B, 0).to(gl.int32)
-        length4 = gl.load(lengths + n4, n4 < B, 0).to(gl.int32)
+        length = load_lengths(lengths, n, T, B)
+        steps = gl.max(length, 0)
+        length_x = load_lengths(lengths, nx, T, B)
+        length4 = load_lengths(lengths, n4, T, B)
     last = (steps - 1) * direction
     forth = 1 - 2 * direction
     row, row_1, row_2 = 0, 0, 0

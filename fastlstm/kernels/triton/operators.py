@@ -1,11 +1,12 @@
-"""The operators of the Triton backend: importing this file registers their kernels.
+"""The operators of the Triton backend, where kernels are compiled when they are called.
 
 :mod:`fastlstm.kernels.operators` has their contract.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,7 @@ from .launch import INTERPRETED
 from .rnn_backward import launch_rnn_bwd
 from .rnn_forward import launch_rnn_fwd
 
-__all__ = ["lstm_bwd", "lstm_fwd", "rnn_bwd", "rnn_fwd"]
+__all__ = ["lstm_bwd", "lstm_fwd", "register_kernels", "rnn_bwd", "rnn_fwd"]
 
 _DISPATCH_KEYS = ["CUDA", "CPU"] if INTERPRETED else ["CUDA"]
 
@@ -179,6 +180,33 @@ def _refuse(call: Call) -> None:
         raise ValueError(f"the triton kernels cannot compute this layer: {error}")
 
 
-for _function in (lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd):
-    for _key in _DISPATCH_KEYS:
-        add_kernel(f"fastlstm::{_function.__name__}_triton", _function, _key)
+def register_kernels(ahead: bool) -> None:
+    """Let these functions compute the operators, on the GPU or in the interpreter.
+
+    Args:
+        ahead: whether kernels were compiled ahead, and these compute what those do not.
+    """
+    for function in (lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd):
+        instead = ahead and function in (lstm_fwd, lstm_bwd)
+        ending = "triton_jit" if instead else "triton"
+        for key in _DISPATCH_KEYS:
+            add_kernel(
+                f"fastlstm::{function.__name__}_{ending}",
+                _telling(function) if instead else function,
+                key,
+            )
+
+
+def _telling(function: Callable[..., None]) -> Callable[..., None]:
+    """Tell C++, which calls it, of what it raises: only that it failed gets there by itself."""
+    from .ahead.library import failed
+
+    @wraps(function)
+    def told(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+        except Exception as error:
+            failed(str(error))
+            raise
+
+    return told

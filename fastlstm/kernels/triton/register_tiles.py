@@ -14,6 +14,21 @@ from .gluon import gl, gluon
 from .primitives import tanh_approx
 
 
+@gluon.constexpr_function
+def fills(size, tile):
+    """Return whether a size is known when a kernel is compiled, and is that of the tile.
+
+    Kernels that are compiled ahead (``ahead/``) are told H, I and D at run time.
+    """
+    return isinstance(size, int) and size == tile
+
+
+@gluon.jit
+def given(pointer):
+    """Return whether an argument is there: kernels that are compiled ahead get null for None."""
+    return pointer.to(gl.int64, bitcast=True) != 0
+
+
 @gluon.jit
 def by_gate(stacked, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
     """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
@@ -131,7 +146,7 @@ def weight_tile(
     r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
     k = gl.arange(0, K_TILE, gl.SliceLayout(0, left))
     at = w + (r // U * H + r % U)[:, None] * K + k[None, :]
-    if H == U and K == K_TILE:
+    if fills(H, U) and fills(K, K_TILE):
         tile = gl.load(at)
     else:
         tile = gl.load(at, (r % U < H)[:, None] & (k < K)[None, :], 0)
@@ -145,7 +160,7 @@ def turned(w, H: gl.constexpr, U: gl.constexpr, left: gl.constexpr):
     unit = gl.arange(0, U, gl.SliceLayout(1, tall))
     k = gl.arange(0, U, gl.SliceLayout(0, tall))
     at = w + k[None, :] * H + unit[:, None]
-    if H == U:
+    if fills(H, U):
         tile = gl.load(at)
     else:
         tile = gl.load(at, (unit < H)[:, None] & (k < H)[None, :], 0)
@@ -156,8 +171,16 @@ def turned(w, H: gl.constexpr, U: gl.constexpr, left: gl.constexpr):
 def load_bias(b_ih, b_hh, H: gl.constexpr, U: gl.constexpr, tile: gl.constexpr):
     """Load b_ih + b_hh in float32 as ``[4U]``, the rows of a stacked tile."""
     r = gl.arange(0, 4 * U, gl.SliceLayout(1, tile))
-    bias = gl.load(b_ih + (r // U * H + r % U), r % U < H, 0).to(gl.float32)
-    return bias + gl.load(b_hh + (r // U * H + r % U), r % U < H, 0).to(gl.float32)
+    has = (r % U < H) & given(b_ih)
+    bias = gl.load(b_ih + (r // U * H + r % U), has, 0).to(gl.float32)
+    return bias + gl.load(b_hh + (r // U * H + r % U), has, 0).to(gl.float32)
+
+
+@gluon.jit
+def load_lengths(lengths, n, T, B):
+    """Load the lengths of sequences ``[N]``, int32: T where none are given, 0 past the last."""
+    few = given(lengths)
+    return gl.load(lengths + n, (n < B) & few, gl.where(few, 0, T)).to(gl.int32)
 
 
 @gluon.jit
@@ -184,7 +207,7 @@ def at_step(t, length):
 @gluon.jit
 def flags(reset, s, steps, t, n, length, lengths, B):
     """Load the reset flags ``[N]`` of step t, which is the s-th; 0 where there is no such step."""
-    there = (n < B) & (s < steps) & (t >= 0)
+    there = (n < B) & (s < steps) & (t >= 0) & given(reset)
     if lengths is not None:
         there = there & (t < length)
     return gl.load(reset + t.to(gl.int64) * B + n, there, 0)

@@ -1,0 +1,208 @@
+#include "triton/kernels.h"
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <sstream>
+
+namespace fastlstm::ahead {
+namespace {
+
+constexpr unsigned kLanes = 32;
+constexpr unsigned kStaticShared = 48 << 10;  // that a kernel has without asking
+constexpr i64 kWidestInputs = 64;             // that go through their weights in the loop
+
+int log2(i64 n) {
+  int found = 0;
+  while (n > 1) n >>= 1, ++found;
+  return found;
+}
+
+// As Key.number in fastlstm/kernels/triton/ahead/keys.py.
+i64 number(const Row& row, i64 inputs, RowsKind rows, bool keeps, bool even) {
+  i64 found = 0;
+  const auto add = [&](i64 value, int bits) { found = found << bits | value; };
+  add(row.back, 1);
+  add(row.regime, 3);
+  add(row.kind, 2);
+  add(log2(row.units), 4);
+  add(log2(row.batch), 4);
+  add(log2(inputs ? inputs : 1), 4);
+  add(i64(rows), 2);
+  add(keeps, 1);
+  add(even, 1);
+  return found;
+}
+
+Slot slot_of(const std::string& name, const std::string& kernel) {
+  static const std::unordered_map<std::string, Slot> known = {
+#define FASTLSTM_NAME(name) {#name, k_##name},
+      FASTLSTM_SLOTS(FASTLSTM_NAME)};
+  const auto found = known.find(name);
+  FASTLSTM_CHECK(found != known.end(), "fastlstm: the compiled kernel ", kernel, " takes ", name,
+                 ", which this library does not know");
+  return found->second;
+}
+
+// Modules may be loaded while a graph is captured: what loading allocates is no part of it.
+class Uncaptured {
+ public:
+  explicit Uncaptured(const Driver& driver) : driver_(driver) { driver.capture(&mode_); }
+  ~Uncaptured() { driver_.capture(&mode_); }
+  Uncaptured(const Uncaptured&) = delete;
+
+ private:
+  const Driver& driver_;
+  int mode_ = kRelaxed;
+};
+
+// What is known of a device: set once, and never taken back, since graphs keep functions.
+struct Known {
+  std::atomic<bool> asked{false};
+  std::atomic<const Device*> device{nullptr};  // null: it has no kernels
+
+  void set(const Device* found) {
+    const Device* none = nullptr;
+    if (!device.compare_exchange_strong(none, found)) delete found;
+    asked.store(true, std::memory_order_release);
+  }
+};
+
+constexpr int kMostDevices = 64;
+Known devices[kMostDevices];
+
+Known& known(int index) {
+  FASTLSTM_CHECK(index >= 0 && index < kMostDevices, "fastlstm: there is no GPU ", index);
+  return devices[index];
+}
+
+}  // namespace
+
+void Arguments::set(Slot slot, i64 number, const char* what) {
+  FASTLSTM_CHECK(number >= -(i64(1) << 31) && number < i64(1) << 31, "fastlstm: the triton kernels count ", what,
+                 " in 32 bits, got ", number);
+  value[size_t(slot)] = uint32_t(number);
+}
+
+Device::Device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
+               const std::vector<i64>& plans)
+    : index_(index), images_(std::move(images)) {
+  const Driver& driver = Driver::get();
+  int device;
+  driver.check(driver.device(&device, index), "looking for the GPU", std::to_string(index).c_str());
+  driver.check(driver.attribute(&most_shared_, kSharedOptin, device), "asking for the shared memory of a GPU");
+  driver.check(driver.retain(&context_, device), "taking the context of a GPU");
+  FASTLSTM_CHECK(plans.size() % (sizeof(Row) / sizeof(i64)) == 0, "fastlstm: not the plans of compiled kernels");
+  const Row* first = reinterpret_cast<const Row*>(plans.data());
+  plans_.assign(first, first + plans.size() / (sizeof(Row) / sizeof(i64)));
+  std::istringstream lines(names);
+  std::string line;
+  const i64 *at = kernels.data(), *end = at + kernels.size();
+  while (std::getline(lines, line)) read_kernel(&at, end, line);
+  FASTLSTM_CHECK(at == end && !kernels_.empty(), "fastlstm: not a list of compiled kernels");
+  const InContext current(driver, context_);
+  function(kernels_.front().get());
+}
+
+// numbers: its key, where its image begins, how long that is, bytes of shared memory, warps, sequences. line: its name,
+// that of the function in the image, its arguments.
+void Device::read_kernel(const i64** numbers, const i64* end, const std::string& line) {
+  FASTLSTM_CHECK(end - *numbers >= 6, "fastlstm: not a list of compiled kernels");
+  const i64* n = *numbers;
+  *numbers += 6;
+  std::istringstream words(line);
+  auto kernel = std::make_unique<Kernel>();
+  words >> kernel->name >> kernel->entry;
+  FASTLSTM_CHECK(n[1] >= 0 && n[2] > 0 && n[1] + n[2] <= images_.sizes[0], "fastlstm: the compiled kernel ",
+                 kernel->name, " does not lie in its file");
+  FASTLSTM_CHECK(n[3] >= 0 && n[4] > 0 && n[4] <= 32 && n[5] > 0, "fastlstm: the compiled kernel ", kernel->name,
+                 " cannot have ", n[4], " warps");
+  FASTLSTM_CHECK(n[3] <= most_shared_, "fastlstm: the compiled kernel ", kernel->name, " takes ", n[3],
+                 " bytes of shared memory, and the GPU has ", most_shared_);
+  kernel->image = static_cast<const char*>(images_.data) + n[1];
+  kernel->shared = unsigned(n[3]);
+  kernel->threads = unsigned(n[4]) * kLanes;
+  kernel->batch = n[5];
+  for (std::string word; words >> word;) kernel->slots.push_back(slot_of(word, kernel->name));
+  by_number_[n[0]] = kernel.get();
+  kernels_.push_back(std::move(kernel));
+}
+
+const Row* Device::plan(bool back, Kind kind, i64 I, i64 H) const {
+  for (const Row& row : plans_)
+    if (row.back == i64(back) && row.kind == i64(kind) && H <= row.most_units && I <= row.most_inputs) return &row;
+  return nullptr;
+}
+
+Kernel* Device::find(i64 number) const {
+  const auto found = by_number_.find(number);
+  return found == by_number_.end() ? nullptr : found->second;
+}
+
+Kernel* Device::find(const Wish& wish) const {
+  const Row& row = *wish.row;
+  const bool takes_padded = wish.rows == RowsKind::dense;
+  for (int odd = !wish.even; odd < 2; ++odd)
+    for (int keeps = wish.keeps; keeps < (row.back ? wish.keeps + 1 : 2); ++keeps)
+      for (int other = 0; other <= int(takes_padded); ++other)
+        for (i64 inputs = row.inputs;; inputs *= 2) {
+          const RowsKind rows = other ? RowsKind::padded : wish.rows;
+          if (Kernel* found = find(number(row, inputs, rows, keeps, !odd))) return found;
+          if (inputs == 0 || inputs >= kWidestInputs) break;
+        }
+  return nullptr;
+}
+
+Handle_ Device::function(Kernel* kernel) const {
+  if (Handle_ found = kernel->function.load(std::memory_order_acquire)) return found;
+  const std::lock_guard<std::mutex> lock(loading_);
+  if (Handle_ found = kernel->function.load(std::memory_order_relaxed)) return found;
+  const Driver& driver = Driver::get();
+  const std::string whom = kernel->name + " on GPU " + std::to_string(index_);
+  const Uncaptured uncaptured(driver);
+  Handle_ module, found;
+  driver.check(driver.load(&module, kernel->image), "loading the compiled kernel", whom.c_str());
+  driver.check(driver.function(&found, module, kernel->entry.c_str()), "finding the compiled kernel", whom.c_str());
+  if (kernel->shared > kStaticShared)
+    driver.check(driver.set(found, kMostShared, int(kernel->shared)), "giving shared memory to", whom.c_str());
+  kernel->function.store(found, std::memory_order_release);
+  return found;
+}
+
+void Device::launch(Kernel* kernel, Arguments* arguments, i64 tiles, i64 directions) const {
+  const Driver& driver = Driver::get();
+  const InContext current(driver, context_);
+  FASTLSTM_CHECK(tiles > 0 && tiles < i64(1) << 31, "fastlstm: too many sequences for a launch");
+  LaunchConfig config{};
+  config.grid[0] = unsigned(tiles);
+  config.grid[1] = unsigned(directions);
+  config.grid[2] = config.block[1] = config.block[2] = 1;
+  config.block[0] = kernel->threads;
+  config.shared = kernel->shared;
+  config.stream = current_stream(index_);
+  void* parameters[kSlots + 3];
+  size_t count = 0;
+  for (const Slot slot : kernel->slots) parameters[count++] = &arguments->value[size_t(slot)];
+  for (int more = 0; more < 2; ++more) parameters[count++] = &arguments->value[kNothing];  // no memory of Triton's
+  parameters[count] = nullptr;
+  Handle_ start = function(kernel);
+  if (const Result result = driver.launch(&config, start, parameters, nullptr))
+    driver.check(result, "starting the compiled kernel", (kernel->name + " on GPU " + std::to_string(index_)).c_str());
+}
+
+void add_device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
+                const std::vector<i64>& plans) {
+  Known& device = known(index);
+  device.set(new Device(index, std::move(images), kernels, names, plans));
+}
+
+const Device* device_of(int index) {
+  Known& device = known(index);
+  if (!device.asked.load(std::memory_order_acquire)) {
+    std::array<StableIValue, 1> stack{torch::stable::detail::from(i64(index))};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastlstm::triton_prepare", "", stack.data(), TORCH_ABI_VERSION));
+    if (!device.asked.load(std::memory_order_acquire)) device.set(nullptr);
+  }
+  return device.device.load(std::memory_order_acquire);
+}
+
+}  // namespace fastlstm::ahead

@@ -1,0 +1,100 @@
+// The kernels that Triton compiled when the wheel was built, of each device: which there are, which one a call takes,
+// loading them, starting them. fastlstm/kernels/triton/ahead/ compiles them and reads their manifest.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "bindings/array.h"
+#include "triton/driver.h"
+
+namespace fastlstm::ahead {
+
+// What kernels are told, by the names that their sources give it.
+enum Slot : int {
+#define FASTLSTM_SLOTS(slot)                                                                                          \
+  slot(x) slot(w_ih) slot(w_hh) slot(b_ih) slot(b_hh) slot(w_ih_reverse) slot(w_hh_reverse) slot(b_ih_reverse)        \
+      slot(b_hh_reverse) slot(h0) slot(c0) slot(offsets) slot(lengths) slot(reset) slot(y) slot(h_n) slot(c_n)        \
+          slot(c_all) slot(gates) slot(dy) slot(dc_all) slot(dh_n) slot(dc_n) slot(dgates) slot(dh0) slot(dc0)        \
+              slot(rows) slot(T) slot(B) slot(I) slot(H) slot(D) slot(x_t) slot(x_b) slot(dy_t) slot(dy_b) slot(dc_t) \
+                  slot(dc_b)
+#define FASTLSTM_SLOT(name) k_##name,
+  FASTLSTM_SLOTS(FASTLSTM_SLOT) kNothing,  // of two pointers that Triton adds
+  kSlots
+};
+
+// The values of all slots; those of tensors that are absent are 0.
+struct Arguments {
+  std::array<uint64_t, kSlots> value{};
+
+  void set(Slot slot, const void* pointer) { value[size_t(slot)] = reinterpret_cast<uintptr_t>(pointer); }
+  void set(Slot slot, const Array& t) { set(slot, t ? t.data : nullptr); }
+  // Numbers have 32 bits, those of steps and strides too.
+  void set(Slot slot, i64 number, const char* what);
+};
+
+enum class Kind : int { bf16, f16, tf32 };
+enum class RowsKind : int { dense, padded, packed };
+
+// A line of fastlstm/kernels/triton/ahead/plans.py.
+struct Row {
+  i64 back, kind, most_units, most_inputs, regime, units, batch, inputs, warps;
+};
+
+// What a call wants of a kernel. One that has more will do, except that kept gates differ from those that are not.
+struct Wish {
+  const Row* row;
+  RowsKind rows;
+  bool keeps, even;
+};
+
+struct Kernel {
+  std::string name, entry;
+  const void* image;
+  unsigned threads, shared;
+  i64 batch;
+  std::vector<Slot> slots;
+  std::atomic<Handle_> function{nullptr};
+};
+
+class Device {
+ public:
+  // Throws unless the device runs such kernels, one of which it loads.
+  // `kernels` and `plans`: numbers as fastlstm/kernels/triton/ahead/library.py lists them; `names`: a line for each.
+  Device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
+         const std::vector<i64>& plans);
+
+  // The plan of a pass; null if it is not compiled ahead.
+  const Row* plan(bool back, Kind kind, i64 I, i64 H) const;
+  // The kernel for a call; null if there is none.
+  Kernel* find(const Wish& wish) const;
+  // Starts it on PyTorch's current stream, for tiles of sequences and for directions.
+  void launch(Kernel* kernel, Arguments* arguments, i64 tiles, i64 directions) const;
+
+ private:
+  void read_kernel(const i64** numbers, const i64* end, const std::string& line);
+  Handle_ function(Kernel* kernel) const;
+  Kernel* find(i64 number) const;
+
+  int index_;
+  Handle_ context_ = nullptr;
+  int most_shared_ = 0;
+  Array images_;
+  std::vector<Row> plans_;
+  std::vector<std::unique_ptr<Kernel>> kernels_;
+  std::unordered_map<i64, Kernel*> by_number_;
+  mutable std::mutex loading_;
+};
+
+// The device of that index with its kernels, for which Python is asked when it is first needed; null if it has none.
+const Device* device_of(int index);
+void add_device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
+                const std::vector<i64>& plans);
+
+}  // namespace fastlstm::ahead

@@ -1,0 +1,91 @@
+// A call of an operator: its sizes, its rows, its weights, and what both passes tell their kernels.
+#pragma once
+
+#include <vector>
+
+#include "triton/kernels.h"
+#include "triton/tensors.h"
+
+namespace fastlstm::ahead {
+
+using Handle = AtenTensorHandle;
+using OptionalHandle = std::optional<AtenTensorHandle>;
+using HandleList = std::vector<AtenTensorHandle>;
+
+// What decides which kernel computes a layer; read before the operator takes its arguments over.
+struct Question {
+  Kind kind;
+  i64 I, H;
+  const Device* device;
+  const Row* row;  // null: the layer is not compiled ahead
+
+  // more: whether the cell has more than the plain one.
+  Question(Handle x, const HandleList& weights, i64 directions, bool back, bool more);
+};
+
+// Leaves calls to the other operators, as long as somebody wants plans of his own.
+void pause(bool paused);
+
+// The rows of a batch; as fastlstm/kernels/rows.py.
+struct Rows {
+  i64 T = 0, B = 0, count = 0;
+  std::vector<i64> sizes, starts;  // of packed rows: the sequences of each step, the first row of each step
+  Array both;                      // int64 [T + B], of packed rows: offsets and lengths
+  Array lengths;                   // int64 [B]
+  Array reset;                     // bool [T, B]
+
+  Rows(const Array& x, const Array& batch_sizes, Array lengths, Array reset, const Place& place);
+  bool packed() const { return !sizes.empty(); }
+  bool padded() const { return lengths && !packed(); }
+  RowsKind kind(bool more) const {
+    if (packed()) return RowsKind::packed;
+    return lengths || reset || more ? RowsKind::padded : RowsKind::dense;
+  }
+  // h before each row in a direction, [rows, H], from y [rows, H] and the start [B, H], which may be absent.
+  Array states_before(const Array& y, const Array& start, i64 direction, const Place& place) const;
+
+ private:
+  void read_packed(const Array& batch_sizes, const Place& place);
+};
+
+// The weights of a direction, contiguous. Those of biases are absent where there are none.
+struct Weights {
+  Array w_ih, w_hh, b_ih, b_hh;
+
+  static std::vector<Weights> split(const HandleList& handles, i64 directions, const Place& place);
+  // Those of the same shapes that lie one after the other in a tensor.
+  static std::vector<Weights> of_copies(const Array& copies, const std::vector<Weights>& like);
+};
+
+// Rows [4H, n] of gates by unit: [4H, n] with the four gates of a unit together, a copy.
+Array by_unit(const Array& w, const Place& place);
+// The same numbers [4H] or [4H, n] by gate again, written to `to`.
+void copy_by_gate(const Array& to, const Array& by_unit);
+// Writes the slots that both passes have.
+void set_rows(Arguments* a, const Rows& rows, i64 H, i64 D);
+void set_weights(Arguments* a, const std::vector<Weights>& weights, bool inputs);
+void set_biases(Arguments* a, const std::vector<Weights>& weights);
+// {step, sequence}: elements from one to the next; of packed rows both from a row to the next.
+void set_strides(Arguments* a, Slot step, Slot sequence, const Array& t);
+// Whether tensors lie as kernels for even sizes read them.
+bool even_weights(const std::vector<Weights>& weights, i64 H);
+bool even_input(const Array& x);
+
+// Bytes to which tensors of gates, and of weights for even sizes, are aligned.
+constexpr uintptr_t kAligned = 16;
+// Throws unless a tensor, if it is there, is contiguous, of that type and so many numbers: a kernel reads what it is
+// told to.
+void check(const Array& t, const char* name, int32_t dtype, i64 count, uintptr_t alignment = 1);
+// The same of a gradient [T, B, width] or [N, width], of any strides before the last dimension.
+void check_strided(const Array& t, int32_t dtype, i64 width);
+
+// Has another operator compute the call, with the arguments of this one.
+void call_instead(const char* name, StableIValue* stack);
+
+template <class... A>
+void instead(const char* name, const A&... arguments) {
+  std::array<StableIValue, sizeof...(A)> stack{torch::stable::detail::from(arguments)...};
+  call_instead(name, stack.data());
+}
+
+}  // namespace fastlstm::ahead

@@ -1,0 +1,27 @@
+// The operators of Triton's kernels, as fastlstm/kernels/operators.py defines them.
+#pragma once
+
+#include <string>
+
+#include "triton/layer.h"
+
+namespace fastlstm::ahead {
+
+// forward.cpp
+void lstm_fwd_triton(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0, OptionalHandle c0,
+                     OptionalHandle batch_sizes, OptionalHandle lengths, OptionalHandle reset, Handle y, Handle h_n,
+                     Handle c_n, OptionalHandle c_all, OptionalHandle gates, OptionalHandle cache, bool peephole,
+                     bool layer_norm, OptionalHandle h_mask, double zoneout_c, double zoneout_h, OptionalHandle seed);
+
+// backward.cpp
+void lstm_bwd_triton(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0, OptionalHandle c0,
+                     OptionalHandle batch_sizes, OptionalHandle lengths, OptionalHandle reset, Handle y, Handle c_all,
+                     OptionalHandle gates, OptionalHandle dy, OptionalHandle dh_n, OptionalHandle dc_n,
+                     OptionalHandle dc_all, OptionalHandle dx, OptionalHandle dh0, OptionalHandle dc0,
+                     const HandleList& dweights, OptionalHandle cache, bool peephole, bool layer_norm,
+                     OptionalHandle h_mask, double zoneout_c, double zoneout_h, OptionalHandle seed);
+
+// layer.cpp: what an operator in Python says of the error that it is about to raise.
+void triton_failed(std::string why);
+
+}  // namespace fastlstm::ahead

@@ -1,0 +1,50 @@
+// Gives the operators to torch, on LibTorch's stable ABI. fastlstm/kernels/triton/ahead/library.py has their schemas.
+#include "out_of_memory.h"
+#include "triton/operators.h"
+
+namespace fastlstm::ahead {
+namespace {
+
+// Compute capability * 10, and multiprocessors.
+std::vector<i64> triton_gpu(i64 index) {
+  const Driver& driver = Driver::get();
+  int device, major, minor, processors;
+  driver.check(driver.device(&device, int(index)), "looking for the GPU", std::to_string(index).c_str());
+  driver.check(driver.attribute(&major, kMajor, device), "asking a GPU for its kind");
+  driver.check(driver.attribute(&minor, kMinor, device), "asking a GPU for its kind");
+  driver.check(driver.attribute(&processors, kProcessors, device), "asking a GPU for its size");
+  return {10 * major + minor, processors};
+}
+
+void triton_add(i64 index, Handle images, const std::vector<i64>& kernels, const std::string& names,
+                const std::vector<i64>& plans) {
+  add_device(int(index), Array(images), kernels, names, plans);
+}
+
+std::vector<i64> triton_plan(i64 index, bool back, i64 kind, i64 I, i64 H) {
+  const Device* device = device_of(int(index));
+  const Row* row = device ? device->plan(back, Kind(kind), I, H) : nullptr;
+  const i64* first = reinterpret_cast<const i64*>(row);
+  return row ? std::vector<i64>(first, first + sizeof(Row) / sizeof(i64)) : std::vector<i64>();
+}
+
+}  // namespace
+
+#ifdef FASTLSTM_STUB  // of tests, which have a stand-in for the driver
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
+#endif
+  m.impl("lstm_fwd_triton", TORCH_BOX(&Guarded<&lstm_fwd_triton>::call));
+  m.impl("lstm_bwd_triton", TORCH_BOX(&Guarded<&lstm_bwd_triton>::call));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {
+  m.impl("triton_gpu", TORCH_BOX(&triton_gpu));
+  m.impl("triton_add", TORCH_BOX(&triton_add));
+  m.impl("triton_plan", TORCH_BOX(&triton_plan));
+  m.impl("triton_pause", TORCH_BOX(&pause));
+  m.impl("triton_failed", TORCH_BOX(&triton_failed));
+}
+
+}  // namespace fastlstm::ahead

@@ -1,0 +1,129 @@
+"""Compiling one kernel ahead of time; a GPU need not be there. Needs Triton."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fastlstm.kernels.triton.gluon import PROBLEM, source_of
+
+from .keys import Key
+
+__all__ = ["Image", "compiled", "interface", "problem"]
+
+_KERNELS = {
+    (False, "registers"): ("forward_registers", "lstm_fwd_registers_kernel"),
+    (True, "registers"): ("backward_registers", "lstm_bwd_registers_kernel"),
+}
+_POINTERS = {"bf16": "*bf16", "f16": "*fp16", "tf32": "*fp32"}
+_FLOAT32 = ("c_all",)
+_INTEGERS = {"offsets": "*i64", "lengths": "*i64", "reset": "*u8"}
+_AT_RUN_TIME = ("rows", "T", "B", "I", "H", "D", "x_t", "x_b", "dy_t", "dy_b", "dc_t", "dc_b")
+# Arguments that a kind of rows does not have.
+_ABSENT = {
+    "dense": ("offsets", "lengths", "reset", "dc_all"),
+    "padded": ("offsets",),
+    "packed": ("reset",),
+}
+# What arguments divide by: always, as they are tensors of our own; and where a key is even.
+_ALIGNED = {"gates": 16, "dgates": 16}
+_EVEN = {"w_ih": 16, "w_hh": 16, "w_ih_reverse": 16, "w_hh_reverse": 16}
+_EVEN |= {"H": 8, "I": 2, "x_t": 2, "x_b": 2}
+
+
+class Image(NamedTuple):
+    """A kernel for a GPU."""
+
+    entry: str  # the name of the function in it
+    arguments: list[tuple[str, int]]  # name and bytes of what it takes, in order
+    shared: int  # bytes of shared memory of a block
+    cubin: bytes
+    ptx: bytes
+
+
+def problem() -> str | None:
+    """Say why kernels cannot be compiled here; None if they can."""
+    return PROBLEM
+
+
+def compiled(key: Key, arch: int) -> Image:
+    """Compile a kernel for GPUs of that compute capability.
+
+    The same sources, Triton and key give the same bytes: no line of a file goes into them.
+    """
+    kernel = _kernel(key)
+    signature, constants, attributes = _described(kernel, key)
+    source = source_of(kernel)(kernel, signature, constants, attributes)
+    options = {"num_warps": key.warps, "num_stages": 1, "enable_fp_fusion": True}
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        found = triton.compile(source, GPUTarget("cuda", arch, 32), options)
+    shared, cubin, ptx = found.metadata.shared, found.asm["cubin"], found.asm["ptx"].encode()
+    return Image(*interface(key), shared, cubin, ptx)
+
+
+def interface(key: Key) -> tuple[str, list[tuple[str, int]]]:
+    """Return the name of a kernel's function and its arguments; compiles nothing."""
+    kernel = _kernel(key)
+    signature, _, _ = _described(kernel, key)
+    sizes = {name: 8 if kind.startswith("*") else 4 for name, kind in signature.items()}
+    given = [(name, sizes[name]) for name, kind in signature.items() if kind != "constexpr"]
+    return kernel.__name__, given
+
+
+@cache
+def _kernel(key: Key) -> Any:
+    module, name = _KERNELS[key.back, key.regime]
+    return getattr(import_module(f"fastlstm.kernels.triton.{module}"), name)
+
+
+def _described(kernel: Any, key: Key) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Return Triton's signature, constants and attributes of the arguments."""
+    signature, constants, attributes = {}, {}, {}
+    known = _constants(key)
+    aligned = _ALIGNED | (_EVEN if key.even else {})
+    if not key.inputs:
+        aligned["x"] = 16
+    elif key.even:
+        aligned["x"] = 4
+    for number, name in enumerate(kernel.arg_names):
+        if name in known:
+            signature[name], constants[(number,)] = "constexpr", known[name]
+            continue
+        signature[name] = _type(name, key)
+        if name in aligned:
+            attributes[(number,)] = [["tt.divisibility", aligned[name]]]
+    return signature, constants, attributes
+
+
+def _constants(key: Key) -> dict[str, Any]:
+    """Return the arguments that are known when a kernel is compiled."""
+    found: dict[str, Any] = dict.fromkeys(_ABSENT[key.rows])
+    found |= {"U": key.units, "N": key.batch, "FAST": key.kind == "bf16"}
+    if key.back:
+        found |= {"KEPT": key.keeps, "DY_UNIT": 1}
+        if key.keeps:
+            found |= dict.fromkeys(("b_ih", "b_hh", "b_ih_reverse", "b_hh_reverse"))
+        return found
+    # Biases as weights of two inputs more need room in the tile, and I is not known.
+    found |= {"I_TILE": key.inputs or 16, "FUSED": key.inputs > 0, "ONES": False, "X_UNIT": 1}
+    if not key.inputs:
+        found |= dict.fromkeys(("w_ih", "w_ih_reverse"))
+    if not key.keeps:
+        found |= dict.fromkeys(("c_all", "gates"))
+    return found
+
+
+def _type(name: str, key: Key) -> str:
+    """Return Triton's name for the type of an argument."""
+    if name in _AT_RUN_TIME:
+        return "i32"
+    products = not key.back and not key.inputs and name == "x"
+    before = key.back and not key.keeps and name == "gates"
+    if products or before or name in _FLOAT32:
+        return "*fp32"
+    return _INTEGERS.get(name) or _POINTERS[key.kind]

@@ -1,0 +1,89 @@
+"""Which kernels are compiled ahead, and what tells one from another.
+
+What shapes the code is compiled in: tiles, the kind of number, what a call has. T, B, I, H,
+strides, directions and absent tensors, which are null, come at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import log2
+from typing import NamedTuple
+
+from .plans import ANY, KINDS, REGIMES, Row
+
+__all__ = ["ROWS", "Key", "keys"]
+
+ROWS = ("dense", "padded", "packed")
+
+
+class Key(NamedTuple):
+    """What a kernel is compiled for."""
+
+    back: bool
+    regime: str
+    kind: str
+    units: int
+    batch: int
+    inputs: int  # the tile of I; 0 where products are made before
+    warps: int
+    rows: str  # "dense"; "padded", with lengths, resets and gradients of c; "packed"
+    keeps: bool  # forward: whether c and gates are written; backward: whether gates were kept
+    even: bool  # whether H divides by 8 and I by 2, and tensors are aligned
+
+    @property
+    def name(self) -> str:
+        """A name for people and messages."""
+        tile = f"u{self.units}n{self.batch}" + f"i{self.inputs}" * (self.inputs > 0)
+        flags = "-keeps" * self.keeps + "-even" * self.even
+        direction = "bwd" if self.back else "fwd"
+        return f"lstm_{direction}_{self.regime}-{self.kind}-{tile}-{self.rows}{flags}"
+
+    @property
+    def number(self) -> int:
+        """The same as one number, as csrc/triton/table.h makes it."""
+        found = 0
+        for value, bits in (
+            (int(self.back), 1),
+            (REGIMES.index(self.regime), 3),
+            (KINDS.index(self.kind), 2),
+            (int(log2(self.units)), 4),
+            (int(log2(self.batch)), 4),
+            (int(log2(self.inputs or 1)), 4),
+            (ROWS.index(self.rows), 2),
+            (int(self.keeps), 1),
+            (int(self.even), 1),
+        ):
+            found = found << bits | value
+        return found
+
+
+def keys(rows: list[Row]) -> list[Key]:
+    """Return the kernels that plans with these rows may start.
+
+    Whatever has no kernel of its own takes one that can do more: a call of dense rows one that
+    also reads lengths, of even sizes one for all sizes, of few inputs one for many. So only calls
+    as they mostly are have the one that is best for them.
+    """
+    return list(dict.fromkeys(key for row in rows for key in _keys(row, rows)))
+
+
+def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
+    back, regime, kind = bool(row.back), REGIMES[row.regime], KINDS[row.kind]
+    key = Key(back, regime, kind, row.units, row.batch, row.inputs, row.warps, "", True, False)
+    forms = [("dense", True), ("padded", True), ("packed", True)]
+    if not back:
+        forms.insert(0, ("dense", False))
+    yield from (key._replace(rows=form, keeps=keeps, even=True) for form, keeps in forms)
+    if row.inputs and row.inputs < _widest(row, rows):
+        return
+    for form in ("padded", "packed"):
+        yield key._replace(rows=form)
+        if back:
+            yield key._replace(rows=form, keeps=False)
+
+
+def _widest(row: Row, rows: list[Row]) -> int:
+    """Return the widest tile of inputs among plans that are otherwise like this one."""
+    alike = (each for each in rows if each[:3] == row[:3] and each.most_inputs < ANY)
+    return max(each.inputs for each in alike)

@@ -1,0 +1,114 @@
+"""The library that starts compiled kernels, and what it asks of Python: which kernels a GPU gets.
+
+``csrc/triton/`` is the other side. Needs no Triton.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+
+from fastlstm import extension
+from fastlstm.kernels.operators import add_kernel, define_operator
+from fastlstm.kernels.triton.config import Device, watchers
+
+from .manifest import FOLDER, Manifest, ManifestError
+
+__all__ = ["GPU_PROBLEMS", "ManifestError", "failed", "gpu", "load", "plan", "problem_of"]
+
+_COMPOSITE = "CompositeExplicitAutograd"
+_gpu = define_operator("triton_gpu", "(int device) -> int[]")
+_add = define_operator(
+    "triton_add", "(int device, Tensor images, int[] kernels, str names, int[] plans) -> ()"
+)
+_plan = define_operator("triton_plan", "(int device, bool back, int kind, int I, int H) -> int[]")
+failed = define_operator("triton_failed", "(str why) -> ()")
+_pause = define_operator("triton_pause", "(bool paused) -> ()")
+_prepare = define_operator("triton_prepare", "(int device) -> str")
+_tf32 = define_operator("triton_tf32", "() -> bool")
+
+_manifest: Manifest | None = None
+GPU_PROBLEMS: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
+
+
+def load() -> Manifest:
+    """Load the library and read which kernels there are.
+
+    Raises:
+        ManifestError: there are none that can be used.
+    """
+    global _manifest
+    if _manifest is None:
+        found = Manifest.read(FOLDER)
+        missing = extension.triton_error()
+        if missing is not None:
+            raise ManifestError(missing)
+        _manifest = found
+        watchers.append(_pause)
+    return _manifest
+
+
+def problem_of(device: int) -> str | None:
+    """Say why a GPU does not run the compiled kernels; None if it does, which this tries."""
+    if device not in GPU_PROBLEMS:
+        GPU_PROBLEMS[device] = _find_problem(device)
+    return GPU_PROBLEMS[device] or None
+
+
+def plan(device: int, back: bool, kind: int, I: int, H: int) -> list[int]:
+    """Return the row of :mod:`.plans` by which a layer is computed; empty if there is none."""
+    found: list[int] = _plan(device, back, kind, I, H)
+    return found
+
+
+def gpu(device: int) -> Device:
+    """Return what a plan needs to know of a GPU."""
+    return Device(*_gpu(device))
+
+
+def _find_problem(device: int) -> str:
+    try:
+        _give_kernels(load(), device)
+    except (ManifestError, RuntimeError) as error:
+        return str(error).removeprefix("fastlstm: ")
+    return ""
+
+
+def _give_kernels(manifest: Manifest, device: int) -> None:
+    """Hand the library the kernels that a GPU runs; it tries one.
+
+    Raises:
+        ManifestError: there are none for it.
+        RuntimeError: the library or the driver refuses.
+    """
+    arch = gpu(device).arch
+    name = manifest.file_for(arch)
+    if name is None:
+        raise ManifestError(
+            f"the kernels were compiled for {manifest.archs()}, and GPU {device} is sm_{arch}"
+        )
+    about = manifest.files[name]
+    numbers, names = [], []
+    for kernel, (begin, count, shared) in zip(manifest.kernels, about["places"], strict=True):
+        numbers += [kernel["key"], begin, count, shared, kernel["warps"], kernel["batch"]]
+        arguments = (argument for argument, _ in kernel["arguments"])
+        names.append(" ".join((kernel["name"], kernel["entry"], *arguments)))
+    plans = list(chain.from_iterable(manifest.plans[about["arch"]]))
+    _add(device, manifest.content(name), numbers, "\n".join(names), plans)
+
+
+def _said_of(device: int) -> str:
+    """What C++ asks when it meets a GPU for the first time: why it has no kernels, or ""."""
+    return problem_of(device) or ""
+
+
+def _multiplies_in_tf32() -> bool:
+    """What C++ asks of a call in float32."""
+    rnn: Any = torch.backends.cudnn.rnn
+    return bool(rnn.fp32_precision == "tf32")
+
+
+add_kernel(_prepare.name(), _said_of, _COMPOSITE)
+add_kernel(_tf32.name(), _multiplies_in_tf32, _COMPOSITE)

@@ -1,0 +1,71 @@
+"""The plans of a GPU as a table, which C++ looks up: what ``config`` answers, asked beforehand.
+
+A plan depends on H and I by the tiles that hold them, and on the batch by whether all programs of
+a launch are on the GPU together. So each answer is a row with the conditions under which it is
+given, and the first row whose conditions hold is the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from fastlstm.kernels.triton.config import backward_plan, forward_plan
+from fastlstm.kernels.triton.plan import Device, Plan, Problem, padded
+from fastlstm.spec import LayerSpec
+
+__all__ = ["ANY", "KINDS", "REGIMES", "Row", "element_and_precision", "table"]
+
+ANY = 2**31 - 1
+KINDS = ("bf16", "f16", "tf32")  # of numbers: how they are stored and multiplied
+REGIMES = ("registers",)  # that are compiled ahead
+_UNITS = (16, 32, 64, 128)
+_INPUTS = (16, 32, 64)
+_PROCESSORS = 1 << 20  # of a GPU on which everything has room
+
+
+class Row(NamedTuple):
+    """A plan, and the calls that it is for. All fields are numbers, as C++ takes them."""
+
+    back: int  # of the backward pass
+    kind: int  # of KINDS
+    most_units: int  # H of the layer
+    most_inputs: int  # I
+    regime: int  # of REGIMES
+    units: int
+    batch: int
+    inputs: int  # the tile of I, if x goes through w_ih in the loop, else 0
+    warps: int
+
+
+def element_and_precision(kind: str) -> tuple[int, str]:
+    """Return the bytes of a number of that kind, and how float32 is multiplied."""
+    return (4 if kind == "tf32" else 2), "tf32"
+
+
+def table(arch: int) -> list[Row]:
+    """Return the rows of a GPU of that compute capability; the first that holds is the plan."""
+    return list(dict.fromkeys(_rows(Device(arch, _PROCESSORS))))
+
+
+def _rows(device: Device) -> Iterator[Row]:
+    for back in (False, True):
+        for number, kind in enumerate(KINDS):
+            for units in _UNITS:
+                for inputs in (*_INPUTS, ANY):
+                    plan = _plan(back, kind, units, inputs, device)
+                    if plan.regime in REGIMES:
+                        yield _row(back, number, inputs, plan)
+
+
+def _plan(back: bool, kind: str, units: int, inputs: int, device: Device) -> Plan:
+    spec = LayerSpec("LSTM", inputs, units)
+    problem = Problem(spec, 1, *element_and_precision(kind))
+    return (backward_plan if back else forward_plan)(problem, device)
+
+
+def _row(back: bool, kind: int, inputs: int, plan: Plan) -> Row:
+    most = inputs if plan.fused else ANY
+    tile: Any = padded(inputs) if plan.fused else 0
+    regime = REGIMES.index(plan.regime)
+    return Row(int(back), kind, plan.units, most, regime, plan.units, plan.batch, tile, plan.warps)

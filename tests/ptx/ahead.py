@@ -1,0 +1,191 @@
+"""Kernels that were compiled ahead, on CPU tensors: the production path from Python to a launch.
+
+The operators in C++ (csrc/triton) choose a kernel and start it on a stand-in for NVIDIA's driver
+(tests/libcuda_stub.cpp), which refuses what a driver refuses and hands the launch over: the PTX of
+the kernel is executed here. The folder of kernels has all of them, each as a line of text that
+says which it is; it is compiled when it is started. For a process in which Triton does not
+interpret.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fastlstm
+from fastlstm import extension
+from fastlstm.kernels import triton as backend
+from fastlstm.kernels.triton.ahead import manifest
+from fastlstm.kernels.triton.ahead.build import write
+from fastlstm.kernels.triton.ahead.compiling import Image, compiled, interface
+from fastlstm.kernels.triton.ahead.keys import Key, keys
+from fastlstm.kernels.triton.ahead.plans import table
+
+from .backend import Log
+from .execute import execute
+from .faults import Fault
+from .parse import parse
+from .translate import Kernel
+
+_RUNNER = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)
+)
+_OF_TRITON = 2  # pointers that it adds to the arguments of a kernel
+_usable_size = ctypes.CDLL(None).malloc_usable_size
+_usable_size.argtypes, _usable_size.restype = [ctypes.c_void_p], ctypes.c_size_t
+
+
+def folder_of_names(folder: Path, arch: int) -> None:
+    """Write all kernels, each as text that names it."""
+    wanted = keys(table(arch))
+    images = {}
+    for key in wanted:
+        entry, arguments = interface(key)
+        text = f"//{key.name}\n.target sm_{arch} {entry}"
+        images[key, arch] = Image(entry, arguments, 0, b"", text.encode())
+    write(folder, (), (arch,), wanted, images)
+
+
+@contextmanager
+def executed(
+    library: Path, folder: Path, arch: int, edit: Callable[[str], str] = str
+) -> Iterator[Log]:
+    """Compute every call in this block by what was compiled ahead for a GPU of that architecture.
+
+    Once in a process, since a GPU stays what it is.
+
+    Args:
+        library: csrc/triton on the stand-in for the driver (tests/ahead_host.py).
+        folder: for the kernels.
+        arch: 80 or 90.
+        edit: may change the PTX of a kernel, to see that what is broken shows.
+    """
+    stub = ctypes.CDLL(str(library.parent / "libcuda_stub.so"))
+    stub.stub_gpu(arch, 227 << 10, 12080)
+    if not (folder / manifest.NAME).exists():
+        folder_of_names(folder, arch)
+    launches = _Launches(arch, edit)
+    with ExitStack() as stack:
+        change = lambda *where: stack.enter_context(mock.patch.object(*where))  # noqa: E731
+        change(extension, "triton_error", loaded(library))
+        change(torch.cuda, "is_available", lambda: True)
+        change(backend, "_input_obstacle", lambda x: None)
+        from fastlstm.kernels.triton.ahead import library as ahead
+
+        change(ahead, "FOLDER", folder)
+        for name in ("lstm_fwd", "lstm_bwd"):
+            wrapped = launches.watched(getattr(backend.TRITON, name))
+            change(backend.TRITON, name, wrapped)
+        stack.enter_context(mock.patch.dict(os.environ, FASTLSTM_TRITON="ahead"))
+        callback = _RUNNER(launches.run)
+        stub.stub_runner(callback)
+        stack.callback(stub.stub_runner, None)
+        stack.enter_context(fastlstm.backend("triton"))
+        yield launches.log
+
+
+def loaded(library: Path) -> Callable[[], None]:
+    """Load the library; return what the extension then says of it."""
+    torch.ops.load_library(library)
+    return lambda: None
+
+
+class _Launches:
+    """Executes what operators launch."""
+
+    def __init__(self, arch: int, edit: Callable[[str], str]) -> None:
+        self.log = Log()
+        self._arch, self._edit = arch, edit
+        self._keys = {key.name: key for key in keys(table(arch))}
+        self._tensors: list[Tensor] = []
+        self._error: BaseException | None = None
+
+    def watched(self, operator: Callable[..., None]) -> Callable[..., None]:
+        """An operator whose tensors its kernel may touch; raises the kernel's faults."""
+
+        def call(*arguments: Any, **options: Any) -> None:
+            self._tensors = list(_tensors(arguments))
+            operator(*arguments, **options)
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+
+        return call
+
+    def run(self, image: int, name: bytes, line: bytes, arguments: Any) -> None:
+        """Execute a launch. A callback of C cannot raise."""
+        try:
+            self._run(ctypes.string_at(image).decode(), name.decode(), json.loads(line), arguments)
+        except BaseException as error:
+            self._error = error
+
+    def _run(self, image: str, name: str, launch: dict[str, int], arguments: Any) -> None:
+        key = self._keys[image[2 : image.index("\n")]]
+        ptx, shared = _compiled(key, self._arch)
+        kernel = _translated(self._edit(ptx), name)
+        sizes = [parameter.size for parameter in kernel.source.parameters]
+        given = list(_until_null(arguments))
+        if len(given) != len(sizes):
+            raise Fault(f"{key.name} takes {len(sizes)} arguments, and was given {len(given)}")
+        if launch["threads"] != kernel.source.threads:
+            raise Fault(f"{key.name} has {kernel.source.threads} threads, not {launch['threads']}")
+        values = [
+            int.from_bytes(ctypes.string_at(at, size), "little")
+            for at, size in zip(given, sizes, strict=True)
+        ]
+        pointers = [value for value, size in zip(values, sizes, strict=True) if size == 8]
+        grid = launch["x"], launch["y"], launch["z"]
+        found = execute(kernel, grid, values, self._reachable(pointers), shared)
+        self.log.kernels.add(key.name)
+        self.log.races |= {(key.name, *race) for race in found}
+
+    def _reachable(self, pointers: list[int]) -> list[Tensor]:
+        """The operator's tensors, and those that C++ made: of these the memory is known."""
+        found = list(self._tensors)
+        ranges = [(s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in found)]
+        for pointer in filter(None, pointers):
+            if any(begin <= pointer < begin + size for begin, size in ranges):
+                continue
+            size = _usable_size(pointer)
+            memory = (ctypes.c_uint8 * size).from_address(pointer)
+            found.append(torch.frombuffer(memory, dtype=torch.uint8))
+            ranges.append((pointer, size))
+        return found
+
+
+@cache
+def _compiled(key: Key, arch: int) -> tuple[str, int]:
+    found = compiled(key, arch)
+    described = [size for _, size in found.arguments] + [8] * _OF_TRITON
+    taken = [each.size for each in parse(found.ptx.decode(), found.entry).parameters]
+    if taken != described:
+        raise Fault(f"{key.name}: the manifest says {described}, the kernel takes {taken}")
+    return found.ptx.decode(), found.shared
+
+
+_translated = cache(Kernel)
+
+
+def _until_null(arguments: Any) -> Iterator[int]:
+    number = 0
+    while arguments[number]:
+        yield arguments[number]
+        number += 1
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(argument)

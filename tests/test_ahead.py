@@ -1,0 +1,178 @@
+"""Kernels compiled ahead: which there are, their manifest, and what is said of one that is bad.
+
+tests/test_executed_ahead.py executes them.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")  # compiles them
+
+import fastlstm
+from fastlstm.kernels.triton import config
+from fastlstm.kernels.triton.ahead.build import write
+from fastlstm.kernels.triton.ahead.compiling import Image
+from fastlstm.kernels.triton.ahead.keys import Key, keys
+from fastlstm.kernels.triton.ahead.manifest import ARCHS, NAME, Manifest, ManifestError
+from fastlstm.kernels.triton.ahead.plans import KINDS, REGIMES, Row, element_and_precision, table
+from fastlstm.spec import LayerSpec
+
+ARGUMENTS = [("x", 8), ("T", 4)]
+
+
+def first(rows: list[Row], back: bool, kind: str, I: int, H: int) -> Row | None:
+    """What C++ finds."""
+    for row in rows:
+        fits = row.most_units >= H and row.most_inputs >= I
+        if fits and row.back == back and KINDS[row.kind] == kind:
+            return row
+    return None
+
+
+@pytest.mark.parametrize("arch", [*ARCHS, 86, 89])
+def test_table_says_what_config_says(arch: int) -> None:
+    rows, chance = table(arch), random.Random(0)
+    for _ in range(2000):
+        kind, back = chance.choice(KINDS), chance.random() < 0.5
+        I, H, B = chance.randint(1, 200), chance.randint(1, 300), chance.choice((1, 7, 64, 5000))
+        spec = LayerSpec("LSTM", I, H, directions=chance.choice((1, 2)))
+        problem = config.Problem(spec, B, *element_and_precision(kind), chance.random() < 0.5)
+        plan = (config.backward_plan if back else config.forward_plan)(
+            problem, config.Device(arch, 100)
+        )
+        row = first(rows, back, kind, I, H)
+        if row is None:
+            assert plan.regime not in REGIMES
+            continue
+        assert (REGIMES[row.regime], row.units, row.batch, row.warps) == (
+            plan.regime,
+            plan.units,
+            plan.batch,
+            plan.warps,
+        )
+        assert row.inputs == (config.padded(I) if plan.fused else 0)
+
+
+def test_every_kernel_has_a_number_and_a_name() -> None:
+    found = keys(table(90))
+    assert len({key.number for key in found}) == len({key.name for key in found}) == len(found)
+    assert all(key.number < 2**31 for key in found)
+
+
+def folder_of(folder: Path, wanted: list[Key]) -> Path:
+    """Kernels that are nothing but text."""
+    images = {
+        (key, arch): Image("entry", ARGUMENTS, 1024, f"{key} {arch}".encode(), b"// PTX")
+        for key in wanted
+        for arch in ARCHS
+    }
+    write(folder, ARCHS, ARCHS[:1], wanted, images)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folder_of(tmp_path / "kernels", keys(table(90))[:3])
+
+
+def test_manifest_is_read_again(folder: Path) -> None:
+    found = Manifest.read(folder)
+    assert [kernel["arguments"] for kernel in found.kernels] == [list(map(list, ARGUMENTS))] * 3
+    assert found.damaged() is None
+    wanted = keys(table(90))[:3]
+    for name, about in found.files.items():
+        content = bytes(found.content(name).numpy())
+        for key, (begin, count, shared) in zip(wanted, about["places"], strict=True):
+            text = f"{key} {about['arch']}".encode() if name.endswith(".cubin") else b"// PTX\0"
+            assert content[begin : begin + count] == text
+            assert shared == 1024
+            assert begin % 16 == 0
+    again = folder_of(folder.parent / "again", wanted)
+    assert all((again / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "file"),
+    [
+        (75, None),
+        (80, "sm_80.cubin"),
+        (86, "sm_80.cubin"),
+        (89, "sm_80.cubin"),
+        (90, "sm_90.cubin"),
+        (100, "sm_100.cubin"),
+        (103, "compute_80.ptx.xz"),
+        (120, "compute_80.ptx.xz"),
+    ],
+)
+def test_kernels_of_a_gpu(folder: Path, gpu: int, file: str | None) -> None:
+    assert Manifest.read(folder).file_for(gpu) == file
+
+
+def edited(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """A change of what the manifest says."""
+
+    def edit(folder: Path) -> None:
+        found = json.loads((folder / NAME).read_text())
+        change(found)
+        (folder / NAME).write_text(json.dumps(found))
+
+    return edit
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda f: (f / NAME).unlink(), "not compiled when fastlstm was built"),
+    "truncated": (lambda f: (f / NAME).write_text((f / NAME).read_text()[:99]), "damaged"),
+    "not a manifest": (lambda f: (f / NAME).write_text("[1, 2]"), "not a list of kernels"),
+    "newer": (edited(lambda m: m.update(format=2)), "not a list of kernels"),
+    "foreign": (edited(lambda m: m.update(sources="0")), "another version of fastlstm"),
+    "no plans": (edited(lambda m: m.pop("plans")), "has no plans"),
+    "no arguments": (edited(lambda m: m["kernels"][1].pop("arguments")), "kernel 1 .* arguments"),
+    "text": (edited(lambda m: m["kernels"][2].update(warps="4")), "kernel 2 .* no int"),
+    "few places": (
+        edited(lambda m: m["files"]["sm_80.cubin"]["places"].pop()),
+        "sm_80.cubin does not have 3 kernels",
+    ),
+    "short file": (lambda f: (f / "sm_90.cubin").write_bytes(b"1"), "has 1 bytes instead of"),
+    "no file": (lambda f: (f / "sm_90.cubin").unlink(), "has 0 bytes instead of"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), BAD.values(), ids=BAD)
+def test_bad_manifest_is_refused(folder: Path, spoil: Callable[[Path], Any], said: str) -> None:
+    spoil(folder)
+    with pytest.raises(ManifestError, match=said):
+        Manifest.read(folder)
+
+
+def test_other_bytes_of_the_same_length_are_found(folder: Path) -> None:
+    file = folder / "sm_90.cubin"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert "sm_90.cubin" in str(Manifest.read(folder).damaged())
+
+
+def test_damaged_ptx_is_refused(folder: Path) -> None:
+    file = folder / "compute_80.ptx.xz"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ManifestError, match="damaged"):
+        Manifest.read(folder).content(file.name)
+
+
+def test_mode_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlstm.kernels import triton
+
+    monkeypatch.setenv("FASTLSTM_TRITON", "ahed")
+    with pytest.raises(ValueError, match="FASTLSTM_TRITON is 'ahed', expected one of auto"):
+        triton._load.__wrapped__()
+
+
+def test_without_a_gpu_nothing_changes() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with fastlstm.backend("triton"):
+        assert "interpreted" in fastlstm.explain(fastlstm.LSTM(3, 4), torch.zeros(2, 1, 3)).kernel

@@ -1,0 +1,92 @@
+"""Kernels that were compiled ahead, started by C++ on a stand-in for the driver and executed.
+
+From Python to the last instruction this is what a GPU gets; tests/ptx/ahead.py says how. The cases
+are those of the GPU tests that such kernels compute.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ahead_host import library as build_library
+from cases import Case
+from executed import AheadRun, Broken, Verdict, broken, judged
+from test_executed import GPU, REGISTERS, shrunk
+
+from benchmarks.gpu.kernels import fresh_compiler
+from benchmarks.speed.worker import Worker
+
+pytestmark = [
+    pytest.mark.executed,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="the stand-in takes the place of a GPU's driver"
+    ),
+]
+TIMEOUT = 600  # seconds for a case, which takes a few where the machine is not busy
+WIDEST = {"bf16": 128, "fp16": 128, "tf32": 32}  # H of what is compiled ahead
+ARCHS = 80, 90
+Record = Callable[[str, object], None]
+Workers = Callable[[int], Worker]
+
+# Sizes that divide by 8 and 2, whose kernels read their weights in wide words.
+EVEN = [
+    Case(T=4, B=9, I=28, H=64, directions=2),
+    Case(T=3, B=3, I=70, H=32, bias=False, hx=False),
+    Case(T=6, B=5, I=10, H=16, lengths=(2, 0, 1, 6, 3), directions=2, recompute=True),
+    Case(T=6, B=5, I=10, H=16, lengths=(2, 6, 1, 6, 3), packed=True, cell_states=True),
+    Case(T=5, B=2, I=28, H=128, reset=True),
+]
+
+
+def runs() -> Iterator[AheadRun]:
+    """Each case in one precision; these and the GPUs take turns."""
+    cases = dict.fromkeys([*EVEN, *REGISTERS, *shrunk(GPU)])
+    number = 0
+    for case in cases:
+        able = [name for name, most in WIDEST.items() if most >= case.H and not case.proj]
+        if able:
+            yield AheadRun(case, able[number % len(able)], ARCHS[number % 2])
+            number += 1
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """csrc/triton on the stand-in."""
+    return build_library(tmp_path_factory.mktemp("ahead"))
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    """A process for each GPU, in which Triton compiles."""
+    found: dict[int, Worker] = {}
+
+    def worker(arch: int) -> Worker:
+        if arch not in found:
+            found[arch] = Worker(probe=int)
+            found[arch].__enter__()
+        return found[arch]
+
+    with fresh_compiler():
+        yield worker
+        for each in found.values():
+            each.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("run", runs(), ids=str)
+def test_error_is_that_of_pytorch(
+    workers: Workers, library: Path, run: AheadRun, record_property: Record
+) -> None:
+    run = run._replace(library=library)
+    verdict: Verdict = workers(run.arch).run(judged, run, timeout=TIMEOUT)
+    record_property(f"executed in {run.precision}", verdict.ratio)
+    assert not verdict.complaints, "\n".join([str(run), *verdict.complaints])
+    assert not verdict.races, f"{run}: {sorted(verdict.races)}"
+    assert {name[:8] for name in verdict.kernels} == {"lstm_fwd", "lstm_bwd"}
+
+
+def test_what_is_broken_is_seen(workers: Workers, library: Path) -> None:
+    """A barrier in shared memory that is missing, one after the other."""
+    run = AheadRun(EVEN[0], "bf16", 80, library)
+    found: list[Broken] = workers(80).run(broken, run, r"bar\.sync\s+0;", "", timeout=TIMEOUT)
+    assert found and any(each.seen for each in found)
