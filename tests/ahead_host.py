@@ -13,8 +13,13 @@ from cuda_stub import COMPILER, FLAGS, ROOT, TESTS
 LIBRARY, DRIVER = "_triton.so", "libcuda_stub.so"
 
 
-def library(folder: Path) -> Path:
-    """Build both into `folder`; skip the test where that cannot be done."""
+def library(folder: Path, *options: str) -> Path:
+    """Build both into `folder`; skip the test where that cannot be done.
+
+    Args:
+        folder: for what is built.
+        options: more flags for the compiler.
+    """
     triton = pytest.importorskip("triton")  # which brings the driver's header
     if not shutil.which(COMPILER[0]):
         pytest.skip("there is no compiler")
@@ -26,7 +31,8 @@ def library(folder: Path) -> Path:
     sources = sorted((ROOT / "csrc/triton").glob("*.cpp"))
     together = folder / "triton.cpp"
     together.write_text("".join(f'#include "{source}"\n' for source in sources))
-    flags = [flag for flag in FLAGS if flag != "-DFASTLSTM_STUB"] + [f"-DFASTLSTM_STUB={driver}"]
+    flags = [flag for flag in FLAGS if flag != "-DFASTLSTM_STUB"]
+    flags += [f"-DFASTLSTM_STUB={driver}", *options]
     torch_libraries = [f"-L{Path(torch_folder()) / 'lib'}", "-ltorch_cpu", "-ldl", "-Wl,-zdefs"]
     target = folder / LIBRARY
     subprocess.run(

@@ -83,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_manifest_is_read_again(folder: Path) -> None:
     found = Manifest.read(folder)
-    assert [kernel["arguments"] for kernel in found.kernels] == [list(map(list, ARGUMENTS))] * 3
+    assert [kernel["arguments"] for kernel in found.kernels] == ["x:8 T:4"] * 3
     assert found.damaged() is None
     wanted = keys(table(90))[:3]
     for name, about in found.files.items():

@@ -6,10 +6,12 @@ are those of the GPU tests that such kernels compute.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ahead_host import library as build_library
+from ahead_scenarios import scenarios
 from cases import Case
 from executed import AheadRun, Broken, Verdict, broken, judged
 from test_executed import GPU, REGISTERS, shrunk
@@ -29,10 +31,12 @@ ARCHS = 80, 90
 Record = Callable[[str, object], None]
 Workers = Callable[[int], Worker]
 
-# Sizes that divide by 8 and 2, whose kernels read their weights in wide words.
+# Sizes that divide by 8 and 2, whose kernels read their weights in wide words. The first is the
+# sample of the short run.
 EVEN = [
+    Case(T=3, B=3, I=10, H=16, bias=False, hx=False),
     Case(T=4, B=9, I=28, H=64, directions=2),
-    Case(T=3, B=3, I=70, H=32, bias=False, hx=False),
+    Case(T=3, B=3, I=70, H=32),
     Case(T=6, B=5, I=10, H=16, lengths=(2, 0, 1, 6, 3), directions=2, recompute=True),
     Case(T=6, B=5, I=10, H=16, lengths=(2, 6, 1, 6, 3), packed=True, cell_states=True),
     Case(T=5, B=2, I=28, H=128, reset=True),
@@ -73,7 +77,7 @@ def workers() -> Iterator[Workers]:
             each.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("run", runs(), ids=str)
+@pytest.mark.parametrize("run", [*runs()], ids=str)
 def test_error_is_that_of_pytorch(
     workers: Workers, library: Path, run: AheadRun, record_property: Record
 ) -> None:
@@ -90,3 +94,48 @@ def test_what_is_broken_is_seen(workers: Workers, library: Path) -> None:
     run = AheadRun(EVEN[0], "bf16", 80, library)
     found: list[Broken] = workers(80).run(broken, run, r"bar\.sync\s+0;", "", timeout=TIMEOUT)
     assert found and any(each.seen for each in found)
+
+
+@pytest.fixture(scope="module")
+def seen(library: Path) -> dict[str, Any]:
+    """What the scenarios of tests/ahead_scenarios.py come to."""
+    folder = library.parent / "kernels_of_scenarios"
+    with fresh_compiler(), Worker(probe=int) as worker:
+        found: dict[str, Any] = worker.run(scenarios, library, folder, timeout=TIMEOUT)
+    return found
+
+
+def test_launches_ask_for_what_plans_say(seen: dict[str, Any]) -> None:
+    wanted = {"x": 3, "y": 2, "z": 1, "threads": 128, "shared": 1024, "cluster": 1}
+    wanted |= {"stream": 0, "device": 0}
+    assert len(seen["inference"]) == len(seen["compiled"]) == 1
+    assert len(seen["training"]) == 2
+    for launch in seen["inference"] + seen["compiled"] + seen["training"]:
+        assert {name: launch[name] for name in wanted} == wanted
+    assert "compiled ahead" in seen["explained"]
+    assert "Triton is not needed" in seen["backends"]
+
+
+def test_what_is_not_compiled_ahead_is_left_to_triton(seen: dict[str, Any]) -> None:
+    assert (
+        "no kernel for such a layer was compiled ahead, and FASTLSTM_TRITON" in seen["projected"]
+    )
+    assert "no kernel for this call was compiled ahead, and FASTLSTM_TRITON" in seen["operator"]
+    assert seen["overridden"] == "RuntimeError: a sentence"
+    assert seen["given"] == (2, 2, True)
+    assert seen["launches of others"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("another dtype", "expected y to be torch.bfloat16 with this input, got torch.float32"),
+        ("another shape", "expected a state of 2432 numbers"),
+        ("older", "compiled for PTX of sm_80, and GPU 1 is sm_75"),
+        ("old driver", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
+        ("small", "bytes of shared memory, and the GPU has 16"),
+        ("none", "GPU 9 failed: CUDA_ERROR_INVALID_DEVICE"),
+    ],
+)
+def test_errors_say_what_is_wrong(seen: dict[str, Any], name: str, sentence: str) -> None:
+    assert sentence in seen[name]

@@ -129,6 +129,36 @@ def test_build(tree: Path) -> None:
     assert "WITHOUT" not in done.stderr
 
 
+# Stands for what compiles Triton's kernels: it says into which folder.
+AHEAD = """import sys
+from pathlib import Path
+action, folder = sys.argv[1:]
+assert action == "build"
+Path(folder).mkdir(parents=True)
+Path(folder, "manifest.json").touch()
+"""
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's kernels are for Linux")
+def test_kernels_compiled_ahead(tree: Path) -> None:
+    module = tree / "fastlstm/kernels/triton/ahead"
+    module.mkdir(parents=True)
+    (module / "__main__.py").write_text(AHEAD)
+    (tree / "csrc/triton/register.cpp").write_text(BINDINGS)
+    assert build(tree, inplace=False).returncode == 0
+    (built,) = tree.glob("build/lib*/fastlstm")
+    assert not (built / "_triton.so").exists()
+    done = build(tree, inplace=False, FASTLSTM_AHEAD="1")
+    assert done.returncode == 0, done.stderr
+    assert ctypes.CDLL(str(built / "_triton.so")).answer() == 42
+    assert (built / "kernels/triton/ahead/built/manifest.json").exists()
+    (module / "__main__.py").write_text("raise SystemExit('no such GPU')")
+    done = build(tree, inplace=False, FASTLSTM_AHEAD="1")
+    assert done.returncode != 0
+    assert "no such GPU" in done.stderr
+
+
 @pytest.mark.usefixtures("compiler")
 def test_build_to_be_packed(tree: Path) -> None:
     done = build(tree, inplace=False)

@@ -75,22 +75,26 @@ void lstm_bwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
                      bool layer_norm, OptionalHandle h_mask_, double zoneout_c, double zoneout_h,
                      OptionalHandle seed_) {
   const bool more = peephole || layer_norm || h_mask_ || zoneout_c != 0 || zoneout_h != 0;
-  const Question asked(x_, weights_, directions, true, more);
+  std::vector<Array> flat = to_arrays(weights_), dweights = to_arrays(dweights_);
+  Array x(x_), given_h0(h0_), given_c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_),
+      c_all(c_all_), kept(gates_), dy(dy_), given_dh_n(dh_n_), given_dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_),
+      dc0(dc0_), cache(cache_), h_mask(h_mask_), seed(seed_);
+  const Question asked(x, flat.data(), flat.size(), directions, true, more);
   if (!asked.row)
-    return instead("fastlstm::lstm_bwd_triton_jit", x_, weights_, directions, h0_, c0_, batch_sizes_, lengths_, reset_,
-                   y_, c_all_, gates_, dy_, dh_n_, dc_n_, dc_all_, dx_, dh0_, dc0_, dweights_, cache_, peephole,
-                   layer_norm, h_mask_, zoneout_c, zoneout_h, seed_);
-  const Place place = Place::of(x_);
+    return instead("fastlstm::lstm_bwd_triton_jit", given(x), given(flat), directions, given_or_none(given_h0),
+                   given_or_none(given_c0), given_or_none(batch_sizes), given_or_none(lengths), given_or_none(reset),
+                   given(y), given(c_all), given_or_none(kept), given_or_none(dy), given_or_none(given_dh_n),
+                   given_or_none(given_dc_n), given_or_none(dc_all), given_or_none(dx), given_or_none(dh0),
+                   given_or_none(dc0), given(dweights), given_or_none(cache), peephole, layer_norm,
+                   given_or_none(h_mask), zoneout_c, zoneout_h, given_or_none(seed));
+  const Place place = Place::of(x.handle());
   const NoGrad no_grad;
-  const Array x(x_), batch_sizes(batch_sizes_), y(y_), c_all(c_all_), kept(gates_), dy(dy_), dc_all(dc_all_), dx(dx_),
-      dh0(dh0_), dc0(dc0_), cache(cache_), seed(seed_);
-  const std::vector<Array> dweights = to_arrays(dweights_);
-  std::vector<Weights> weights = Weights::split(weights_, directions, place);
-  Rows rows(x, batch_sizes, Array(lengths_), Array(reset_), place);
-  const Array h0 = dense(Array(h0_), place), c0 = dense(Array(c0_), place), dh_n = dense(Array(dh_n_), place),
-              dc_n = dense(Array(dc_n_), place);
+  std::vector<Weights> weights = Weights::split(flat.data(), flat.size(), directions, x.dtype, place);
+  Rows rows(x, batch_sizes, std::move(lengths), std::move(reset), place);
+  const Array h0 = dense(std::move(given_h0), place), c0 = dense(std::move(given_c0), place),
+              dh_n = dense(std::move(given_dh_n), place), dc_n = dense(std::move(given_dc_n), place);
   if (rows.count == 0) {
-    for (const Array* t : {&dx, &dh0, &dc0}) zero(*t);
+    for (const Array* t : std::initializer_list<const Array*>{&dx, &dh0, &dc0}) zero(*t);
     for (const Array& t : dweights) zero(t);
     return;
   }
@@ -102,8 +106,9 @@ void lstm_bwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   const int32_t f32 = aoti_torch_dtype_float32();
   check(c_all, "c_all", f32, cells);
   check(kept, "gates", x.dtype, 4 * cells, kAligned);
-  for (const Array* t : {&dh_n, &dc_n, &dh0, &dc0, &c0, &h0}) check(*t, "a state", x.dtype, states);
-  for (const Array* t : {&dy, &dc_all}) check_strided(*t, x.dtype, directions * H);
+  for (const Array* t : std::initializer_list<const Array*>{&dh_n, &dc_n, &dh0, &dc0, &c0, &h0})
+    check(*t, "a state", x.dtype, states);
+  for (const Array* t : std::initializer_list<const Array*>{&dy, &dc_all}) check_strided(*t, x.dtype, directions * H);
   const Array again = kept ? Array() : pass.gates_again();
   const Array dgates = pass.rows.padded() ? place.zeros({directions, pass.rows.count, 4 * H}, x.dtype)
                                           : place.empty({directions, pass.rows.count, 4 * H}, x.dtype);

@@ -33,13 +33,15 @@ i64 number(const Row& row, i64 inputs, RowsKind rows, bool keeps, bool even) {
   return found;
 }
 
-Slot slot_of(const std::string& name, const std::string& kernel) {
+// word: a name, and after a colon its bytes.
+Slot slot_of(const std::string& word, const std::string& kernel) {
   static const std::unordered_map<std::string, Slot> known = {
 #define FASTLSTM_NAME(name) {#name, k_##name},
       FASTLSTM_SLOTS(FASTLSTM_NAME)};
-  const auto found = known.find(name);
-  FASTLSTM_CHECK(found != known.end(), "fastlstm: the compiled kernel ", kernel, " takes ", name,
-                 ", which this library does not know");
+  const size_t colon = word.find(':');
+  const auto found = known.find(word.substr(0, colon));
+  FASTLSTM_CHECK(found != known.end() && word.substr(colon + 1) == (found->second < k_rows ? "8" : "4"),
+                 "fastlstm: the compiled kernel ", kernel, " takes ", word, ", which this library does not know");
   return found->second;
 }
 

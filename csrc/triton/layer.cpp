@@ -8,14 +8,6 @@ namespace {
 
 bool aligned(const Array& t, uintptr_t bytes) { return !t || reinterpret_cast<uintptr_t>(t.data) % bytes == 0; }
 
-i64 size_at(Handle t, i64 from_end) {
-  i64 dim, *sizes;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
-  FASTLSTM_CHECK(dim >= from_end, "fastlstm: expected a tensor of ", from_end, " dimensions, got ", dim);
-  return sizes[dim - from_end];
-}
-
 // Whether float32 is multiplied in TF32, as cuDNN's RNNs are told to.
 bool tf32() {
   std::array<StableIValue, 1> stack{};
@@ -23,9 +15,7 @@ bool tf32() {
   return torch::stable::detail::to<bool>(stack[0]);
 }
 
-std::optional<Kind> kind_of(Handle x) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x, &dtype));
+std::optional<Kind> kind_of(int32_t dtype) {
   if (dtype == aoti_torch_dtype_bfloat16()) return Kind::bf16;
   if (dtype == aoti_torch_dtype_float16()) return Kind::f16;
   if (dtype == aoti_torch_dtype_float32() && tf32()) return Kind::tf32;
@@ -38,17 +28,17 @@ std::atomic<bool> paused_{false};
 
 void pause(bool paused) { paused_.store(paused, std::memory_order_relaxed); }
 
-Question::Question(Handle x, const HandleList& weights, i64 directions, bool back, bool more)
+Question::Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool more)
     : device(nullptr), row(nullptr) {
   FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
   if (more || paused_.load(std::memory_order_relaxed)) return;
-  const size_t each = weights.size() / size_t(directions);
-  const std::optional<Kind> found = kind_of(x);
-  if (!found || (each != 2 && each != 4)) return;  // an odd number is of a projection
+  const size_t each = count / size_t(directions);
+  const std::optional<Kind> found = kind_of(x.dtype);
+  if (!found || (each != 2 && each != 4) || !x.dim || weights[1].dim != 2) return;  // an odd number: of a projection
   kind = *found;
-  I = size_at(x, 1);
-  H = size_at(weights[1], 1);
-  device = device_of(std::max(Place::of(x).index, 0));
+  I = x.last();
+  H = weights[1].last();
+  device = device_of(std::max(Place::of(x.handle()).index, 0));
   if (device) row = device->plan(back, kind, I, H);
 }
 
@@ -119,11 +109,15 @@ Array Rows::states_before(const Array& y, const Array& start, i64 direction, con
   return h;
 }
 
-std::vector<Weights> Weights::split(const HandleList& handles, i64 directions, const Place& place) {
+std::vector<Weights> Weights::split(Array* flat, size_t count, i64 directions, int32_t dtype, const Place& place) {
   std::vector<Weights> found(static_cast<size_t>(directions));
-  const bool bias = i64(handles.size()) == 4 * directions;
-  size_t next = 0;
-  const auto take = [&] { return dense(Array(handles[next++]), place); };
+  const bool bias = i64(count) == 4 * directions;
+  const auto take = [&] {
+    Array& t = *flat++;
+    t.check_dtype("a weight", dtype);
+    check_place(t, "a weight", place);
+    return dense(std::move(t), place);
+  };
   for (Weights& each : found) {
     each.w_ih = take();
     each.w_hh = take();
@@ -209,8 +203,16 @@ void check(const Array& t, const char* name, int32_t dtype, i64 count, uintptr_t
   t.check_dtype(name, dtype);
   i64 numbers = 1;
   for (i64 k = 0; k < t.dim; ++k) numbers *= t.sizes[k];
-  FASTLSTM_CHECK(numbers == count && t.contiguous() && aligned(t, alignment), "fastlstm: expected ", name, " of ",
-                 count, " numbers, contiguous and aligned to ", alignment, " bytes, got ", t.shape_text());
+  FASTLSTM_CHECK(numbers == count && t.contiguous(), "fastlstm: expected ", name, " of ", count,
+                 " numbers, contiguous, got ", t.shape_text());
+  FASTLSTM_CHECK(aligned(t, alignment), "fastlstm: ", name, " must be aligned to ", alignment, " bytes");
+}
+
+void check_place(const Array& t, const char* name, const Place& place) {
+  if (!t) return;
+  const Place own = Place::of(t.handle());
+  FASTLSTM_CHECK(own.type == place.type && own.index == place.index, "fastlstm: ", name,
+                 " is on another device than the input");
 }
 
 void check_strided(const Array& t, int32_t dtype, i64 width) {
@@ -242,6 +244,16 @@ thread_local std::string said;  // by an operator in Python, of its error: only 
 }
 
 void triton_failed(std::string why) { said = std::move(why); }
+
+Handle given(Array& t) { return t.release().handle; }
+
+OptionalHandle given_or_none(Array& t) { return t ? OptionalHandle(given(t)) : std::nullopt; }
+
+HandleList given(std::vector<Array>& tensors) {
+  HandleList found;
+  for (Array& t : tensors) found.push_back(given(t));
+  return found;
+}
 
 void call_instead(const char* name, StableIValue* stack) {
   said.clear();

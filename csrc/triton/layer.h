@@ -12,15 +12,16 @@ using Handle = AtenTensorHandle;
 using OptionalHandle = std::optional<AtenTensorHandle>;
 using HandleList = std::vector<AtenTensorHandle>;
 
-// What decides which kernel computes a layer; read before the operator takes its arguments over.
+// What decides which kernel computes a layer.
 struct Question {
   Kind kind;
   i64 I, H;
   const Device* device;
   const Row* row;  // null: the layer is not compiled ahead
 
-  // more: whether the cell has more than the plain one.
-  Question(Handle x, const HandleList& weights, i64 directions, bool back, bool more);
+  // weights: those of all directions, in the order of the operators. more: whether the cell has more than the plain
+  // one.
+  Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool more);
 };
 
 // Leaves calls to the other operators, as long as somebody wants plans of his own.
@@ -52,7 +53,7 @@ struct Rows {
 struct Weights {
   Array w_ih, w_hh, b_ih, b_hh;
 
-  static std::vector<Weights> split(const HandleList& handles, i64 directions, const Place& place);
+  static std::vector<Weights> split(Array* flat, size_t count, i64 directions, int32_t dtype, const Place& place);
   // Those of the same shapes that lie one after the other in a tensor.
   static std::vector<Weights> of_copies(const Array& copies, const std::vector<Weights>& like);
 };
@@ -76,9 +77,14 @@ constexpr uintptr_t kAligned = 16;
 // Throws unless a tensor, if it is there, is contiguous, of that type and so many numbers: a kernel reads what it is
 // told to.
 void check(const Array& t, const char* name, int32_t dtype, i64 count, uintptr_t alignment = 1);
+void check_place(const Array& t, const char* name, const Place& place);
 // The same of a gradient [T, B, width] or [N, width], of any strides before the last dimension.
 void check_strided(const Array& t, int32_t dtype, i64 width);
 
+// What is given away to another operator.
+Handle given(Array& t);
+OptionalHandle given_or_none(Array& t);
+HandleList given(std::vector<Array>& tensors);
 // Has another operator compute the call, with the arguments of this one.
 void call_instead(const char* name, StableIValue* stack);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <tuple>
 
 #include "triton/layer.h"
 
@@ -12,6 +13,10 @@ void lstm_fwd_triton(Handle x, const HandleList& weights, i64 directions, Option
                      OptionalHandle batch_sizes, OptionalHandle lengths, OptionalHandle reset, Handle y, Handle h_n,
                      Handle c_n, OptionalHandle c_all, OptionalHandle gates, OptionalHandle cache, bool peephole,
                      bool layer_norm, OptionalHandle h_mask, double zoneout_c, double zoneout_h, OptionalHandle seed);
+
+// A stack of plain layers in inference, as lstm_infer_cpu; throws where a layer is not compiled ahead.
+std::tuple<Output, Output, Output> lstm_infer_triton(Handle x, const HandleList& weights, i64 layers, i64 directions,
+                                                     OptionalHandle h0, OptionalHandle c0, const HandleList& caches);
 
 // backward.cpp
 void lstm_bwd_triton(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0, OptionalHandle c0,

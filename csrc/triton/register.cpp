@@ -36,6 +36,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
 #endif
   m.impl("lstm_fwd_triton", TORCH_BOX(&Guarded<&lstm_fwd_triton>::call));
+  m.impl("lstm_infer_triton", TORCH_BOX(&Guarded<&lstm_infer_triton>::call));
   m.impl("lstm_bwd_triton", TORCH_BOX(&Guarded<&lstm_bwd_triton>::call));
 }
 

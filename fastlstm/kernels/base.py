@@ -56,6 +56,9 @@ class Backend:
     lstm_cell_infer: Any = None
     """The operators of plain calls without gradients, for latency; None where there are none."""
 
+    infers_on_cpu: bool = True
+    """Whether those operators are for CPU tensors, and for no others; or the other way round."""
+
     stack: Any = None
     """A whole stack of plain layers in one call, with a derivative of its own and its own way of
     autocast: ``stack(spec, layers, x, hx, weights, sequences, dropout, training, cache)`` returns

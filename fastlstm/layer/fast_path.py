@@ -29,7 +29,7 @@ def fast_backend(x: Tensor) -> Backend | None:
     backend = choice.fast
     if (
         backend is None
-        or not x.is_cpu
+        or x.is_cpu is not backend.infers_on_cpu
         or torch.compiler.is_compiling()
         or _is_transformed()
         or _is_autocast()

@@ -91,7 +91,7 @@ class LSTMCell(StandIn, nn.RNNCellBase):
     def _step(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> State | None:
         """A plain step on the CPU, for latency; None for what `lstm_cell` has to look at."""
         backend = fast_backend(x)
-        if backend is None:
+        if backend is None or not backend.lstm_cell_infer:
             return None
         grad, record = torch.is_grad_enabled(), choice.asks
         if record and self._taken.backend(record, backend, x, weights, grad) is not backend:

@@ -41,6 +41,7 @@ _RUNNER = ctypes.CFUNCTYPE(
     None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)
 )
 _OF_TRITON = 2  # pointers that it adds to the arguments of a kernel
+# Where an allocation begins, its size: tensors that C++ makes are seen by their address alone.
 _usable_size = ctypes.CDLL(None).malloc_usable_size
 _usable_size.argtypes, _usable_size.restype = [ctypes.c_void_p], ctypes.c_size_t
 
@@ -52,7 +53,7 @@ def folder_of_names(folder: Path, arch: int) -> None:
     for key in wanted:
         entry, arguments = interface(key)
         text = f"//{key.name}\n.target sm_{arch} {entry}"
-        images[key, arch] = Image(entry, arguments, 0, b"", text.encode())
+        images[key, arch] = Image(entry, arguments, 1024, b"", text.encode())
     write(folder, (), (arch,), wanted, images)
 
 
@@ -83,9 +84,10 @@ def executed(
         from fastlstm.kernels.triton.ahead import library as ahead
 
         change(ahead, "FOLDER", folder)
-        for name in ("lstm_fwd", "lstm_bwd"):
-            wrapped = launches.watched(getattr(backend.TRITON, name))
-            change(backend.TRITON, name, wrapped)
+        change(backend.TritonBackend, "infers_on_cpu", True)
+        for name in ("lstm_fwd", "lstm_bwd", "lstm_infer"):
+            operator = getattr(torch.ops.fastlstm, f"{name}_triton").default
+            change(backend.TritonBackend, name, launches.watched(operator))
         stack.enter_context(mock.patch.dict(os.environ, FASTLSTM_TRITON="ahead"))
         callback = _RUNNER(launches.run)
         stub.stub_runner(callback)
@@ -110,17 +112,18 @@ class _Launches:
         self._tensors: list[Tensor] = []
         self._error: BaseException | None = None
 
-    def watched(self, operator: Callable[..., None]) -> Callable[..., None]:
+    def watched(self, operator: Callable[..., Any]) -> Any:
         """An operator whose tensors its kernel may touch; raises the kernel's faults."""
 
-        def call(*arguments: Any, **options: Any) -> None:
+        def call(*arguments: Any, **options: Any) -> Any:
             self._tensors = list(_tensors(arguments))
-            operator(*arguments, **options)
+            found = operator(*arguments, **options)
             error, self._error = self._error, None
             if error is not None:
                 raise error
+            return found
 
-        return call
+        return staticmethod(call)
 
     def run(self, image: int, name: bytes, line: bytes, arguments: Any) -> None:
         """Execute a launch. A callback of C cannot raise."""
@@ -143,23 +146,33 @@ class _Launches:
             int.from_bytes(ctypes.string_at(at, size), "little")
             for at, size in zip(given, sizes, strict=True)
         ]
-        pointers = [value for value, size in zip(values, sizes, strict=True) if size == 8]
+        names = [name for name, _ in interface(key)[1]]
+        pointers = {
+            name: value
+            for name, value, size in zip(names, values, sizes, strict=False)
+            if size == 8
+        }
         grid = launch["x"], launch["y"], launch["z"]
         found = execute(kernel, grid, values, self._reachable(pointers), shared)
         self.log.kernels.add(key.name)
         self.log.races |= {(key.name, *race) for race in found}
 
-    def _reachable(self, pointers: list[int]) -> list[Tensor]:
-        """The operator's tensors, and those that C++ made: of these the memory is known."""
+    def _reachable(self, pointers: dict[str, int]) -> list[Tensor]:
+        """The operator's tensors, and those that C++ made: of these the memory is known.
+
+        The states of all layers are one tensor, which the first launch sees from its beginning.
+        """
         found = list(self._tensors)
         ranges = [(s.data_ptr(), s.nbytes()) for s in (t.untyped_storage() for t in found)]
-        for pointer in filter(None, pointers):
-            if any(begin <= pointer < begin + size for begin, size in ranges):
+        for name, pointer in pointers.items():
+            if not pointer or any(begin <= pointer < begin + size for begin, size in ranges):
                 continue
             size = _usable_size(pointer)
             memory = (ctypes.c_uint8 * size).from_address(pointer)
             found.append(torch.frombuffer(memory, dtype=torch.uint8))
             ranges.append((pointer, size))
+            if name in ("h_n", "c_n"):
+                self._tensors.append(found[-1])
         return found
 
 

@@ -8,6 +8,7 @@ compiled ahead, C++ starts them (``ahead/``), and Triton compiles what was not, 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, lru_cache, partial
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlstm.kernels.base import Backend, constant, register
-from fastlstm.kernels.operators import define, load_on_first_use
+from fastlstm.kernels.operators import define, define_operator, load_on_first_use
 from fastlstm.spec import LayerSpec
 
 __all__ = ["TRITON", "TritonBackend"]
@@ -27,9 +28,15 @@ __all__ = ["TRITON", "TritonBackend"]
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = 3, 6  # of Triton: the compiler of 3.5 has not been tried
 _MOST_UNITS_WITHOUT_GATES = 128
+_ON = "1", "on", "true", "yes", "y"  # as Triton reads a variable
 _MODES = "auto", "ahead", "jit"  # of FASTLSTM_TRITON
 _OPERATORS = define("triton")
 _JIT_OPERATORS = define("triton_jit", rnn=False)  # of what was not compiled ahead
+_LSTM_INFER = define_operator(
+    "lstm_infer_triton",
+    "(Tensor x, Tensor[] weights, int layers, int directions, Tensor? h0, Tensor? c0, "
+    "Tensor[] caches) -> (Tensor, Tensor, Tensor)",
+)
 
 
 class TritonBackend(Backend):
@@ -39,6 +46,12 @@ class TritonBackend(Backend):
     devices = frozenset({"cuda"})
     lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd = _OPERATORS
     takes_weights_of_forward = True
+    infers_on_cpu = False
+
+    @property
+    def lstm_infer(self) -> Any:
+        """The operator of a stack without gradients; None unless kernels were compiled ahead."""
+        return _LSTM_INFER if _error() is None and _ahead_problem() is None else None
 
     def error(self) -> str | None:
         """Say why this machine does not have it; None once it is loaded, which this does."""
@@ -67,10 +80,13 @@ class TritonBackend(Backend):
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
         found = self.error() or _input_obstacle(x)
-        if found is not None or _jit_problem() is None:
-            return found or _cell_obstacle(spec, x)
+        if found is not None:
+            return found
         missing = _not_ahead(spec, x)
-        return f"{missing}, and {_jit_problem()}" if missing else None
+        if missing is None:
+            return None
+        jit = _jit_problem()
+        return _cell_obstacle(spec, x) if jit is None else f"{missing}, and {jit}"
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe in a line the regimes and tiles of both passes, and who compiled them."""
@@ -132,15 +148,30 @@ def _load() -> str | None:
     if mode not in _MODES:
         raise ValueError(f"FASTLSTM_TRITON is {mode!r}, expected one of {', '.join(_MODES)}")
     ahead = _ahead_problem()
-    if mode == "ahead":
-        return ahead
+    if ahead is None or mode == "ahead":
+        return ahead  # Triton is loaded where a call needs it
+    jit = _load_jit_kernels()
+    return f"{ahead}; {jit}" if jit and _built() else jit
+
+
+@cache
+def _load_jit_kernels() -> str | None:
+    """Let operators compile what was not compiled ahead; say why they cannot."""
     jit = _jit_problem()
     if jit is None:
         operators: Any = import_module("fastlstm.kernels.triton.operators")
-        operators.register_kernels(ahead=ahead is None)
-    if ahead is None or jit is None:
-        return None
-    return f"{ahead}; {jit}" if _built() else jit
+        operators.register_kernels(ahead=_ahead_problem() is None)
+    return jit
+
+
+def _jit_error() -> str | None:
+    """Do the same for a call that C++ has left to Triton, and tell it of an error."""
+    reason = _load_jit_kernels()
+    if reason is not None and _ahead_problem() is None:
+        from .ahead.library import failed
+
+        failed(f"no kernel for this call was compiled ahead, and {reason}")
+    return reason
 
 
 def _built() -> bool:
@@ -228,7 +259,8 @@ def _problem(spec: LayerSpec, B: int, x: Tensor) -> tuple[Any, Any]:
     """Return what a plan depends on: of the call, and of the GPU."""
     from .plan import Problem
 
-    if _jit_problem() is not None:  # there need be no Triton
+    ahead = _ahead_problem() is None
+    if ahead and (_not_ahead(spec, x) is None or _jit_problem() is not None):
         from .ahead.library import gpu
 
         precision = "ieee" if _kind(x.dtype) is None else "tf32"
@@ -311,12 +343,10 @@ def _no_registers() -> bool:
 
 @constant
 def _interpreted() -> bool:
-    if find_spec("triton") is None:
-        return False
-    try:
-        from triton import knobs
-    except (ImportError, AttributeError):
-        return False
+    if "triton" not in sys.modules:  # which takes long to load
+        return os.environ.get("TRITON_INTERPRET", "0").lower() in _ON
+    from triton import knobs
+
     return bool(knobs.runtime.interpret)
 
 
@@ -333,5 +363,5 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 TRITON = register(TritonBackend())
-load_on_first_use(_OPERATORS, _load, "triton")
-load_on_first_use(_JIT_OPERATORS, _load_jit, "triton")
+load_on_first_use(_OPERATORS[:2], _load, "triton")
+load_on_first_use((*_OPERATORS[2:], *_JIT_OPERATORS), _jit_error, "triton")

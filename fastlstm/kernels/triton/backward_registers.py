@@ -105,11 +105,11 @@ def lstm_bwd_registers_kernel(
     state_at = (direction * B + n)[None, :] * H + unit[:, None]
     dh, dc, c_start = zero, zero, 0.0
     if dh_n is not None:
-        dh = gl.load(dh_n + state_at, real & given(dh_n), 0).to(gl.float32)
+        dh = gl.load(dh_n + state_at, real & given(dh_n, H), 0).to(gl.float32)
     if dc_n is not None:
-        dc = gl.load(dc_n + state_at, real & given(dc_n), 0).to(gl.float32)
+        dc = gl.load(dc_n + state_at, real & given(dc_n, H), 0).to(gl.float32)
     if c0 is not None:
-        c_start = gl.load(c0 + state_at, real & given(c0), 0).to(gl.float32)
+        c_start = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
 
     # Offsets within the tile, where it lies at step 0, and how far it is to the next step.
     own = gl.arange(0, N, gl.SliceLayout(0, tile))
@@ -135,9 +135,10 @@ def lstm_bwd_registers_kernel(
 
     steps, length, length4 = T, 0, 0
     if lengths is not None:
-        length = load_lengths(lengths, n, T, B)
-        steps = gl.max(length, 0)
-        length4 = load_lengths(lengths, n4, T, B)
+        length = load_lengths(lengths, n, T, B, H)
+        steps = gl.max(length, 0).to(gl.int32)
+        length = length.to(gl.int32)
+        length4 = load_lengths(lengths, n4, T, B, H).to(gl.int32)
     forth = 2 * direction - 1
     last = (steps - 1) * (1 - direction)
     far = last.to(gl.int64)
@@ -173,11 +174,11 @@ def lstm_bwd_registers_kernel(
         dy_0, dca_0 = dy_at + elements(row, dy_step), dca_at + elements(row, dca_step)
     dy_now, dca_now, reset_now = 0.0, 0.0, 0
     if dy is not None:
-        dy_now = gl.load(dy_0 + dy_off, real_0 & given(dy), 0)
+        dy_now = gl.load(dy_0 + dy_off, real_0 & given(dy, H), 0)
     if dc_all is not None:
-        dca_now = gl.load(dca_0 + dca_off, real_0 & given(dc_all), 0)
+        dca_now = gl.load(dca_0 + dca_off, real_0 & given(dc_all, H), 0)
     if reset is not None:
-        reset_now = flags(reset, 0, steps, last, n, length, lengths, B)
+        reset_now = flags(reset, 0, steps, last, n, length, lengths, B, H)
 
     even_i = gl.allocate_shared_memory(dtype, [U, N], shared)
     even_f = gl.allocate_shared_memory(dtype, [U, N], shared)
@@ -223,9 +224,9 @@ def lstm_bwd_registers_kernel(
             c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, FAST,
         )  # fmt: skip
     if dh0 is not None:
-        gl.store(dh0 + state_at, dh.to(dh0.dtype.element_ty), real & given(dh0))
+        gl.store(dh0 + state_at, dh.to(dh0.dtype.element_ty), real & given(dh0, H))
     if dc0 is not None:
-        gl.store(dc0 + state_at, dc.to(dc0.dtype.element_ty), real & given(dc0))
+        gl.store(dc0 + state_at, dc.to(dc0.dtype.element_ty), real & given(dc0, H))
 
 
 def launch_lstm_bwd_registers(

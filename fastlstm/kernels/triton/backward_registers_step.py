@@ -118,14 +118,14 @@ def backward_step(
     dy_next, dca_next, reset_next = dy_now, dca_now, reset_now
     dh_total, dc_total = dh, dc
     if dy is not None:
-        dy_real = next_real & given(dy)
+        dy_real = next_real & given(dy, H)
         dh_total += dy_now.to(gl.float32)
         if offsets is None:
             dy_next = gl.load(dy_at + dy_off, dy_real, 0)
         else:
             dy_next = gl.load(dy_at + elements(row_1, dy_step) + dy_off, dy_real, 0)
     if dc_all is not None:
-        dca_real = next_real & given(dc_all)
+        dca_real = next_real & given(dc_all, H)
         dc_total += dca_now.to(gl.float32)
         if offsets is None:
             dca_next = gl.load(dca_at + dca_off, dca_real, 0)
@@ -139,7 +139,7 @@ def backward_step(
             before = gl.where(at_step(t + forth, length), c_before, c_start)
     if reset is not None:
         before = only((reset_now == 0)[None, :], before)
-        reset_next = flags(reset, s + 1, steps, t + forth, n, length, lengths, B)
+        reset_next = flags(reset, s + 1, steps, t + forth, n, length, lengths, B, H)
 
     if KEPT:
         i, f, g, o = apart(g_now.to(gl.float32), U, N, tile)

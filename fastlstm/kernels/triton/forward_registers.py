@@ -137,16 +137,16 @@ def forward_step(
     if reset is not None:
         h_next = only((starts == 0)[None, :], h_next)
         c_next = only((starts == 0)[None, :], c_next)
-        starts = flags(reset, s + 2, steps, t + 2 * forth, n, length, lengths, B)
+        starts = flags(reset, s + 2, steps, t + 2 * forth, n, length, lengths, B, H)
     there.store(rounded(h_next))
     gl.store(y_now + at, h_new, real)
     if gates is not None:
         together = beside(i, f, g, o, U, N).to(gates.dtype.element_ty)
         if lengths is not None:
             real4 = real4 & at_step(t, length4)[:, :, None]
-        gl.store(g_now + at4, together, real4 & given(gates))
+        gl.store(g_now + at4, together, real4 & given(gates, H))
     if c_all is not None:
-        gl.store(c_now + at, c_new, real & given(c_all))
+        gl.store(c_now + at, c_new, real & given(c_all, H))
     if offsets is not None:
         row, row_1, row_2 = row_1, row_2, first_row(t + 3 * forth, offsets, T)
     else:
@@ -224,9 +224,9 @@ def lstm_fwd_registers_kernel(
     c = gl.zeros([U, N], gl.float32, tile)
     h = gl.zeros([U, N], dtype, tile)
     if h0 is not None:
-        h = gl.load(h0 + state_at, real & given(h0), 0)
+        h = gl.load(h0 + state_at, real & given(h0, H), 0)
     if c0 is not None:
-        c = gl.load(c0 + state_at, real & given(c0), 0).to(gl.float32)
+        c = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
     cells: gl.constexpr = beside(c, c, c, c, U, N).type.layout
     n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
     unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, cells)))
@@ -263,7 +263,7 @@ def lstm_fwd_registers_kernel(
             r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
             k = gl.arange(0, I_TILE, gl.SliceLayout(0, left))
             at_b = (r // U * H + r % U)[:, None] + gl.zeros_like(k)[None, :]
-            is_b = ((r % U < H) & given(b_ih))[:, None]
+            is_b = ((r % U < H) & given(b_ih, H))[:, None]
             w_x = gl.load(b_ih + at_b, is_b & (k == I)[None, :], w_x)
             w_x = gl.load(b_hh + at_b, is_b & (k == I + 1)[None, :], w_x)
             k = gl.arange(0, I_TILE, gl.SliceLayout(1, right))
@@ -274,10 +274,11 @@ def lstm_fwd_registers_kernel(
         x_off, x_at, x_step, x_real, x_else = at4, x + corner4, g_step, real4, 0.0
     steps, length, length_x, length4 = T, 0, 0, 0
     if lengths is not None:
-        length = load_lengths(lengths, n, T, B)
-        steps = gl.max(length, 0)
-        length_x = load_lengths(lengths, nx, T, B)
-        length4 = load_lengths(lengths, n4, T, B)
+        length = load_lengths(lengths, n, T, B, H)
+        steps = gl.max(length, 0).to(gl.int32)
+        length = length.to(gl.int32)
+        length_x = load_lengths(lengths, nx, T, B, H).to(gl.int32)
+        length4 = load_lengths(lengths, n4, T, B, H).to(gl.int32)
     last = (steps - 1) * direction
     forth = 1 - 2 * direction
     row, row_1, row_2 = 0, 0, 0
@@ -296,10 +297,10 @@ def lstm_fwd_registers_kernel(
 
     starts = 0
     if reset is not None:
-        starts = flags(reset, 0, steps, last, n, length, lengths, B)
+        starts = flags(reset, 0, steps, last, n, length, lengths, B, H)
         h = only((starts == 0)[None, :], h)
         c = only((starts == 0)[None, :], c)
-        starts = flags(reset, 1, steps, last + forth, n, length, lengths, B)
+        starts = flags(reset, 1, steps, last + forth, n, length, lengths, B, H)
     even = gl.allocate_shared_memory(dtype, [U, N], shared)
     odd = gl.allocate_shared_memory(dtype, [U, N], shared)
     even.store(rounded(h))

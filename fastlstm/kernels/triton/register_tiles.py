@@ -16,17 +16,23 @@ from .primitives import tanh_approx
 
 @gluon.constexpr_function
 def fills(size, tile):
-    """Return whether a size is known when a kernel is compiled, and is that of the tile.
-
-    Kernels that are compiled ahead (``ahead/``) are told H, I and D at run time.
-    """
+    """Return whether a size is known when a kernel is compiled, and is that of the tile."""
     return isinstance(size, int) and size == tile
 
 
+@gluon.constexpr_function
+def is_ahead(H):
+    """Return whether a kernel is compiled ahead (``ahead/``): H comes at run time then."""
+    return not isinstance(H, int)
+
+
 @gluon.jit
-def given(pointer):
+def given(pointer, H):
     """Return whether an argument is there: kernels that are compiled ahead get null for None."""
-    return pointer.to(gl.int64, bitcast=True) != 0
+    there = True
+    if is_ahead(H):
+        there = pointer.to(gl.int64, bitcast=True) != 0
+    return there
 
 
 @gluon.jit
@@ -171,16 +177,20 @@ def turned(w, H: gl.constexpr, U: gl.constexpr, left: gl.constexpr):
 def load_bias(b_ih, b_hh, H: gl.constexpr, U: gl.constexpr, tile: gl.constexpr):
     """Load b_ih + b_hh in float32 as ``[4U]``, the rows of a stacked tile."""
     r = gl.arange(0, 4 * U, gl.SliceLayout(1, tile))
-    has = (r % U < H) & given(b_ih)
+    has = (r % U < H) & given(b_ih, H)
     bias = gl.load(b_ih + (r // U * H + r % U), has, 0).to(gl.float32)
     return bias + gl.load(b_hh + (r // U * H + r % U), has, 0).to(gl.float32)
 
 
 @gluon.jit
-def load_lengths(lengths, n, T, B):
-    """Load the lengths of sequences ``[N]``, int32: T where none are given, 0 past the last."""
-    few = given(lengths)
-    return gl.load(lengths + n, (n < B) & few, gl.where(few, 0, T)).to(gl.int32)
+def load_lengths(lengths, n, T, B, H):
+    """Load the lengths of sequences ``[N]``: T where none are given, 0 past the last."""
+    if is_ahead(H):
+        few = given(lengths, H)
+        found = gl.load(lengths + n, (n < B) & few, gl.where(few, 0, T))
+    else:
+        found = gl.load(lengths + n, n < B, 0)
+    return found
 
 
 @gluon.jit
@@ -205,9 +215,9 @@ def at_step(t, length):
 
 
 @gluon.jit
-def flags(reset, s, steps, t, n, length, lengths, B):
+def flags(reset, s, steps, t, n, length, lengths, B, H):
     """Load the reset flags ``[N]`` of step t, which is the s-th; 0 where there is no such step."""
-    there = (n < B) & (s < steps) & (t >= 0) & given(reset)
+    there = (n < B) & (s < steps) & (t >= 0) & given(reset, H)
     if lengths is not None:
         there = there & (t < length)
     return gl.load(reset + t.to(gl.int64) * B + n, there, 0)

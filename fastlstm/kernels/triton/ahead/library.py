@@ -93,8 +93,7 @@ def _give_kernels(manifest: Manifest, device: int) -> None:
     numbers, names = [], []
     for kernel, (begin, count, shared) in zip(manifest.kernels, about["places"], strict=True):
         numbers += [kernel["key"], begin, count, shared, kernel["warps"], kernel["batch"]]
-        arguments = (argument for argument, _ in kernel["arguments"])
-        names.append(" ".join((kernel["name"], kernel["entry"], *arguments)))
+        names.append(f"{kernel['name']} {kernel['entry']} {kernel['arguments']}")
     plans = list(chain.from_iterable(manifest.plans[about["arch"]]))
     _add(device, manifest.content(name), numbers, "\n".join(names), plans)
 

@@ -49,7 +49,7 @@ _OF_KERNEL: dict[str, type] = {
     "name": str,
     "key": int,
     "entry": str,
-    "arguments": list,
+    "arguments": str,  # "name:bytes", in order
     "warps": int,
     "batch": int,
 }

@@ -1,0 +1,125 @@
+"""What csrc/triton does around its kernels, on the stand-in for the driver: run in a process.
+
+tests/test_executed_ahead.py starts :func:`scenarios` and judges what it returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fastlstm
+from fastlstm import extension
+from fastlstm.kernels import triton as backend
+from fastlstm.kernels.triton import config
+from fastlstm.kernels.triton.ahead import library as ahead
+
+SHARED = 227 << 10
+NEW, OLD = 12080, 11040  # versions of the driver
+GPUS = {  # compute capability, shared memory of a block, version of the driver
+    "older": (75, SHARED, NEW),
+    "old driver": (80, SHARED, OLD),
+    "small": (80, 16, NEW),
+}
+
+
+def said(call: Callable[[], Any]) -> str:
+    """The error of a call, or what it returns."""
+    try:
+        return f"returned {call()}"
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def operands(layer: fastlstm.LSTM, x: Tensor) -> list[Any]:
+    """The arguments of the forward operator, for inference."""
+    (T, B), H, D = x.shape[:2], layer.hidden_size, 1 + layer.bidirectional
+    new = lambda *size: torch.zeros(size, dtype=x.dtype)  # noqa: E731
+    weights = [weight.detach() for weight in layer.parameters()]
+    inputs = [x, weights, D, None, None, None, None, None]
+    return [*inputs, new(T, B, D * H), new(D, B, H), new(D, B, H), None, None, None]
+
+
+def scenarios(library: Path, folder: Path) -> dict[str, Any]:
+    """Return what every scenario comes to; the names of kernels go to `folder`."""
+    from ptx.ahead import folder_of_names  # it needs Triton, tests are collected without
+
+    folder_of_names(folder, 80)
+    os.environ["FASTLSTM_TRITON"] = "ahead"
+    stub = ctypes.CDLL(str(library.parent / "libcuda_stub.so"))
+    stub.stub_launches.restype = ctypes.c_char_p
+    stub.stub_gpu(80, SHARED, NEW)
+    torch.ops.load_library(library)
+    backend._input_obstacle = lambda x: None
+    extension.triton_error = lambda: None
+    ahead.FOLDER = folder
+    backend.TritonBackend.infers_on_cpu = True
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        assert backend.TRITON.error() is None  # once and for all
+
+    def launches() -> list[dict[str, int]]:
+        return [json.loads(line) for line in stub.stub_launches().splitlines()]
+
+    launches()
+    found: dict[str, Any] = {}
+    layer = fastlstm.LSTM(28, 64, bidirectional=True, dtype=torch.bfloat16)
+    x = torch.zeros(3, 19, 28, dtype=torch.bfloat16)
+    operator = torch.ops.fastlstm.lstm_fwd_triton.default
+    with fastlstm.backend("triton"):
+        with torch.no_grad():
+            layer(x)
+            found["inference"] = launches()
+            threads = [Thread(target=layer, args=(x,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            launches()
+            torch.compile(layer, backend="eager", fullgraph=True)(x)
+            found["compiled"] = launches()
+        layer(x)[0].sum().backward()
+        found["training"] = launches()
+        projected = fastlstm.LSTM(28, 64, proj_size=8, dtype=torch.bfloat16)
+        found["projected"] = said(lambda: projected(x))
+        found["explained"] = str(fastlstm.explain(layer, x))
+    found["backends"] = str(fastlstm.backends())
+    found["operator"] = said(lambda: operator(*operands(layer, x.double())))
+    spoiled = operands(layer, x)
+    spoiled[8] = spoiled[8].float()
+    found["another dtype"] = said(lambda: operator(*spoiled))
+    spoiled = operands(layer, x)
+    spoiled[9] = spoiled[9][:, 1:]
+    found["another shape"] = said(lambda: operator(*spoiled))
+    given: list[Any] = []
+    torch.library.impl("fastlstm::lstm_fwd_triton_jit", "CPU")(_keeping(given))
+    with config.override(regime="registers"):
+        found["overridden"] = said(lambda: operator(*operands(layer, x)))
+    operator(*operands(layer, x.float()[:0]), peephole=True)
+    found["given"] = len(given), given[-1][0][2], given[-1][1]["peephole"]
+    found["launches of others"] = len(launches())
+    for device, (name, gpu) in enumerate(GPUS.items(), 1):
+        stub.stub_gpu(*gpu)
+        found[name] = ahead.problem_of(device)
+    found["none"] = ahead.problem_of(9)
+    return found
+
+
+def _keeping(given: list[Any]) -> Callable[..., None]:
+    """An operator in Python that keeps its arguments, and refuses the first call."""
+
+    def keep(*arguments: Any, **options: Any) -> None:
+        given.append((arguments, options))
+        if len(given) == 1:
+            ahead.failed("a sentence")
+            raise ValueError("a sentence")
+
+    return keep
