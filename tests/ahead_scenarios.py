@@ -84,6 +84,10 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
             for thread in threads:
                 thread.join()
             launches()
+            stub.stub_capture(True)
+            fastlstm.LSTM(5, 5, dtype=torch.bfloat16)(x[..., :5])
+            found["captured"] = len(launches()), bool(stub.stub_relaxed())
+            stub.stub_capture(False)
             torch.compile(layer, backend="eager", fullgraph=True)(x)
             found["compiled"] = launches()
         layer(x)[0].sum().backward()

@@ -32,7 +32,9 @@ Runner runner = nullptr;
 std::string launches;
 int64_t launched = 0;
 bool keeps = false;
+bool capturing = false;
 thread_local CUcontext current = nullptr;
+thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 std::mutex lock;
 
 CUcontext context_of(int device) { return reinterpret_cast<CUcontext>(intptr_t(device) + 1); }
@@ -93,6 +95,9 @@ void stub_gpu(int of_arch, int shared, int of_version) {
   version = of_version;
 }
 void stub_runner(Runner given) { runner = given; }
+// Whether a stream is being captured: what is unsafe then is refused in threads that have not relaxed.
+void stub_capture(bool captures) { capturing = captures; }
+bool stub_relaxed() { return capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED; }
 // When the last launch came, in nanoseconds of Python's perf_counter.
 int64_t stub_launched() { return launched; }
 const char* stub_launches() {
@@ -128,13 +133,13 @@ CUresult cuCtxPopCurrent(CUcontext* context) {
   return CUDA_SUCCESS;
 }
 CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
-  static thread_local CUstreamCaptureMode now = CU_STREAM_CAPTURE_MODE_GLOBAL;
-  std::swap(*mode, now);
+  std::swap(*mode, capture_mode);
   return CUDA_SUCCESS;
 }
 CUresult cuModuleLoadData(CUmodule* module, const void* given) {
   const char* image = static_cast<const char*>(given);
   if (!current) return CUDA_ERROR_INVALID_CONTEXT;
+  if (capturing && capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   if (!is_cubin(image) && std::memcmp(image, "//", 2)) return CUDA_ERROR_INVALID_IMAGE;
   if (!runs(image)) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   if (version < 12000) return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;

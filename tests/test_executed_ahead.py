@@ -112,6 +112,7 @@ def test_launches_ask_for_what_plans_say(seen: dict[str, Any]) -> None:
     assert len(seen["training"]) == 2
     for launch in seen["inference"] + seen["compiled"] + seen["training"]:
         assert {name: launch[name] for name in wanted} == wanted
+    assert seen["captured"] == (1, False)  # a kernel was loaded meanwhile, and nothing is left
     assert "compiled ahead" in seen["explained"]
     assert "Triton is not needed" in seen["backends"]
 
