@@ -91,7 +91,7 @@ def test_error_is_that_of_pytorch(
 
 def test_what_is_broken_is_seen(workers: Workers, library: Path) -> None:
     """A barrier in shared memory that is missing, one after the other."""
-    run = AheadRun(EVEN[0], "bf16", 80, library)
+    run = AheadRun(EVEN[1], "bf16", 80, library)
     found: list[Broken] = workers(80).run(broken, run, r"bar\.sync\s+0;", "", timeout=TIMEOUT)
     assert found and any(each.seen for each in found)
 

@@ -113,7 +113,7 @@ void lstm_bwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   const Array dgates = pass.rows.padded() ? place.zeros({directions, pass.rows.count, 4 * H}, x.dtype)
                                           : place.empty({directions, pass.rows.count, 4 * H}, x.dtype);
   const bool even = even_weights(pass.weights, H);
-  Kernel* kernel = asked.device->find({asked.row, pass.rows.kind(bool(dc_all)), bool(kept), even});
+  Kernel* kernel = asked.device->find({asked.row, pass.rows.kind(bool(dc_all)), bool(kept), even, false});
   FASTLSTM_CHECK(kernel, "fastlstm: no kernel for this call was compiled ahead");
   Arguments a;
   a.set(k_gates, kept ? kept : again);

@@ -32,10 +32,10 @@ void forward(const Question& asked, const Place& place, const Array& x, const st
     zero(out.y);
     zero(out.c_all);
   }
-  const bool fused = asked.row->inputs > 0;
-  const bool even = even_weights(weights, H) && (!fused || even_input(x));
-  Kernel* kernel = asked.device->find({asked.row, rows.kind(false), out.c_all || out.gates, even});
+  Kernel* kernel = asked.device->find(
+      {asked.row, rows.kind(false), out.c_all || out.gates, even_weights(weights, H), even_input(x)});
   FASTLSTM_CHECK(kernel, "fastlstm: no kernel for this call was compiled ahead");
+  const bool fused = kernel->fused;
   const Array products = fused ? Array() : products_by_unit(x, weights, H, place);
   Arguments a;
   a.set(k_x, fused ? x : products);

@@ -33,6 +33,9 @@ i64 number(const Row& row, i64 inputs, RowsKind rows, bool keeps, bool even) {
   return found;
 }
 
+// Of such a number, 0 where x does not go through w_ih in the loop.
+i64 inputs_bits(i64 number) { return number >> 4 & 15; }
+
 // word: a name, and after a colon its bytes.
 Slot slot_of(const std::string& word, const std::string& kernel) {
   static const std::unordered_map<std::string, Slot> known = {
@@ -124,6 +127,7 @@ void Device::read_kernel(const i64** numbers, const i64* end, const std::string&
   kernel->shared = unsigned(n[3]);
   kernel->threads = unsigned(n[4]) * kLanes;
   kernel->batch = n[5];
+  kernel->fused = inputs_bits(n[0]) > 0;
   for (std::string word; words >> word;) kernel->slots.push_back(slot_of(word, kernel->name));
   by_number_[n[0]] = kernel.get();
   kernels_.push_back(std::move(kernel));
@@ -135,23 +139,23 @@ const Row* Device::plan(bool back, Kind kind, i64 I, i64 H) const {
   return nullptr;
 }
 
-Kernel* Device::find(i64 number) const {
-  const auto found = by_number_.find(number);
-  return found == by_number_.end() ? nullptr : found->second;
+Kernel* Device::find(const Wish& wish, i64 inputs, bool even) const {
+  const Row& row = *wish.row;
+  for (int keeps = wish.keeps; keeps < (row.back ? wish.keeps + 1 : 2); ++keeps)
+    for (const RowsKind rows : {wish.rows, wish.rows == RowsKind::dense ? RowsKind::padded : wish.rows}) {
+      const auto found = by_number_.find(number(row, inputs, rows, keeps, even));
+      if (found != by_number_.end()) return found->second;
+    }
+  return nullptr;
 }
 
 Kernel* Device::find(const Wish& wish) const {
-  const Row& row = *wish.row;
-  const bool takes_padded = wish.rows == RowsKind::dense;
-  for (int odd = !wish.even; odd < 2; ++odd)
-    for (int keeps = wish.keeps; keeps < (row.back ? wish.keeps + 1 : 2); ++keeps)
-      for (int other = 0; other <= int(takes_padded); ++other)
-        for (i64 inputs = row.inputs;; inputs *= 2) {
-          const RowsKind rows = other ? RowsKind::padded : wish.rows;
-          if (Kernel* found = find(number(row, inputs, rows, keeps, !odd))) return found;
-          if (inputs == 0 || inputs >= kWidestInputs) break;
-        }
-  return nullptr;
+  const bool even = wish.even && wish.even_x;
+  for (int odd = !even; odd < 2; ++odd)
+    for (i64 inputs = wish.row->inputs; inputs && inputs <= kWidestInputs; inputs *= 2)
+      if (Kernel* found = find(wish, inputs, !odd)) return found;
+  if (Kernel* found = wish.even ? find(wish, 0, true) : nullptr) return found;
+  return find(wish, 0, false);
 }
 
 Handle_ Device::function(Kernel* kernel) const {

@@ -51,7 +51,9 @@ struct Row {
 struct Wish {
   const Row* row;
   RowsKind rows;
-  bool keeps, even;
+  bool keeps;
+  bool even;    // of H, and how weights lie
+  bool even_x;  // of I, and how x lies
 };
 
 struct Kernel {
@@ -59,6 +61,7 @@ struct Kernel {
   const void* image;
   unsigned threads, shared;
   i64 batch;
+  bool fused;  // whether x goes through w_ih in its loop
   std::vector<Slot> slots;
   std::atomic<Handle_> function{nullptr};
 };
@@ -80,7 +83,7 @@ class Device {
  private:
   void read_kernel(const i64** numbers, const i64* end, const std::string& line);
   Handle_ function(Kernel* kernel) const;
-  Kernel* find(i64 number) const;
+  Kernel* find(const Wish& wish, i64 inputs, bool even) const;
 
   int index_;
   Handle_ context_ = nullptr;

@@ -80,8 +80,8 @@ class TritonBackend(Backend):
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
         found = self.error() or _input_obstacle(x)
-        if found is not None:
-            return found
+        if found is not None or _ahead_problem() is not None:
+            return found or _cell_obstacle(spec, x)
         missing = _not_ahead(spec, x)
         if missing is None:
             return None
@@ -119,6 +119,8 @@ class TritonBackend(Backend):
         """Return a call in each regime of `tl` and, on a GPU, what plans make of calls there."""
         from . import config
 
+        if _ahead_problem() is None and _jit_problem() is not None:
+            return [(nullcontext, {"H": H}) for H in (20, 64)[: 2 if x.element_size() == 2 else 1]]
         small = [partial(config.override, regime=regime) for regime in ("sequence", "steps")]
         sizes = {"T": 3, "B": 3} if _interpreted() else {}  # which takes seconds for a call
         found: list[tuple[Callable[[], Any], dict[str, int]]] = [(force, sizes) for force in small]

@@ -43,12 +43,12 @@ __all__ = [
     "override",
     "padded",
     "rnn_plan",
-    "watchers",
+    "watch",
 ]
 
 _REGIMES = "registers", "sequence", "cluster", "persistent", "steps"
 # Told whether plans are overridden: kernels that were compiled ahead know none but their own.
-watchers: list[Callable[[bool], Any]] = []
+_watchers: list[Callable[[bool], Any]] = []
 # For the whole process: autograd runs backward in a thread of its own.
 _changes: dict[str, Any] = {}
 
@@ -76,10 +76,16 @@ def override(**changes: Any) -> Iterator[None]:
         _change(before)
 
 
+def watch(watcher: Callable[[bool], Any]) -> None:
+    """Tell a function whether plans are overridden, now and whenever that changes."""
+    _watchers.append(watcher)
+    watcher(bool(_changes))
+
+
 def _change(changes: dict[str, Any]) -> None:
     global _changes
     _changes = changes
-    for watcher in watchers:
+    for watcher in _watchers:
         watcher(bool(changes))
 
 

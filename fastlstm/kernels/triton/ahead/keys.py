@@ -15,6 +15,8 @@ from .plans import ANY, KINDS, REGIMES, Row
 __all__ = ["ROWS", "Key", "keys"]
 
 ROWS = ("dense", "padded", "packed")
+# Both kinds of weights in registers, read number by number: more units spill hundreds of bytes.
+_MOST_ODD_UNITS = 32
 
 
 class Key(NamedTuple):
@@ -62,8 +64,8 @@ def keys(rows: list[Row]) -> list[Key]:
     """Return the kernels that plans with these rows may start.
 
     Whatever has no kernel of its own takes one that can do more: a call of dense rows one that
-    also reads lengths, of even sizes one for all sizes, of few inputs one for many. So only calls
-    as they mostly are have the one that is best for them.
+    also reads lengths, of even sizes one for all sizes, of few inputs one for many, or one whose
+    products are made before. So only calls as they mostly are have the one that is best for them.
     """
     return list(dict.fromkeys(key for row in rows for key in _keys(row, rows)))
 
@@ -75,7 +77,7 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
     if not back:
         forms.insert(0, ("dense", False))
     yield from (key._replace(rows=form, keeps=keeps, even=True) for form, keeps in forms)
-    if row.inputs and row.inputs < _widest(row, rows):
+    if row.inputs and (row.inputs < _widest(row, rows) or row.units > _MOST_ODD_UNITS):
         return
     for form in ("padded", "packed"):
         yield key._replace(rows=form)

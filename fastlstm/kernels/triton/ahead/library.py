@@ -12,11 +12,11 @@ import torch
 
 from fastlstm import extension
 from fastlstm.kernels.operators import add_kernel, define_operator
-from fastlstm.kernels.triton.config import Device, watchers
+from fastlstm.kernels.triton.config import Device, watch
 
 from .manifest import FOLDER, Manifest, ManifestError
 
-__all__ = ["GPU_PROBLEMS", "ManifestError", "failed", "gpu", "load", "plan", "problem_of"]
+__all__ = ["ManifestError", "failed", "gpu", "load", "plan", "problem_of"]
 
 _COMPOSITE = "CompositeExplicitAutograd"
 _gpu = define_operator("triton_gpu", "(int device) -> int[]")
@@ -30,7 +30,7 @@ _prepare = define_operator("triton_prepare", "(int device) -> str")
 _tf32 = define_operator("triton_tf32", "() -> bool")
 
 _manifest: Manifest | None = None
-GPU_PROBLEMS: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
+_problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
 
 def load() -> Manifest:
@@ -46,15 +46,15 @@ def load() -> Manifest:
         if missing is not None:
             raise ManifestError(missing)
         _manifest = found
-        watchers.append(_pause)
+        watch(_pause)
     return _manifest
 
 
 def problem_of(device: int) -> str | None:
     """Say why a GPU does not run the compiled kernels; None if it does, which this tries."""
-    if device not in GPU_PROBLEMS:
-        GPU_PROBLEMS[device] = _find_problem(device)
-    return GPU_PROBLEMS[device] or None
+    if device not in _problems:
+        _problems[device] = _find_problem(device)
+    return _problems[device] or None
 
 
 def plan(device: int, back: bool, kind: int, I: int, H: int) -> list[int]:
