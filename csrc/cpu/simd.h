@@ -19,17 +19,14 @@ FASTLSTM_INLINE void store(S* p, Vec<S> v) {
 // The first n lanes; the others read as zero and are not written.
 template <class S>
 FASTLSTM_INLINE Vec<S> load_n(const S* p, i64 n) {
-  if (n >= kLanes<S>) return load(p);
-  Vec<S> v = {};
-  std::memcpy(&v, p, size_t(n) * sizeof(S));
-  return v;
+  return n >= kLanes<S> ? load(p) : load_first(p, n);
 }
 template <class S>
 FASTLSTM_INLINE void store_n(S* p, Vec<S> v, i64 n) {
   if (n >= kLanes<S>)
     store(p, v);
   else
-    std::memcpy(p, &v, size_t(n) * sizeof(S));
+    store_first(p, v, n);
 }
 
 // Calls f(first, lanes) for each vector of n numbers; the last one may be shorter. A lambda that is passed here has to

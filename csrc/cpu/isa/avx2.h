@@ -48,11 +48,17 @@ using fallback::divide;
 
 // A mask of n lanes: the sign of each lane counts.
 FASTLSTM_INLINE __m256i first_lanes(__m256i lane, i64 n) { return _mm256_sub_epi32(lane, _mm256_set1_epi32(int(n))); }
+FASTLSTM_INLINE __m256i first_floats(i64 n) { return first_lanes(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), n); }
+FASTLSTM_INLINE __m256i first_doubles(i64 n) { return first_lanes(_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), n); }
 FASTLSTM_INLINE Vec<float> load_first(const float* p, i64 n) {
-  return (Vec<float>)_mm256_maskload_ps(p, first_lanes(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), n));
+  return (Vec<float>)_mm256_maskload_ps(p, first_floats(n));
 }
 FASTLSTM_INLINE Vec<double> load_first(const double* p, i64 n) {
-  return (Vec<double>)_mm256_maskload_pd(p, first_lanes(_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), n));
+  return (Vec<double>)_mm256_maskload_pd(p, first_doubles(n));
+}
+FASTLSTM_INLINE void store_first(float* p, Vec<float> v, i64 n) { _mm256_maskstore_ps(p, first_floats(n), (__m256)v); }
+FASTLSTM_INLINE void store_first(double* p, Vec<double> v, i64 n) {
+  _mm256_maskstore_pd(p, first_doubles(n), (__m256d)v);
 }
 
 FASTLSTM_INLINE Words64 multiply_low(const Words64& a, const Words64& b) {

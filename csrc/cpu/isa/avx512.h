@@ -45,12 +45,19 @@ FASTLSTM_INLINE Vec<float> divide(Vec<float> a, Vec<float> b) {
   return fma(fma(-b, quotient, a), reciprocal, quotient);
 }
 
-// The first n numbers, n < kLanes; the other lanes are zero and their memory is not read.
+// The first n numbers, n < kLanes; the memory of other lanes is neither read nor written.
 FASTLSTM_INLINE Vec<float> load_first(const float* p, i64 n) {
   return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
 }
 FASTLSTM_INLINE Vec<double> load_first(const double* p, i64 n) {
   return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+
+FASTLSTM_INLINE void store_first(float* p, Vec<float> v, i64 n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+}
+FASTLSTM_INLINE void store_first(double* p, Vec<double> v, i64 n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
 }
 
 FASTLSTM_INLINE Words64 multiply_low(const Words64& a, const Words64& b) {

@@ -24,6 +24,10 @@ FASTLSTM_INLINE Vec<S> load_first(const S* p, i64 n) {
   for (i64 k = 0; k < n; ++k) v[k] = p[k];
   return v;
 }
+template <class S>
+FASTLSTM_INLINE void store_first(S* p, Vec<S> v, i64 n) {
+  std::memcpy(p, &v, size_t(n) * sizeof(S));
+}
 
 inline float half_to_float(uint16_t v) {
   const uint32_t sign = uint32_t(v & 0x8000u) << 16, magnitude = v & 0x7fffu;

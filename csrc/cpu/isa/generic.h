@@ -33,6 +33,7 @@ using fallback::float_to_half;
 using fallback::half_to_float;
 using fallback::load_first;
 using fallback::multiply_low;
+using fallback::store_first;
 
 }  // namespace
 }  // namespace fastlstm

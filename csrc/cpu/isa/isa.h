@@ -16,10 +16,11 @@
 //   clamp(x, low, high)      of Vec<float>; NaN stays NaN
 //   divide(a, b)     a / b of Vec<float> within 0.6 units in the last place, for b in the normal range
 //   load_first(p, n)         the first n < kLanes numbers at p; other lanes are zero, and their memory is not read
+//   store_first(p, v, n)     writes the first n < kLanes numbers of v to p; memory behind them is not written
 //   multiply_low(a, b)       of Words64: products of the low halves of 64-bit words
 //   half_to_float(x), float_to_half(x)   one float16, to nearest even
 //
-// fallback.h has the last six in code that every CPU can run: `using fallback::divide;` is enough.
+// fallback.h has the last seven in code that every CPU can run: `using fallback::divide;` is enough.
 //
 // A port also needs: a line in the choice below; NAME.cpp with FASTLSTM_KERNELS(NAME), unless one build of the library
 // has no other instruction set (as on aarch64, where portable.cpp is compiled with neon.h); its entry in dispatch.cpp,

@@ -61,6 +61,7 @@ inline uint16_t float_to_half(float f) {
 
 using fallback::load_first;
 using fallback::multiply_low;
+using fallback::store_first;
 
 }  // namespace
 }  // namespace fastlstm
