@@ -140,11 +140,12 @@ def variants(layers: Iterable[Layer], archs: Iterable[int]) -> list[Variant]:
     return list(dict.fromkeys(v for arch in archs for l in layers for v in _of(l, arch)))
 
 
-SAMPLED = ("kernel", "arch", "regime", "cell", "dtype", "precision")
+# What of the source a compiler gets to see depends on these.
+SAMPLED = ("kernel", "arch", "regime", "cell", "dtype", "precision", "fused", "rows")
 
 
 def sample(found: Iterable[Variant]) -> list[Variant]:
-    """Keep the first of each kernel, GPU, regime, cell and type of number."""
+    """Keep the first of each kernel, GPU, regime, cell, type of number and kind of rows."""
     first: dict[tuple[Any, ...], Variant] = {}
     for variant in found:
         first.setdefault(tuple(variant.facts[name] for name in SAMPLED), variant)

@@ -43,7 +43,8 @@ def input_side(x, w_x, start, U: gl.constexpr, N: gl.constexpr, FUSED: gl.conste
     if FUSED:
         result = mma_v2(w_x, rounded(x), start, "tf32")
     else:
-        result = start + stack(x, U, N, start.type.layout)
+        tile: gl.constexpr = start.type.layout  # Triton 3.6 hands no layout on without a name
+        result = start + stack(x, U, N, tile)
     return result
 
 
