@@ -1,9 +1,10 @@
 """Builds the kernels: csrc/ -> libraries in fastlstm/, for torch.ops.load_library.
 
 _C.so: of CPUs, and the plans of all. _cuda.so: of GPUs, where torch was built with CUDA and there
-is an nvcc; a GPU need not be there. _emulator.so, of a development install: the same on a CPU, for
-tests. _triton.so, with FASTLSTM_AHEAD=1: what starts Triton's kernels, which the installed Triton
-compiles then, for every GPU.
+is an nvcc; a GPU need not be there. _triton.so, with FASTLSTM_AHEAD=1: what starts Triton's
+kernels, which the installed Triton compiles then, for every GPU. _emulator.so: the CUDA kernels on a
+CPU, for tests, which build it by `python setup.py build_emulator` when they need it
+(tests/emulator.py).
 
 The install succeeds without any of them, on a slower backend. The reason goes to a file beside
 them, which fastlstm.backends() quotes, and to the terminal, unless CUDA simply is not there.
@@ -22,7 +23,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +89,8 @@ X86_SOURCES = {
     "csrc/cpu/quantized/avx512vnni.cpp": [*AVX512.split(), "-mavx512vnni"],
 }
 SOURCES |= X86_SOURCES
+# These start first, in this order: each takes as long as all the others together.
+SLOWEST = [f"csrc/cpu/isa/{isa}.cpp" for isa in ("avx512", "avx2", "portable")]
 
 # The slowest first. Those of clusters need a GPU of compute capability 9.0.
 CUDA_KERNELS = {"csrc/cuda/block.cu": 80, "csrc/cuda/grid.cu": 80, "csrc/cuda/cluster.cu": 90}
@@ -136,14 +139,16 @@ class Library(NamedTuple):
             compile_changed([*recipe.compiler, *flags], target, recipe.advice)
             return str(target)
 
-        objects = list(pool.map(compile_source, recipe.sources))
+        sources = [source for source in SLOWEST if source in recipe.sources]
+        sources += [source for source in recipe.sources if source not in SLOWEST]
+        objects = dict(zip(sources, pool.map(compile_source, sources), strict=True))
         # `import torch` does not make its symbols global, so the library has to name the one that
         # has them; that one is in memory by then, hence no search path.
         torch = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         target = str(folder / f"{self.name}.so")
         link = [*recipe.link, *(recipe.strip if strip else []), *torch]
-        command = [*recipe.compiler, "-shared", *objects, *link]
-        run([*command, "-o", target], recipe.advice)
+        command = [*recipe.compiler, "-shared", *(objects[name] for name in recipe.sources)]
+        run([*command, *link, "-o", target], recipe.advice)
 
 
 def of_host(sources: dict[str, list[str]]) -> Recipe:
@@ -266,7 +271,6 @@ def tell_user(message: str) -> None:
 LIBRARIES = [
     Library("_cuda", cuda, "_cuda_error.txt", "FASTLSTM_CUDA", "its CUDA kernels"),
     Library("_triton", ahead, "_triton_error.txt", "FASTLSTM_AHEAD"),
-    Library("_emulator", emulator, "_emulator_error.txt", "FASTLSTM_REQUIRE_EXTENSION"),
     Library(
         "_C",
         cpu,
@@ -275,20 +279,26 @@ LIBRARIES = [
         "its C++ kernels, on the slower reference backend",
     ),
 ]
+EMULATOR_LIBRARY = Library(
+    "_emulator", emulator, "_emulator_error.txt", "FASTLSTM_REQUIRE_EXTENSION"
+)
 
 
 class BuildLibraries(build_ext):
+    libraries: Sequence[Library] = LIBRARIES
+
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # not tied to one version of Python
 
     def run(self) -> None:
         folder = Path("" if self.inplace else self.build_lib, "fastlstm")
         folder.mkdir(parents=True, exist_ok=True)
-        for library in LIBRARIES:  # an older one must not outlive a failed build
+        for library in self.libraries:  # an older one must not outlive a failed build
             (folder / f"{library.name}.so").unlink(missing_ok=True)
             (folder / library.report).unlink(missing_ok=True)
-        left_out = {"_emulator": not self.inplace, "_triton": not AHEAD_IS_WANTED}
-        wanted = [library for library in LIBRARIES if not left_out.get(library.name)]
+        wanted = [
+            library for library in self.libraries if library.name != "_triton" or AHEAD_IS_WANTED
+        ]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
             scratch = Path("build", "objects")  # pip throws self.build_temp away
@@ -318,6 +328,14 @@ class BuildLibraries(build_ext):
                 f"Reason: {str(error).splitlines()[0]}\n"
                 f"More: fastlstm/{library.report}. Then install again.\n"
             )
+
+
+class BuildEmulator(BuildLibraries):
+    libraries = (EMULATOR_LIBRARY,)
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.inplace = True
 
 
 class Wheel(bdist_wheel):
@@ -368,5 +386,10 @@ setup(
             depends=[str(header) for header in Path("csrc").rglob("*.h")],
         )
     ],
-    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildLibraries, "sdist": Source},
+    cmdclass={
+        "bdist_wheel": Wheel,
+        "build_emulator": BuildEmulator,
+        "build_ext": BuildLibraries,
+        "sdist": Source,
+    },
 )

@@ -24,20 +24,21 @@ def _find(library: str) -> Path | None:
 
 
 @functools.cache
-def _error_of(library: str, report: str, what: str) -> str | None:
+def _error_of(library: str, report: str, what: str, how: str = _INSTALL) -> str | None:
     """Load a library; return why it cannot be used, or None.
 
     Args:
         library: the start of its file's name.
         report: the file in which setup.py leaves the reason, then the details.
         what: the library in words.
+        how: the command that builds it.
     """
     file = _find(library)
     if file is None:
         why = f"{what} has not been built"
         if (_FOLDER / report).exists():
             why = (_FOLDER / report).read_text().partition("\n")[0]
-        return f"{why}; to build it, run: {_INSTALL}"
+        return f"{why}; to build it, run: {how}"
     try:
         torch.ops.load_library(file)
     except (OSError, RuntimeError) as failure:
@@ -62,7 +63,8 @@ def error() -> str | None:
 def cuda_error(emulated: bool) -> str | None:
     """Load the CUDA kernels, or their emulator; return why they are missing, or None."""
     if emulated:
-        return _error_of("_emulator", "_emulator_error.txt", "the emulator of the CUDA kernels")
+        what, how = "the emulator of the CUDA kernels", "python setup.py build_emulator"
+        return _error_of("_emulator", "_emulator_error.txt", what, how)
     return _error_of("_cuda", "_cuda_error.txt", "the CUDA library")
 
 

@@ -7,7 +7,8 @@ tests/README.md says how to run the others.
 run on the Triton and CUDA kernels too, interpreted and emulated where there is no GPU. What is
 interpreted rounds as a GPU does (tests/interpreter.py), with exact products in float32. A machine
 without a compiled library skips its share, unless FASTLSTM_REQUIRE_EXTENSION=1 says that it has to
-be there (CI does): then those tests fail with the reason.
+be there (CI does): then those tests fail with the reason. Before the first test that needs the
+emulator it is compiled, if it is not there or its source has changed.
 """
 
 import os
@@ -33,6 +34,7 @@ if not torch.cuda.is_available():  # before Triton reads it: the kernels run on 
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("FASTLSTM_EMULATE", "1")
 
+import emulator
 from interpreter import rounding
 
 import fastlstm
@@ -109,6 +111,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = set(_thinned(rest) if config.option.rest else short)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in (*short, *rest) if item in chosen]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the emulator of the CUDA kernels if a test needs it."""
+    emulated = any(item.get_closest_marker("emulated") for item in session.items)
+    if emulated and not session.config.option.collectonly:
+        emulator.build()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

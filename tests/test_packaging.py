@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +21,7 @@ tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LIBRARIES = {"_C": "_build", "_cuda": "_cuda", "_emulator": "_emulator"}  # and their reports
+IN_PLACE = ("build_ext", "--inplace")
 BINDINGS = """#include <torch/headeronly/version.h>
 #if defined(FASTLSTM_NO_CLUSTER)
 #define ANSWER 43
@@ -82,11 +84,10 @@ def give_torch(tree: Path, cuda: str | None) -> None:
 
 
 def build(
-    tree: Path, before: str = "pass", *, inplace: bool = True, **variables: str
+    tree: Path, before: str = "pass", *, command: Sequence[str] = IN_PLACE, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """`python setup.py build_ext`, after the statements `before`; no CUDA, unless asked for."""
-    command = ["-q", "build_ext", *(["--inplace"] if inplace else [])]
-    code = f"import runpy, sys; {before}; sys.argv[1:] = {command}; "
+    """`python setup.py COMMAND`, after the statements `before`; no CUDA, unless asked for."""
+    code = f"import runpy, sys; {before}; sys.argv[1:] = {['-q', *command]}; "
     ours = re.compile("FASTLSTM_.*|TORCH_CUDA_ARCH_LIST|CUDACXX|CUDA_HOME")
     others = {name: value for name, value in os.environ.items() if not ours.fullmatch(name)}
     return subprocess.run(
@@ -124,9 +125,18 @@ def test_build(tree: Path) -> None:
     done = build(tree)
     assert done.returncode == 0, done.stderr
     assert answer(tree, "_C") == 42
-    assert answer(tree, "_emulator") == 44
     assert "FASTLSTM_CUDA=0" in missing(tree, "_cuda")
     assert "WITHOUT" not in done.stderr
+    assert not (tree / "build/objects/_emulator").exists()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_emulator(tree: Path) -> None:
+    """Is built on its own, and leaves the other libraries as they are."""
+    done = build(tree, command=["build_emulator"])
+    assert done.returncode == 0, done.stderr
+    assert answer(tree, "_emulator") == 44
+    assert (tree / "fastlstm/_C.so").read_text() == "of an older build"
 
 
 # Stands for what compiles Triton's kernels: it says into which folder.
@@ -161,7 +171,7 @@ def test_kernels_compiled_ahead(tree: Path) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_build_to_be_packed(tree: Path) -> None:
-    done = build(tree, inplace=False)
+    done = build(tree, command=["build_ext"])
     assert done.returncode == 0, done.stderr
     (built,) = tree.glob("build/lib*/fastlstm")
     assert {path.name for path in built.iterdir()} == {"_C.so", "_cuda_error.txt"}
@@ -297,11 +307,12 @@ def test_cuda_that_cannot_be_built(
 def test_emulator_that_cannot_be_built(tree: Path) -> None:
     """Is missed by the tests of this library alone."""
     (tree / "csrc/cuda/emulator/schedule.cpp").write_text("int broken = no_such_name;")
-    done = build(tree)
+    done = build(tree, command=["build_emulator"])
     assert done.returncode == 0
     assert "no_such_name" in missing(tree, "_emulator")
     assert "WITHOUT" not in done.stderr
-    assert build(tree, FASTLSTM_REQUIRE_EXTENSION="1").returncode == 1
+    again = build(tree, command=["build_emulator"], FASTLSTM_REQUIRE_EXTENSION="1")
+    assert again.returncode == 1
 
 
 OBSTACLES = {
