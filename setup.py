@@ -2,8 +2,8 @@
 
 _C.so: of CPUs, and the plans of all. _cuda.so: of GPUs, where torch was built with CUDA and there
 is an nvcc; a GPU need not be there. _triton.so, with FASTLSTM_AHEAD=1: what starts Triton's
-kernels, which the installed Triton compiles then, for every GPU. _emulator.so: the CUDA kernels on a
-CPU, for tests, which build it by `python setup.py build_emulator` when they need it
+kernels, which the installed Triton compiles then, for every GPU. _emulator.so: the CUDA kernels on
+a CPU, for tests, which build it by `python setup.py build_emulator` when they need it
 (tests/emulator.py).
 
 The install succeeds without any of them, on a slower backend. The reason goes to a file beside
