@@ -285,7 +285,7 @@ EMULATOR_LIBRARY = Library(
 
 
 class BuildLibraries(build_ext):
-    libraries: Sequence[Library] = LIBRARIES
+    targets: Sequence[Library] = LIBRARIES
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # not tied to one version of Python
@@ -293,11 +293,11 @@ class BuildLibraries(build_ext):
     def run(self) -> None:
         folder = Path("" if self.inplace else self.build_lib, "fastlstm")
         folder.mkdir(parents=True, exist_ok=True)
-        for library in self.libraries:  # an older one must not outlive a failed build
+        for library in self.targets:  # an older one must not outlive a failed build
             (folder / f"{library.name}.so").unlink(missing_ok=True)
             (folder / library.report).unlink(missing_ok=True)
         wanted = [
-            library for library in self.libraries if library.name != "_triton" or AHEAD_IS_WANTED
+            library for library in self.targets if library.name != "_triton" or AHEAD_IS_WANTED
         ]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
@@ -331,7 +331,7 @@ class BuildLibraries(build_ext):
 
 
 class BuildEmulator(BuildLibraries):
-    libraries = (EMULATOR_LIBRARY,)
+    targets = (EMULATOR_LIBRARY,)
 
     def initialize_options(self) -> None:
         super().initialize_options()
