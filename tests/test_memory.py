@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it limits memor
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize(
-    ("last", "step"), [(600, 100), pytest.param(600, 10, marks=pytest.mark.slow)]
+    ("last", "step"), [(600, 100), pytest.param(600, 30, marks=pytest.mark.slow)]
 )
 def test_train_with_too_little_memory(backend: str, last: int, step: int) -> None:
     sweep(backend, 2048, last, step)
