@@ -31,7 +31,7 @@ from fastlstm.kernels.triton.ahead.compiling import Image, compiled, interface
 from fastlstm.kernels.triton.ahead.keys import Key, keys
 from fastlstm.kernels.triton.ahead.plans import table
 
-from .backend import Log
+from .backend import Log, tensors_in
 from .execute import execute
 from .faults import Fault
 from .parse import parse
@@ -116,7 +116,7 @@ class _Launches:
         """An operator whose tensors its kernel may touch; raises the kernel's faults."""
 
         def call(*arguments: Any, **options: Any) -> Any:
-            self._tensors = list(_tensors(arguments))
+            self._tensors = list(tensors_in(arguments))
             found = operator(*arguments, **options)
             error, self._error = self._error, None
             if error is not None:
@@ -194,11 +194,3 @@ def _until_null(arguments: Any) -> Iterator[int]:
     while arguments[number]:
         yield arguments[number]
         number += 1
-
-
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from _tensors(argument)

@@ -130,3 +130,12 @@ def _bits(value: Any) -> int:
     if isinstance(value, float):
         return struct.unpack("I", struct.pack("f", value))[0]
     return int(value) % 2**32
+
+
+def tensors_in(arguments: Any) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments of an operator, and in lists of them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from tensors_in(argument)

@@ -23,7 +23,7 @@ import fastlstm
 from benchmarks.gpu.cuda_kernels import FOLDER, KINDS, REGIMES, nvcc
 from fastlstm import extension
 
-from .backend import Log
+from .backend import Log, tensors_in
 from .execute import execute
 from .translate import Kernel
 
@@ -75,7 +75,7 @@ class _Launches:
         """An operator whose tensors are what its kernel may touch; raises the kernel's faults."""
 
         def call(*arguments: Any) -> None:
-            self._tensors = list(_tensors(arguments))
+            self._tensors = list(tensors_in(arguments))
             operator(*arguments)
             error, self._error = self._error, None
             if error is not None:
@@ -125,11 +125,3 @@ def _ptx(tail: str, arch: int) -> str:
         flags = ["-std=c++17", "-O3", "-ptx", f"-arch=sm_{arch}", f"-I{FOLDER.parent}"]
         subprocess.run([*nvcc(), *flags, source, "-o", target], check=True)
         return target.read_text()
-
-
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from _tensors(argument)
