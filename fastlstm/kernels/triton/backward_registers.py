@@ -25,6 +25,7 @@ from .register_tiles import (
     given,
     load_bias,
     load_lengths,
+    state_layout,
     turned,
 )
 
@@ -75,7 +76,7 @@ def lstm_bwd_registers_kernel(
     pair: gl.constexpr = 32 // dtype.primitive_bitwidth
     tile: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [U // 16, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, tile, pair)
-    shared: gl.constexpr = gl.SwizzledSharedLayout(4 * pair, 1, 1, [0, 1])
+    shared: gl.constexpr = state_layout(U, pair)
     direction = 0
     if D == 2:
         direction = gl.program_id(1)

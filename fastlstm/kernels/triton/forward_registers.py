@@ -32,6 +32,7 @@ from .register_tiles import (
     only,
     rounded,
     stack,
+    state_layout,
     tanh,
     weight_tile,
 )
@@ -204,7 +205,7 @@ def lstm_fwd_registers_kernel(
     tile: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [U // 16, 1], [16, 8])
     left: gl.constexpr = gl.DotOperandLayout(0, tile, pair)
     right: gl.constexpr = gl.DotOperandLayout(1, tile, pair)
-    shared: gl.constexpr = gl.SwizzledSharedLayout(4 * pair, 1, 1, [0, 1])
+    shared: gl.constexpr = state_layout(U, pair)
     direction = 0
     if D == 2:
         direction = gl.program_id(1)

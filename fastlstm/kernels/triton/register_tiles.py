@@ -21,6 +21,17 @@ def fills(size, tile):
 
 
 @gluon.constexpr_function
+def state_layout(U, pair):
+    """Return how ``[U, N]`` numbers, `pair` to 4 bytes, lie in shared memory: unit beside unit.
+
+    Matrices are read 16 bytes of 8 columns at a time. Columns that fill all banks begin in the
+    same one; so where those 16 bytes lie in a column differs from each to the next.
+    """
+    columns = max(1, 32 * pair // U)  # in the 128 bytes that all banks have
+    return gl.SwizzledSharedLayout(4 * pair, columns, 8 // columns, [0, 1])
+
+
+@gluon.constexpr_function
 def is_ahead(H):
     """Return whether a kernel is compiled ahead (``ahead/``): H comes at run time then."""
     return not isinstance(H, int)
