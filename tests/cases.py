@@ -204,6 +204,8 @@ def fast(case: Case, rnn: nn.RNNBase, x: Tensor, hx: Any) -> Results:
 
 def plain(case: Case, rnn: nn.RNNBase, x: Tensor, hx: Any) -> Results:
     """The case through torch.nn in one call."""
+    if hx is not None:  # cuDNN refuses states that are not contiguous
+        hx = hx.contiguous() if isinstance(hx, Tensor) else tuple(h.contiguous() for h in hx)
     y, final = rnn(to_module(case, x), hx)
     return {"y": from_module(case, y)} | final_states(final)
 
@@ -225,7 +227,7 @@ def stepwise(case: Case, rnn: nn.RNNBase, x: Tensor, hx: Any) -> Results:
     P, stack = case.proj or case.H, case.layers * case.directions
     starts = [x.new_zeros(stack, case.B, n) for n in (P, case.H)[: len(case.states)]]
     if hx is not None:
-        starts = [hx] if isinstance(hx, Tensor) else list(hx)
+        starts = [h.contiguous() for h in ([hx] if isinstance(hx, Tensor) else hx)]
     finals: list[list[Tensor]] = [[] for _ in starts]
     zero = x.new_zeros(())
     rows = torch.where(active[..., None], x, zero)

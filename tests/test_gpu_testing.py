@@ -11,6 +11,7 @@ from benchmarks.gpu import testing
 from benchmarks.gpu.testing import GENERAL, Tests
 
 FACTS = {"gpu": "one", "date": "today"}
+SOME_TESTS = "tests/test_gpu_some.py"
 SOURCE = """
 import os, signal, pytest
 
@@ -37,7 +38,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "conftest.py").write_text(
         "def pytest_addoption(parser): parser.addoption('--backend')"
     )
-    (tmp_path / "test_some.py").write_text(SOURCE)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / SOME_TESTS).write_text(SOURCE)
     monkeypatch.setenv("PYTHONPATH", str(testing.ROOT))
     monkeypatch.setattr(testing, "ROOT", tmp_path)
     monkeypatch.setattr(testing, "find_spec", lambda name: None)  # one process: in this order
@@ -91,7 +93,7 @@ def test_a_fault_of_the_gpu_counts_against_one_test(
     """What comes after it runs in a new process."""
     pytest.importorskip("xdist")
     monkeypatch.setattr(testing, "find_spec", lambda name: name == "xdist")
-    (project / "test_some.py").write_text(FAULTY)
+    (project / SOME_TESTS).write_text(FAULTY)
     tests = some_tests(project)
     assert tests.run(100) == "failed"
     ends = {name[-2]: outcome for name, outcome in tests.outcomes().items()}

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+MOST_TEXT = 3000  # characters of why a test failed: the last ones
 SPOILED = 3  # exit status of a test process after a fault of the GPU
 
 
@@ -56,7 +57,9 @@ class Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Write the outcome of a call, and what goes wrong before or after it."""
         if report.when == "call" or report.outcome != "passed":
-            self._write(test=report.nodeid, outcome=report.outcome, seconds=report.duration)
+            why = {"why": report.longreprtext[-MOST_TEXT:]} if report.failed else {}
+            line = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+            self._write(**line, **why)
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         """Write that there is no more to come."""

@@ -9,7 +9,7 @@ from ..speed.cases import CASES, TASK_SHAPES, Case
 from ..speed.job import MODES, Job
 from ..speed.precision import PRECISIONS
 
-GROUPS = ("tasks", "wide", "packed", "float32", "persistent")
+GROUPS = ("tasks", "steps", "flashrnn", "wide", "packed", "float32", "persistent")
 WIDTHS, BATCHES = (256, 512, 1024), (1, 16, 64, 256)
 
 
@@ -23,10 +23,14 @@ def plan_of_gpu() -> list[Job]:
     """
     shapes = [CASES[name] for name in TASK_SHAPES]
     wide = [Case(f"H={H} B={B}", H, H, 1, 1, B, 256) for H in WIDTHS for B in BATCHES]
+    many_steps = [Case(f"step H={H}", H, H, 1, 1, 16, 1024) for H in (64, 128, 512)]
+    flashrnn = Case("FlashRNN's", 768, 768, 1, 1, 16, 1024)  # a shape whose times it publishes
     narrow = [Case(f"H={H}", H, H, 1, 1, 64, 128) for H in (64, 128, 256, 512)]
     both, eager = (False, True), (False,)
     chosen = [
         *_jobs("tasks", shapes, ("bf16", "fp16", "tf32", "exact"), both),
+        *_jobs("steps", many_steps, ("bf16",), (True,), ("infer",)),
+        *_jobs("flashrnn", [flashrnn], ("bf16",), both),
         *_jobs("wide", wide, ("bf16",), both),
         *_jobs("packed", [_packed(500)], ("bf16", "tf32"), eager),
         *_jobs("float32", narrow, ("tf32", "exact"), both),
@@ -42,10 +46,14 @@ def _packed(longest: int) -> Case:
 
 
 def _jobs(
-    group: str, cases: list[Case], precisions: tuple[str, ...], graphs: tuple[bool, ...]
+    group: str,
+    cases: list[Case],
+    precisions: tuple[str, ...],
+    graphs: tuple[bool, ...],
+    modes: tuple[str, ...] = MODES,
 ) -> Iterator[Job]:
     for name in precisions:
         for graph in graphs:
-            for mode in MODES:
+            for mode in modes:
                 for case in cases:
                     yield Job(group, case, PRECISIONS[name], mode, graph)

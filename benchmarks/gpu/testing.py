@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PROCESSES = 12  # of the tests, at most: each one has a share of the GPU's memory
+PROCESSES = 14  # of the tests, at most: each one has a share of the GPU's memory
 FORCED_TESTS = "tests/test_gpu_forced.py"
 OK, NOTHING_LEFT = 0, 5  # exit statuses of pytest
 GENERAL, FORCED = "general", "forced"  # parts of the tests
@@ -51,11 +51,8 @@ class Tests:
         but_not = self.file.with_suffix(".passed")
         but_not.write_text("\n".join(done))
         files = ["--outcomes", str(self.file.resolve()), "--but-not", str(but_not.resolve())]
-        selection = (
-            [FORCED_TESTS]
-            if self.part == FORCED
-            else ["--backend", self.backend, f"--ignore={FORCED_TESTS}"]
-        )
+        chosen = [FORCED_TESTS] if self.part == FORCED else general_tests()
+        selection = ["--backend", self.backend, *chosen]
         # The tests run deterministically, which cuBLAS refuses without a workspace of its own.
         command = [*pytest_command(), *files, *selection]
         run(command, self.log, timeout, CUBLAS_WORKSPACE_CONFIG=":4096:8")
@@ -63,12 +60,20 @@ class Tests:
         status = self.status()
         counts = Counter(self.outcomes().values())
         found = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        for name, why in self.failures().items():
+            errors = [line for line in why.splitlines() if line.startswith("E ")]
+            print(name, *(errors or why.splitlines())[-8:], sep="\n")
         print(f"{self.part} tests: {status} ({found or 'none ran'}), log in {self.log}\n")
         return status
 
     def outcomes(self) -> dict[str, str]:
         """Return the outcome of each test: "passed", "failed" or "skipped"."""
         return {line["test"]: line["outcome"] for line in self._lines() if "test" in line}
+
+    def failures(self) -> dict[str, str]:
+        """Return why each test that failed did, where that is known."""
+        failed = [line for line in self._lines() if line.get("outcome") == "failed"]
+        return {line["test"]: line.get("why", "") for line in failed}
 
     def status(self, precision: str | None = None) -> str:
         """Return "passed", "failed", "unfinished", or "skipped" where nothing has run.
@@ -105,6 +110,12 @@ def _about(outcomes: Mapping[str, str], precision: str | None) -> Iterator[str]:
     for name, outcome in outcomes.items():
         if precision is None or re.search(rf"[\[-]{precision}[\]-]", name):
             yield outcome
+
+
+def general_tests() -> list[str]:
+    """Return the files of tests but for the forced ones; other files may need other packages."""
+    files = (str(file.relative_to(ROOT)) for file in ROOT.glob("tests/test_gpu*.py"))
+    return sorted(file for file in files if file != FORCED_TESTS)
 
 
 def pytest_command() -> list[str]:
