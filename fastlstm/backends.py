@@ -88,15 +88,19 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+_FIRST = _checked(os.environ.get("FASTLSTM_BACKEND") or AUTO, "FASTLSTM_BACKEND")
+
+
 class _Choice(threading.local):
     """What a thread has chosen."""
 
-    name = _checked(os.environ.get("FASTLSTM_BACKEND") or AUTO, "FASTLSTM_BACKEND")
+    # No values here: Dynamo of torch 2.11 would take them for those of the thread.
+    name: str
     fast: Any  # what computes plain calls on the CPU without gradients, for latency
     asks: record.Record | None  # what has a say in what auto takes on the CPU
 
     def __init__(self) -> None:
-        self.set(self.name)
+        self.set(_FIRST)
 
     def set(self, name: str) -> None:
         asked = candidates(name, _CPU)

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, hessian, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
+from fastlstm.backends import select
 from fastlstm.kernels.base import get
 
 T, B, I, H = 4, 3, 5, 6
@@ -68,6 +69,17 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
 
 def x_of(T: int = T, B: int = B) -> Tensor:
     return torch.randn(T, B, I)
+
+
+def test_the_backend_that_is_named(backend: str) -> None:
+    """Compiled code takes the one that its thread has chosen, as every other call does."""
+    specs = fastlstm.LSTM(I, H).specs()
+
+    def ask(x: Tensor) -> tuple[Tensor, str]:
+        return x + 1, select(x, specs).name
+
+    _, taken = torch.compile(ask, backend="eager", fullgraph=True)(x_of())
+    assert taken == backend
 
 
 def test_one_graph(backend: str) -> None:
