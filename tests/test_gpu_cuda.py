@@ -40,7 +40,12 @@ def test_every_regime(case: Case, wishes: dict[str, Any], precision: Precision) 
 @pytest.mark.parametrize(("H", "wishes"), WIDE, ids=lambda value: str(value)[:40])
 def test_wide_layers(H: int, wishes: dict[str, Any], precision: Precision) -> None:
     skip_without_clusters(wishes)
-    check(replace(WIDE_CASE, H=H), precision, override(**wishes))
+    case = replace(WIDE_CASE, H=H)
+    if precision.tf32 and wishes.get("batch") == 16:  # twice the bytes of 16-bit numbers
+        with pytest.raises(RuntimeError, match="no room for so many sequences"):
+            check(case, precision, override(**wishes))
+    else:
+        check(case, precision, override(**wishes))
 
 
 @pytest.mark.parametrize("wishes", REGIMES, ids=named)
