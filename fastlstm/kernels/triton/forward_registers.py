@@ -112,8 +112,8 @@ def forward_step(
     """Take one step; return what the next one begins with."""
     tile: gl.constexpr = c.type.layout
     right: gl.constexpr = gl.DotOperandLayout(1, tile, w.type.layout.k_width)
-    now = mma_v2(w, here.load(right), ahead, "tf32")
-    ahead = input_side(x_next, w_x, start, U, N, FUSED)
+    # The load comes first, though two steps ahead: a warp has six counters of what is outstanding,
+    # so that what waits for tanh may wait for a load as well.
     if offsets is None:
         y_now, c_now, g_now, x_now = y_at, c_at, g_at, x_at
     else:
@@ -124,6 +124,8 @@ def forward_step(
         x_later = gl.load(x_now + x_off, x_real & (s + 2 < steps), x_else)
     else:
         x_later = gl.load(x_now + x_off, x_real & x_there(t + 2 * forth, length_x, FUSED), x_else)
+    now = mma_v2(w, here.load(right), ahead, "tf32")
+    ahead = input_side(x_next, w_x, start, U, N, FUSED)
     i, f, g, o = by_gate(now, U, N, tile)
     i, f, g, o = activated(i, f, g, o, FAST)
     c_new = f * c + i * g
