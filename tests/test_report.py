@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks.report import charts, tables
+from benchmarks.report import charts, gpu, tables
 from benchmarks.report.command import READMES
 from benchmarks.speed.results import FOLDER, Results, load
 
@@ -174,6 +174,17 @@ def test_the_small_table_leaves_out_what_was_not_measured(folder: Path) -> None:
     """Its cases are named; a file of results without them has empty cells."""
     made = tables.summary(load(folder / "cpu-x-speed.json"))
     assert made.count("|  |  |  |  |  |  |") == 6
+
+
+def test_a_gpu_has_a_line_for_both_ways_to_call(folder: Path) -> None:
+    results = Results(None, {})
+    for graph, regime in ((False, None), (True, None), (True, "persistent")):
+        for name, ratio in (("fastlstm", 1.0), ("torch", 0.5 if graph else 3.0)):
+            more = {"precision": "tf32", "graph": graph, "regime": regime}
+            results.add([row(name, ratio, **more)])
+    (line,) = gpu.table(results).splitlines()[2:]
+    call = "| binary | 10, 32, 2, 1, 512, 20 | float32, TF32 | inference"
+    assert line == f"{call} | 100 | 3.00x | 100 | **0.50x** |"
 
 
 def test_pictures_are_the_same_every_time(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import BenchmarkError
 from ..speed import quantized
 from ..speed.results import FOLDER, Results, Row, load
-from . import charts, tables
+from . import charts, gpu, tables
 from .overview import overview, speed_results
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "losses": tables.losses,
     "peers": tables.peers,
     "cells": tables.cells,
+    "gpu": gpu.table,
     "errors": quantized.error_table,
     "small": quantized.task_table,
 }

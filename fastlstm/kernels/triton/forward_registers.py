@@ -374,10 +374,7 @@ def launch_lstm_fwd_registers(call: Call, plan: Plan, outputs: Outputs) -> None:
         I=spec.input_size,
         I_TILE=features,
         FUSED=plan.fused,
-        ONES=plan.fused
-        and spec.bias
-        and x.element_size() == 2
-        and spec.input_size + 2 <= features,
+        ONES=plan.fused and _takes_ones(call, features),
         X_UNIT=x_unit,
         FAST=is_fast(x),
     )

@@ -1,0 +1,41 @@
+"""The timings of a GPU as a table: both ways to call a layer, beside cuDNN."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from ..speed.figures import ratio, time
+from ..speed.results import Results
+from .groups import MODES, OURS, Group, groups
+
+_PRECISIONS = {
+    "exact": "float32, exact",
+    "tf32": "float32, TF32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+}
+
+
+def table(results: Results) -> str:
+    """Make the table of what the library takes by itself; a line has a call in both ways.
+
+    A kernel that it takes only on request has no line.
+    """
+    calls: dict[tuple[Any, ...], dict[bool, Group]] = defaultdict(dict)
+    for group in groups(row for row in results.rows if row["regime"] is None):
+        row = next(iter(group.values()))
+        what = row["shape"].replace(",", ", "), _PRECISIONS[row["precision"]], MODES[row["mode"]]
+        calls[(row["case"], *what)][row["graph"]] = group
+    lines = [
+        "| case | I, H, L, D, B, T | numbers | what | eager µs | cuDNN | CUDA graph µs | cuDNN |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    for call, ways in calls.items():
+        cells = [*call, *_two(ways.get(False, {})), *_two(ways.get(True, {}))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _two(group: Group) -> tuple[str, str]:
+    return time(group.get(OURS, {})), ratio(group.get("torch", {}).get("ratio"))
