@@ -1,8 +1,10 @@
 """What ``auto`` takes: the order in which it asks the backends, and what makes it doubt one.
 
-Ours that are proven on such a device come first, then PyTorch's own, then ours that are not: those
-are taken only where the record of the machine has found them right. What was measured to be
-fastest there goes before all. Without a record nothing depends on the machine.
+On the CPU ours come first, then PyTorch's own. On a GPU PyTorch's own do, and after them ours, for
+what those lack; but ours are first in calls in which they were measured to be faster on such a
+GPU (:mod:`fastlstm.kernels.measured`). Kernels that are not proven on a device are taken only
+where the record of the machine has found them right. What was measured to be fastest there goes
+before all. Without a record nothing depends on the machine but for its kind of GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from fastlstm import kernels  # noqa: F401 (registers the backends)
 from fastlstm import record as records
-from fastlstm.kernels.base import Backend, constant, get, registered
+from fastlstm.kernels import measured
+from fastlstm.kernels.base import Backend, Use, constant, get, registered
 from fastlstm.kernels.pytorch import TORCH
 from fastlstm.spec import DENSE, LayerSpec, Sequences
 
@@ -33,6 +36,10 @@ __all__ = [
     "first_obstacle",
     "first_without_doubt",
     "in_order",
+    "is_captured",
+    "is_contested",
+    "is_dense",
+    "pace",
     "trains",
 ]
 
@@ -79,12 +86,12 @@ class Size(NamedTuple):
         """Whether T and B are numbers: what records a call may have made values of them."""
         return type(self.steps) is int and type(self.batch) is int
 
-    def key(self, x: Tensor, spec: LayerSpec, sequences: Sequences) -> str:
+    def key(self, x: Tensor, spec: LayerSpec, sequences: Sequences, captured: bool = False) -> str:
         """Return the class of shapes that the call belongs to; lengths count as packed rows."""
-        dense = sequences.batch_sizes is None and sequences.lengths is None
-        training = trains(x, self.weights)
+        packed = not (sequences.batch_sizes is None and sequences.lengths is None)
         size, threads = (self.steps, self.batch), torch.get_num_threads() if x.is_cpu else 0
-        return records.shape_class(spec, self.layers, size, x.dtype, not dense, training, threads)
+        how = packed, trains(x, self.weights), threads, captured
+        return records.shape_class(spec, self.layers, size, x.dtype, *how)
 
 
 def trains(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -110,7 +117,7 @@ def first_without_doubt(
         cell_states: whether c of every step is asked for.
         size: how large the call is, if that is known.
     """
-    for candidate in in_order(name, x, specs[0], sequences, size):
+    for candidate in in_order(name, x, specs, sequences, size):
         if (
             first_obstacle(candidate, x, specs, sequences, cell_states) is None
             and doubt(candidate, x, specs, sequences, cell_states, size) is None
@@ -125,25 +132,122 @@ for such a call and stores what it finds."""
 
 
 def in_order(
-    name: str, x: Tensor, spec: LayerSpec, sequences: Sequences, size: Size | None
+    name: str,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences,
+    size: Size | None,
 ) -> tuple[Backend, ...]:
-    """Return the backends that auto asks, the one first that was measured to be fastest."""
+    """Return the backends that auto asks, the ones first that were measured to be faster."""
     asked = candidates(AUTO, x)
     if size is None or torch.compiler.is_compiling() or not size.is_known:
         return asked
+    captured = x.is_cuda and is_captured()
+    first = _first(name, x, specs, sequences, size, captured)
+    if captured and not all(backend.is_ready(specs, x) for backend in first):
+        # A graph may refuse that something is compiled, but what the calls before it took, was.
+        warm = _first(name, x, specs, sequences, size, False)
+        first = tuple(b for b in first if b in warm[:1] or b.is_ready(specs, x))
+    return (*first, *(backend for backend in asked if backend not in first)) if first else asked
+
+
+def _first(
+    name: str,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences,
+    size: Size,
+    captured: bool,
+) -> tuple[Backend, ...]:
+    """Return what was measured to be faster than others: on this machine, or on a GPU like it."""
     record = records.known(x)
-    if name == AUTO and record is None:
-        return asked
-    key = size.key(x, spec, sequences)
-    winner = record.winner(key) if record else None
-    if winner is None and name == TUNED and measure is not None:
-        measure(x, spec, sequences, size)
-        record = records.known(x)
+    if name != AUTO or record is not None:
+        key = size.key(x, specs[0], sequences, captured)
         winner = record.winner(key) if record else None
-    if winner is None or winner == asked[0].name:
-        return asked
-    first = tuple(backend for backend in asked if backend.name == winner)
-    return (*first, *(backend for backend in asked if backend not in first))
+        if winner is None and name == TUNED and measure is not None:
+            measure(x, specs[0], sequences, size)
+            record = records.known(x)
+            winner = record.winner(key) if record else None
+        if winner is not None:
+            return tuple(backend for backend in candidates(AUTO, x) if backend.name == winner)
+    contested = is_contested(x) and is_dense(sequences)
+    return _faster(x, specs, size, captured) if contested else ()
+
+
+_MOST = 4096  # calls of which it is kept
+_found: dict[Any, tuple[Backend, ...]] = {}
+
+
+def _faster(
+    x: Tensor, specs: Sequence[LayerSpec], size: Size, captured: bool
+) -> tuple[Backend, ...]:
+    """Return ours that were measured to be faster than PyTorch's own on a GPU like that of x."""
+    use = Use(size.steps, size.batch, trains(x, size.weights), captured)
+    key = x.device, measured.precision(x.dtype), specs[0], size.layers, use
+    try:
+        return _found[key]
+    except KeyError:
+        if len(_found) >= _MOST:
+            _found.clear()
+        ours = [b for b in candidates(AUTO, x) if first_obstacle(b, x, specs) is None]
+        paces = [pace(b, x, specs, DENSE, size, captured) for b in ours]
+        found = tuple(b for b, each in zip(ours, paces, strict=True) if measured.is_faster(each))
+        _found[key] = found
+        return found
+
+
+def pace(
+    backend: Backend,
+    x: Tensor,
+    specs: Sequence[LayerSpec],
+    sequences: Sequences,
+    size: Size,
+    captured: bool | None = None,
+) -> float | None:
+    """Return what :meth:`Backend.pace` says of a call; None of what was not measured at all.
+
+    Args:
+        backend: one that can compute it.
+        x: the input, on a CUDA device.
+        specs: the layers.
+        sequences: which steps there are.
+        size: how large the call is.
+        captured: whether it is recorded in a CUDA graph; None for whether it is now.
+    """
+    if not size.layers or not size.is_known or not is_dense(sequences):
+        return None
+    captured = is_captured() if captured is None else captured
+    return backend.pace(specs, x, Use(size.steps, size.batch, trains(x, size.weights), captured))
+
+
+def is_dense(sequences: Sequences) -> bool:
+    """Whether all sequences have all steps, and none is reset."""
+    return sequences is DENSE or all(each is None for each in sequences)
+
+
+def is_contested(x: Tensor) -> bool:
+    """Whether some calls of x, its device and dtype, are faster without PyTorch's own kernels.
+
+    Who records or transforms a call gets PyTorch's: nothing like that was measured.
+    """
+    return (
+        x.is_cuda
+        and measured.is_contested(x.dtype, x.device)
+        and not (_is_transformed() or _dispatch_modes() or _tracing() is not None)
+        and not _has_key(_PRE_DISPATCH)
+    )
+
+
+_is_transformed = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+_has_key = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def is_captured() -> bool:
+    """Whether calls are recorded in a CUDA graph now."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 def first_obstacle(
@@ -172,19 +276,22 @@ def doubt(
     size: Size | None = None,
 ) -> str | None:
     """Return why ``auto`` does not take a backend that can compute a call, None if it does."""
+    proven = backend.proven or all(
+        [backend.is_proven(spec, x, is_dense(sequences)) for spec in specs]
+    )
     if torch.compiler.is_compiling() or (size is not None and not size.is_known):
-        return _doubt_of_any(backend.name, backend.proven, x.dtype, x.device)
+        return _doubt_of_any(backend.name, proven, x.dtype, x.device)
     record = records.known(x)
     if record is None:
-        return None if backend.proven else _unverified(backend.name)
-    if backend.proven and backend.name not in record.doubted:
+        return None if proven else _unverified(backend.name)
+    if proven and backend.name not in record.doubted:
         return None
     steps, batch = (size.steps, size.batch) if size else (1, 1)
     for spec in specs:
         regime = backend.regime(spec, steps, batch, x)
         for feature in features(spec, sequences, cell_states):
             verdict = record.verdict(backend.name, x.dtype, regime, feature)
-            if verdict is None and not backend.proven:
+            if verdict is None and not proven:
                 return f"{_unverified(backend.name)} ({feature}, {regime})"
             if verdict not in (None, records.OK):
                 return f"verify has found the {backend.name} kernels wrong here: {verdict}"

@@ -1,10 +1,11 @@
 """Which backend computes a layer: how to choose it, what there is, and why.
 
-``auto`` takes the compiled CPU kernels on the CPU and PyTorch's own everywhere else. Kernels of
-this library for other devices have to be proven there first; what is left is the reference's. A
-backend that is named explicitly computes every call or raises: it is never replaced silently.
-Derivatives that no kernel has (of second order, in forward mode) are the reference's, except where
-PyTorch's own kernels were asked for by their name.
+``auto`` takes the compiled CPU kernels on the CPU and PyTorch's own everywhere else, but on GPUs
+like those on which kernels of this library were measured: there these compute the calls in which
+they were faster, and what PyTorch's lack. Elsewhere they have to be proven first; what is left is
+the reference's. A backend that is named explicitly computes every call or raises: it is never
+replaced silently. Derivatives that no kernel has (of second order, in forward mode) are the
+reference's, except where PyTorch's own kernels were asked for by their name.
 """
 
 from __future__ import annotations
@@ -205,10 +206,15 @@ def select(
 
 
 def _is_settled(first: Backend, x: Tensor, spec: LayerSpec, size: Size | None) -> bool:
-    """Whether auto takes its first backend, if this can compute such a call: no record objects."""
+    """Whether auto takes its first backend, if this can compute such a call: none was faster."""
     if choice.name != AUTO or torch.compiler.is_compiling():
         return False
-    found = choice.asks if x.is_cpu else record.known(x)
+    if x.is_cpu:
+        found = choice.asks
+    elif automatic.is_contested(x):
+        return False
+    else:
+        found = record.known(x)
     if found is None or size is None or not size.is_known:
         return found is None
     module = record.module_class(spec, size.layers)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import record
-from fastlstm.automatic import Size, doubt, first_obstacle, in_order
+from fastlstm.automatic import Size, doubt, first_obstacle, in_order, is_captured, pace
 from fastlstm.backends import choice, higher_derivative, is_automatic, select
+from fastlstm.kernels import measured
 from fastlstm.kernels.base import Backend
+from fastlstm.kernels.pytorch import TORCH
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.modules import LSTM, RNN, LSTMCell
 from fastlstm.spec import LayerSpec, Sequences
@@ -84,22 +86,27 @@ def _reason(
         return f"{derivative}, which is the reference's on every backend"
     if not is_automatic():
         return f'backend("{choice.name}") asks for it'
+    call = specs, sequences, cell_states
     parts = []
+    times = _measured(x, specs[0], sequences, size)
     if backend is not REFERENCE:
         where = "a CUDA device" if x.is_cuda else "the CPU" if x.is_cpu else x.device.type
-        parts = [f"{x.dtype} on {where}", *_measured(x, specs[0], sequences, size)]
-    for other in in_order(choice.name, x, specs[0], sequences, size):
-        obstacle = first_obstacle(other, x, specs, sequences, cell_states)
-        obstacle = obstacle or doubt(other, x, specs, sequences, cell_states, size)
+        parts = [f"{x.dtype} on {where}", *times]
+    compared = x.is_cuda and not times and first_obstacle(TORCH, x, *call) is None
+    for other in in_order(choice.name, x, specs, sequences, size):
+        obstacle = first_obstacle(other, x, *call) or doubt(other, x, *call, size)
         if obstacle is not None:
             parts.append(obstacle)
+        elif compared and other is not TORCH and backend in (other, TORCH):
+            parts.append(measured.said_of(other.name, pace(other, x, specs, sequences, size)))
     return f"{choice.name}: {'; '.join(parts)}"
 
 
 def _measured(x: Tensor, spec: LayerSpec, sequences: Sequences, size: Size) -> list[str]:
     """What the record of this machine says of such a call, if anything."""
     found = record.known(x)
-    times = found.times.get(size.key(x, spec, sequences)) if found else None
+    captured = x.is_cuda and is_captured()
+    times = found.times.get(size.key(x, spec, sequences, captured)) if found else None
     if not times:
         return []
     best = min(times.values())

@@ -150,6 +150,7 @@ def shape_class(
     packed: bool,
     training: bool,
     threads: int,
+    captured: bool = False,
 ) -> str:
     """Return the class of shapes that one measurement stands for.
 
@@ -163,10 +164,11 @@ def shape_class(
         packed: whether rows are packed.
         training: whether a backward pass follows.
         threads: of a CPU; 0 elsewhere.
+        captured: whether the call is captured in a CUDA graph.
     """
     steps, batch = (1 << max(n - 1, 0).bit_length() for n in size)
     how = f"{'packed' if packed else 'dense'} {'training' if training else 'inference'}"
-    rest = f"bias={int(spec.bias)} threads={threads}"
+    rest = f"bias={int(spec.bias)} threads={threads}{' captured' * captured}"
     name = str(dtype).removeprefix("torch.")
     return f"{module_class(spec, layers)} T<={steps} B<={batch} {name} {how} {rest}"
 

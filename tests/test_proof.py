@@ -19,7 +19,7 @@ from fastlstm import automatic, record, reference
 from fastlstm.__main__ import main
 from fastlstm.automatic import Size, first_without_doubt
 from fastlstm.backends import choice
-from fastlstm.kernels import base
+from fastlstm.kernels import base, measured
 from fastlstm.kernels.base import Backend, get
 from fastlstm.proof import verification
 from fastlstm.record import OK, Record
@@ -327,6 +327,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, found: Record | None) -> Any:
     """As much of a CUDA tensor as a choice looks at, with Triton kernels that can all."""
     monkeypatch.setattr(get("triton"), "obstacle", lambda spec, x: None)
     monkeypatch.setattr(get("triton"), "regime", lambda spec, T, B, x: "steps/steps")
+    monkeypatch.setattr(measured, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     record._known["cuda", 0] = found
     device = torch.device("cuda")
     floating = {"is_floating_point": lambda: True, "requires_grad": False}

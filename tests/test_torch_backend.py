@@ -18,6 +18,7 @@ import fastlstm
 from fastlstm import automatic
 from fastlstm.automatic import candidates
 from fastlstm.backends import choice, select
+from fastlstm.kernels import measured
 from fastlstm.kernels.base import get
 from fastlstm.kernels.pytorch import TORCH, calls
 from fastlstm.spec import LayerSpec
@@ -326,6 +327,7 @@ def test_auto_takes_pytorchs_own_on_other_devices(
 ) -> None:
     for name in ("triton", "cuda"):  # as if they were there
         monkeypatch.setattr(get(name), "obstacle", lambda spec, x: None)
+    monkeypatch.setattr(measured, "capability", lambda device: (8, 0))
     with fastlstm.backend("auto"):
         assert select(on(device), (SPEC,)) is TORCH
         for lacking in SPEC._replace(peephole=True), SPEC._replace(layer_norm=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fastlstm.spec import LayerSpec, Sequences
 __all__ = [
     "Backend",
     "Cache",
+    "Use",
     "compute_dtype",
     "constant",
     "get",
@@ -27,6 +28,15 @@ __all__ = [
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Use(NamedTuple):
+    """How layers are called, as far as the time that they take depends on it."""
+
+    steps: int  # T
+    batch: int  # B
+    training: bool  # whether a backward pass may follow
+    captured: bool  # whether the call is recorded in a CUDA graph, and only then replayed
 
 
 class Backend:
@@ -68,8 +78,8 @@ class Backend:
     """``cell(x, hx, weights) -> (h, c)``: likewise a step of a plain cell."""
 
     proven: bool = False
-    """Whether ``auto`` may take it without a word about it in the record of the machine: its
-    kernels run on such devices in the tests, or are PyTorch's own."""
+    """Whether ``auto`` may take it on all of its devices, without a word about it in the record of
+    the machine: its kernels run there in the tests, or are PyTorch's own."""
 
     lstm_cell_fwd: Any = None
     lstm_cell_bwd: Any = None
@@ -111,6 +121,35 @@ class Backend:
             cell_states: whether c of every step is asked for.
         """
         return None
+
+    def is_proven(self, spec: LayerSpec, x: Tensor, dense: bool = True) -> bool:
+        """Whether ``auto`` may take it for such a layer on a device like that of x.
+
+        Args:
+            spec: the layer.
+            x: the input; its device and dtype matter.
+            dense: whether all sequences have all steps, and none is reset.
+        """
+        return self.proven
+
+    def pace(self, specs: Sequence[LayerSpec], x: Tensor, use: Use) -> float | None:
+        """Say how many times as long as it PyTorch's own kernels take for a call, at least.
+
+        ``auto`` takes PyTorch's on a GPU unless this is clearly more than 1.
+
+        Args:
+            specs: the layers.
+            x: the input, dense.
+            use: how they are called.
+
+        Returns:
+            None where nobody has measured it.
+        """
+        return None
+
+    def is_ready(self, specs: Sequence[LayerSpec], x: Tensor) -> bool:
+        """Whether the first call of such layers compiles nothing: CUDA graphs may refuse that."""
+        return True
 
     def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Name, in a word, which of its kernels compute such a layer: what is verified apart."""

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlstm.automatic import AUTO, Size, first_without_doubt, trains
+from fastlstm.automatic import AUTO, Size, first_without_doubt, is_captured, trains
 from fastlstm.backends import choice
 from fastlstm.kernels.base import Backend
+from fastlstm.kernels.measured import precision
 from fastlstm.record import Record, known, module_class
 from fastlstm.spec import DENSE, LayerSpec
 
@@ -30,10 +31,11 @@ class _Answers(NamedTuple):
 
 
 class Taken:
-    """What auto takes for the plain calls of one module where the record of a machine has a say.
+    """What auto takes for the plain calls of one module where that depends on the call.
 
-    To name the class of shapes that a call belongs to takes longer than some calls may. So answers
-    are kept, as long as the record stays the same.
+    It does where the record of a machine has a say, and on some GPUs. To name the class of shapes
+    that a call belongs to takes longer than some calls may. So answers are kept, as long as the
+    record stays the same.
 
     Args:
         specs: the layers.
@@ -46,26 +48,34 @@ class Taken:
         self._answers = _Answers(None, AUTO, (0, 0), {})
 
     def backend(
-        self, record: Record, first: Backend, x: Tensor, weights: Sequence[Tensor], grad: bool
+        self,
+        record: Record | None,
+        first: Backend,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        grad: bool,
+        contested: bool = False,
     ) -> Backend | None:
         """Return the backend that auto takes; None for the reference.
 
         Args:
-            record: what is known of the device of x.
-            first: what auto takes there without a record.
+            record: what is known of the device of x, if anything.
+            first: what auto takes there without a record, unless it is contested.
             x: the input, dense.
             weights: those of all layers.
             grad: whether gradients are enabled.
+            contested: whether it is, see :func:`fastlstm.automatic.is_contested`.
         """
         answers = self._answers
         if answers.record is not record or answers.name != choice.name:
             answers = self._renew(record, first)
-        if x.numel() < answers.least[grad]:
+        if not contested and x.numel() < answers.least[grad]:
             return first
         backends = answers.backends
         try:
             training = grad and trains(x, weights)
-            key = x.shape, x.dtype, training, torch.get_num_threads()
+            where = torch.get_num_threads() if x.is_cpu else _where(x)
+            key = x.shape, x.dtype, training, where
             return backends[key]
         except KeyError:
             return self._ask(backends, key, x, weights)
@@ -79,10 +89,10 @@ class Taken:
             answers = self._renew(record, first)
         return answers.least[True] == math.inf
 
-    def _renew(self, record: Record, first: Backend) -> _Answers:
+    def _renew(self, record: Record | None, first: Backend) -> _Answers:
         """Start anew, with another record."""
         least = 0.0, 0.0
-        if choice.name == AUTO:
+        if choice.name == AUTO and record is not None:
             spec = self._specs[0]
             what = first.name, module_class(spec, self._layers)
             inference, any_call = (record.rows_for_others(*what, grad) for grad in (False, True))
@@ -104,3 +114,8 @@ class Taken:
                 backends.clear()
             backends[key] = found
         return found
+
+
+def _where(x: Tensor) -> Any:
+    """What the choice depends on, on a GPU or another device, besides shape and dtype."""
+    return (x.device, is_captured(), precision(x.dtype)) if x.is_cuda else x.device

@@ -19,7 +19,7 @@ from torch.overrides import has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from fastlstm import automatic
-from fastlstm.automatic import TUNED, candidates
+from fastlstm.automatic import TUNED, candidates, is_contested
 from fastlstm.backends import choice, is_automatic
 from fastlstm.kernels.base import Backend
 from fastlstm.layer.options import Options
@@ -48,7 +48,8 @@ def _is_watched() -> bool:
 def whole_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend | None:
     """Return the backend that takes plain layers of x as they are, if the choice is such a one.
 
-    Nothing casts, records or transforms the call then.
+    It has a ``stack``; or a ``lstm_infer``, of GPUs where gradients are disabled. Nothing casts,
+    records or transforms the call then.
 
     Args:
         x: the input of a module.
@@ -56,15 +57,21 @@ def whole_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend
         taken: what auto takes for the module.
     """
     first = candidates(choice.name, x)[0]
-    record = choice.asks if x.is_cpu else _record(x)
+    record, contested = choice.asks, False
+    if not x.is_cpu:
+        record, contested = _record(x), is_automatic() and is_contested(x)
     if first.stack is None and (record is None or taken.is_settled(record, first)):
         return None
     if automatic.CHECKED or _is_watched() or _is_autocast() or forward_ad._current_level >= 0:
         return None
     backend: Backend | None = first
-    if record is not None:
-        backend = taken.backend(record, first, x, weights, torch.is_grad_enabled())
-    return None if backend is None or backend.stack is None else backend
+    grad = torch.is_grad_enabled()
+    if contested or record is not None:
+        backend = taken.backend(record, first, x, weights, grad, contested)
+    if backend is None or backend.stack is not None:
+        return backend
+    infers = not (grad or x.is_cpu or backend.infers_on_cpu) and backend.lstm_infer
+    return backend if infers else None
 
 
 def _record(x: Tensor) -> Record | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm.kernels.base import Cache
+from fastlstm.kernels.base import Backend, Cache
 from fastlstm.layer.checks import check_states
 from fastlstm.layer.options import Options
 from fastlstm.layer.stack import run_plain
@@ -110,7 +110,24 @@ class Layers(StandIn, nn.RNNBase):
         if torch.compiler.is_compiling() or (settings := self._plain) is None or x.dim() != 3:
             return None
         backend = whole_backend(x, weights, self._taken)
-        return None if backend is None else run_plain(backend, x, hx, weights, *settings)
+        if backend is None:
+            return None
+        if backend.stack is None:
+            return self._infer_plain(backend, x, hx, weights)
+        return run_plain(backend, x, hx, weights, *settings)
+
+    def _infer_plain(
+        self, backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Compute a plain call without gradients by a backend's operator for that; None if not.
+
+        Args:
+            backend: it.
+            x: ``[T, B, I]``, or ``[B, T, I]`` with batch_first.
+            hx: a tuple of the states, or None.
+            weights: those of all layers.
+        """
+        return None
 
     @cached_property
     def _plain(self) -> tuple[tuple[LayerSpec, ...], Options] | None:

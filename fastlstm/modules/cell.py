@@ -80,7 +80,7 @@ class LSTMCell(StandIn, nn.RNNCellBase):
                 return node
         if is_tensor and input.dim() == 2 and not torch.compiler.is_compiling():
             whole = whole_backend(input, weights, self._taken)
-            if whole is not None:
+            if whole is not None and whole.cell is not None:
                 result = plain_cell(whole, input, hx, weights)
                 if result is not None:
                     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal, overload
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm import convert
 from fastlstm.backends import choice
 from fastlstm.functional import State, lstm
+from fastlstm.kernels.base import Backend
 from fastlstm.layer import fast_path
 from fastlstm.layer.checks import check_input, check_noise, check_pair
 from fastlstm.modules.base import Layers, by_sample, is_by_sample, tensors
@@ -314,6 +316,21 @@ class LSTM(Layers):
         if batch_first:
             x = x.transpose(0, 1)
         result = fast_path.infer(backend, x, hx, weights, layers)
+        if result is None:
+            return None
+        y, h_n, c_n = result
+        return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
+
+    def _infer_plain(
+        self, backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, State] | None:
+        """The same on a backend that has been chosen."""
+        if (settings := self._fast_settings) is None:
+            return None
+        _, layers, batch_first = settings
+        result = fast_path.infer(
+            backend, x.transpose(0, 1) if batch_first else x, hx, weights, layers
+        )
         if result is None:
             return None
         y, h_n, c_n = result

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastlstm import extension
-from fastlstm.kernels.base import Backend, constant, register
+from fastlstm.kernels import measured
+from fastlstm.kernels.base import Backend, Use, constant, register
 from fastlstm.kernels.operators import define, load_on_first_use
 from fastlstm.spec import LayerSpec
 
@@ -45,7 +46,8 @@ class CudaBackend(Backend):
         """Describe in a line what is there."""
         if _emulated():
             return "emulated on the CPU (FASTLSTM_EMULATE=1), to check the kernels"
-        return "compiled kernels: float32, bfloat16, float16 on CUDA devices from sm_80"
+        what = "float32, bfloat16, float16 on CUDA devices from sm_80"
+        return f"compiled kernels: {what}; {measured.CHOICE}"
 
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
@@ -55,6 +57,17 @@ class CudaBackend(Backend):
         from . import plan
 
         return plan.obstacle(spec, x)
+
+    def is_proven(self, spec: LayerSpec, x: Tensor, dense: bool = True) -> bool:
+        """Whether such kernels have passed their tests on GPUs like that of x."""
+        return x.is_cuda and measured.is_right(x.device, x.dtype, spec.hidden_size)
+
+    def pace(self, specs: Sequence[LayerSpec], x: Tensor, use: Use) -> float | None:
+        """Say how many times as long as it PyTorch's own kernels take for a call, at least."""
+        regimes = self.regime(specs[0], use.steps, use.batch, x)
+        way = measured.REPLAYED if use.captured else measured.READY
+        where = measured.capability(x.device), x.dtype
+        return measured.pace(self.name, regimes, way, where, specs, use)
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe in a line the plans of both passes."""
@@ -120,7 +133,8 @@ def _input_obstacle(x: Tensor) -> str | None:
         )
     if not x.is_cuda:
         return f"the input is on {x.device}, the cuda kernels need it on a CUDA device"
-    return f"{x.device} is older than sm_80" if _capability(x.device) < (8, 0) else None
+    old = measured.capability(x.device) < (8, 0)
+    return f"{x.device} is older than sm_80" if old else None
 
 
 @constant
@@ -128,11 +142,6 @@ def _emulated() -> bool:
     from . import plan
 
     return plan.EMULATED
-
-
-@constant
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 CUDA = register(CudaBackend())

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlstm.kernels.base import Backend, constant, register
+from fastlstm.kernels import measured
+from fastlstm.kernels.base import Backend, Use, constant, register
 from fastlstm.kernels.operators import define, define_operator, load_on_first_use
 from fastlstm.spec import LayerSpec
 
@@ -28,6 +29,7 @@ __all__ = ["TRITON", "TritonBackend"]
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = 3, 6  # of Triton: the compiler of 3.5 has not been tried
 _MOST_UNITS_WITHOUT_GATES = 128
+_MOST_UNITS_OF_A_PROGRAM = 128  # of a plain cell
 _ON = "1", "on", "true", "yes", "y"  # as Triton reads a variable
 _MODES = "auto", "ahead", "jit"  # of FASTLSTM_TRITON
 _OPERATORS = define("triton")
@@ -63,7 +65,7 @@ class TritonBackend(Backend):
             from triton import __version__
 
             return f"Triton {__version__}, interpreted (TRITON_INTERPRET=1), to check the kernels"
-        what = "float32, bfloat16, float16 on CUDA devices from sm_80"
+        what = f"float32, bfloat16, float16 on CUDA devices from sm_80; {measured.CHOICE}"
         ahead, jit = _ahead_problem(), _jit_problem()
         if ahead is None:
             from .ahead.library import load
@@ -104,6 +106,25 @@ class TritonBackend(Backend):
             return f"{text}; {missing or 'compiled ahead'}"
         missing = config.missing(problem, device)
         return f"{text}; not with the {missing}: {_no_gluon()}" if missing else text
+
+    def is_proven(self, spec: LayerSpec, x: Tensor, dense: bool = True) -> bool:
+        """Whether such kernels have passed their tests on GPUs like that of x."""
+        if not x.is_cuda or not measured.is_right(x.device, x.dtype, spec.hidden_size):
+            return False
+        wide = spec.is_lstm and spec.hidden_size > _MOST_UNITS_OF_A_PROGRAM
+        return not (wide and dense and _in_cluster(tuple(spec), x.element_size()))
+
+    def pace(self, specs: Sequence[LayerSpec], x: Tensor, use: Use) -> float | None:
+        """Say how many times as long as it PyTorch's own kernels take for a call, at least."""
+        regimes = self.regime(specs[0], use.steps, use.batch, x)
+        way = measured.READY if self.is_ready(specs, x) else measured.EAGER
+        where = measured.capability(x.device), x.dtype
+        way = measured.REPLAYED if use.captured else way
+        return measured.pace(self.name, regimes, way, where, specs, use)
+
+    def is_ready(self, specs: Sequence[LayerSpec], x: Tensor) -> bool:
+        """Whether kernels of such layers were compiled ahead."""
+        return _ahead_problem() is None and all(_not_ahead(spec, x) is None for spec in specs)
 
     def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Name the regimes of both passes."""
@@ -252,7 +273,7 @@ def _input_obstacle(x: Tensor) -> str | None:
             return "Triton's interpreter multiplies bfloat16 wrongly"
     elif not x.is_cuda:
         return f"the input is on {x.device}, the triton kernels need it on a CUDA device"
-    elif _capability(x.device) < (8, 0):
+    elif measured.capability(x.device) < (8, 0):
         return f"{x.device} is older than sm_80"
     return None
 
@@ -326,6 +347,16 @@ def _room_for(spec: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -
 
 
 @constant
+def _in_cluster(spec: tuple[Any, ...], element: int) -> bool:
+    """Whether a cluster may compute dense rows of such a layer: none has run on a GPU yet."""
+    from . import config, gluon
+
+    problem = config.Problem(LayerSpec(*spec), 1, element, "tf32")
+    device = config.Device(90, 132, clusters=gluon.CLUSTER_PROBLEM is None)  # the GPU with most
+    return config.forward_plan(problem, device).regime == "cluster"
+
+
+@constant
 def _no_gluon() -> str | None:
     """Say why not everything that is written in Gluon can run."""
     from . import gluon
@@ -357,11 +388,6 @@ def _rounds_as_gpu() -> bool:
     from .launch import rounds_as_gpu
 
     return rounds_as_gpu
-
-
-@constant
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 TRITON = register(TritonBackend())

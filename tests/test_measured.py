@@ -1,0 +1,413 @@
+"""What auto takes on a GPU that was measured: an H200 that need not be here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastlstm
+from fastlstm import automatic, record
+from fastlstm.automatic import Size, first_without_doubt
+from fastlstm.backends import choice, select
+from fastlstm.kernels import measured
+from fastlstm.kernels.base import Backend, Use, get
+from fastlstm.kernels.cuda import plan as cuda_plan
+from fastlstm.kernels.measured import EAGER, READY, REPLAYED
+from fastlstm.kernels.pytorch import TORCH
+from fastlstm.kernels.triton.plan import Device
+from fastlstm.layer.taken import Taken
+from fastlstm.layer.whole import whole_backend
+from fastlstm.record import OK, Record
+from fastlstm.spec import DENSE, LayerSpec, Sequences
+
+pytest.importorskip("triton")
+launch = import_module("fastlstm.kernels.triton.launch")
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+T, B, I, H = 28, 128, 28, 64
+H200 = (9, 0)
+CUDA_DEVICE = cuda_plan.Device(90, 132, 227 * 1024, 16, (66, 33, 16, 8))
+
+
+class Gpu:
+    """What a test says of the GPU and of how it is called."""
+
+    capability = H200
+    captured = False
+    ready = False  # whether Triton's kernels were compiled ahead
+    missing: str | None = None  # Triton's, if they are
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """A GPU with both backends, of which nothing but what is right and fast there is made up."""
+    found = Gpu()
+    monkeypatch.setenv("FASTLSTM_CACHE", str(tmp_path))
+    monkeypatch.setattr(record, "_known", {("cuda", 0): None})
+    monkeypatch.setattr(automatic, "_found", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.captured)
+    monkeypatch.setattr(measured, "capability", lambda device: found.capability)
+    monkeypatch.setattr(launch, "device_of", lambda x: Device(90, 132, clusters=False))
+    triton, cuda = get("triton"), get("cuda")
+    monkeypatch.setattr(triton, "obstacle", lambda spec, x: found.missing)
+    monkeypatch.setattr(triton, "is_ready", lambda specs, x: found.ready)
+    monkeypatch.setattr(cuda, "obstacle", lambda spec, x: lacks(spec))
+    lacks: Callable[[LayerSpec], str | None] = import_module("fastlstm.kernels.cuda").lacks
+    before = choice.name
+    choice.set("auto")
+    with cuda_plan.override(device=CUDA_DEVICE):
+        yield found
+    monkeypatch.undo()
+    choice.set(before)
+
+
+def tensor(dtype: torch.dtype, *shape: int) -> Any:
+    """As much of a CUDA tensor as a choice looks at."""
+    return SimpleNamespace(
+        is_cpu=False,
+        is_cuda=True,
+        device=torch.device("cuda"),
+        dtype=dtype,
+        shape=torch.Size(shape),
+        requires_grad=False,
+        is_floating_point=lambda: True,
+        element_size=lambda: dtype.itemsize,
+        dim=lambda: len(shape),
+        numel=lambda: torch.Size(shape).numel(),
+    )
+
+
+WEIGHT = torch.zeros(1, requires_grad=True)
+PLAIN = LayerSpec("LSTM", I, H)
+
+
+def taken(
+    dtype: torch.dtype,
+    spec: LayerSpec = PLAIN,
+    sequences: Sequences = DENSE,
+    *,
+    shape: tuple[int, int] = (T, B),
+    layers: int = 1,
+    training: bool = False,
+    cell_states: bool = False,
+) -> str:
+    """The name of what auto takes, by both of its ways."""
+    x, size = tensor(dtype, *shape, I), Size(layers, *shape, (WEIGHT,))
+    specs = (spec, spec._replace(input_size=spec.directions * spec.state_size))[: max(layers, 1)]
+    with torch.set_grad_enabled(training):
+        found = first_without_doubt("auto", x, specs, sequences, cell_states, size)
+        name = found.name if found else "reference"
+        assert select(x, specs, sequences, cell_states, size).name == name
+    return name
+
+
+def wide(**sizes: Any) -> LayerSpec:
+    return PLAIN._replace(**sizes)
+
+
+LONG = {"shape": (1024, 16)}
+PACKED = Sequences(batch_sizes=torch.tensor([2, 1]))
+RESET = Sequences(reset=torch.zeros(T, B, dtype=torch.bool))
+EVERY = [(training, captured) for training in (False, True) for captured in (False, True)]
+
+
+@pytest.mark.parametrize(("training", "captured"), EVERY)
+@pytest.mark.parametrize("ready", [False, True])
+def test_bfloat16_is_ours_in_every_way(
+    gpu: Gpu, training: bool, captured: bool, ready: bool
+) -> None:
+    gpu.captured, gpu.ready = captured, ready
+    for H in (1, 32, 64, 128):
+        for more in ({}, {"layers": 2}, {"shape": (20, 512)}, LONG):
+            assert taken(BF16, wide(hidden_size=H), training=training, **more) == "triton"
+    assert taken(BF16, wide(directions=2), shape=(T, 256), training=training) == "triton"
+
+
+@pytest.mark.parametrize(("training", "captured"), EVERY)
+def test_without_triton_the_others_are_asked(gpu: Gpu, training: bool, captured: bool) -> None:
+    gpu.captured, gpu.missing = captured, "Triton is not installed"
+    assert taken(BF16, training=training) == "cuda"
+    assert taken(FP16, training=training) == "torch"
+    assert taken(FP32, training=training) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("ready", "captured", "training", "ours"),
+    [
+        (False, False, False, ()),  # Triton's launcher takes longer than cuDNN
+        (False, False, True, ()),
+        (True, False, False, (32, 64, 128)),
+        (True, False, True, ()),
+        (True, True, False, (32, 64, 128)),
+        (True, True, True, (32, 64)),
+        (False, True, False, ()),  # nothing may be compiled in a capture
+        (False, True, True, ()),
+    ],
+)
+def test_float16_depends_on_the_way(
+    gpu: Gpu, ready: bool, captured: bool, training: bool, ours: tuple[int, ...]
+) -> None:
+    gpu.ready, gpu.captured = ready, captured
+    for H in (32, 64, 128):
+        found = taken(FP16, wide(hidden_size=H), training=training)
+        assert found == ("triton" if H in ours else "torch"), H
+
+
+@pytest.mark.parametrize(("training", "captured"), EVERY)
+@pytest.mark.parametrize("ready", [False, True])
+def test_float32_is_pytorchs(
+    gpu: Gpu, training: bool, captured: bool, ready: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default dtype is not even looked up."""
+    gpu.captured, gpu.ready = captured, ready
+    monkeypatch.setattr(automatic, "_faster", lambda *_: pytest.fail("it was looked up"))
+    for H in (16, 64, 128, 512):
+        assert taken(FP32, wide(hidden_size=H), training=training) == "torch"
+    assert taken(torch.float64) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("spec", "call"),
+    [
+        (PLAIN, {"shape": (19, B)}),
+        (PLAIN, {"shape": (T, 513)}),
+        (PLAIN, {"layers": 0, "shape": (1, B)}),  # a cell
+        (PLAIN, {"sequences": PACKED}),
+        (wide(directions=2), {"shape": (T, 257)}),
+        (wide(hidden_size=129), {}),
+        (wide(hidden_size=512), LONG),
+        (wide(hidden_size=768), {"shape": (T, B)}),
+        (wide(proj_size=16), {}),
+        (wide(mode="RNN_TANH"), {}),
+    ],
+)
+@pytest.mark.parametrize(("training", "captured"), EVERY)
+def test_what_nobody_has_measured_is_pytorchs(
+    gpu: Gpu, spec: LayerSpec, call: dict[str, Any], training: bool, captured: bool
+) -> None:
+    gpu.captured = captured
+    assert taken(BF16, spec, training=training, **call) == "torch"
+
+
+def test_float16_outside_of_what_was_measured(gpu: Gpu) -> None:
+    gpu.ready = True
+    for call in ({"shape": (129, B)}, {"shape": (T, 127)}, LONG):
+        assert taken(FP16, **call) == "torch"
+    assert taken(FP16, wide(input_size=65)) == "torch"
+    assert taken(FP16, wide(hidden_size=128, input_size=33)) == "torch"
+
+
+def test_a_wide_layer_is_ours_where_it_was_measured(gpu: Gpu) -> None:
+    spec = wide(input_size=768, hidden_size=768)
+    for training in (False, True):
+        assert taken(BF16, spec, training=training, **LONG) == "cuda"
+    gpu.captured = True
+    assert taken(BF16, spec, **LONG) == "torch"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (0, 0)])
+def test_other_gpus_need_a_record(gpu: Gpu, capability: tuple[int, int]) -> None:
+    gpu.capability, gpu.ready = capability, True
+    assert taken(BF16) == "torch"
+    assert taken(BF16, sequences=RESET) == "reference"
+    verdicts = {f"triton bfloat16 registers/registers {name}": OK for name in ("plain", "reset")}
+    record._known["cuda", 0] = Record({}, verdicts)
+    assert taken(BF16) == "torch"
+    assert taken(BF16, sequences=RESET) == "triton"
+
+
+def test_what_torch_lacks_is_ours_where_it_is_proven(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (BF16, FP16, FP32):
+        assert taken(dtype, sequences=RESET) == "triton"
+        assert taken(dtype, cell_states=True) == "triton"
+        assert taken(dtype, wide(peephole=True)) == "triton"
+        assert taken(dtype, wide(hidden_size=512), RESET) == "triton"
+    gpu.missing = "Triton is not installed"
+    assert taken(FP32, sequences=RESET) == "cuda"
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert taken(FP32, sequences=RESET) == "cuda"
+    assert taken(FP32, wide(hidden_size=256), RESET) == "reference"
+    assert taken(BF16, wide(hidden_size=256), RESET) == "cuda"
+
+
+def test_clusters_of_triton_are_not_proven(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlstm.kernels.triton.gluon.CLUSTER_PROBLEM", None)
+    x = tensor(BF16)
+    assert not get("triton").is_proven(wide(hidden_size=256), x)
+    assert get("triton").is_proven(wide(hidden_size=256), x, dense=False)
+    assert get("triton").is_proven(wide(hidden_size=1024), x)
+    assert get("triton").is_proven(wide(hidden_size=256, mode="RNN_TANH"), x)
+    assert get("triton").is_proven(wide(hidden_size=256), tensor(FP32))
+    monkeypatch.setattr("fastlstm.kernels.triton.gluon.CLUSTER_PROBLEM", "Triton 3.6 has none")
+    assert get("triton").is_proven(wide(hidden_size=256), x)
+
+
+# ---- the record goes before --------------------------------------------------------------------
+
+
+def key(dtype: torch.dtype, captured: bool = False) -> str:
+    return record.shape_class(PLAIN, 1, (T, B), dtype, False, False, 0, captured)
+
+
+def test_the_record_goes_before_what_others_measured(gpu: Gpu) -> None:
+    gpu.ready = True
+    times = {key(BF16): {"torch": 1.0, "triton": 2.0}, key(FP32): {"triton": 1.0, "torch": 2.0}}
+    record._known["cuda", 0] = Record({}, {}, times)
+    assert taken(BF16) == "torch"
+    assert taken(FP32) == "triton"
+    assert taken(BF16, wide(hidden_size=32)) == "triton"  # of which it says nothing
+    gpu.captured = True
+    assert taken(BF16) == "triton"
+    assert taken(FP32) == "torch"
+    wrong = {"triton bfloat16 registers/registers plain": "y is 3"}
+    record._known["cuda", 0] = Record({}, wrong)
+    assert taken(BF16) == "cuda"
+
+
+def test_the_record_of_a_capture(gpu: Gpu) -> None:
+    """It counts in captures, but for kernels that would have to be compiled there."""
+    times = {key(FP16, captured=True): {"triton": 1.0, "torch": 2.0}}
+    record._known["cuda", 0] = Record({}, {}, times)
+    gpu.captured = True
+    assert taken(FP16) == "torch"
+    times[key(FP16)] = {"triton": 1.0, "torch": 2.0}  # so that the calls before compile them
+    record._known["cuda", 0] = Record({}, {}, dict(times))
+    assert taken(FP16) == "triton"
+
+
+# ---- who asks -----------------------------------------------------------------------------------
+
+
+def test_who_records_or_transforms_gets_pytorchs(gpu: Gpu) -> None:
+    x, size = tensor(BF16, T, B, I), Size(1, T, B, ())
+
+    def now(*_: Tensor) -> str:
+        return select(x, (PLAIN,), size=size).name
+
+    seen = [now()]
+    with FlopCounterMode(display=False):
+        seen.append(now())
+
+    def note(y: Tensor) -> Tensor:
+        seen.append(now())
+        return y
+
+    torch.func.vmap(note)(torch.zeros(2))
+    seen.append(select(x, (PLAIN,)).name)  # of whose size nothing is known
+    assert seen == ["triton", "torch", "torch", "torch"]
+
+
+def test_plain_calls_of_modules_are_asked_once(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again where something else is true: whether it is captured, or trains."""
+    own = Taken((PLAIN,), 1)
+    asked: list[Any] = []
+    first = automatic._first
+
+    def note(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return first(*arguments)
+
+    monkeypatch.setattr(automatic, "_first", note)
+    monkeypatch.setattr(type(get("triton")), "lstm_infer", "an operator")
+
+    def whole(dtype: torch.dtype, grad: bool = False) -> Backend | None:
+        with torch.set_grad_enabled(grad):
+            return whole_backend(tensor(dtype, T, B, I), (WEIGHT,), own)
+
+    assert [whole(BF16) for _ in range(3)] == [get("triton")] * 3
+    assert len(asked) == 1
+    assert whole(BF16, grad=True) is None  # the operators of a layer are for run_stack
+    assert whole(FP32) is TORCH
+    assert len(asked) == 2
+    assert [whole(FP16) for _ in range(3)] == [TORCH] * 3
+    gpu.captured = gpu.ready = True
+    automatic._found.clear()
+    assert whole(FP16) is get("triton")
+    with torch.autocast("cpu"):
+        assert whole(FP16) is None
+    with fastlstm.backend("torch"):
+        assert whole(BF16) is TORCH
+
+
+def test_inference_by_the_operator_of_another_backend() -> None:
+    """As long as that takes the call, and dropout is not at work."""
+    cpu = get("cpu")
+    if cpu.error() is not None:
+        pytest.skip(str(cpu.error()))
+    lstm = fastlstm.LSTM(3, 5, 2, batch_first=True, dropout=0.5)
+    x, weights = torch.randn(4, 6, 3), list(lstm.parameters())
+    with torch.no_grad():
+        assert lstm._infer_plain(cpu, x, None, weights) is None
+        lstm.eval()
+        y, (h, c) = lstm._infer_plain(cpu, x, None, weights)  # type: ignore[misc]
+        want = lstm(x)
+    assert torch.equal(y, want[0]) and torch.equal(h, want[1][0]) and torch.equal(c, want[1][1])
+    assert lstm._infer_plain(cpu, x, "nonsense", weights) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "H", "backend", "reason"),
+    [
+        (BF16, 64, "triton", "took at least 3.4 times as long as the triton kernels"),
+        (FP16, 64, "torch", "no slower: on an H200 they took as little as 0.29 of the time"),
+        (BF16, 256, "torch", "nobody has measured that the cuda kernels are faster"),
+    ],
+)
+def test_explain_says_who_is_faster(
+    gpu: Gpu, dtype: torch.dtype, H: int, backend: str, reason: str
+) -> None:
+    lstm = fastlstm.LSTM(I, H).requires_grad_(False)
+    told = fastlstm.explain(lstm, tensor(dtype, T, B, I))
+    assert told.backend == backend
+    assert reason in told.reason
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", measured._TABLE, ids=str)
+def test_every_row_counts(row: measured.Row) -> None:
+    """At each of its corners, unless one before it does; and never outside of all rows."""
+    dtypes = {"bf16": BF16, "fp16": FP16}
+    if row.precision not in dtypes:
+        return
+    assert row.way in (EAGER, READY, REPLAYED)
+    assert row.backend in ("triton", "cuda")
+    regimes = row.regimes or "steps/steps"
+
+    def pace(H: int, rows: int, steps: int, training: bool) -> float | None:
+        where, use = (H200, dtypes[row.precision]), Use(steps, rows, training, False)
+        spec = LayerSpec("LSTM", 1, H)
+        return measured.pace(row.backend, regimes, row.way, where, (spec,), use)
+
+    for training, want in enumerate((row.inference, row.training)):
+        for H in row.units:
+            for rows in row.rows:
+                for steps in row.steps:
+                    assert pace(H, rows, steps, bool(training)) == want
+        others = [r for r in measured._TABLE if r[:4] == row[:4]]
+        assert pace(max(r.units[1] for r in others) + 1, *inside(row), bool(training)) is None
+        assert pace(row.units[0], row.rows[1] + 1, row.steps[0], bool(training)) is None
+        assert pace(row.units[0], row.rows[0], row.steps[0] - 1, bool(training)) is None
+
+
+def inside(row: measured.Row) -> tuple[int, int]:
+    return row.rows[0], row.steps[0]
+
+
+def test_the_table_is_of_one_kind_of_gpu() -> None:
+    use, spec = Use(T, B, False, False), (PLAIN,)
+    call = "triton", "registers/registers", EAGER
+    assert measured.pace(*call, (H200, BF16), spec, use) == 3.4
+    for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        assert measured.pace(*call, (other, BF16), spec, use) is None
