@@ -73,7 +73,8 @@ def tune(
     by the tests or by :func:`fastlstm.verify`. They take turns, and what counts is the lower
     quartile: other processes slow some calls down. What auto takes anyway keeps its place unless
     another one is faster by more than 3%. T and B stand for all that need as many powers of two.
-    On CUDA devices inference is captured in a graph, where that is possible.
+    On CUDA devices inference is also captured in a graph, where that is possible: calls that users
+    capture have times of their own.
 
     Args:
         module: what is called. Its parameters keep their values and gradients.
@@ -106,9 +107,15 @@ def tune(
         if len(names) < 2:
             continue
         call = _call(module, x, hx, lengths, trains)
+        like = data.detach().requires_grad_(trains)
         with torch.set_grad_enabled(trains), _own_chance(data):
-            key = size.key(data.detach().requires_grad_(trains), specs[0], sequences)
-            found.append(Timing(key, _race(names, call, data.device)))
+            for captured, runs in (
+                (False, _eager(names, call)),
+                (True, _captured(names, call, data.device)),
+            ):
+                if runs:
+                    key = size.key(like, specs[0], sequences, captured)
+                    found.append(Timing(key, _race(runs, data.device)))
     if keep and found:
         found.note = _store(data.device, found)
     return found
@@ -156,13 +163,17 @@ def _call(module: Any, x: Any, hx: Any, lengths: Tensor | None, trains: bool) ->
     return both if trains and weights else forward
 
 
-def _race(names: Sequence[str], call: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """The time of each backend in microseconds, first the one that auto shall take."""
-    runs = {}
+def _eager(names: Sequence[str], call: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """The call by each backend, after its first one."""
     for name in names:
         with backend(name):
             call()
-            runs[name] = _captured(call, device) or call
+    return dict.fromkeys(names, call)
+
+
+def _race(runs: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """The time of each backend in microseconds, first the one that auto shall take."""
+    names = list(runs)
     once = max(_time(run, name, 1, device) for name, run in runs.items())
     count = max(1, int(_SECONDS / max(once, 1e-6)))
     seen: dict[str, list[float]] = {name: [] for name in names}
@@ -183,17 +194,20 @@ def _race(names: Sequence[str], call: Callable[[], Any], device: torch.device) -
     return times
 
 
-def _captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
-    """A CUDA graph of a call without gradients; None where it cannot be captured."""
+def _captured(
+    names: Sequence[str], call: Callable[[], Any], device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    """CUDA graphs of a call without gradients; {} where not every backend can be captured."""
     if device.type != "cuda" or torch.is_grad_enabled():
-        return None
-    graph = torch.cuda.CUDAGraph()
+        return {}
+    graphs = {name: torch.cuda.CUDAGraph() for name in names}
     try:
-        with torch.cuda.graph(graph):
-            call()
+        for name, graph in graphs.items():
+            with backend(name), torch.cuda.graph(graph):
+                call()
     except RuntimeError:
-        return None
-    return graph.replay
+        return {}
+    return {name: graph.replay for name, graph in graphs.items()}
 
 
 def _time(run: Callable[[], Any], name: str, count: int, device: torch.device) -> float:
