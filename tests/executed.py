@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 from cases import Case, Results, draw, evaluate, fast, plain, stepwise
 from oracle import complaints, judge, measure, outcomes
+from ptx.banks import Wavefronts
 from ptx.faults import Fault
 
 from benchmarks.speed.precision import PRECISIONS
@@ -129,6 +131,39 @@ def judged(run: AnyRun) -> Verdict:
             ratio = max(ratio, error / allowed[name] if error else 0.0)
     said = [line for got in found.values() for line in complaints(got, truth, allowed)]
     return Verdict(ratio, said, log.kernels, log.races)
+
+
+def wavefronts(run: AnyRun) -> dict[tuple[str, str], Wavefronts]:
+    """Those of the shared memory accesses of a case, training and inferring.
+
+    By kernel and instruction.
+    """
+    dtype = PRECISIONS[run.precision].dtype
+    with executing(run) as log:
+        outcomes(run.case, dtype, draw(run.case, dtype))
+    return {
+        (kernel, where): each
+        for kernel, banks in log.banks.items()
+        for where, each in banks.by_instruction().items()
+    }
+
+
+def wavefronts_unswizzled(run: Run) -> dict[tuple[str, str], Wavefronts]:
+    """The same, where columns of the state simply follow each other in shared memory.
+
+    For a process that has compiled nothing yet: a compiler does not look at this again.
+    """
+    from fastlstm.kernels.triton import backward_registers, forward_registers
+    from fastlstm.kernels.triton.gluon import gl, gluon
+
+    @gluon.constexpr_function
+    def plain(U: int, pair: int) -> object:
+        return gl.SwizzledSharedLayout(4 * pair, 1, 1, [0, 1])
+
+    with ExitStack() as stack:
+        for module in (forward_registers, backward_registers):
+            stack.enter_context(mock.patch.object(module, "state_layout", plain))
+        return wavefronts(run)
 
 
 class Broken(NamedTuple):

@@ -13,7 +13,8 @@ import test_gpu
 import test_gpu_cells
 import test_gpu_forced
 from cases import Case
-from executed import Run, Verdict, judged
+from executed import Run, Verdict, judged, wavefronts, wavefronts_unswizzled
+from ptx.banks import Wavefronts
 
 from benchmarks.gpu.kernels import fresh_compiler
 from benchmarks.speed.precision import PRECISIONS
@@ -133,6 +134,50 @@ def test_weights_in_shared_memory(worker: Worker, run: Run, record_property: Rec
 def test_weights_in_registers(worker: Worker, run: Run, record_property: Record) -> None:
     kernels = check(worker, run, record_property).kernels
     assert kernels and all("_registers_" in name for name in kernels)
+
+
+# An even and an odd step, one tile of sequences; all widths that there is room for.
+BANKS = [
+    Run(Case(T=2, B=8, I=28, H=H), name, arch, "registers")
+    for name in ("bf16", "fp16", "tf32")
+    for H in (64, 16, 32, 128)
+    for arch in (90, 80)
+    if H <= 64 or name != "tf32"
+]
+
+
+def most(run: Run, instruction: str, found: Wavefronts) -> int:
+    """As many wavefronts as the layout of the state makes it take.
+
+    A store has 8 units of each second sequence. 16 units of TF32 fill half of the banks, so those
+    sequences begin in the same half, and their 32 words share its 16 banks.
+    """
+    halved = run.precision == "tf32" and run.case.H == 16 and instruction.startswith("st.")
+    return found.fewest * (2 if halved else 1)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize("run", BANKS, ids=str)
+def test_weights_in_registers_leave_banks_alone(worker: Worker, run: Run) -> None:
+    found: dict[tuple[str, str], Wavefronts] = worker.run(wavefronts, run, timeout=TIMEOUT)
+    assert {kernel for kernel, _ in found} == {
+        "lstm_fwd_registers_kernel",
+        "lstm_bwd_registers_kernel",
+    }
+    assert {place: n for place, n in found.items() if n.taken > most(run, place[1], n)} == {}
+
+
+@pytest.mark.executed
+def test_sequences_that_begin_in_one_bank_are_seen() -> None:
+    """Eight of them in each matrix, of 128 bytes a sequence; backward the weights are read too."""
+    with fresh_compiler(), Worker(probe=int) as alone:
+        found = alone.run(wavefronts_unswizzled, BANKS[0], timeout=TIMEOUT)
+    for kernel, times in (
+        ("lstm_fwd_registers_kernel", {8}),
+        ("lstm_bwd_registers_kernel", {1, 8}),
+    ):
+        matrices = [n for (k, at), n in found.items() if k == kernel and at.startswith("ldmatrix")]
+        assert {n.taken / n.fewest for n in matrices} == times
 
 
 @pytest.mark.executed

@@ -37,7 +37,7 @@ def run(
 ) -> set[tuple[str, str]]:
     """Execute a kernel on a tensor, in one block or cluster; returns the races."""
     found = kernel(body, threads, cluster)
-    return execute(found, (cluster,), [values.data_ptr()], [values], shared)
+    return execute(found, (cluster,), [values.data_ptr()], [values], shared).races
 
 
 def numbers(count: int = 64) -> torch.Tensor:
@@ -84,6 +84,45 @@ def test_a_release_needs_a_barrier(barrier: str, races: int) -> None:
 def test_two_threads_that_disagree_are_a_race() -> None:
     found = run("mov.b32 %r5, 0;\nst.shared.b32 [%r5], %r1;", numbers(), threads=32)
     assert {what for _, what in found} == {"two threads write different values"}
+
+
+# Of one warp; %r2 is four times the number of a thread.
+BANKS = {
+    "words": ("ld.shared.b32 %r4, [%r2];", 1, 1),
+    "one word": ("mov.b32 %r3, 8;\nld.shared.b32 %r4, [%r3];", 1, 1),
+    "every second word": ("shl.b32 %r3, %r2, 1;\nst.shared.b32 [%r3], %r1;", 2, 1),
+    "one bank": ("shl.b32 %r3, %r2, 5;\nst.shared.b32 [%r3], %r1;", 32, 1),
+    "one bank, half of the threads": (
+        "shl.b32 %r3, %r2, 5;\nsetp.lt.s32 %p1, %r1, 16;\n@%p1 st.shared.b32 [%r3], %r1;", 16, 1
+    ),
+    "halves of words": ("shr.b32 %r3, %r2, 1;\nst.shared.b16 [%r3], %r1;", 1, 1),
+    "8 bytes": ("shl.b32 %r3, %r2, 1;\nld.shared.v2.b32 {%r4, %r5}, [%r3];", 2, 2),
+    "16 bytes": ("shl.b32 %r3, %r2, 2;\nld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r3];", 4, 4),
+    "16 bytes of the last quarter": (
+        "shl.b32 %r3, %r2, 2;\nsetp.ge.s32 %p1, %r1, 24;\n"
+        "@%p1 ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r3];", 1, 1
+    ),
+    "16 bytes of every second 16": (
+        "shl.b32 %r3, %r2, 3;\nld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r3];", 8, 4
+    ),
+    "two matrices": (
+        "shl.b32 %r3, %r2, 2;\n"
+        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r4, %r5}, [%r3];", 2, 2
+    ),
+    "two matrices with rows of 128 bytes": (
+        "shl.b32 %r3, %r2, 5;\n"
+        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r4, %r5}, [%r3];", 16, 2
+    ),
+    "copies": ("cp.async.ca.shared.global [%r2], [%rd3], 4;", 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "taken", "fewest"), BANKS.values(), ids=BANKS)
+def test_wavefronts_are_counted(body: str, taken: int, fewest: int) -> None:
+    values = numbers()
+    found = execute(kernel(body, threads=32), (2,), [values.data_ptr()], [values], 4096).banks
+    (instruction,) = found.by_instruction().items()
+    assert instruction[0] in body and instruction[1] == (2 * taken, 2 * fewest)  # in two blocks
 
 
 @pytest.mark.parametrize("opcode", ["popc.b32 %r3, %r1", "add.f64 %rd4, %rd1, %rd1"])
@@ -235,7 +274,8 @@ $DONE:
 
 def test_threads_that_a_branch_divides_meet_again() -> None:
     values = numbers()
-    assert not execute(kernel(DIVIDED, divides=True), (1,), [values.data_ptr()], [values], 256)
+    divided = kernel(DIVIDED, divides=True)
+    assert not execute(divided, (1,), [values.data_ptr()], [values], 256).races
     counted = [n % 3 * (1 if n % 2 == 0 else 10) for n in range(64)]
     assert values.tolist() == counted[32:] + counted[:32]
 

@@ -12,6 +12,7 @@ a misaligned one, a deadlock, an instruction that the emulator does not know. Ra
 | `data_movement.py`, `matrices.py`, `messages.py` | opcodes that reach memory or other threads |
 | `arithmetic.py` | rounding, and the errors of approximations |
 | `memory.py`, `shared.py`, `races.py` | address spaces, and who has touched them |
+| `banks.py` | how often accesses of shared memory meet in a bank |
 | `flow.py` | where each thread is, while a branch divides a block |
 | `copies.py`, `products.py`, `cluster.py` | what copies, products and clusters do |
 | `execute.py` | all blocks of a launch |

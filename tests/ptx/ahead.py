@@ -154,8 +154,7 @@ class _Launches:
         }
         grid = launch["x"], launch["y"], launch["z"]
         found = execute(kernel, grid, values, self._reachable(pointers), shared)
-        self.log.kernels.add(key.name)
-        self.log.races |= {(key.name, *race) for race in found}
+        self.log.add(key.name, found)
 
     def _reachable(self, pointers: dict[str, int]) -> list[Tensor]:
         """The operator's tensors, and those that C++ made: of these the memory is known.

@@ -4,6 +4,7 @@ For a process in which Triton does not interpret (TRITON_INTERPRET=0).
 """
 
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from fastlstm.kernels.triton import launch, operators
 from fastlstm.kernels.triton.config import Device
 from fastlstm.kernels.triton.gluon import source_of
 
-from .execute import execute
+from .banks import Banks
+from .execute import Found, execute
 from .faults import Fault
 from .translate import Kernel
 
@@ -38,6 +40,13 @@ class Log:
 
     kernels: set[str] = field(default_factory=set)
     races: set[tuple[str, str, str]] = field(default_factory=set)  # kernel, instruction, what
+    banks: defaultdict[str, Banks] = field(default_factory=lambda: defaultdict(Banks))  # by kernel
+
+    def add(self, kernel: str, found: Found) -> None:
+        """Note what a launch of a kernel has shown."""
+        self.kernels.add(kernel)
+        self.races |= {(kernel, *race) for race in found.races}
+        self.banks[kernel].add(found.banks)
 
 
 @contextmanager
@@ -84,8 +93,7 @@ def _launch(
     tensors = [value for value in passed if isinstance(value, Tensor)]
     grid = (grid[0] * options.get("num_ctas", 1), *grid[1:])
     found = execute(program, grid, list(map(_bits, passed)), tensors, shared_bytes)
-    log.kernels.add(kernel.__name__)
-    log.races |= {(kernel.__name__, *race) for race in found}
+    log.add(kernel.__name__, found)
 
 
 _translated = lru_cache(maxsize=None)(Kernel)

@@ -36,6 +36,7 @@ class Copies:
         if at.size:
             warps = self._shared.races.of(mask)
             self._shared.races.write(self._shared.accesses, at, size, warps, where)
+            self._shared.banks.ask(at, size, mask, where)
             self._pending.append((at, data[lanes], warps, where))
 
     def commit(self) -> None:

@@ -104,8 +104,7 @@ class _Launches:
             launch["block"],
             launch["cluster"],
         )
-        self.log.kernels.add(name)
-        self.log.races |= {(name, *race) for race in found}
+        self.log.add(name, found)
 
 
 @cache

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from itertools import product
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from .banks import Banks
 from .cluster import Cluster, MBarriers
 from .copies import Copies
 from .faults import Fault
@@ -17,6 +19,13 @@ from .shared import Shared
 from .translate import Kernel
 
 _MOST_TURNS = 100_000
+
+
+class Found(NamedTuple):
+    """What a launch has shown."""
+
+    races: set[tuple[str, str]]  # an instruction, and what it does
+    banks: Banks  # what all blocks asked of them
 
 
 class Block:
@@ -30,6 +39,7 @@ class Block:
         storages: Storages,
         shared_bytes: int,
         cluster: Cluster,
+        banks: Banks,
         threads: int,
     ) -> None:
         self.grid, self.index, self.cluster = grid, index, cluster
@@ -38,7 +48,7 @@ class Block:
         self.rank = len(cluster.shared)
         self.races = Races(self.threads)
         self.memory = Memory(storages, self.races)
-        self.shared = Shared(shared_bytes, self.threads, self.races)
+        self.shared = Shared(shared_bytes, self.threads, self.races, banks)
         self.copies = Copies(self.memory, self.shared)
         self.mbarriers = MBarriers()
         cluster.shared.append(self.shared)
@@ -53,7 +63,7 @@ def execute(
     shared_bytes: int,
     threads: int | None = None,
     cluster: int | None = None,
-) -> set[tuple[str, str]]:
+) -> Found:
     """Launch a kernel.
 
     Args:
@@ -65,9 +75,6 @@ def execute(
         threads: of a block, where the kernel does not say it.
         cluster: blocks of a cluster, where the kernel does not say it.
 
-    Returns:
-        Races: an instruction, and what it does.
-
     Raises:
         Fault: something that the hardware would not forgive, or a deadlock.
     """
@@ -75,14 +82,16 @@ def execute(
     size, threads = cluster or kernel.source.cluster, threads or kernel.source.threads
     assert threads, "a kernel without .reqntid needs to be told the number of threads"
     parameters = Parameters(kernel.source.parameters, arguments)
-    storages, together, blocks = Storages(tensors, several=kernel.divides), Cluster(size), []
+    storages, banks = Storages(tensors, several=kernel.divides), Banks()
+    together, blocks = Cluster(size), []
     for z, y, x in product(*map(range, reversed(grid))):
         if len(together.shared) == size:
             together = Cluster(size)
-        blocks.append(Block(kernel, grid, (x, y, z), storages, shared_bytes, together, threads))
+        at, room = (x, y, z), shared_bytes
+        blocks.append(Block(kernel, grid, at, storages, room, together, banks, threads))
     with np.errstate(all="ignore"):
         _run([kernel.run(block, parameters) for block in blocks])
-    return set[tuple[str, str]]().union(*(block.races.found for block in blocks))
+    return Found(set().union(*(block.races.found for block in blocks)), banks)
 
 
 def _run(running: list[Iterator[None]]) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .banks import Banks
 from .faults import Fault
 from .memory import Mask, gather, scatter
 from .races import Accesses, Races
@@ -12,8 +13,8 @@ _ROOM = 1024  # beyond the end, for rounding up
 class Shared:
     """`size` bytes of shared memory."""
 
-    def __init__(self, size: int, threads: int, races: Races) -> None:
-        self.size, self.threads, self.races = size, threads, races
+    def __init__(self, size: int, threads: int, races: Races, banks: Banks) -> None:
+        self.size, self.threads, self.races, self.banks = size, threads, races, banks
         self.bytes = np.full((size + _ROOM) // 16 * 16, 0xFF, np.uint8)
         self.accesses = Accesses(self.bytes.size)
 
@@ -37,6 +38,7 @@ class Shared:
         at = self.check(address[lanes], size, where)
         if at.size:
             self.races.read(self.accesses, at, size, self.races.of(mask), where)
+            self.banks.ask(at, size, mask, where)
             out[lanes] = gather(self.bytes, at, size)
         return out
 
@@ -46,6 +48,7 @@ class Shared:
         at = self.check(address[lanes], size, where)
         if at.size:
             self.races.write(self.accesses, at, size, self.races.of(mask), where)
+            self.banks.ask(at, size, mask, where)
             scatter(self.bytes, at, data[lanes])
             if (gather(self.bytes, at, size) != data[lanes]).any():
                 self.races.report(where, "two threads write different values")
@@ -54,6 +57,7 @@ class Shared:
         """Rows of 16 bytes, uint8 [rows, 16], each for one warp."""
         at = self.check(address, 16, where)
         self.races.read(self.accesses, at, 16, warps, where)
+        self.banks.ask(at, 16, None, where)
         return gather(self.bytes, at, 16)
 
     def store_rows(
@@ -62,6 +66,7 @@ class Shared:
         """Write rows of 16 bytes."""
         at = self.check(address, 16, where)
         self.races.write(self.accesses, at, 16, warps, where)
+        self.banks.ask(at, 16, None, where)
         scatter(self.bytes, at, data)
 
     def load_matrix(self, at: np.ndarray, size: int, where: str) -> np.ndarray:
