@@ -41,13 +41,13 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches(H: int, D: int, dtype: torch.dtype, cell: bool) -> list[Launch]:
+def launches(H: int, D: int, dtype: torch.dtype, cell: bool, dense: bool = False) -> list[Launch]:
     """Those of one forward and backward pass of a layer; with a cell, zoneout and a mask of h."""
     new = partial(empty, dtype=dtype)
     T, B, I = 5, 20, 28
     w = [new(4 * H, I), new(4 * H, H), new(4 * H), new(4 * H)] * D
     x, y, c_all = new(T, B, I), new(T, B, D * H), empty(T, B, D * H, dtype=torch.float32)
-    state, lengths = new(D, B, H), empty(B, dtype=torch.int64)
+    state, lengths = new(D, B, H), None if dense else empty(B, dtype=torch.int64)
     kind = LayerSpec("LSTM", I, H, peephole=cell)  # or extended otherwise
     gates = new(D, T, B, 4 * H) if TRITON.keeps_gates(kind) else None
     options: dict[str, Any] = {}
@@ -87,19 +87,22 @@ def compiled(launch: Launch) -> int:
     """How many kernels all sizes of T and B lead to."""
     found = set()
     for number, (T, B) in enumerate(SIZES):
-        sizes = {"T": T, "B": B, "rows": T * B}
         given = launch.arguments.items()
-        arguments = {name: real(name, value, number) for name, value in given} | sizes
+        arguments = {name: real(name, value, number) for name, value in given}
         for name in ("zoneout_c", "zoneout_h"):
             if arguments.get(name) is not None:
                 arguments[name] = ZONEOUT[number]
         for name, value in (
+            ("T", T),
+            ("B", B),
+            ("rows", T * B),
             ("x_t", B),
             ("dy_t", 2 * B),
             ("dc_t", B),
             ("begin", 0),
             ("end", T),
             ("step", T - 1),
+            ("splits", B),
         ):
             if name in arguments:
                 arguments[name] = value
@@ -121,6 +124,9 @@ for regime, H, dtype, cell in (
         recorded = launches(H, 2, dtype, cell)
         for launch in (recorded[0], recorded[-1]):
             print(launch.kernel.__name__, regime, compiled(launch))
+with override(regime="registers"):
+    for launch in launches(32, 2, torch.bfloat16, False, dense=True)[-2:]:
+        print(launch.kernel.__name__, launch.plan.regime, compiled(launch))
 for H in (32, 512):
     recorded = rnn_launches(H, 2, torch.bfloat16)
     for launch in (recorded[0], recorded[-1]):

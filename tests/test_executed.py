@@ -69,6 +69,13 @@ REGISTERS = [
     Case(T=6, B=5, I=10, H=20, lengths=(2, 0, 1, 6, 3), directions=2, recompute=True),
     Case(T=5, B=2, I=30, H=16, reset=True, recompute=True, hx=False),
 ]
+# Their weight gradients: more rows than a program takes at a time, odd sizes, wide inputs.
+WEIGHTS = [
+    Case(T=4, B=19, I=28, H=33, directions=2),
+    Case(T=5, B=14, I=300, H=16, hx=False),
+    Case(T=67, B=1, I=1, H=5, directions=2, bias=False),
+    Case(T=2, B=33, I=10, H=128, directions=2),
+]
 # One step, odd and even numbers of them; 8 and 16 blocks; units that only fill a tile.
 CLUSTERS = [
     Case(T=4, B=9, I=5, H=200, directions=2),
@@ -76,6 +83,7 @@ CLUSTERS = [
     Case(T=3, B=3, I=5, H=256, hx=False, cell_states=True),
     Case(T=2, B=3, I=5, H=512),
 ]
+SUMS = {"lstm_weight_parts_kernel", "lstm_weight_sums_kernel"}  # of the registers regime
 WIDE = Case(T=3, B=7, I=28, H=512, hx=False)
 
 
@@ -133,7 +141,22 @@ def test_weights_in_shared_memory(worker: Worker, run: Run, record_property: Rec
 )
 def test_weights_in_registers(worker: Worker, run: Run, record_property: Record) -> None:
     kernels = check(worker, run, record_property).kernels
-    assert kernels and all("_registers_" in name for name in kernels)
+    assert kernels and all("_registers_" in name or name in SUMS for name in kernels)
+    assert (kernels >= SUMS) == (not run.case.ragged)
+
+
+@pytest.mark.executed
+@pytest.mark.parametrize(
+    "run",
+    [
+        run
+        for run in approximate(runs(WEIGHTS, "bf16", (90, 80), "registers"))
+        if run.precision != "tf32" or run.case.H <= 32
+    ],
+    ids=str,
+)
+def test_weight_gradients(worker: Worker, run: Run, record_property: Record) -> None:
+    assert check(worker, run, record_property).kernels >= SUMS
 
 
 # An even and an odd step, one tile of sequences; all widths that there is room for.

@@ -81,10 +81,13 @@ def test_the_passes_of_one_layer() -> None:
     assert [each.kernel for each in found] == [
         "lstm_fwd_registers_kernel",
         "lstm_bwd_registers_kernel",
+        "lstm_weight_parts_kernel",
+        "lstm_weight_sums_kernel",
     ]
     for variant, row in zip(found, rows, strict=True):
         assert variant.facts["H"] == 64 and "H 64" in str(variant)
         assert row["spill_bytes"] == row["spills_per_step"] == 0
+    for row in rows[:2]:
         assert row["mma_per_step"] > row["wgmma_per_step"] == row["shuffles_per_step"] == 0
     assert rows[0]["barriers_per_step"] == 1
 
@@ -98,6 +101,11 @@ def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
     assert all(row.keys() >= set(KEYS) for row in compiled.rows)
     wanted = (
         {("lstm_fwd_cluster_kernel", "cluster", 90)}
+        | {
+            (f"lstm_weight_{name}_kernel", "weights", arch)
+            for name in ("parts", "sums")
+            for arch in (80, 90)
+        }
         | {
             (f"lstm_{way}_{kind}_kernel", regime, arch)
             for way in ("fwd", "bwd")
@@ -145,10 +153,11 @@ def test_shared_memory_is_there(compiled: Compiled) -> None:
 
 @pytest.mark.compiles
 def test_products_are_matrix_instructions(compiled: Compiled) -> None:
-    """But for exact float32, which has none, and steps whose product another kernel computes."""
+    """But for exact float32, which has none, and what adds up or follows products of others."""
 
     def has_product(row: Row) -> bool:
         elsewhere = row["kernel"] == "lstm_bwd_step_kernel" and row["P"] != row["H"]
+        elsewhere = elsewhere or row["kernel"] == "lstm_weight_sums_kernel"
         return row["precision"] != "ieee" and not elsewhere
 
     assert brief([r for r in compiled.where(has_product) if r["mma_per_step"] == 0]) == []

@@ -21,7 +21,8 @@ def test_one_kernel_for_every_length_and_batch() -> None:
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     names = {"steps": "step", "persistent": "step"}
-    assert [(name, regime) for name, regime, _ in lines] == [
+    weights = [(f"lstm_weight_{name}_kernel", "weights") for name in ("parts", "sums")]
+    kernels = [
         (f"{kind}_{way}_{names.get(regime, regime)}_kernel", regime)
         for kind, regimes in (
             ("lstm", ("registers", "sequence", "sequence", "steps", "steps", "persistent")),
@@ -30,4 +31,5 @@ def test_one_kernel_for_every_length_and_batch() -> None:
         for regime in regimes
         for way in ("fwd", "bwd")
     ]
+    assert [(name, regime) for name, regime, _ in lines] == kernels[:-4] + weights + kernels[-4:]
     assert {count for *_, count in lines} == {"1"}, run.stdout

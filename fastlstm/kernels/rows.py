@@ -43,6 +43,11 @@ class Rows:
     reset: Tensor | None  # uint8 [T, B]
 
     @property
+    def dense(self) -> bool:
+        """Whether all sequences have all steps, and none is reset."""
+        return self.lengths is None and self.offsets is None and self.reset is None
+
+    @property
     def padded(self) -> bool:
         """Whether there are rows past the ends of sequences."""
         return self.lengths is not None and self.offsets is None

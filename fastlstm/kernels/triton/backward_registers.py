@@ -28,6 +28,7 @@ from .register_tiles import (
     state_layout,
     turned,
 )
+from .weight_gradients import launch_weight_gradients, takes
 
 
 @gluon.jit(
@@ -244,13 +245,14 @@ def launch_lstm_bwd_registers(
     multiplied with, which are few, and what comes out is brought back to the order of gates.
     """
     spec, rows, weights = call.spec, call.rows, call.weights
-    x = call.x_rows()
-    if rows.padded and gradients.weights is not None:
+    x, y = call.x_rows(), saved.y.view(rows.count, -1)
+    apart = gradients.weights is not None and not takes(call)  # a product for each of them
+    if rows.padded and apart:
         # Whatever x holds there must not meet the zeros of dgates.
         x = torch.where(rows.real(), x, 0)
     h: list[Tensor] = []
-    if saved.gates is None or gradients.weights is not None:
-        h = rows.states_before(saved.y.view(rows.count, -1), call.state.h, spec.directions)
+    if saved.gates is None or apart:
+        h = rows.states_before(y, call.state.h, spec.directions)
     gates = saved.gates
     if gates is None:
         gates = gates_again(x, [_by_unit(each) for each in then], h)
@@ -288,6 +290,9 @@ def launch_lstm_bwd_registers(
     )
     if gradients.dx is not None:
         input_gradient(gradients.dx.view(x.shape), dgates, [_by_unit(each) for each in weights])
+    if gradients.weights is not None and not apart:
+        launch_weight_gradients(call, y, dgates, gradients.weights)
+        return
     for d, target in enumerate(gradients.weights or ()):
         _set(target.w_ih, product(dgates[d].T, x))
         _set(target.w_hh, product(dgates[d].T, h[d]))

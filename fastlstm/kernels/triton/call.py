@@ -31,8 +31,7 @@ class Call(NamedTuple):
         """What a plan depends on."""
         x = self.x
         rows = self.rows
-        dense = rows.lengths is None and rows.offsets is None and rows.reset is None
-        return Problem(self.spec, rows.B, x.element_size(), precision_of(x), dense)
+        return Problem(self.spec, rows.B, x.element_size(), precision_of(x), rows.dense)
 
     @property
     def device(self) -> Device:

@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 class Plan:
     """A regime and its tiles."""
 
-    regime: str  # "registers", "sequence", "cluster", "persistent" or "steps"
+    regime: str  # "registers", "sequence", "cluster", "persistent", "steps"; "weights": gradients
     units: int  # units of a program: the tile is four times as high; 16 or more
     batch: int  # sequences of a program
     chunk: int  # terms of the product loaded at a time; covers P where the weights stay on chip
