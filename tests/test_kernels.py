@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.gpu import kernels
-from benchmarks.gpu.machine_code import counts, instructions, time_loop
+from benchmarks.gpu.machine_code import counts, false_waits, instructions, time_loop
 from benchmarks.gpu.triton_kernels import compile_variant
 from benchmarks.gpu.variants import DTYPES, Layer, Variant, layers, sample, variants
 from benchmarks.speed.worker import Failed, Worker
@@ -284,6 +284,49 @@ def test_stalls_are_read() -> None:
     sass = "        /*0000*/   MOV R1, R2 ;  /* 0x1 */\n        /* 0x000fca0000000f00 */\n"
     assert [each.stall for each in instructions(sass)] == [5]
     assert counts(instructions(sass + sass), steps=2)["stall_per_step"] == 5
+
+
+def compiled_to(*code: tuple[str, int, set[int]]) -> str:
+    """Machine code: instructions, the scoreboard that counts each, and those it waits for."""
+    lines = []
+    for number, (text, counted_by, waits) in enumerate(code):
+        control = 1 | counted_by << 5 | 7 << 8 | sum(1 << 11 + board for board in waits)
+        lines.append(f"        /*{16 * number:04x}*/   {text} ;  /* 0x1 */")
+        lines.append(f"        /* 0x{control << 41:016x} */")
+    return "\n".join(lines) + "\n"
+
+
+LOAD = ("@P5 LDG.E.64 R12, desc[UR18][R138.64]", 5, set[int]())
+TANH = ("MUFU.TANH R104, R166", 5, set[int]())
+
+
+@pytest.mark.parametrize(
+    ("text", "board", "false"),
+    [
+        ("FMUL R105, R104, R104", 5, 1),
+        ("FMUL R105, R104, R104", 4, 0),
+        ("@!P0 FMUL R105, R104, R13", 5, 0),
+        ("HMMA.16816.F32.BF16 R152, R36, R10.reuse, R152", 5, 1),
+        ("HMMA.16816.F32.BF16 R152, R36, R12.reuse, R152", 5, 0),
+        ("HMMA.16816.F32.BF16 R152, R10, R36, R152", 5, 0),
+        ("STG.E.64 desc[UR18][R2.64], R10", 5, 1),
+        ("STG.E.128 desc[UR18][R2.64], R10", 5, 0),
+        ("LDG.E.U16 R14, desc[UR18][R12.64]", 5, 0),
+    ],
+)
+def test_waits_for_loads_that_are_not_used_are_counted(text: str, board: int, false: int) -> None:
+    """In the turn of the load, in the next one, and of two steps a turn half as many."""
+    user = text, 7, {board}
+    for code in ((LOAD, TANH, user), (user, LOAD, TANH)):
+        found = counts(instructions(compiled_to(*code)), steps=2)
+        assert found["false_waits_per_step"] == false / 2
+
+
+def test_who_has_waited_once_waits_no_more() -> None:
+    """And nobody waits for a load that comes later and is used before the next turn."""
+    first, second = ("FMUL R105, R104, R104", 7, {5}), ("FADD R3, R13, R104", 7, {5})
+    assert false_waits(instructions(compiled_to(LOAD, TANH, first, second))) == 1
+    assert false_waits(instructions(compiled_to(TANH, first, LOAD, second))) == 0
 
 
 def test_a_sample_has_every_kernel_with_every_cell() -> None:

@@ -4,7 +4,9 @@ No GPU is needed. Every variant of the kernels that the configuration can choose
 each GPU and disassembled. The table shows the registers of a thread; spilled bytes, which are the
 stack frame of a thread; the shared memory of a program; and of the time loop the cycles that its
 instructions take one after the other (stall), the barriers, special functions (mufu), matrix
-instructions (mma, on Hopper wgmma), shuffles and stores into other blocks (sends) of a step.
+instructions (mma, on Hopper wgmma), shuffles and stores into other blocks (sends) of a step. False
+waits are instructions that wait for a load from global memory without using it: the compiler lets
+it share a scoreboard, of which a warp has six, with something shorter that they do use.
 Instructions are counted as they stand in the code: where the weights do not stay on chip, the time
 loop contains a loop over chunks of them, whose instructions run once for each chunk.
 """
@@ -58,6 +60,7 @@ COLUMNS = {
     "spill_bytes": "spilled",
     "shared_bytes": "shared",
     "stall_per_step": "stall",
+    "false_waits_per_step": "false waits",
     "barriers_per_step": "barriers",
     "mufu_per_step": "mufu",
     "mma_per_step": "mma",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,10 @@ _INSTRUCTION = re.compile(
     r"(?:\n\s+/\* 0x([0-9a-f]+) \*/)?",
     re.MULTILINE,
 )
-_STALL_BIT = 41  # of an instruction's upper half: from here 4 bits, on sm_70 to sm_90
+_CONTROL_BIT = 41  # of an instruction's upper half: from here on, on sm_70 to sm_90
 _JUMP = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+_GUARD = re.compile(r"^@\S+\s+")
+_SCOREBOARDS = 6  # of a warp
 
 
 class Instruction(NamedTuple):
@@ -22,7 +25,47 @@ class Instruction(NamedTuple):
 
     address: int
     text: str
-    stall: int  # cycles that the compiler lets the warp wait before the next one, at least
+    control: int  # what the compiler tells the scheduler
+
+    @property
+    def stall(self) -> int:
+        """Cycles that the warp waits before the next one, at least."""
+        return self.control & 15
+
+    @property
+    def counted_by(self) -> int:
+        """The scoreboard that counts it until its result is there; 7: none."""
+        return self.control >> 5 & 7
+
+    @property
+    def waits_for(self) -> list[int]:
+        """The scoreboards that must have nothing to count when it starts."""
+        return [number for number in range(_SCOREBOARDS) if self.control >> 11 + number & 1]
+
+    @property
+    def is_load(self) -> bool:
+        """Whether it loads from global memory into registers."""
+        return _GUARD.sub("", self.text).startswith("LDG.")
+
+    @property
+    def registers(self) -> list[set[int]]:
+        """The registers of each operand; the first is the result, of a load."""
+        opcode, _, operands = _GUARD.sub("", self.text).partition(" ")
+        return [
+            {int(first) + i for first in re.findall(r"\bR(\d+)", operand) for i in range(width)}
+            for operand, width in _widths(opcode, operands.split(","))
+        ]
+
+
+def _widths(opcode: str, operands: list[str]) -> Iterator[tuple[str, int]]:
+    """Each operand, and how many registers it takes, of which an instruction names the first."""
+    wide = re.search(r"\.(128|64|WIDE|[24])\b", opcode)
+    usual = {"128": 4, "4": 4}.get(wide[1], 2) if wide else 1
+    for place, operand in enumerate(operands):
+        if "[" in operand:  # an address
+            yield operand, 2 if ".64" in operand else 1
+        else:
+            yield operand, 2 + 2 * (place != 2) if opcode.startswith("HMMA") else usual
 
 
 def resources(text: str) -> dict[str, int]:
@@ -46,6 +89,7 @@ def counts(loop: list[Instruction], steps: int = 1) -> dict[str, float]:
     """
     found = {
         "stall_per_step": sum(max(each.stall, 1) for each in loop),
+        "false_waits_per_step": false_waits(loop),
         "barriers_per_step": count(r"\bBAR\.(SYNC|RED)", loop),
         "mma_per_step": count(r"\bH(G)?MMA\b", loop),
         "spills_per_step": count(r"\b(LDL|STL)\b", loop),
@@ -58,6 +102,25 @@ def counts(loop: list[Instruction], steps: int = 1) -> dict[str, float]:
     return {name: whole(number / steps) for name, number in found.items()}
 
 
+def false_waits(loop: list[Instruction]) -> int:
+    """How many instructions wait for a global load of the loop and do not use what it loads.
+
+    A warp has few scoreboards, so one may count a load and also something short that an
+    instruction uses: it then waits for both. What a turn of the loop has loaded may still be on
+    its way in the next, so the second of two turns is counted.
+    """
+    loads: dict[int, list[Instruction]] = {}  # on their way, by scoreboard
+    found = 0
+    for number, each in enumerate([*loop, *loop]):
+        used = set[int]().union(*each.registers)
+        waited = [loads.pop(board) for board in each.waits_for if board in loads]
+        if number >= len(loop):
+            found += any(not any(load.registers[0] & used for load in some) for some in waited)
+        if each.is_load:
+            loads.setdefault(each.counted_by, []).append(each)
+    return found
+
+
 def whole(number: float) -> float:
     """Return an integer where it is one."""
     return int(number) if number == int(number) else number
@@ -66,7 +129,7 @@ def whole(number: float) -> float:
 def instructions(sass: str) -> list[Instruction]:
     """All of a kernel."""
     return [
-        Instruction(int(address, 16), text, int(upper or "0", 16) >> _STALL_BIT & 15)
+        Instruction(int(address, 16), text, int(upper or "0", 16) >> _CONTROL_BIT)
         for address, text, upper in _INSTRUCTION.findall(sass)
     ]
 
