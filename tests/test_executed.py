@@ -182,7 +182,9 @@ def most(run: Run, instruction: str, found: Wavefronts) -> int:
 @pytest.mark.executed
 @pytest.mark.parametrize("run", BANKS, ids=str)
 def test_weights_in_registers_leave_banks_alone(worker: Worker, run: Run) -> None:
-    found: dict[tuple[str, str], Wavefronts] = worker.run(wavefronts, run, timeout=TIMEOUT)
+    """What sums the gradients of the weights is not asked: it has no steps that wait for it."""
+    every: dict[tuple[str, str], Wavefronts] = worker.run(wavefronts, run, timeout=TIMEOUT)
+    found = {place: n for place, n in every.items() if place[0] not in SUMS}
     assert {kernel for kernel, _ in found} == {
         "lstm_fwd_registers_kernel",
         "lstm_bwd_registers_kernel",
