@@ -193,6 +193,15 @@ def test_weights_in_registers_leave_banks_alone(worker: Worker, run: Run) -> Non
 
 
 @pytest.mark.executed
+@pytest.mark.parametrize(("H", "name"), [(256, "bf16"), (512, "fp16")])
+def test_blocks_of_a_cluster_leave_banks_alone(worker: Worker, H: int, name: str) -> None:
+    run = Run(Case(T=2, B=8, I=5, H=H), name, 90, "cluster")
+    every: dict[tuple[str, str], Wavefronts] = worker.run(wavefronts, run, timeout=TIMEOUT)
+    found = [n for (kernel, _), n in every.items() if kernel == "lstm_fwd_cluster_kernel"]
+    assert found and all(n.taken == n.fewest for n in found)
+
+
+@pytest.mark.executed
 def test_sequences_that_begin_in_one_bank_are_seen() -> None:
     """Eight of them in each matrix, of 128 bytes a sequence; backward the weights are read too."""
     with fresh_compiler(), Worker(probe=int) as alone:

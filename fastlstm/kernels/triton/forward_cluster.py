@@ -58,9 +58,10 @@ def layout_of(what, UNITS, N, C):
             [C, UNITS, N],
         ),
         "whole": gl.BlockedLayout([8, 1], [tall, 32 // tall], [1, warps], [0, 1], cga_layout=same),
-        "shared": gl.SwizzledSharedLayout(8, 1, 1, [0, 1], cga_layout=same),
+        # A column begins in the same bank as all others: see state_layout.
+        "shared": gl.SwizzledSharedLayout(8, 1, 8, [0, 1], cga_layout=same),
         "copies": gl.SwizzledSharedLayout(
-            8, 1, 1, [1, 2, 0], cga_layout=[[1 << b, 0, 0] for b in block_bits]
+            8, 1, 8, [1, 2, 0], cga_layout=[[1 << b, 0, 0] for b in block_bits]
         ),
     }
     return found[what]
