@@ -37,7 +37,7 @@ def gradients(
 
     T, B, I, H = sizes
     new = lambda *shape: whole(*shape, dtype=dtype)  # noqa: E731
-    x, y, dgates = new(T, B, I), new(T * B, D * H), new(D, T * B, 4 * H)
+    x, y, dgates = new(T, B, I + 1)[..., :I], new(T * B, D * H), new(D, T * B, 4 * H)
     h0 = new(D, B, H) if hx else None
     rows = layout(x, DENSE)
     call = Call(LayerSpec("LSTM", I, H, 0, D, bias), x, [], State(h0), rows, NO_NOISE)
@@ -47,7 +47,7 @@ def gradients(
         w_ih, w_hh, b = (t.contiguous() for t in nan.split((I, H, 1), 1))
         found.append(Weights(w_ih, w_hh, b.view(-1) if bias else None))
         ones = torch.ones(T * B, 1)
-        both = torch.cat([x.view(-1, I), h, ones], 1).double()
+        both = torch.cat([x.reshape(-1, I), h, ones], 1).double()
         by_gate = dgates[d].double().view(-1, H, 4).transpose(1, 2).flatten(1)
         w_ih, w_hh, b = (by_gate.T @ both).to(dtype).split((I, H, 1), 1)
         wanted.append(Weights(w_ih, w_hh, b.view(-1) if bias else None))

@@ -240,7 +240,7 @@ def launch_weight_gradients(
         dgates: [D, rows, 4H], the gradients of its gates, by unit.
         gradients: written.
     """
-    spec, rows, x = call.spec, call.rows, call.x_rows()
+    spec, rows, x = call.spec, call.rows, call.x_rows().contiguous()
     I, H, D = spec.input_size, spec.hidden_size, spec.directions
     cut = tiles(I, H, x.element_size())
     size = 4 * H * (I + H + spec.bias)
