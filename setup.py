@@ -109,6 +109,7 @@ AHEAD = tuple(
         "layer",
         "forward",
         "backward",
+        "weight_gradients",
         "register",
         "old_glibc",
     )

@@ -102,6 +102,7 @@ def compiled(launch: Launch) -> int:
             ("begin", 0),
             ("end", T),
             ("step", T - 1),
+            ("starts", B),
             ("splits", B),
         ):
             if name in arguments:

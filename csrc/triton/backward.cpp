@@ -99,8 +99,10 @@ void lstm_bwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
     return;
   }
   Backward pass{place, asked.I, asked.H, directions, std::move(weights), {}, std::move(rows), flat_rows(x, place), {}};
-  if (pass.rows.padded() && !dweights.empty()) pass.clear_padding();
-  if (!kept || !dweights.empty()) pass.find_states(y, h0);
+  // Whether each of them is a product of its own.
+  const bool apart = !dweights.empty() && !takes_weights(asked, pass.rows, directions);
+  if (pass.rows.padded() && apart) pass.clear_padding();
+  if (!kept || apart) pass.find_states(y, h0);
   if (!kept && cache) pass.copies = Weights::of_copies(cache, pass.weights);
   const i64 H = asked.H, states = directions * pass.rows.B * H, cells = directions * pass.rows.count * H;
   const int32_t f32 = aoti_torch_dtype_float32();
@@ -133,7 +135,10 @@ void lstm_bwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   set_strides(&a, k_dc_t, k_dc_b, dc_all);
   asked.device->launch(kernel, &a, (pass.rows.B + kernel->batch - 1) / kernel->batch, directions);
   pass.write_dx(dx, dgates);
-  pass.write_dweights(dweights, dgates);
+  if (apart || dweights.empty())
+    pass.write_dweights(dweights, dgates);
+  else
+    launch_weight_gradients(asked, pass.rows, pass.x, flat_rows(y, place), h0, dgates, dweights);
 }
 
 }  // namespace fastlstm::ahead

@@ -10,6 +10,8 @@ namespace {
 constexpr unsigned kLanes = 32;
 constexpr unsigned kStaticShared = 48 << 10;  // that a kernel has without asking
 constexpr i64 kWidestInputs = 64;             // that go through their weights in the loop
+constexpr i64 kParts = 1, kSums = 2;          // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
+constexpr i64 kPartsOfSums = 32;              // that are added at a time
 
 int log2(i64 n) {
   int found = 0;
@@ -95,6 +97,7 @@ Device::Device(int index, Array images, const std::vector<i64>& kernels, const s
   int device;
   driver.check(driver.device(&device, index), "looking for the GPU", std::to_string(index).c_str());
   driver.check(driver.attribute(&most_shared_, kSharedOptin, device), "asking for the shared memory of a GPU");
+  driver.check(driver.attribute(&processors_, kProcessors, device), "asking a GPU for its size");
   driver.check(driver.retain(&context_, device), "taking the context of a GPU");
   FASTLSTM_CHECK(plans.size() % (sizeof(Row) / sizeof(i64)) == 0, "fastlstm: not the plans of compiled kernels");
   const Row* first = reinterpret_cast<const Row*>(plans.data());
@@ -158,6 +161,23 @@ Kernel* Device::find(const Wish& wish) const {
   return find(wish, 0, false);
 }
 
+Kernel* Device::parts_of_weights(const Row& row, bool even) const {
+  Row parts = row;
+  parts.regime = kParts;
+  parts.batch = rows_of_parts(Kind(row.kind));
+  const auto found = by_number_.find(number(parts, kInputsOfParts, RowsKind::dense, true, even));
+  return found == by_number_.end() ? nullptr : found->second;
+}
+
+Kernel* Device::sums_of_weights(const Row& row) const {
+  Row sums = row;
+  sums.regime = kSums;
+  sums.units = 16;
+  sums.batch = kPartsOfSums;
+  const auto found = by_number_.find(number(sums, 0, RowsKind::dense, true, false));
+  return found == by_number_.end() ? nullptr : found->second;
+}
+
 Handle_ Device::function(Kernel* kernel) const {
   if (Handle_ found = kernel->function.load(std::memory_order_acquire)) return found;
   const std::lock_guard<std::mutex> lock(loading_);
@@ -174,14 +194,15 @@ Handle_ Device::function(Kernel* kernel) const {
   return found;
 }
 
-void Device::launch(Kernel* kernel, Arguments* arguments, i64 tiles, i64 directions) const {
+void Device::launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z) const {
   const Driver& driver = Driver::get();
   const InContext current(driver, context_);
-  FASTLSTM_CHECK(tiles > 0 && tiles < i64(1) << 31, "fastlstm: too many sequences for a launch");
+  FASTLSTM_CHECK(x > 0 && x < i64(1) << 31, "fastlstm: too many sequences for a launch");
   LaunchConfig config{};
-  config.grid[0] = unsigned(tiles);
-  config.grid[1] = unsigned(directions);
-  config.grid[2] = config.block[1] = config.block[2] = 1;
+  config.grid[0] = unsigned(x);
+  config.grid[1] = unsigned(y);
+  config.grid[2] = unsigned(z);
+  config.block[1] = config.block[2] = 1;
   config.block[0] = kernel->threads;
   config.shared = kernel->shared;
   config.stream = current_stream(index_);

@@ -18,12 +18,12 @@ namespace fastlstm::ahead {
 
 // What kernels are told, by the names that their sources give it.
 enum Slot : int {
-#define FASTLSTM_SLOTS(slot)                                                                                          \
-  slot(x) slot(w_ih) slot(w_hh) slot(b_ih) slot(b_hh) slot(w_ih_reverse) slot(w_hh_reverse) slot(b_ih_reverse)        \
-      slot(b_hh_reverse) slot(h0) slot(c0) slot(offsets) slot(lengths) slot(reset) slot(y) slot(h_n) slot(c_n)        \
-          slot(c_all) slot(gates) slot(dy) slot(dc_all) slot(dh_n) slot(dc_n) slot(dgates) slot(dh0) slot(dc0)        \
-              slot(rows) slot(T) slot(B) slot(I) slot(H) slot(D) slot(x_t) slot(x_b) slot(dy_t) slot(dy_b) slot(dc_t) \
-                  slot(dc_b)
+#define FASTLSTM_SLOTS(slot)                                                                                           \
+  slot(x) slot(w_ih) slot(w_hh) slot(b_ih) slot(b_hh) slot(w_ih_reverse) slot(w_hh_reverse) slot(b_ih_reverse)         \
+      slot(b_hh_reverse) slot(h0) slot(c0) slot(offsets) slot(lengths) slot(reset) slot(y) slot(h_n) slot(c_n)         \
+          slot(c_all) slot(gates) slot(dy) slot(dc_all) slot(dh_n) slot(dc_n) slot(dgates) slot(dh0) slot(dc0)         \
+              slot(parts) slot(rows) slot(T) slot(B) slot(I) slot(H) slot(D) slot(x_t) slot(x_b) slot(dy_t) slot(dy_b) \
+                  slot(dc_t) slot(dc_b) slot(starts) slot(splits)
 #define FASTLSTM_SLOT(name) k_##name,
   FASTLSTM_SLOTS(FASTLSTM_SLOT) kNothing,  // of two pointers that Triton adds
   kSlots
@@ -46,6 +46,12 @@ enum class RowsKind : int { dense, padded, packed };
 struct Row {
   i64 back, kind, most_units, most_inputs, regime, units, batch, inputs, warps;
 };
+
+// The tiles of the gradients of weights, as tiles() in fastlstm/kernels/triton/weight_gradients.py.
+constexpr i64 kInputsOfParts = 64;    // columns of a tile of inputs
+constexpr i64 kElementsOfSums = 128;  // of a program of the second kernel
+inline i64 gates_of_parts(i64 units) { return units <= 64 ? 64 : 128; }
+inline i64 rows_of_parts(Kind kind) { return kind == Kind::tf32 ? 32 : 64; }
 
 // What a call wants of a kernel. One that has more will do, except that kept gates differ from those that are not.
 struct Wish {
@@ -77,8 +83,12 @@ class Device {
   const Row* plan(bool back, Kind kind, i64 I, i64 H) const;
   // The kernel for a call; null if there is none.
   Kernel* find(const Wish& wish) const;
-  // Starts it on PyTorch's current stream, for tiles of sequences and for directions.
-  void launch(Kernel* kernel, Arguments* arguments, i64 tiles, i64 directions) const;
+  // The two that find the gradients of weights after a backward pass of that plan. even: as of a wish.
+  Kernel* parts_of_weights(const Row& row, bool even) const;
+  Kernel* sums_of_weights(const Row& row) const;
+  // Starts it on PyTorch's current stream, for tiles of sequences and for directions, or in another grid.
+  void launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z = 1) const;
+  i64 processors() const { return processors_; }
 
  private:
   void read_kernel(const i64** numbers, const i64* end, const std::string& line);
@@ -87,7 +97,7 @@ class Device {
 
   int index_;
   Handle_ context_ = nullptr;
-  int most_shared_ = 0;
+  int most_shared_ = 0, processors_ = 0;
   Array images_;
   std::vector<Row> plans_;
   std::vector<std::unique_ptr<Kernel>> kernels_;

@@ -72,6 +72,12 @@ void set_strides(Arguments* a, Slot step, Slot sequence, const Array& t);
 bool even_weights(const std::vector<Weights>& weights, i64 H);
 bool even_input(const Array& x);
 
+// The gradients of all weights in two launches (fastlstm/kernels/triton/weight_gradients.py), and whether these take a
+// layer. x: [rows, I]. y: [rows, D * H]. dgates: [D, rows, 4H] by unit. dweights: as the operator takes them, written.
+bool takes_weights(const Question& asked, const Rows& rows, i64 D);
+void launch_weight_gradients(const Question& asked, const Rows& rows, const Array& x, const Array& y, const Array& h0,
+                             const Array& dgates, const std::vector<Array>& dweights);
+
 // Bytes to which tensors of gates, and of weights for even sizes, are aligned.
 constexpr uintptr_t kAligned = 16;
 // Throws unless a tensor, if it is there, is contiguous, of that type and so many numbers: a kernel reads what it is

@@ -30,7 +30,7 @@ from .launch import dot_precision, launch
 from .plan import Plan, padded
 from .primitives import operand
 
-__all__ = ["launch_weight_gradients", "takes"]
+__all__ = ["ELEMENTS", "PARTS", "launch_weight_gradients", "takes", "tiles"]
 
 # What cuBLAS computes faster. From 2^33 multiplications of 16 bits on, or half as many of 32, its
 # larger tiles make up for the 30 microseconds that its launches cost: at 600 Tflop/s against 300.
@@ -38,9 +38,9 @@ __all__ = ["launch_weight_gradients", "takes"]
 _MOST = 2**34  # multiplications times bytes of a number
 _MOST_INPUTS = 1024
 _WIDEST = 128  # tile: its sums take 64 registers of a thread
-_ELEMENTS = 128  # of a program of the second kernel
-_PARTS = 32  # that it loads at a time, each thread 8 times four
-_SUMS = Plan("weights", 16, _PARTS, _PARTS, False, False, 4, 1, "the sums of parts of products")
+ELEMENTS = 128  # of a program of the second kernel
+PARTS = 32  # that it loads at a time, each thread 8 times four
+_SUMS = Plan("weights", 16, PARTS, PARTS, False, False, 4, 1, "the sums of parts of products")
 
 
 class Tiles(NamedTuple):
@@ -103,7 +103,7 @@ def add_rows(
     return total, sums
 
 
-@triton.jit(do_not_specialize=["rows", "B"], do_not_specialize_on_alignment=["h0"])
+@triton.jit(do_not_specialize=["rows", "B", "starts"], do_not_specialize_on_alignment=["h0"])
 def lstm_weight_parts_kernel(
     dgates,  # [D, rows, H, 4]
     x,  # [rows, I]
@@ -112,7 +112,8 @@ def lstm_weight_parts_kernel(
     parts,  # float32 [splits, D, H, 4, I] and [.., H, 4, H], with BIAS [.., H, 4], written
     rows,  # of all steps: T * B
     B,
-    I: tl.constexpr,
+    starts,  # how many rows of h0 are read: B, or none where it is null
+    I: tl.constexpr,  # I, H and D come at run time where kernels are compiled ahead
     H: tl.constexpr,
     D: tl.constexpr,
     BIAS: tl.constexpr,
@@ -163,7 +164,7 @@ def lstm_weight_parts_kernel(
         if h0 is not None:
             start = (rows - B) * direction
             begin = tl.maximum(first, start)
-            end = tl.minimum(last, start + B)
+            end = tl.minimum(last, start + starts)
             dw_hh, sums = add_rows(
                 dw_hh, sums,
                 d + begin * (4 * H), h0 + (direction * B + begin - start) * H,
@@ -262,6 +263,7 @@ def launch_weight_gradients(
         parts=parts,
         rows=rows.count,
         B=rows.B,
+        starts=rows.B,
         **sizes,
         BIAS=spec.bias,
         GATES=cut.gates,
@@ -271,7 +273,7 @@ def launch_weight_gradients(
         STAGES=cut.plan.stages,
         PRECISION=dot_precision(x),
     )
-    blocks = sum(-(-4 * H * n // _ELEMENTS) for n in (I, H) + (1,) * spec.bias)
+    blocks = sum(-(-4 * H * n // ELEMENTS) for n in (I, H) + (1,) * spec.bias)
     launch(
         lstm_weight_sums_kernel,
         (blocks, D),
@@ -280,6 +282,6 @@ def launch_weight_gradients(
         **weight_arguments(gradients, "w_ih", "w_hh", "b_ih"),
         splits=splits,
         **sizes,
-        N=_ELEMENTS,
-        SPLITS=_PARTS,
+        N=ELEMENTS,
+        SPLITS=PARTS,
     )

@@ -10,19 +10,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fastlstm.kernels.triton.gluon import PROBLEM, source_of
+from fastlstm.kernels.triton.weight_gradients import ELEMENTS, PARTS, tiles
 
 from .keys import Key
+from .plans import element_and_precision
 
 __all__ = ["Image", "compiled", "interface", "problem"]
 
 _KERNELS = {
     (False, "registers"): ("forward_registers", "lstm_fwd_registers_kernel"),
     (True, "registers"): ("backward_registers", "lstm_bwd_registers_kernel"),
+    (True, "parts"): ("weight_gradients", "lstm_weight_parts_kernel"),
+    (True, "sums"): ("weight_gradients", "lstm_weight_sums_kernel"),
 }
 _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "tf32": "*fp32"}
-_FLOAT32 = ("c_all",)
+_FLOAT32 = ("c_all", "parts")
 _INTEGERS = {"offsets": "*i64", "lengths": "*i64", "reset": "*u8"}
-_AT_RUN_TIME = ("rows", "T", "B", "I", "H", "D", "x_t", "x_b", "dy_t", "dy_b", "dc_t", "dc_b")
+_AT_RUN_TIME = (
+    *("rows", "T", "B", "I", "H", "D", "x_t", "x_b", "dy_t", "dy_b", "dc_t", "dc_b"),
+    *("starts", "splits"),
+)
 # Arguments that a kind of rows does not have.
 _ABSENT = {
     "dense": ("offsets", "lengths", "reset", "dc_all"),
@@ -30,7 +37,7 @@ _ABSENT = {
     "packed": ("reset",),
 }
 # What arguments divide by: always, as they are tensors of our own; and where a key is even.
-_ALIGNED = {"gates": 16, "dgates": 16}
+_ALIGNED = {"gates": 16, "dgates": 16, "parts": 16}
 _EVEN = {"w_ih": 16, "w_hh": 16, "w_ih_reverse": 16, "w_hh_reverse": 16}
 _EVEN |= {"H": 8, "I": 2, "x_t": 2, "x_b": 2}
 
@@ -86,6 +93,8 @@ def _described(kernel: Any, key: Key) -> tuple[dict[str, str], dict[Any, Any], d
     signature, constants, attributes = {}, {}, {}
     known = _constants(key)
     aligned = _ALIGNED | (_EVEN if key.even else {})
+    if key.regime == "parts" and key.even:
+        aligned["y"] = 16
     if not key.inputs:
         aligned["x"] = 16
     elif key.even:
@@ -102,6 +111,17 @@ def _described(kernel: Any, key: Key) -> tuple[dict[str, str], dict[Any, Any], d
 
 def _constants(key: Key) -> dict[str, Any]:
     """Return the arguments that are known when a kernel is compiled."""
+    if key.regime == "sums":
+        return {"N": ELEMENTS, "SPLITS": PARTS}
+    if key.regime == "parts":
+        cut = tiles(key.inputs, key.units, element_and_precision(key.kind)[0])
+        of_parts: dict[str, Any] = {
+            "BIAS": True,
+            "GATES": cut.gates,
+            "X_TILE": cut.x,
+            "H_TILE": cut.h,
+        }
+        return of_parts | {"ROWS": key.batch, "STAGES": cut.plan.stages, "PRECISION": "tf32"}
     found: dict[str, Any] = dict.fromkeys(_ABSENT[key.rows])
     found |= {"U": key.units, "N": key.batch, "FAST": key.kind == "bf16"}
     if key.back:

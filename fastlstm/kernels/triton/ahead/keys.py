@@ -10,23 +10,29 @@ from collections.abc import Iterator
 from math import log2
 from typing import NamedTuple
 
-from .plans import ANY, KINDS, REGIMES, Row
+from fastlstm.kernels.triton.weight_gradients import PARTS, tiles
 
-__all__ = ["ROWS", "Key", "keys"]
+from .plans import ANY, KINDS, REGIMES, Row, element_and_precision
+
+__all__ = ["KERNELS", "ROWS", "Key", "keys"]
+
+# What kernels do: a pass in a regime, or the two steps to the gradients of weights.
+KERNELS = (*REGIMES, "parts", "sums")
 
 ROWS = ("dense", "padded", "packed")
 # Both kinds of weights in registers, read number by number: more units spill hundreds of bytes.
 _MOST_ODD_UNITS = 32
+_INPUTS_OF_PARTS = 64  # the tile of I, whatever I is: loads past its end cost next to nothing
 
 
 class Key(NamedTuple):
     """What a kernel is compiled for."""
 
     back: bool
-    regime: str
+    regime: str  # of KERNELS
     kind: str
     units: int
-    batch: int
+    batch: int  # sequences; of the gradients of weights rows, or parts, at a time
     inputs: int  # the tile of I; 0 where products are made before
     warps: int
     rows: str  # "dense"; "padded", with lengths, resets and gradients of c; "packed"
@@ -47,7 +53,7 @@ class Key(NamedTuple):
         found = 0
         for value, bits in (
             (int(self.back), 1),
-            (REGIMES.index(self.regime), 3),
+            (KERNELS.index(self.regime), 3),
             (KINDS.index(self.kind), 2),
             (int(log2(self.units)), 4),
             (int(log2(self.batch)), 4),
@@ -67,7 +73,8 @@ def keys(rows: list[Row]) -> list[Key]:
     also reads lengths, of even sizes one for all sizes, of few inputs one for many, or one whose
     products are made before. So only calls as they mostly are have the one that is best for them.
     """
-    return list(dict.fromkeys(key for row in rows for key in _keys(row, rows)))
+    found = [key for row in rows for key in _keys(row, rows)]
+    return list(dict.fromkeys([*found, *(key for row in rows for key in _of_weights(row))]))
 
 
 def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
@@ -83,6 +90,18 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
         yield key._replace(rows=form)
         if back:
             yield key._replace(rows=form, keeps=False)
+
+
+def _of_weights(row: Row) -> Iterator[Key]:
+    """Yield the kernels for the gradients of weights that follow the backward pass of a row."""
+    if not row.back:
+        return
+    kind = KINDS[row.kind]
+    cut = tiles(_INPUTS_OF_PARTS, row.units, element_and_precision(kind)[0])
+    batch, warps = cut.plan.batch, cut.plan.warps
+    parts = Key(True, "parts", kind, row.units, batch, cut.x, warps, "dense", True, True)
+    yield from (parts, parts._replace(even=False))
+    yield Key(True, "sums", kind, 16, PARTS, 0, 4, "dense", True, False)
 
 
 def _widest(row: Row, rows: list[Row]) -> int:
