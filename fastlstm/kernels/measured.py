@@ -59,36 +59,55 @@ class Row(NamedTuple):
     inputs: int = _ANY  # I of any layer, at most
 
 
-# I, H, L, D, B and T that were timed, if a row says nothing else: (10, 32, 2, 1, 512, 20),
-# (28, 64, 1, 2, 256, 28), (28, 64, 1, 1, 128, 28), (28, 128, 1, 1, 128, 28); and bf16 in graphs:
-# (64, 64, 1, 1, 16, 1024), (128, 128, 1, 1, 16, 1024). In bf16 cuDNN has no persistent kernels:
-# each step costs it launches, however small it is. In fp16 it has: what holds there of many rows
-# and few steps is not taken to hold of others.
+# Timed were I, H, L, D, B, T = (10, 32, 2, 1, 512, 20), (28, 64, 1, 2, 256, 28),
+# (28, 64, 1, 1, 128, 28) and (28, 128, 1, 1, 128, 28); in bf16 graphs (64, 64, 1, 1, 16, 1024) and
+# (128, 128, 1, 1, 16, 1024) as well; and wide layers of 256 steps, I = H. In bf16 cuDNN has no
+# persistent kernels: each step costs it launches, however small it is. In fp16 and TF32 it has:
+# what holds there of many rows and few steps is not taken to hold of others. In TF32 they were
+# level with 64 rows and 128 steps (64, 64, 1, 1, 64, 128).
 _FEW_STEPS: dict[str, Any] = {"rows": (128, 512), "steps": (20, 128)}
+_FEWER_STEPS: dict[str, Any] = {"rows": (128, 512), "steps": (20, 32), "inputs": 32}
+_LONG = (128, _ANY)
 _R, _S = "registers/registers", "steps/steps"
-_B, _G = "block/block", "grid/grid"
+_B = "block/block"
 # To measure: python -m benchmarks gpu. fastlstm/README.md, "On GPUs", says in words what follows.
 _TABLE = (  # the first row that fits a call counts
     Row("triton", "bf16", EAGER, _R, (1, 128), 3.40, 1.32),  # to 6.5 and 1.9
-    Row("triton", "bf16", READY, _R, (1, 128), 3.40, 1.32),  # 35 and 2.5 at H = 64, B = 128
-    Row("triton", "bf16", REPLAYED, _R, (1, 64), 9.40, 2.65),  # to 14.7 and 3.3
-    Row("triton", "bf16", REPLAYED, _R, (65, 128), 4.17, 1.95),  # to 4.7
+    Row("triton", "bf16", READY, _R, (1, 128), 25.9, 2.80),  # to 48 and 4.6
+    Row("triton", "bf16", REPLAYED, _R, (1, 64), 12.2, 4.92),  # to 18 and 7.5
+    Row("triton", "bf16", REPLAYED, _R, (65, 128), 6.63, 4.09),  # to 7.5
     Row("triton", "bf16", EAGER, _S, (129, 1024), 0.39, 0.44),  # H = 768
     Row("triton", "bf16", REPLAYED, _S, (512, 768), 1.09, 1.04, (16, 16), (1024, _ANY)),
     Row("triton", "fp16", EAGER, _R, (1, 128), 0.29, 0.54),  # to 0.5 and 0.7
-    # 2.6 and 1.0 at H = 64, B = 128; with more steps the kernel counts alone, as in a graph.
-    Row("triton", "fp16", READY, _R, (1, 64), 2.04, 0.99, inputs=64, **_FEW_STEPS),
-    Row("triton", "fp16", READY, _R, (65, 128), 1.61, 0.89, inputs=32, **_FEW_STEPS),
-    # To 4.5 and 1.6.
-    Row("triton", "fp16", REPLAYED, _R, (1, 64), 2.04, 1.18, inputs=64, **_FEW_STEPS),
-    Row("triton", "fp16", REPLAYED, _R, (65, 128), 1.61, 0.89, inputs=32, **_FEW_STEPS),
+    Row("triton", "fp16", READY, _R, (1, 64), 2.76, 1.14, inputs=64, **_FEW_STEPS),  # to 3.5, 1.6
+    Row("triton", "fp16", READY, _R, (65, 128), 2.80, 1.17, inputs=32, **_FEW_STEPS),
+    # To 4.1 and 3.8.
+    Row("triton", "fp16", REPLAYED, _R, (1, 64), 1.75, 2.04, inputs=64, **_FEW_STEPS),
+    Row("triton", "fp16", REPLAYED, _R, (65, 128), 1.95, 1.82, inputs=32, **_FEW_STEPS),
+    Row("triton", "tf32", READY, _R, (1, 64), 1.35, 1.00, **_FEWER_STEPS),  # to 1.5 and 1.4
+    Row("triton", "tf32", REPLAYED, _R, (1, 64), 1.17, 0.93, **_FEWER_STEPS),  # to 2.2 and 1.4
+    Row("triton", "tf32", REPLAYED, _R, (64, 64), 0.95, 0.69, (64, 64), _LONG),
     Row("triton", "tf32", EAGER, "", (1, 128), 0.07, 0.22),  # to 0.3 and 0.7
-    Row("triton", "tf32", REPLAYED, "", (1, 128), 0.36, 0.41),  # to 0.9; 1.4 once, at H = 32
+    Row("triton", "tf32", READY, "", (65, 128), 0.05, 0.24),
+    Row("triton", "tf32", REPLAYED, "", (65, 128), 0.80, 0.56),
     Row("triton", "exact", EAGER, "", (1, 128), 0.05, 0.19),  # to 0.1 and 0.3
-    Row("triton", "exact", REPLAYED, "", (1, 128), 0.11, 0.14),  # to 0.3
+    Row("triton", "exact", REPLAYED, "", (1, 128), 0.07, 0.08),  # to 0.3
     Row("cuda", "bf16", READY, _B, (1, 128), 2.35, 1.41),  # to 4.2 and 2.0
     Row("cuda", "bf16", REPLAYED, _B, (1, 128), 1.64, 1.21),  # to 2.8 and 1.7
-    Row("cuda", "bf16", READY, _G, (768, 768), 3.68, 3.50, (16, 16), (1024, _ANY)),
+    Row("cuda", "bf16", READY, "", (129, 256), 4.60, 4.62, (1, 64), _LONG),  # to 6.3 and 5.3
+    Row("cuda", "bf16", READY, "", (129, 256), 1.94, 2.16, (65, 256), _LONG),
+    Row("cuda", "bf16", READY, "", (257, 512), 4.18, 3.81, (1, 16), _LONG),  # to 4.3 and 5.2
+    Row("cuda", "bf16", READY, "", (257, 512), 2.40, 2.18, (17, 64), _LONG),
+    Row("cuda", "bf16", READY, "", (512, 512), 0.79, 0.81, (256, 256), _LONG),
+    Row("cuda", "bf16", READY, "", (513, 1024), 2.69, 2.67, (1, 16), _LONG),  # to 3.2 and 4.5
+    Row("cuda", "bf16", READY, "", (1024, 1024), 0.68, 0.89, (64, 64), _LONG),  # 0.2 with 256
+    Row("cuda", "bf16", REPLAYED, "", (129, 256), 1.81, None, (1, 64), _LONG),  # to 2.1
+    Row("cuda", "bf16", REPLAYED, "", (256, 256), 0.97, None, (256, 256), _LONG),
+    Row("cuda", "bf16", REPLAYED, "", (257, 512), 1.70, None, (1, 16), _LONG),  # to 2.0
+    Row("cuda", "bf16", REPLAYED, "", (257, 512), 1.19, None, (17, 64), _LONG),
+    Row("cuda", "bf16", REPLAYED, "", (512, 512), 0.48, None, (256, 256), _LONG),
+    Row("cuda", "bf16", REPLAYED, "", (513, 1024), 1.54, None, (1, 16), _LONG),  # to 1.6
+    Row("cuda", "bf16", REPLAYED, "", (1024, 1024), 0.46, None, (64, 64), _LONG),
     Row("cuda", "fp16", READY, _B, (1, 128), 0.25, 0.60),  # to 0.4 and 0.8
     Row("cuda", "fp16", REPLAYED, _B, (1, 128), 0.35, 0.56),  # to 0.8
 )

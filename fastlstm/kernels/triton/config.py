@@ -12,7 +12,7 @@ Five regimes:
 - ``steps``: the same kernel, one launch for every step.
 
 The choices follow from what compiling ahead of time shows (``python -m benchmarks kernels``:
-registers, spills, shared memory, barriers); none of them has been timed on a GPU yet.
+registers, spills, shared memory, barriers), and from what an H200 showed of ``registers``.
 """
 
 from __future__ import annotations
