@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import threading
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,19 @@ def test_context_ends_with_an_exception() -> None:
         with pytest.raises(KeyError), fastlstm.backend("reference"):
             raise KeyError
         assert fastlstm.explain(fastlstm.LSTM(I, H), X).reason.startswith("auto")
+
+
+def test_triton_needs_a_compiler_and_headers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not of its kernels, but of what starts them."""
+    triton = import_module("fastlstm.kernels.triton")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "install gcc or clang" in triton._builder_problem()
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert f"has no {tmp_path / 'Python.h'}" in triton._builder_problem()
 
 
 def test_each_thread_has_its_ownchoice() -> None:
