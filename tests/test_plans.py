@@ -170,7 +170,7 @@ def test_layer_norm_needs_shared_memory() -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        *(problem(128, I=64, element=2), problem(1, B=1), problem(32, element=4)),
+        *(problem(128, I=64, element=2), problem(1, B=1), problem(64, element=4)),
         problem(100, D=2),
     ],
     ids=str,
@@ -185,7 +185,7 @@ def test_plain_cells_rest_in_registers(plan_of: PlanOf, asked: Problem) -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        *(problem(129), problem(33, element=4), problem(element=4, precision="ieee")),
+        *(problem(129), problem(65, element=4), problem(element=4, precision="ieee")),
         *(problem(64, 32), problem(peephole=True), problem(zoneout=(0.1, 0.0))),
     ],
     ids=str,

@@ -8,15 +8,12 @@ compiled ahead, C++ starts them (``ahead/``), and Triton compiles what was not, 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -254,24 +251,14 @@ def _load_jit() -> str | None:
         if not knobs.runtime.interpret:
             if not torch.cuda.is_available():
                 return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-            missing = _builder_problem()
-            if missing is not None:
+            from .builder import problem
+
+            if (missing := problem()) is not None:
                 return missing
         import_module("fastlstm.kernels.triton.operators")
     except (ImportError, AttributeError) as error:  # of a broken Triton, or one of long ago
         return f"Triton cannot be loaded: {error}"
     return None
-
-
-def _builder_problem() -> str | None:
-    """Say what Triton lacks to build what starts its kernels, which it does at the first call."""
-    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
-        return "Triton has no C compiler: install gcc or clang, or name one in the variable CC"
-    scheme = sysconfig.get_default_scheme()
-    # Debian's own scheme has no headers; Triton looks there too.
-    scheme = "posix_prefix" if scheme == "posix_local" else scheme
-    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
-    return None if header.exists() else f"Triton needs Python's headers, and has no {header}"
 
 
 def _release(version: str) -> tuple[int, int]:
