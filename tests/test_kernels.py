@@ -207,8 +207,10 @@ def test_barriers_of_the_forward_sequence(compiled: Compiled) -> None:
     assert brief([row for row in rows if row["barriers_per_step"] > allowed(row)]) == []
     rows = [row for row in rows if "layer_norm" not in row["cell"]]
     plain = [r for r in rows if r["P"] == r["H"] and (r["rows"] != "packed" or r["fused"])]
-    assert max(r["barriers_per_step"] for r in plain if not r["training"]) == 4
-    assert max(r["barriers_per_step"] for r in plain if r["training"]) == 6
+    for training, most in ((False, 4), (True, 6)):  # of one of them a sample may have none
+        found = [r["barriers_per_step"] for r in plain if r["training"] == training]
+        assert max(found, default=most) == most
+    assert plain
 
 
 # Stall cycles of a step on sm_90 in bfloat16, dense rows.
