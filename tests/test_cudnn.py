@@ -1,7 +1,7 @@
 """Every backend of this machine against what cuDNN computed on a GPU, from recorded files.
 
-`python -m benchmarks gpu` records them in tests/data; without any, what is here tests recorder and
-check. What always runs are the numbers that others published: tests/test_published.py.
+`python -m benchmarks gpu` records them in tests/data. Numbers that others published are in
+tests/test_published.py.
 """
 
 from dataclasses import replace

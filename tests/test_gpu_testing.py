@@ -56,6 +56,8 @@ def test_a_run_goes_on_where_it_was_ended(project: Path) -> None:
     assert tests.run(60) == "failed"  # and ended in its last test
     assert list(tests.outcomes().values()) == ["passed", "failed", "passed", "skipped"]
     assert tests.status("tf32") == "failed"
+    (why,) = tests.failures().values()
+    assert 'precision != "tf32"' in why
     assert tests.status("bf16") == tests.status("exact") == "unfinished"
     (project / "mended").touch()
     assert tests.run(60) == tests.status("tf32") == tests.status("bf16") == "passed"

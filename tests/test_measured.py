@@ -188,6 +188,7 @@ def test_float32_is_mostly_pytorchs(
         (PLAIN, {"layers": 0, "shape": (1, B)}),  # a cell
         (PLAIN, {"sequences": PACKED}),
         (wide(directions=2), {"shape": (T, 257)}),
+        (wide(hidden_size=256, directions=2), {"shape": (256, 16)}),
         (wide(hidden_size=2048), {}),
         (wide(hidden_size=2048), LONG),
         (wide(proj_size=16), {}),

@@ -14,7 +14,7 @@ from .sequence_plans import widest
 __all__ = ["backward_registers", "fits_registers", "forward_cluster", "forward_registers"]
 
 _SEQUENCES = 8
-_WIDEST_FLOAT32 = 64
+_WIDEST_FLOAT32 = 64  # some registers spill; in shared memory a step takes five times as long
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
 _WIDEST_INPUT_OF_WIDE = 32  # of 128 units
 _WIDEST_INPUT_OF_FLOAT32 = 16
