@@ -25,7 +25,7 @@ from fastlstm.kernels.measured import EAGER, READY, REPLAYED
 from fastlstm.kernels.pytorch import TORCH
 from fastlstm.kernels.triton.plan import Device
 from fastlstm.layer.taken import Taken
-from fastlstm.layer.whole import whole_backend
+from fastlstm.layer.whole import plain_backend
 from fastlstm.record import OK, Record
 from fastlstm.spec import DENSE, LayerSpec, Sequences
 
@@ -326,25 +326,24 @@ def test_plain_calls_of_modules_are_asked_once(gpu: Gpu, monkeypatch: pytest.Mon
         return first(*arguments)
 
     monkeypatch.setattr(automatic, "_first", note)
-    monkeypatch.setattr(type(get("triton")), "lstm_infer", "an operator")
 
-    def whole(dtype: torch.dtype, grad: bool = False) -> Backend | None:
+    def plain(dtype: torch.dtype, grad: bool = False) -> Backend | None:
         with torch.set_grad_enabled(grad):
-            return whole_backend(tensor(dtype, T, B, I), (WEIGHT,), own)
+            return plain_backend(tensor(dtype, T, B, I), (WEIGHT,), own)
 
-    assert [whole(BF16) for _ in range(3)] == [get("triton")] * 3
+    assert [plain(BF16) for _ in range(3)] == [get("triton")] * 3
     assert len(asked) == 1
-    assert whole(BF16, grad=True) is None  # the operators of a layer are for run_stack
-    assert whole(torch.float64) is TORCH
+    assert plain(BF16, grad=True) is get("triton")
+    assert plain(torch.float64) is TORCH
     assert len(asked) == 2
-    assert [whole(FP16) for _ in range(3)] == [TORCH] * 3
+    assert [plain(FP16) for _ in range(3)] == [TORCH] * 3
     gpu.captured = gpu.ready = True
     automatic._found.clear()
-    assert whole(FP16) is get("triton")
+    assert plain(FP16) is get("triton")
     with torch.autocast("cpu"):
-        assert whole(FP16) is None
+        assert plain(FP16) is None
     with fastlstm.backend("torch"):
-        assert whole(BF16) is TORCH
+        assert plain(BF16) is TORCH
 
 
 def test_inference_by_the_operator_of_another_backend() -> None:

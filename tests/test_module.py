@@ -258,6 +258,18 @@ def test_a_weight_of_another_shape_is_refused(backend: str, name: str) -> None:
         lstm(X)
 
 
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "state"])
+def test_what_is_on_another_device_is_refused(backend: str, name: str) -> None:
+    """And not computed as if it had no numbers."""
+    lstm, state = fastlstm.LSTM(I, H), zeros(1, X.shape[1], H)
+    if name == "state":
+        state = state.to("meta")
+    else:
+        setattr(lstm, name, nn.Parameter(getattr(lstm, name).detach().to("meta")))
+    with pytest.raises(RuntimeError, match="on meta"):
+        lstm(X, (state, zeros(1, X.shape[1], H)))
+
+
 def test_packed_input_of_the_wrong_size_is_refused(backend: str) -> None:
     """nn.LSTM does not notice: it reads other numbers."""
     lstm = fastlstm.LSTM(I, H)

@@ -50,25 +50,23 @@ def outputs(call: Call, inputs: MaybeTensors, save: bool) -> tuple[Any, ...]:
     x, h0, *_ = inputs
     spec = call.spec
     D, H, P = spec.directions, spec.hidden_size, spec.state_size
-    dtype, device = x.dtype, x.device
     shape = x.shape[:-1]
     lead = shape[:1] if call.members else ()
     B = shape[-1] if call.sequences.batch_sizes is None else _batch(call, h0)
     # Sizes as plain arguments: the parser takes a tuple half a microsecond longer.
-    y = torch.empty(*shape, D * P, dtype=dtype, device=device)
-    h_n = torch.empty(*lead, D, B, P, dtype=dtype, device=device)
+    y = x.new_empty(*shape, D * P)
+    h_n = x.new_empty(*lead, D, B, P)
     if not spec.is_lstm:
         return y, h_n
-    c_n = torch.empty(*lead, D, B, H, dtype=dtype, device=device)
+    c_n = x.new_empty(*lead, D, B, H)
     c_all = gates = None
     if save or call.cell_states:
-        c_all = torch.empty(*shape, D * H, dtype=compute_dtype(dtype), device=device)
+        c_all = x.new_empty(*shape, D * H, dtype=compute_dtype(x.dtype))
     if save and not call.recompute and not spec.layer_norm:
         backend = get(call.backend)
         if backend.keeps_gates(spec):
-            kept = compute_dtype(dtype) if backend.wide else dtype
-            size = *lead, D, *shape[len(lead) :], 4 * H
-            gates = torch.empty(size, dtype=kept, device=device)
+            kept = compute_dtype(x.dtype) if backend.wide else x.dtype
+            gates = x.new_empty(*lead, D, *shape[len(lead) :], 4 * H, dtype=kept)
     return y, h_n, c_n, c_all, gates
 
 

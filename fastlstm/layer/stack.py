@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from fastlstm import automatic
 from fastlstm.automatic import Size
@@ -39,7 +38,7 @@ from fastlstm.layer.recorded import is_recorded, tracing
 from fastlstm.layer.whole import compute_whole, is_whole
 from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
 
-__all__ = ["run_cell", "run_plain", "run_stack"]
+__all__ = ["run_cell", "run_stack", "walk"]
 
 Final = tuple[Tensor, ...]  # (h_n, c_n), of an nn.RNN (h_n,)
 
@@ -101,9 +100,9 @@ def run_stack(
     elif dtype:
         _, _, weights = cast(dtype, x, None, weights)
         with switched_off(x):
-            y, final, c_all = _walk(backend, specs, whole, hx, weights, options)
+            y, final, c_all = walk(backend, specs, whole, hx, weights, options)
     else:
-        y, final, c_all = _walk(backend, specs, whole, hx, weights, options)
+        y, final, c_all = walk(backend, specs, whole, hx, weights, options)
     if whole.unbatched:
         final = tuple(state.squeeze(1) for state in final)
     return whole.undo(y), final, None if c_all is None else whole.undo(c_all)
@@ -128,7 +127,7 @@ def _check_sequences(options: Options, x: Tensor, unbatched: bool) -> Sequences:
     return Sequences(None, lengths, reset)
 
 
-def _walk(
+def walk(
     backend: Backend,
     specs: Sequence[LayerSpec],
     whole: Input,
@@ -136,7 +135,19 @@ def _walk(
     weights: Sequence[Tensor],
     options: Options,
 ) -> tuple[Tensor, Final, Tensor | None]:
-    """Compute one layer after the other."""
+    """Compute one layer after the other.
+
+    Args:
+        backend: computes them.
+        specs: the layers, or the first two: all others are alike.
+        whole: the input.
+        hx: the states, or None.
+        weights: those of all layers.
+        options: everything else.
+
+    Returns:
+        As :func:`run_stack`, but y and c as layers have them.
+    """
     L, x = options.num_layers, whole.x
     each = len(weights) // L
     if hx is None and options.sequences.batch_sizes is not None and _needs_batch():
@@ -192,7 +203,7 @@ def _examine(
 
     def compute(backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
         plain = options._replace(caches=None)
-        return _walk(backend, specs, whole._replace(x=x), hx, weights, plain)
+        return walk(backend, specs, whole._replace(x=x), hx, weights, plain)
 
     dtype, x = whole.x.dtype, whole.x
     with switched_off(x):
@@ -224,7 +235,7 @@ def _compute_whole(
         x, hx, weights = cast(dtype, x, hx, weights)
         plain = options._replace(dropout=0.0, weight_dropout=0.0)
         with switched_off(x):
-            return _walk(REFERENCE, specs, whole._replace(x=x), hx, weights, plain)
+            return walk(REFERENCE, specs, whole._replace(x=x), hx, weights, plain)
 
     x = whole.x
     if given is not None:
@@ -233,58 +244,6 @@ def _compute_whole(
             hx = check_unbatched(options.kind, hx)
     options = options._replace(sequences=sequences)
     return compute_whole(backend, specs[0], x, hx, weights, options, again)
-
-
-def run_plain(
-    backend: Backend,
-    x: Tensor,
-    hx: tuple[Tensor, ...] | None,
-    weights: Sequence[Tensor],
-    specs: Sequence[LayerSpec],
-    options: Options,
-) -> tuple[Tensor, Final] | None:
-    """Compute plain layers on a backend that :func:`.whole.whole_backend` returned, for latency.
-
-    Args:
-        backend: it.
-        x: ``[T, B, I]``, or ``[B, T, I]`` with batch_first.
-        hx: the states, or None.
-        weights: those of all layers.
-        specs: the layers.
-        options: everything else; dense rows, and no option that nn.LSTM lacks.
-
-    Returns:
-        y and the final states; None for a call that :func:`run_stack` has to look at, or that the
-        backend refused, to find a better message.
-    """
-    if x.is_nested or x.dim() != 3 or x.dtype is not weights[0].dtype:
-        return None
-    if has_torch_function((x, *weights)):
-        return None
-    if options.batch_first:
-        x = x.transpose(0, 1)
-    spec = specs[0]
-    steps, batch, features = x.shape
-    if features != spec.input_size or not steps:
-        return None
-    if hx is not None:
-        if type(hx) is not tuple or len(hx) != 1 + spec.is_lstm:
-            return None
-        rows = options.num_layers * spec.directions
-        shapes = (rows, batch, spec.state_size), (rows, batch, spec.hidden_size)
-        for state, shape in zip(hx, shapes, strict=False):
-            if type(state) is not Tensor or state.dtype is not x.dtype or state.shape != shape:
-                return None
-
-    def again(x: Tensor, hx: Any, weights: Sequence[Tensor]) -> tuple[Tensor, Final, Any]:
-        whole = Input(x, steps, batch, False, False)
-        return _walk(REFERENCE, specs, whole, hx, weights, options)
-
-    try:
-        y, final = compute_whole(backend, spec, x, hx, weights, options, again)
-    except (RuntimeError, ValueError):
-        return None
-    return y.transpose(0, 1) if options.batch_first else y, final
 
 
 def _needs_batch() -> bool:

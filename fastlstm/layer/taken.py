@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,13 +80,6 @@ class Taken:
             return self._ask(backends, key, x, weights)
         except RuntimeError:  # a nested tensor has no shape
             return None
-
-    def is_settled(self, record: Record, first: Backend) -> bool:
-        """Whether auto takes the first backend for every call."""
-        answers = self._answers
-        if answers.record is not record or answers.name != choice.name:
-            answers = self._renew(record, first)
-        return answers.least[True] == math.inf
 
     def _renew(self, record: Record | None, first: Backend) -> _Answers:
         """Start anew, with another record."""

@@ -28,7 +28,7 @@ from fastlstm.layer.taken import Taken
 from fastlstm.record import Record, known
 from fastlstm.spec import LayerSpec
 
-__all__ = ["compute_whole", "is_whole", "plain_cell", "whole_backend"]
+__all__ = ["compute_whole", "is_whole", "plain_backend", "plain_cell"]
 
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
@@ -45,33 +45,25 @@ def _is_watched() -> bool:
     return torch.compiler.is_compiling() or is_recorded() or _is_transformed()
 
 
-def whole_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend | None:
-    """Return the backend that takes plain layers of x as they are, if the choice is such a one.
+def plain_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend | None:
+    """Return the backend that takes plain layers of x as they are; None for the long way.
 
-    It has a ``stack``; or a ``lstm_infer``, of GPUs where gradients are disabled. Nothing casts,
-    records or transforms the call then.
+    Nothing casts, records or transforms the call then.
 
     Args:
         x: the input of a module.
         weights: those of all layers.
         taken: what auto takes for the module.
     """
+    if automatic.CHECKED or _is_watched() or _is_autocast() or forward_ad._current_level >= 0:
+        return None
     first = candidates(choice.name, x)[0]
     record, contested = choice.asks, False
     if not x.is_cpu:
         record, contested = _record(x), is_automatic() and is_contested(x)
-    if first.stack is None and (record is None or taken.is_settled(record, first)):
-        return None
-    if automatic.CHECKED or _is_watched() or _is_autocast() or forward_ad._current_level >= 0:
-        return None
-    backend: Backend | None = first
-    grad = torch.is_grad_enabled()
-    if contested or record is not None:
-        backend = taken.backend(record, first, x, weights, grad, contested)
-    if backend is None or backend.stack is not None:
-        return backend
-    infers = not (grad or x.is_cpu or backend.infers_on_cpu) and backend.lstm_infer
-    return backend if infers else None
+    if record is None and not contested:
+        return first
+    return taken.backend(record, first, x, weights, torch.is_grad_enabled(), contested)
 
 
 def _record(x: Tensor) -> Record | None:
@@ -129,7 +121,7 @@ def compute_whole(
 def plain_cell(
     backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor] | None:
-    """Take a step of a plain cell on what :func:`whole_backend` returned, for latency.
+    """Take a step of a plain cell on what :func:`plain_backend` returned, for latency.
 
     Returns:
         The next ``(h, c)``; None for a call that the backend refused, which then takes the long

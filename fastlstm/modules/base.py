@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm.kernels.base import Backend, Cache
 from fastlstm.layer.checks import check_states
 from fastlstm.layer.options import Options
-from fastlstm.layer.stack import run_plain
+from fastlstm.layer.plain import run_plain
 from fastlstm.layer.taken import Taken
-from fastlstm.layer.whole import whole_backend
+from fastlstm.layer.whole import plain_backend
 from fastlstm.modules.stand_in import StandIn
 from fastlstm.spec import LayerSpec
 
@@ -109,10 +109,11 @@ class Layers(StandIn, nn.RNNBase):
         """
         if torch.compiler.is_compiling() or (settings := self._plain) is None or x.dim() != 3:
             return None
-        backend = whole_backend(x, weights, self._taken)
+        backend = plain_backend(x, weights, self._taken)
         if backend is None:
             return None
-        if backend.stack is None:
+        grad = torch.is_grad_enabled()
+        if backend.lstm_infer and not (grad or x.is_cpu or backend.infers_on_cpu):
             return self._infer_plain(backend, x, hx, weights)
         return run_plain(backend, x, hx, weights, *settings)
 

@@ -17,7 +17,7 @@ from fastlstm.kernels.base import Cache
 from fastlstm.layer.fast_path import Layers, fast_backend, infer
 from fastlstm.layer.steps import Steps
 from fastlstm.layer.taken import Taken
-from fastlstm.layer.whole import plain_cell, whole_backend
+from fastlstm.layer.whole import plain_backend, plain_cell
 from fastlstm.modules.base import tensors
 from fastlstm.modules.stand_in import StandIn, drawn
 from fastlstm.spec import LayerSpec
@@ -79,7 +79,7 @@ class LSTMCell(StandIn, nn.RNNCellBase):
             if node is not None:
                 return node
         if is_tensor and input.dim() == 2 and not torch.compiler.is_compiling():
-            whole = whole_backend(input, weights, self._taken)
+            whole = plain_backend(input, weights, self._taken)
             if whole is not None and whole.cell is not None:
                 result = plain_cell(whole, input, hx, weights)
                 if result is not None:
