@@ -177,10 +177,29 @@ def third_order(learner: Any) -> Results:
     return {f"ddd {n}": g for n, g in zip(leaves, slopes, strict=True)}
 
 
+def product_of_hessian(learner: Any) -> Results:
+    """torch.autograd.functional.hvp, and the gradient of its size."""
+    torch.manual_seed(1)
+    name = next(n for n, _ in learner.named_parameters() if "weight_hh" in n)
+    weights = dict(learner.named_parameters())
+    at = randn(learner, 3, 2, I).requires_grad_(), weights[name]
+    along = tuple(randn(learner, *t.shape) for t in at)
+
+    def loss(x: Tensor, w_hh: Tensor) -> Tensor:
+        return functional_call(learner, weights | {name: w_hh}, (x,)).sin().sum()
+
+    products = torch.autograd.functional.hvp(loss, at, along)[1]
+    again = torch.autograd.functional.hvp(loss, at, along, create_graph=True)[1]
+    slopes = torch.autograd.grad(sum(p.square().sum() for p in again), at)
+    found = {f"v {k}": p for k, p in enumerate(products)}
+    return found | {f"d {k}": g for k, g in enumerate(slopes)}
+
+
 STUDIES: dict[str, tuple[type[nn.Module], Callable[[Any], Results]]] = {
     "wgan_gp": (Critic, wgan_gp),
     "maml": (Learner, lambda m: maml(m, adapted_by_autograd)),
     "hessian": (Learner, hessian_of),
+    "product_of_hessian": (Learner, product_of_hessian),
     "third_order": (Learner, third_order),
 }
 
@@ -254,6 +273,12 @@ def test_hessian(backend: str, kinds: str) -> None:
     way = hessian_of if kinds == "autograd" else hessian_by_func(kinds)
     found = {k: v.detach() for k, v in way(learner).items()}
     compare(f"Hessian by {kinds}", found, *expectation("hessian"))
+
+
+def test_product_of_hessian(backend: str) -> None:
+    learner = fastlstm.accelerate(begin("product_of_hessian").double())
+    found = study("product_of_hessian", learner)
+    compare("product of the Hessian", found, *expectation("product_of_hessian"))
 
 
 def test_third_order(backend: str) -> None:

@@ -16,7 +16,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 
 from fastlstm.backends import higher_derivative
 from fastlstm.layer import vmap
-from fastlstm.layer.by_reference import by_reference, pull_back
+from fastlstm.layer.by_reference import by_reference, pull_back, second, third
 from fastlstm.layer.call import (
     Call,
     MaybeTensors,
@@ -168,37 +168,24 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Second derivatives: of inputs and of the incoming gradients."""
-        create_graph = torch.is_grad_enabled()
         count, kept = ctx.sizes
         tensors, inputs, incoming = _split((ctx.own, count), saved(ctx))
         call = with_tensors(ctx.call, tensors)
-        if not (create_graph or _is_transformed()) and covers(call, (*inputs, *incoming, *grads)):
-            given = iter(grads)
-            along = [next(given) if need else None for need in ctx.needed]
-            of_inputs, outer = second_derivatives(call, inputs, incoming, along)
-            pairs = zip((*of_inputs, *outer), (*inputs, *incoming), strict=True)
-            result = [None if t is None else g for g, t in pairs]
-            return None, None, None, *result[:count], *(None,) * kept, *result[count:]
-        with torch.enable_grad():
-            # Views cut the graph at this layer: x may itself depend on the weights.
-            own: list[Any] = [None if t is None else t.view_as(t) for t in (*inputs, *incoming)]
-            found = pull_back(call, ctx.needed, own[:count], (), own[count:])
-            wanted = [
-                *ctx.needs_input_grad[3 : 3 + count],
-                *ctx.needs_input_grad[3 + count + kept :],
-            ]
-            # The gradient of a gain may be a constant: c_n of one step has nothing to do with it.
-            varying = [(g, gg) for g, gg in zip(found, grads, strict=True) if g.requires_grad]
-            second = iter(
-                torch.autograd.grad(
-                    [g for g, _ in varying],
-                    [t for t, need in zip(own, wanted, strict=True) if need],
-                    [gg for _, gg in varying],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
-        result = [next(second) if need else None for need in wanted]
+        given = iter(grads)
+        along = [next(given) if need else None for need in ctx.needed]
+        again = torch.is_grad_enabled()
+        wanted = [*ctx.needs_input_grad[3:][:count], *ctx.needs_input_grad[3 + count + kept :]]
+        found: Any
+        if _is_transformed() or not covers(call, (*inputs, *incoming, *grads)):
+            found = second(call, ctx.needed, inputs, incoming, along, wanted, again)
+        elif not again:
+            found = second_derivatives(call, inputs, incoming, along)
+        elif any(map(is_legacy_batch, grads)):
+            found = second(call, ctx.needed, inputs, incoming, along, wanted, again)
+        else:
+            sizes = count, len(incoming)
+            found = _Second.apply(call, ctx.needed, sizes, *inputs, *incoming, *along)
+        result = [g if need else None for g, need in zip(found, wanted, strict=True)]
         return None, None, None, *result[:count], *(None,) * kept, *result[count:]
 
     @staticmethod
@@ -206,6 +193,58 @@ class _Gradient(torch.autograd.Function):
         dims = (in_dims[0], *_split(sizes, in_dims[3:]))
         groups = _split(sizes, tensors)
         return vmap.gradient_rule(_differentiate, info, dims, call, needed, groups)
+
+
+class _Second(torch.autograd.Function):
+    """What goes back through the gradients of a layer, which is linear in what has come there.
+
+    Whoever asks only for the derivative by that (``torch.autograd.functional.hvp``) gets the
+    transposed map, which has the same formulas. All others go through the reference.
+    """
+
+    @staticmethod
+    def forward(
+        call: Call, needed: Sequence[bool], sizes: tuple[int, int], *tensors: Tensor | None
+    ) -> Tensors:
+        return tuple(second_derivatives(call, *_split(sizes, tensors)))
+
+    @staticmethod
+    def setup_context(ctx: Any, arguments: Any, found: Tensors) -> None:
+        ctx.call, ctx.needed, ctx.sizes, *tensors = arguments
+        ctx.set_materialize_grads(False)
+        save(ctx, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, needed, count = ctx.call, ctx.needed, ctx.sizes[0]
+        inputs, incoming, along = _split(ctx.sizes, saved(ctx))
+        there = [t for t in (*inputs, *incoming) if t is not None]  # only tensors have an edge
+        if torch.is_grad_enabled() or any(map(_may_run, ctx.next_functions[: len(there)])):
+            wanted = ctx.needs_input_grad[3:]
+            return None, None, None, *third(call, needed, (inputs, incoming, along), wanted, grads)
+        found: list[Any] = [None] * count
+        if any(g is not None for g in grads[:count]):
+            found = second_derivatives(call, inputs, incoming, grads[:count])[:count]
+        if any(g is not None for g in grads[count:]):
+            outputs = forward(call, inputs, save=True)
+            kept = outputs[0], *outputs[3:]
+            more = iter(gradients(call, needed, inputs, kept, grads[count:]))
+            pairs = zip(found, needed, strict=True)
+            found = [_sum(g, next(more)) if need else g for g, need in pairs]
+        result = [None if v is None else g for g, v in zip(found, along, strict=True)]
+        return None, None, None, *(None,) * sum(ctx.sizes), *result
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def _may_run(edge: tuple[Any, int]) -> bool:
+    """Whether the pass of the engine that is under way wants a gradient there."""
+    try:
+        return edge[0] is not None and bool(torch._C._will_engine_execute_node(edge[0]))
+    except RuntimeError:  # it is a leaf whose gradient was asked for, or no engine runs
+        return True
 
 
 def _run_operator(call: Call, inputs: MaybeTensors) -> Tensors:

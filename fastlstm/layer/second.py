@@ -33,7 +33,7 @@ def covers(call: Call, tensors: MaybeTensors) -> bool:
 
 def second_derivatives(
     call: Call, inputs: MaybeTensors, incoming: MaybeTensors, along: MaybeTensors
-) -> tuple[list[Any], list[Any]]:
+) -> list[Any]:
     """Return what goes back through the gradients of a layer.
 
     Args:
@@ -43,7 +43,8 @@ def second_derivatives(
         along: what comes back into the gradient of each input; None for zeros.
 
     Returns:
-        The gradients of the inputs, and of what was incoming.
+        The gradients of the inputs, None for those that are None, then likewise of what was
+        incoming.
     """
     # Again, as y may have been edited since; backward kept no more of it.
     y, _, _, c_all, *_ = forward(call._replace(recompute=True, cache=None), inputs, save=True)
@@ -82,7 +83,9 @@ def second_derivatives(
         ys.append(turned(there[0]))
         states.append((dh0, dc0, there[0][-1], there[1][-1]))
     dh0, dc0, h_n, c_n = map(torch.stack, zip(*states, strict=True))
-    return [dx, dh0, dc0, *of_weights], [torch.cat(ys, -1), h_n, c_n]
+    found = dx, dh0, dc0, *of_weights, torch.cat(ys, -1), h_n, c_n
+    given = *inputs, *incoming
+    return [None if t is None else g for t, g in zip(given, found, strict=True)]
 
 
 class _Steps(NamedTuple):
