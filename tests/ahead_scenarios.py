@@ -22,6 +22,8 @@ from fastlstm import extension
 from fastlstm.kernels import triton as backend
 from fastlstm.kernels.triton import config
 from fastlstm.kernels.triton.ahead import library as ahead
+from fastlstm.kernels.triton.ahead.manifest import NAME
+from fastlstm.spec import LayerSpec
 
 SHARED = 227 << 10
 NEW, OLD = 12080, 11040  # versions of the driver
@@ -54,22 +56,11 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
     from ptx.ahead import folder_of_names  # it needs Triton, tests are collected without
 
     folder_of_names(folder, 80)
-    os.environ["FASTLSTM_TRITON"] = "ahead"
-    stub = ctypes.CDLL(str(library.parent / "libcuda_stub.so"))
-    stub.stub_launches.restype = ctypes.c_char_p
-    stub.stub_gpu(80, SHARED, NEW)
-    torch.ops.load_library(library)
-    backend._input_obstacle = lambda x: None
-    extension.triton_error = lambda: None
-    ahead.FOLDER = folder
-    backend.TritonBackend.infers_on_cpu = True
-    with mock.patch.object(torch.cuda, "is_available", lambda: True):
-        assert backend.TRITON.error() is None  # once and for all
+    stub = _served(library, folder, 80)
 
     def launches() -> list[dict[str, int]]:
         return [json.loads(line) for line in stub.stub_launches().splitlines()]
 
-    launches()
     found: dict[str, Any] = {}
     layer = fastlstm.LSTM(28, 64, bidirectional=True, dtype=torch.bfloat16)
     x = torch.zeros(3, 19, 28, dtype=torch.bfloat16)
@@ -115,6 +106,49 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
         found[name] = ahead.problem_of(device)
     found["none"] = ahead.problem_of(9)
     return found
+
+
+def of_clusters(library: Path, folder: Path) -> dict[str, Any]:
+    """Return what layers come to that are spread over a cluster, or have no room for one."""
+    from ptx.ahead import folder_of_names
+
+    folder_of_names(folder, 90)
+    stub = _served(library, folder, 90)
+    layer = fastlstm.LSTM(28, 300, dtype=torch.bfloat16)
+    x = torch.zeros(3, 19, 28, dtype=torch.bfloat16)
+    operator = torch.ops.fastlstm.lstm_fwd_triton.default
+    found: dict[str, Any] = {}
+    with fastlstm.backend("triton"), torch.no_grad():
+        operator(*operands(layer, x))
+        (found["launch"],) = map(json.loads, stub.stub_launches().splitlines())
+        found["many"] = said(lambda: operator(*operands(layer, x.repeat(1, 13, 1))))
+    found["described"] = backend.TRITON.describe(LayerSpec("LSTM", 28, 300), 3, 19, x)
+    found["room"] = ahead.gpu(0).together
+    stub.stub_groups(0)
+    found["no room"] = ahead.gpu(1).together
+    manifest = folder / NAME
+    manifest.write_text(manifest.read_text().replace('"blocks":16', '"blocks":4'))
+    stub.stub_groups(7)
+    ahead._manifest = None
+    found["wrong"] = ahead.gpu(2).together
+    return found
+
+
+def _served(library: Path, folder: Path, arch: int) -> ctypes.CDLL:
+    """Let the kernels of a folder compute, on a GPU of that architecture; return its driver."""
+    os.environ["FASTLSTM_TRITON"] = "ahead"
+    stub = ctypes.CDLL(str(library.parent / "libcuda_stub.so"))
+    stub.stub_launches.restype = ctypes.c_char_p
+    stub.stub_gpu(arch, SHARED, NEW)
+    torch.ops.load_library(library)
+    backend._input_obstacle = lambda x: None
+    extension.triton_error = lambda: None
+    ahead.FOLDER = folder
+    backend.TritonBackend.infers_on_cpu = True
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        assert backend.TRITON.error() is None  # once and for all
+    stub.stub_launches()
+    return stub
 
 
 def _keeping(given: list[Any]) -> Callable[..., None]:

@@ -22,12 +22,14 @@ struct Function {
   const char* image;
   std::string name;
   int shared = 48 << 10;  // dynamic, until more is asked for
+  int cluster = 0;        // blocks that it was compiled for, as far as that is known
+  bool large = false;     // whether clusters of more than 8 blocks are allowed
 };
 
 // Gets the image, the name of the function, a line of JSON, and pointers to the arguments, null after the last.
 using Runner = void (*)(const char* image, const char* name, const char* launch, void** arguments);
 
-int arch = 90, devices = 8, version = 12080, most_shared = 227 << 10;
+int arch = 90, devices = 8, version = 12080, most_shared = 227 << 10, groups = 7;  // of 18 multiprocessors
 Runner runner = nullptr;
 std::string launches;
 int64_t launched = 0;
@@ -80,6 +82,8 @@ CUresult refuse(const CUlaunchConfig& config, const Function& function, int clus
   if (threads > 1024) return CUDA_ERROR_INVALID_VALUE;
   if (config.sharedMemBytes > unsigned(function.shared)) return CUDA_ERROR_INVALID_VALUE;
   if (config.gridDimX % unsigned(cluster)) return CUDA_ERROR_INVALID_VALUE;
+  if (function.cluster && cluster != function.cluster) return CUDA_ERROR_INVALID_CLUSTER_SIZE;
+  if (cluster > (function.large ? 16 : 8)) return CUDA_ERROR_INVALID_CLUSTER_SIZE;
   return CUDA_SUCCESS;
 }
 
@@ -94,6 +98,8 @@ void stub_gpu(int of_arch, int shared, int of_version) {
   most_shared = shared;
   version = of_version;
 }
+// As if the GPU were one with so many groups of multiprocessors, each of which has room for a cluster of 16 blocks.
+void stub_groups(int given) { groups = given; }
 void stub_runner(Runner given) { runner = given; }
 // Whether a stream is being captured: what is unsafe then is refused in threads that have not relaxed.
 void stub_capture(bool captures) { capturing = captures; }
@@ -148,11 +154,24 @@ CUresult cuModuleLoadData(CUmodule* module, const void* given) {
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   const char* image = reinterpret_cast<Module*>(module)->image;
   if (!is_cubin(image) && !std::strstr(image, name)) return CUDA_ERROR_NOT_FOUND;
-  return *function = reinterpret_cast<CUfunction>(new Function{image, name}), CUDA_SUCCESS;
+  Function* found = new Function{image, name};
+  if (!is_cubin(image)) {
+    const char* cluster = std::strstr(image, ".reqnctapercluster ");
+    found->cluster = cluster ? std::atoi(cluster + std::strlen(".reqnctapercluster ")) : 1;
+  }
+  return *function = reinterpret_cast<CUfunction>(found), CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) {
+  if (which == CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED)
+    return reinterpret_cast<Function*>(function)->large = value, CUDA_SUCCESS;
   if (which != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value > most_shared) return CUDA_ERROR_INVALID_VALUE;
   return reinterpret_cast<Function*>(function)->shared = value, CUDA_SUCCESS;
+}
+CUresult cuOccupancyMaxActiveClusters(int* found, CUfunction given, const CUlaunchConfig* config) {
+  int cluster;
+  if (const CUresult error = read(*config, &cluster)) return error;
+  if (const CUresult error = refuse(*config, *reinterpret_cast<Function*>(given), cluster)) return error;
+  return *found = groups * (18 / cluster), CUDA_SUCCESS;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction given, void** arguments, void** extra) {
   timespec now;
@@ -182,6 +201,7 @@ CUresult cuGetErrorName(CUresult error, const char** name) {
     case CUDA_ERROR_UNSUPPORTED_PTX_VERSION: *name = "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"; break;
     case CUDA_ERROR_INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
     case CUDA_ERROR_NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
+    case CUDA_ERROR_INVALID_CLUSTER_SIZE: *name = "CUDA_ERROR_INVALID_CLUSTER_SIZE"; break;
     case CUDA_ERROR_INVALID_DEVICE: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
     default: *name = "CUDA_ERROR_INVALID_VALUE";
   }

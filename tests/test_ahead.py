@@ -23,13 +23,20 @@ from fastlstm.kernels.triton.ahead.manifest import ARCHS, NAME, Manifest, Manife
 from fastlstm.kernels.triton.ahead.plans import KINDS, REGIMES, Row, element_and_precision, table
 from fastlstm.spec import LayerSpec
 
+MOST_WAVES = 4  # of csrc/triton/kernels.cpp
 ARGUMENTS = [("x", 8), ("T", 4)]
 
 
-def first(rows: list[Row], back: bool, kind: str, I: int, H: int) -> Row | None:
+def first(
+    rows: list[Row], back: bool, kind: str, problem: config.Problem, device: config.Device
+) -> Row | None:
     """What C++ finds."""
+    spec = problem.spec
     for row in rows:
-        fits = row.most_units >= H and row.most_inputs >= I
+        fits = row.most_units >= spec.hidden_size and row.most_inputs >= spec.input_size
+        if row.blocks > 1:
+            clusters = -(-problem.B // row.batch) * spec.directions
+            fits &= problem.dense and clusters <= MOST_WAVES * device.at_once(row.blocks)
         if fits and row.back == back and KINDS[row.kind] == kind:
             return row
     return None
@@ -40,21 +47,20 @@ def test_table_says_what_config_says(arch: int) -> None:
     rows, chance = table(arch), random.Random(0)
     for _ in range(2000):
         kind, back = chance.choice(KINDS), chance.random() < 0.5
-        I, H, B = chance.randint(1, 200), chance.randint(1, 300), chance.choice((1, 7, 64, 5000))
+        I, H, B = chance.randint(1, 200), chance.randint(1, 550), chance.choice((1, 7, 64, 5000))
         spec = LayerSpec("LSTM", I, H, directions=chance.choice((1, 2)))
         problem = config.Problem(spec, B, *element_and_precision(kind), chance.random() < 0.5)
-        plan = (config.backward_plan if back else config.forward_plan)(
-            problem, config.Device(arch, 100)
+        device = config.Device(
+            arch, 100, together=chance.choice(((), (0, 0, 32, 16, 7), (0,) * 5))
         )
-        row = first(rows, back, kind, I, H)
+        plan = (config.backward_plan if back else config.forward_plan)(problem, device)
+        row = first(rows, back, kind, problem, device)
         if row is None:
             assert plan.regime not in REGIMES
             continue
-        assert (REGIMES[row.regime], row.units, row.batch, row.warps) == (
-            plan.regime,
-            plan.units,
-            plan.batch,
-            plan.warps,
+        assert (REGIMES[row.regime], *row[5:7], *row[8:]) == (
+            *(plan.regime, plan.units, plan.batch),
+            *(plan.warps, plan.blocks),
         )
         assert row.inputs == (config.padded(I) if plan.fused else 0)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from ahead_host import library as build_library
-from ahead_scenarios import scenarios
+from ahead_scenarios import of_clusters, scenarios
 from cases import Case
 from executed import AheadRun, Broken, Verdict, broken, judged
-from test_executed import GPU, REGISTERS, WEIGHTS, shrunk
+from test_executed import CLUSTERS, GPU, REGISTERS, WEIGHTS, shrunk
 
 from benchmarks.gpu.kernels import fresh_compiler
 from benchmarks.speed.worker import Worker
@@ -30,6 +30,9 @@ WIDEST = {"bf16": 128, "fp16": 128, "tf32": 32}  # H of what is compiled ahead
 ARCHS = 80, 90
 Record = Callable[[str, object], None]
 Workers = Callable[[int], Worker]
+
+# Dense rows of more units than one multiprocessor holds; states given and absent; odd sizes.
+CLUSTERED = [*CLUSTERS, Case(T=2, B=11, I=4, H=256, directions=2, hx=False)]
 
 # Sizes that divide by 8 and 2, whose kernels read their weights in wide words. The first is the
 # sample of the short run.
@@ -95,6 +98,22 @@ def test_error_is_that_of_pytorch(
     assert {name.partition("-")[0] for name in verdict.kernels} == passes
 
 
+@pytest.mark.parametrize(
+    "run",
+    [AheadRun(case, ("bf16", "fp16")[k % 2], 90) for k, case in enumerate(CLUSTERED)],
+    ids=str,
+)
+def test_blocks_of_a_cluster(
+    workers: Workers, library: Path, run: AheadRun, record_property: Record
+) -> None:
+    """The backward pass is compiled when it is called: each of its steps is a launch."""
+    verdict: Verdict = workers(90).run(judged, run._replace(library=library), timeout=TIMEOUT)
+    record_property(f"executed in {run.precision}", verdict.ratio)
+    assert not verdict.complaints, "\n".join([str(run), *verdict.complaints])
+    assert not verdict.races, f"{run}: {sorted(verdict.races)}"
+    assert any(name.startswith("lstm_fwd_cluster-") for name in verdict.kernels)
+
+
 def test_what_is_broken_is_seen(workers: Workers, library: Path) -> None:
     """A barrier in shared memory that is missing, one after the other."""
     run = AheadRun(EVEN[1], "bf16", 80, library)
@@ -122,6 +141,21 @@ def test_launches_ask_for_what_plans_say(seen: dict[str, Any]) -> None:
     assert seen["captured"] == (1, False)  # a kernel was loaded meanwhile, and nothing is left
     assert "compiled ahead" in seen["explained"]
     assert "Triton is not needed" in seen["backends"]
+
+
+def test_clusters_go_where_they_have_room(library: Path) -> None:
+    """19 sequences are three clusters; 7 groups of multiprocessors have one of 16 blocks each."""
+    folder = library.parent / "kernels_of_clusters"
+    with fresh_compiler(), Worker(probe=int) as worker:
+        found: dict[str, Any] = worker.run(of_clusters, library, folder, timeout=TIMEOUT)
+    wanted = {"x": 48, "y": 1, "z": 1, "threads": 256, "cluster": 16}
+    assert {name: found["launch"][name] for name in wanted} == wanted
+    assert "no kernel for this call was compiled ahead" in found["many"]  # 32 are more than 4 * 7
+    assert "cluster: 2048 x 8 tiles" in found["described"]
+    assert "forward of dense rows compiled ahead" in found["described"]
+    assert found["room"] == (0, 0, 0, 14, 7)
+    assert found["no room"] == (0, 0, 0, 0, 0)
+    assert found["wrong"] == (0, 0, 0, 14, 0)  # the driver refuses a size that is not the kernel's
 
 
 def test_what_is_not_compiled_ahead_is_left_to_triton(seen: dict[str, Any]) -> None:

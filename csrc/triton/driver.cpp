@@ -39,6 +39,7 @@ Driver opened() {
   find(library, "cuModuleGetFunction", &driver.function);
   find(library, "cuFuncSetAttribute", &driver.set);
   find(library, "cuThreadExchangeStreamCaptureMode", &driver.capture);
+  find(library, "cuOccupancyMaxActiveClusters", &driver.clusters);
   find(library, "cuLaunchKernelEx", &driver.launch);
   find(library, "cuGetErrorName", &driver.name);
   find(library, "cuGetErrorString", &driver.text);

@@ -48,6 +48,7 @@ struct Driver {
   Result (*function)(Handle_*, Handle_, const char*);
   Result (*set)(Handle_, int, int);
   Result (*capture)(int*);
+  Result (*clusters)(int*, Handle_, const LaunchConfig*);
   Result (*launch)(const LaunchConfig*, Handle_, void**, void**);
   Result (*name)(Result, const char**);
   Result (*text)(Result, const char**);

@@ -72,7 +72,8 @@ void lstm_fwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   std::vector<Array> flat = to_arrays(weights_);
   Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
       c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_), h_mask(h_mask_), seed(seed_);
-  const Question asked(x, flat.data(), flat.size(), directions, false, more);
+  const bool dense_rows = !batch_sizes && !lengths && !reset;
+  const Question asked(x, flat.data(), flat.size(), directions, false, dense_rows, more);
   if (!asked.row)
     return instead("fastlstm::lstm_fwd_triton_jit", given(x), given(flat), directions, given_or_none(h0),
                    given_or_none(c0), given_or_none(batch_sizes), given_or_none(lengths), given_or_none(reset),
@@ -109,7 +110,7 @@ std::tuple<Output, Output, Output> lstm_infer_triton(Handle x_, const HandleList
   for (i64 k = 0; k < layers; ++k) {
     const Array& input = k ? before : x;
     Array* own = flat.data() + size_t(k) * each;
-    const Question asked(input, own, each, D, false, false);
+    const Question asked(input, own, each, D, false, true, false);
     FASTLSTM_CHECK(asked.row, "fastlstm: the layer was not compiled ahead");
     const i64 H = asked.H;
     if (!k) {

@@ -10,8 +10,10 @@ namespace {
 constexpr unsigned kLanes = 32;
 constexpr unsigned kStaticShared = 48 << 10;  // that a kernel has without asking
 constexpr i64 kWidestInputs = 64;             // that go through their weights in the loop
-constexpr i64 kParts = 1, kSums = 2;          // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
+constexpr i64 kParts = 2, kSums = 3;          // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
 constexpr i64 kPartsOfSums = 32;              // that are added at a time
+constexpr i64 kMostWaves = 4;                 // as in fastlstm/kernels/triton/register_plans.py
+constexpr unsigned kPortableCluster = 8;      // blocks that every GPU with clusters takes
 
 int log2(i64 n) {
   int found = 0;
@@ -32,11 +34,31 @@ i64 number(const Row& row, i64 inputs, RowsKind rows, bool keeps, bool even) {
   add(i64(rows), 2);
   add(keeps, 1);
   add(even, 1);
+  add(log2(row.blocks), 3);
   return found;
 }
 
 // Of such a number, 0 where x does not go through w_ih in the loop.
-i64 inputs_bits(i64 number) { return number >> 4 & 15; }
+i64 inputs_bits(i64 number) { return number >> 7 & 15; }
+
+// What a launch of a kernel asks for, on a grid of programs. cluster: the attribute that says its size.
+LaunchConfig config_of(const Kernel& kernel, i64 x, i64 y, i64 z, LaunchAttribute* cluster) {
+  LaunchConfig config{};
+  config.grid[0] = unsigned(x) * kernel.blocks;
+  config.grid[1] = unsigned(y);
+  config.grid[2] = unsigned(z);
+  config.block[0] = kernel.threads;
+  config.block[1] = config.block[2] = 1;
+  config.shared = kernel.shared;
+  if (kernel.blocks > 1) {
+    *cluster = {};
+    cluster->id = kClusterSize;
+    cluster->value.cluster = {kernel.blocks, 1, 1};
+    config.attributes = cluster;
+    config.count = 1;
+  }
+  return config;
+}
 
 // word: a name, and after a colon its bytes.
 Slot slot_of(const std::string& word, const std::string& kernel) {
@@ -111,12 +133,12 @@ Device::Device(int index, Array images, const std::vector<i64>& kernels, const s
   function(kernels_.front().get());
 }
 
-// numbers: its key, where its image begins, how long that is, bytes of shared memory, warps, sequences. line: its name,
-// that of the function in the image, its arguments.
+// numbers: its key, where its image begins, how long that is, bytes of shared memory, warps, sequences, blocks. line:
+// its name, that of the function in the image, its arguments.
 void Device::read_kernel(const i64** numbers, const i64* end, const std::string& line) {
-  FASTLSTM_CHECK(end - *numbers >= 6, "fastlstm: not a list of compiled kernels");
+  FASTLSTM_CHECK(end - *numbers >= 7, "fastlstm: not a list of compiled kernels");
   const i64* n = *numbers;
-  *numbers += 6;
+  *numbers += 7;
   std::istringstream words(line);
   auto kernel = std::make_unique<Kernel>();
   words >> kernel->name >> kernel->entry;
@@ -129,17 +151,43 @@ void Device::read_kernel(const i64** numbers, const i64* end, const std::string&
   kernel->image = static_cast<const char*>(images_.data) + n[1];
   kernel->shared = unsigned(n[3]);
   kernel->threads = unsigned(n[4]) * kLanes;
+  FASTLSTM_CHECK(n[6] > 0 && n[6] <= 16 && n[6] == i64(1) << log2(n[6]), "fastlstm: the compiled kernel ", kernel->name,
+                 " cannot have clusters of ", n[6], " blocks");
   kernel->batch = n[5];
+  kernel->blocks = unsigned(n[6]);
   kernel->fused = inputs_bits(n[0]) > 0;
   for (std::string word; words >> word;) kernel->slots.push_back(slot_of(word, kernel->name));
   by_number_[n[0]] = kernel.get();
   kernels_.push_back(std::move(kernel));
 }
 
-const Row* Device::plan(bool back, Kind kind, i64 I, i64 H) const {
-  for (const Row& row : plans_)
-    if (row.back == i64(back) && row.kind == i64(kind) && H <= row.most_units && I <= row.most_inputs) return &row;
+const Row* Device::plan(const Layer& layer) const {
+  for (const Row& row : plans_) {
+    if (row.back != i64(layer.back) || row.kind != i64(layer.kind)) continue;
+    if (layer.H > row.most_units || layer.I > row.most_inputs) continue;
+    if (row.blocks == 1) return &row;
+    const i64 clusters = (layer.B + row.batch - 1) / row.batch * layer.D;
+    if (layer.dense && clusters <= kMostWaves * at_once(row.blocks)) return &row;
+  }
   return nullptr;
+}
+
+i64 Device::at_once(i64 blocks) const {
+  std::atomic<i64>& known = at_once_[size_t(log2(blocks))];
+  if (const i64 found = known.load(std::memory_order_relaxed)) return found - 1;
+  int found = 0;
+  for (const auto& kernel : kernels_) {
+    if (kernel->blocks != blocks) continue;
+    const Driver& driver = Driver::get();
+    const InContext current(driver, context_);
+    LaunchAttribute cluster;
+    const LaunchConfig config = config_of(*kernel, 1, 1, 1, &cluster);
+    // A GPU, or a part of one, whose groups of multiprocessors are too small.
+    if (driver.clusters(&found, function(kernel.get()), &config)) found = 0;
+    break;
+  }
+  known.store(found + 1, std::memory_order_relaxed);
+  return found;
 }
 
 Kernel* Device::find(const Wish& wish, i64 inputs, bool even) const {
@@ -190,6 +238,8 @@ Handle_ Device::function(Kernel* kernel) const {
   driver.check(driver.function(&found, module, kernel->entry.c_str()), "finding the compiled kernel", whom.c_str());
   if (kernel->shared > kStaticShared)
     driver.check(driver.set(found, kMostShared, int(kernel->shared)), "giving shared memory to", whom.c_str());
+  if (kernel->blocks > kPortableCluster)
+    driver.check(driver.set(found, kLargeClusters, 1), "allowing the clusters of", whom.c_str());
   kernel->function.store(found, std::memory_order_release);
   return found;
 }
@@ -197,14 +247,9 @@ Handle_ Device::function(Kernel* kernel) const {
 void Device::launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z) const {
   const Driver& driver = Driver::get();
   const InContext current(driver, context_);
-  FASTLSTM_CHECK(x > 0 && x < i64(1) << 31, "fastlstm: too many sequences for a launch");
-  LaunchConfig config{};
-  config.grid[0] = unsigned(x);
-  config.grid[1] = unsigned(y);
-  config.grid[2] = unsigned(z);
-  config.block[1] = config.block[2] = 1;
-  config.block[0] = kernel->threads;
-  config.shared = kernel->shared;
+  FASTLSTM_CHECK(x > 0 && x * kernel->blocks < i64(1) << 31, "fastlstm: too many sequences for a launch");
+  LaunchAttribute cluster;
+  LaunchConfig config = config_of(*kernel, x, y, z, &cluster);
   config.stream = current_stream(index_);
   void* parameters[kSlots + 3];
   size_t count = 0;

@@ -44,7 +44,15 @@ enum class RowsKind : int { dense, padded, packed };
 
 // A line of fastlstm/kernels/triton/ahead/plans.py.
 struct Row {
-  i64 back, kind, most_units, most_inputs, regime, units, batch, inputs, warps;
+  i64 back, kind, most_units, most_inputs, regime, units, batch, inputs, warps, blocks;
+};
+
+// What a plan depends on.
+struct Layer {
+  bool back;
+  Kind kind;
+  i64 I, H, D, B;
+  bool dense;  // whether all sequences have all steps, and none is reset
 };
 
 // The tiles of the gradients of weights, as tiles() in fastlstm/kernels/triton/weight_gradients.py.
@@ -62,12 +70,15 @@ struct Wish {
   bool even_x;  // of I, and how x lies
 };
 
+constexpr int kClusterSizes = 5;  // 1 to 16 blocks
+
 struct Kernel {
   std::string name, entry;
   const void* image;
   unsigned threads, shared;
   i64 batch;
-  bool fused;  // whether x goes through w_ih in its loop
+  unsigned blocks;  // of a cluster
+  bool fused;       // whether x goes through w_ih in its loop
   std::vector<Slot> slots;
   std::atomic<Handle_> function{nullptr};
 };
@@ -80,13 +91,17 @@ class Device {
          const std::vector<i64>& plans);
 
   // The plan of a pass; null if it is not compiled ahead.
-  const Row* plan(bool back, Kind kind, i64 I, i64 H) const;
+  const Row* plan(const Layer& layer) const;
+  // How many clusters of so many blocks are on the GPU together, as the driver says of one of these kernels; 0 if there
+  // is no such kernel.
+  i64 at_once(i64 blocks) const;
   // The kernel for a call; null if there is none.
   Kernel* find(const Wish& wish) const;
   // The two that find the gradients of weights after a backward pass of that plan. even: as of a wish.
   Kernel* parts_of_weights(const Row& row, bool even) const;
   Kernel* sums_of_weights(const Row& row) const;
-  // Starts it on PyTorch's current stream, for tiles of sequences and for directions, or in another grid.
+  // Starts it on PyTorch's current stream, for tiles of sequences and for directions, or in another grid; each program
+  // is a block, or a cluster of them.
   void launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z = 1) const;
   i64 processors() const { return processors_; }
 
@@ -103,6 +118,7 @@ class Device {
   std::vector<std::unique_ptr<Kernel>> kernels_;
   std::unordered_map<i64, Kernel*> by_number_;
   mutable std::mutex loading_;
+  mutable std::array<std::atomic<i64>, kClusterSizes> at_once_{};  // and 1 more; 0 before it was asked
 };
 
 // The device of that index with its kernels, for which Python is asked when it is first needed; null if it has none.

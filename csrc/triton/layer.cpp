@@ -28,7 +28,7 @@ std::atomic<bool> paused_{false};
 
 void pause(bool paused) { paused_.store(paused, std::memory_order_relaxed); }
 
-Question::Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool more)
+Question::Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more)
     : device(nullptr), row(nullptr) {
   FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
   if (more || paused_.load(std::memory_order_relaxed)) return;
@@ -39,7 +39,8 @@ Question::Question(const Array& x, const Array* weights, size_t count, i64 direc
   I = x.last();
   H = weights[1].last();
   device = device_of(std::max(Place::of(x.handle()).index, 0));
-  if (device) row = device->plan(back, kind, I, H);
+  const bool all = dense && x.dim == 3;
+  if (device) row = device->plan({back, kind, I, H, directions, all ? x.sizes[1] : 0, all});
 }
 
 Rows::Rows(const Array& x, const Array& batch_sizes, Array lengths_, Array reset_, const Place& place)

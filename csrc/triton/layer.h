@@ -19,9 +19,9 @@ struct Question {
   const Device* device;
   const Row* row;  // null: the layer is not compiled ahead
 
-  // weights: those of all directions, in the order of the operators. more: whether the cell has more than the plain
-  // one.
-  Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool more);
+  // weights: those of all directions, in the order of the operators. dense: whether all sequences have all steps, and
+  // none is reset. more: whether the cell has more than the plain one.
+  Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more);
 };
 
 // Leaves calls to the other operators, as long as somebody wants plans of his own.

@@ -21,11 +21,19 @@ void triton_add(i64 index, Handle images, const std::vector<i64>& kernels, const
   add_device(int(index), Array(images), kernels, names, plans);
 }
 
-std::vector<i64> triton_plan(i64 index, bool back, i64 kind, i64 I, i64 H) {
+std::vector<i64> triton_plan(i64 index, bool back, i64 kind, i64 I, i64 H, i64 D, i64 B, bool dense) {
   const Device* device = device_of(int(index));
-  const Row* row = device ? device->plan(back, Kind(kind), I, H) : nullptr;
+  const Row* row = device ? device->plan({back, Kind(kind), I, H, D, B, dense}) : nullptr;
   const i64* first = reinterpret_cast<const i64*>(row);
   return row ? std::vector<i64>(first, first + sizeof(Row) / sizeof(i64)) : std::vector<i64>();
+}
+
+// How many clusters of 1, 2, 4, 8 and 16 blocks there is room for at a time; 0 where no kernel has them.
+std::vector<i64> triton_clusters(i64 index) {
+  std::vector<i64> found(kClusterSizes, 0);
+  const Device* device = device_of(int(index));
+  for (int k = 1; device && k < kClusterSizes; ++k) found[size_t(k)] = device->at_once(i64(1) << k);
+  return found;
 }
 
 }  // namespace
@@ -44,6 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {
   m.impl("triton_gpu", TORCH_BOX(&triton_gpu));
   m.impl("triton_add", TORCH_BOX(&triton_add));
   m.impl("triton_plan", TORCH_BOX(&triton_plan));
+  m.impl("triton_clusters", TORCH_BOX(&triton_clusters));
   m.impl("triton_pause", TORCH_BOX(&pause));
   m.impl("triton_failed", TORCH_BOX(&triton_failed));
 }

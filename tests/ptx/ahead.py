@@ -31,7 +31,7 @@ from fastlstm.kernels.triton.ahead.compiling import Image, compiled, interface
 from fastlstm.kernels.triton.ahead.keys import Key, keys
 from fastlstm.kernels.triton.ahead.plans import table
 
-from .backend import Log, tensors_in
+from .backend import Log, executed_at_run_time, tensors_in
 from .execute import execute
 from .faults import Fault
 from .parse import parse
@@ -53,6 +53,7 @@ def folder_of_names(folder: Path, arch: int) -> None:
     for key in wanted:
         entry, arguments = interface(key)
         text = f"//{key.name}\n.target sm_{arch} {entry}"
+        text += f" .reqnctapercluster {key.blocks}" * (key.blocks > 1)
         images[key, arch] = Image(entry, arguments, 1024, b"", text.encode())
     write(folder, (), (arch,), wanted, images)
 
@@ -63,7 +64,8 @@ def executed(
 ) -> Iterator[Log]:
     """Compute every call in this block by what was compiled ahead for a GPU of that architecture.
 
-    Once in a process, since a GPU stays what it is.
+    The rest is compiled by Triton when it is called, and executed too. Once in a process, since a
+    GPU stays what it is.
 
     Args:
         library: csrc/triton on the stand-in for the driver (tests/ahead_host.py).
@@ -88,7 +90,12 @@ def executed(
         for name in ("lstm_fwd", "lstm_bwd", "lstm_infer"):
             operator = getattr(torch.ops.fastlstm, f"{name}_triton").default
             change(backend.TritonBackend, name, launches.watched(operator))
-        stack.enter_context(mock.patch.dict(os.environ, FASTLSTM_TRITON="ahead"))
+        stack.enter_context(mock.patch.dict(os.environ, FASTLSTM_TRITON="auto"))
+        change(backend, "_jit_problem", lambda: None)
+        rest = executed_at_run_time(
+            launches.log, arch, edit, "triton_jit", ("lstm_fwd", "lstm_bwd")
+        )
+        stack.enter_context(rest)
         callback = _RUNNER(launches.run)
         stub.stub_runner(callback)
         stack.callback(stub.stub_runner, None)
@@ -142,6 +149,9 @@ class _Launches:
             raise Fault(f"{key.name} takes {len(sizes)} arguments, and was given {len(given)}")
         if launch["threads"] != kernel.source.threads:
             raise Fault(f"{key.name} has {kernel.source.threads} threads, not {launch['threads']}")
+        if launch["cluster"] != kernel.source.cluster:
+            clusters = f"clusters of {kernel.source.cluster}, not of {launch['cluster']}"
+            raise Fault(f"{key.name} has {clusters} blocks")
         values = [
             int.from_bytes(ctypes.string_at(at, size), "little")
             for at, size in zip(given, sizes, strict=True)

@@ -5,7 +5,7 @@ For a process in which Triton does not interpret (TRITON_INTERPRET=0).
 
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -56,6 +56,19 @@ def executed(arch: int, edit: Callable[[str], str] = str) -> Iterator[Log]:
     `edit` may change the PTX of a kernel, to see that what is broken shows.
     """
     log = Log()
+    with ExitStack() as stack:
+        stack.enter_context(executed_at_run_time(log, arch, edit, "triton", _OPERATORS))
+        for name in ("_error", "_input_obstacle"):
+            stack.enter_context(mock.patch.object(backend, name, lambda *_: None))
+        stack.enter_context(fastlstm.backend("triton"))
+        yield log
+
+
+@contextmanager
+def executed_at_run_time(
+    log: Log, arch: int, edit: Callable[[str], str], ending: str, names: Iterable[str]
+) -> Iterator[None]:
+    """Let Triton's operators of these names, with an ending, compile and execute PTX here."""
     device = Device(arch, PROCESSORS[arch])
 
     def run(kernel: JITFunction, *, grid: tuple[int, ...], warmup: bool, **given: Any) -> None:
@@ -63,14 +76,11 @@ def executed(arch: int, edit: Callable[[str], str] = str) -> Iterator[Log]:
 
     with ExitStack() as stack:
         library = stack.enter_context(torch.library._scoped_library("fastlstm", "IMPL"))
-        for name in _OPERATORS:
-            library.impl(f"{name}_triton", getattr(operators, name), "CPU")
+        for name in names:
+            library.impl(f"{name}_{ending}", getattr(operators, name), "CPU")
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(launch, "_ANY_DEVICE", device))
-        for name in ("_error", "_input_obstacle"):
-            stack.enter_context(mock.patch.object(backend, name, lambda *_: None))
-        stack.enter_context(fastlstm.backend("triton"))
-        yield log
+        yield
 
 
 def _launch(

@@ -102,8 +102,10 @@ class TritonBackend(Backend):
         backward = config.backward_plan(problem, device)
         text = f"forward {forward} ({forward.reason}); backward {backward}"
         if _ahead_problem() is None:
-            missing = _not_ahead(spec, x)
-            return f"{text}; {missing or 'compiled ahead'}"
+            from .ahead.library import passes
+
+            ahead = passes(x.device.index or 0, _kind(x.dtype), spec, B)
+            return "; ".join(filter(None, (text, ahead, config.no_room(problem, device))))
         missing = config.missing(problem, device)
         return f"{text}; not with the {missing}: {_no_gluon()}" if missing else text
 
@@ -287,12 +289,13 @@ def _problem(spec: LayerSpec, B: int, x: Tensor) -> tuple[Any, Any]:
     """Return what a plan depends on: of the call, and of the GPU."""
     from .plan import Problem
 
-    ahead = _ahead_problem() is None
-    if ahead and (_not_ahead(spec, x) is None or _jit_problem() is not None):
-        from .ahead.library import gpu
+    if _ahead_problem() is None:
+        from .ahead import library
 
-        precision = "ieee" if _kind(x.dtype) is None else "tf32"
-        return Problem(spec, B, x.element_size(), precision), gpu(x.device.index or 0)
+        index = x.device.index or 0
+        if library.problem_of(index) is None or _jit_problem() is not None:
+            precision = "ieee" if _kind(x.dtype) is None else "tf32"
+            return Problem(spec, B, x.element_size(), precision), library.gpu(index)
     from .launch import device_of, precision_of
 
     return Problem(spec, B, x.element_size(), precision_of(x)), device_of(x)
@@ -308,7 +311,7 @@ def _kind(dtype: torch.dtype) -> int | None:
 
 
 def _not_ahead(spec: LayerSpec, x: Tensor) -> str | None:
-    """Say why kernels of such a layer were not compiled ahead; None if they were."""
+    """Say why kernels of all calls of a layer were not compiled ahead; None if they were."""
     return _layer_not_ahead(tuple(spec), x.device.index or 0, _kind(x.dtype))
 
 
@@ -321,16 +324,7 @@ def _layer_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None) -> str |
 def _find_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None) -> str | None:
     from .ahead import library
 
-    problem = _ahead_problem() or library.problem_of(gpu)
-    if problem is not None:
-        return problem
-    layer = LayerSpec(*spec)
-    plain = layer.is_lstm and not layer.is_extended and not layer.proj_size
-    if plain and kind is not None:
-        sizes = kind, layer.input_size, layer.hidden_size
-        if all(library.plan(gpu, back, *sizes) for back in (False, True)):
-            return None
-    return "no kernel for such a layer was compiled ahead"
+    return _ahead_problem() or library.missing(gpu, kind, LayerSpec(*spec))
 
 
 def _cell_obstacle(spec: LayerSpec, x: Tensor) -> str | None:
@@ -354,10 +348,11 @@ def _room_for(spec: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -
 @constant
 def _in_cluster(spec: tuple[Any, ...], element: int) -> bool:
     """Whether a cluster may compute dense rows of such a layer: none has run on a GPU yet."""
-    from . import config, gluon
+    from . import config
 
     problem = config.Problem(LayerSpec(*spec), 1, element, "tf32")
-    device = config.Device(90, 132, clusters=gluon.CLUSTER_PROBLEM is None)  # the GPU with most
+    known = _ahead_problem() is None or not _no_gluon()
+    device = config.Device(90, 132, clusters=known)  # the GPU with most
     return config.forward_plan(problem, device).regime == "cluster"
 
 

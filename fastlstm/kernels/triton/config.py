@@ -6,7 +6,7 @@ Five regimes:
   plain cell in its registers. Wherever it fits, and Triton has Gluon.
 - ``sequence``: the same with W_hh in shared memory. Wherever it fits.
 - ``cluster``: the units are spread over a cluster of a Hopper GPU, whose blocks send each other
-  h; forward, for dense rows. Wherever all clusters are on the GPU together.
+  h; forward, for dense rows. Wherever the clusters have room on the GPU in a few turns.
 - ``persistent``: the units are spread over programs that are on the GPU together and exchange
   every step through L2; one launch for all steps.
 - ``steps``: the same kernel, one launch for every step.
@@ -39,6 +39,7 @@ __all__ = [
     "backward_plan",
     "forward_plan",
     "missing",
+    "no_room",
     "obstacle",
     "override",
     "padded",
@@ -183,6 +184,19 @@ def missing(problem: Problem, device: Device) -> str | None:
     if plan == forward_plan(problem, device):
         return None
     return "weights in registers" if plan.regime == "registers" else "units spread over a cluster"
+
+
+def no_room(problem: Problem, device: Device) -> str | None:
+    """Say how many clusters a GPU has room for, where a layer would be spread over more of them.
+
+    None where it would not, or they have room.
+    """
+    roomy = device._replace(processors=1 << 20, together=())
+    wanted = forward_plan(problem, roomy)
+    if wanted.regime != "cluster" or forward_plan(problem, device).regime == "cluster":
+        return None
+    count = device.at_once(wanted.blocks)
+    return f"the GPU has room for {count} clusters of {wanted.blocks} blocks at a time"
 
 
 def _one_program(problem: Problem) -> str:

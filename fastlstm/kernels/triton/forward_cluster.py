@@ -19,7 +19,7 @@ from .forward_registers import products_by_unit
 from .gluon import async_store, cluster, gl, gluon, mbarrier, mma_v2
 from .launch import is_fast, launch
 from .plan import Plan
-from .register_tiles import activated, only, tanh
+from .register_tiles import activated, fills, given, only, tanh
 
 
 @gluon.jit
@@ -107,7 +107,7 @@ def cluster_step(
     i, f, g, o = activated(i, f, g, o, FAST)
     c = f * c + i * g
     out = (o * tanh(c, FAST)).to(there.dtype)
-    if H != UNITS:  # as in forward_registers.py
+    if not fills(H, UNITS):  # as in forward_registers.py
         unit = gl.arange(0, UNITS, gl.SliceLayout(1, cells))
         out = only((unit < H)[:, None], out)
     one = gl.expand_dims(gl.convert_layout(out, gl.SliceLayout(0, send)), 0)
@@ -125,13 +125,14 @@ def keep(
     """Store y, and where they are wanted c and the gates."""
     gl.store(y_at, y_n, real)
     if c_all is not None:
-        gl.store(c_at, c, real)
+        gl.store(c_at, c, real & given(c_all, H))
     if gates is not None:
         dtype: gl.constexpr = gates.dtype.element_ty
-        gl.store(g_at, i.to(dtype), real)
-        gl.store(g_at + H, f.to(dtype), real)
-        gl.store(g_at + 2 * H, g.to(dtype), real)
-        gl.store(g_at + 3 * H, o.to(dtype), real)
+        wanted = real & given(gates, H)
+        gl.store(g_at, i.to(dtype), wanted)
+        gl.store(g_at + H, f.to(dtype), wanted)
+        gl.store(g_at + 2 * H, g.to(dtype), wanted)
+        gl.store(g_at + 3 * H, o.to(dtype), wanted)
 
 
 @gluon.jit(
@@ -198,8 +199,9 @@ def lstm_fwd_cluster_kernel(
     n = first + gl.arange(0, N, gl.SliceLayout(0, tile))
     bias = gl.zeros([4 * UNITS], gl.float32, gl.SliceLayout(1, tile))
     if b_ih is not None:
-        bias = gl.load(b_ih + gate * H + unit, unit < H, 0).to(gl.float32)
-        bias += gl.load(b_hh + gate * H + unit, unit < H, 0).to(gl.float32)
+        of_bias = (unit < H) & given(b_ih, H)
+        bias = gl.load(b_ih + gate * H + unit, of_bias, 0).to(gl.float32)
+        bias += gl.load(b_hh + gate * H + unit, of_bias, 0).to(gl.float32)
     corner = direction * rows.to(gl.int64)
     x_at = x + (((corner + n)[None, :] * H + unit[:, None]) * 4 + gate[:, None])
     x_real = (n < B)[None, :] & (unit < H)[:, None]
@@ -211,7 +213,7 @@ def lstm_fwd_cluster_kernel(
     state_at = (direction * B + n)[None, :] * H + unit[:, None]
     c = gl.zeros([UNITS, N], gl.float32, cells)
     if c0 is not None:
-        c = gl.load(c0 + state_at, real, 0).to(gl.float32)
+        c = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
     y_at = y + (n[None, :] * (D * H) + direction * H + unit[:, None])
     y_step, g_step = B.to(gl.int64) * (D * H * forth), B.to(gl.int64) * (4 * H * forth)
     last = (T - 1) * direction
@@ -236,7 +238,7 @@ def lstm_fwd_cluster_kernel(
         unit = gl.arange(0, UNITS, gl.SliceLayout(1, whole))
         n = first + gl.arange(0, N, gl.SliceLayout(0, whole))
         h_at = h0 + ((direction * B + n)[None, :] * H + unit[:, None])
-        h = gl.load(h_at, (n < B)[None, :] & (unit < H)[:, None], 0)
+        h = gl.load(h_at, (n < B)[None, :] & (unit < H)[:, None] & given(h0, H), 0)
     even.store(h)
     odd.store(h)
     cluster.barrier()

@@ -12,6 +12,7 @@ __all__ = ["Device", "Plan", "Problem", "padded"]
 # Kilobytes of shared memory one program may use, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227}
 _SHARED_ELSEWHERE = 99
+_OF_A_GROUP = 18  # multiprocessors, among which a cluster stays: the most that GPUs have
 _SMALLEST_DOT = 16  # rows and columns of a matrix instruction
 
 
@@ -22,11 +23,23 @@ class Device(NamedTuple):
     processors: int  # streaming multiprocessors
     gluon: bool = True  # whether Triton has Gluon and does not interpret
     clusters: bool = True  # whether its Gluon also sends numbers through a cluster
+    # How many clusters of 1, 2, 4, 8 and 16 blocks there is room for at a time, by the driver.
+    together: tuple[int, ...] = ()
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that one program may use."""
         return _SHARED.get(self.arch, _SHARED_ELSEWHERE) * 1024
+
+    def at_once(self, blocks: int) -> int:
+        """Return how many clusters of so many blocks are on the GPU together, at least.
+
+        A block takes a multiprocessor. Where the driver was not asked, groups are of the largest
+        size, and the multiprocessors that are left over stay empty.
+        """
+        if self.together:
+            return self.together[blocks.bit_length() - 1]
+        return self.processors // _OF_A_GROUP * (_OF_A_GROUP // blocks)
 
 
 class Problem(NamedTuple):

@@ -20,6 +20,7 @@ _WIDEST_INPUT_OF_WIDE = 32  # of 128 units
 _WIDEST_INPUT_OF_FLOAT32 = 16
 _WIDEST_CLUSTER = 512
 _UNITS_OF_A_BLOCK = 32
+_MOST_WAVES = 4  # of clusters, one after the other: still better than a launch for each step
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
 
 
@@ -56,7 +57,7 @@ def forward_cluster(problem: Problem, device: Device) -> Plan | None:
     """Return the plan of the forward pass over a cluster; None where a layer has no room.
 
     A block has 32 units, whose weights its 8 warps can hold: fewer would send more than they
-    compute. 16 blocks are more than every GPU of the kind must have; Triton asks for them.
+    compute. 16 blocks are more than every GPU of the kind must have: the driver says.
     """
     spec, units = problem.spec, padded(problem.spec.hidden_size)
     plain = problem.cell == "plain" and not spec.proj_size and problem.dense
@@ -64,10 +65,10 @@ def forward_cluster(problem: Problem, device: Device) -> Plan | None:
     if not (known and plain and problem.element == 2 and 128 < units <= _WIDEST_CLUSTER):
         return None
     blocks = units // _UNITS_OF_A_BLOCK
-    together = -(-problem.B // _SEQUENCES) * spec.directions * blocks <= device.processors
+    clusters = -(-problem.B // _SEQUENCES) * spec.directions
     reason = "W_hh fits the registers of a cluster, its input products are made before"
     plan = Plan("cluster", units, _SEQUENCES, units, True, False, 8, 1, reason, blocks)
-    return plan if together else None
+    return plan if clusters <= _MOST_WAVES * device.at_once(blocks) else None
 
 
 def _plan(problem: Problem, fused: bool, reason: str) -> Plan:

@@ -56,8 +56,9 @@ def build(
     if reason is not None:
         raise BuildError(f"the kernels cannot be compiled ahead: {reason}")
     every = sorted({*archs, *ptx_archs})
-    wanted = list(only) if only is not None else keys(table(every[0]))
-    jobs = [(key, arch) for arch in every for key in wanted]
+    given = None if only is None else list(only)
+    jobs = [(key, arch) for arch in every for key in given or keys(table(arch))]
+    wanted = list(dict.fromkeys(key for key, _ in jobs))
     workers = processes or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         images = dict(zip(jobs, _seen(pool.map(_compiled, jobs, chunksize=4), jobs), strict=True))
@@ -71,28 +72,39 @@ def write(
     wanted: Sequence[Key],
     images: dict[tuple[Key, int], Image],
 ) -> dict[str, Any]:
-    """Write compiled kernels to a folder, and return the manifest."""
+    """Write compiled kernels to a folder, and return the manifest.
+
+    Args:
+        folder: is made, or its files of an earlier build are replaced.
+        archs: compute capabilities that get code.
+        ptx_archs: compute capabilities that get PTX.
+        wanted: all kernels.
+        images: of each kernel, for each GPU that has it.
+    """
     every = sorted({*archs, *ptx_archs})
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.cubin"), *folder.glob("*.xz"), *folder.glob(NAME)):
         old.unlink()
     files: dict[str, Any] = {}
     for arch in archs:
-        parts = [images[key, arch].cubin for key in wanted]
-        files[f"sm_{arch}.cubin"] = _write(
-            folder / f"sm_{arch}.cubin", arch, parts, images, wanted
-        )
+        own = [images.get((key, arch)) for key in wanted]
+        parts = [b"" if image is None else image.cubin for image in own]
+        files[f"sm_{arch}.cubin"] = _write(folder / f"sm_{arch}.cubin", arch, parts, own)
     for arch in ptx_archs:
         name = f"compute_{arch}.ptx.xz"
-        parts = [images[key, arch].ptx + b"\0" for key in wanted]
-        files[name] = _write(folder / name, arch, parts, images, wanted)
+        own = [images.get((key, arch)) for key in wanted]
+        parts = [b"" if image is None else image.ptx + b"\0" for image in own]
+        files[name] = _write(folder / name, arch, parts, own)
     manifest = {
         "format": FORMAT,
         "triton": version("triton"),
         "sources": sources(),
         "files": files,
         "plans": {str(arch): [list(row) for row in table(arch)] for arch in every},
-        "kernels": [_kernel(key, [images[key, arch] for arch in every]) for key in wanted],
+        "kernels": [
+            _kernel(key, [images[key, arch] for arch in every if (key, arch) in images])
+            for key in wanted
+        ],
     }
     (folder / NAME).write_text(json.dumps(manifest, separators=(",", ":")) + "\n")
     return manifest
@@ -111,7 +123,7 @@ def _seen(images: Iterator[Image], jobs: Sequence[Any]) -> Iterator[Image]:
 
 
 def _kernel(key: Key, images: Sequence[Image]) -> dict[str, Any]:
-    """Describe a kernel: what is alike on all GPUs."""
+    """Describe a kernel: what is alike on all GPUs that have it."""
     first = images[0]
     assert all(each[:2] == first[:2] for each in images)
     return {
@@ -122,16 +134,17 @@ def _kernel(key: Key, images: Sequence[Image]) -> dict[str, Any]:
         "arguments": " ".join(f"{name}:{size}" for name, size in first.arguments),
         "warps": key.warps,
         "batch": key.batch,
+        "blocks": key.blocks,
     }
 
 
 def _write(
-    file: Path, arch: int, parts: Sequence[bytes], images: dict[Any, Image], wanted: Sequence[Key]
+    file: Path, arch: int, parts: Sequence[bytes], images: Sequence[Image | None]
 ) -> dict[str, Any]:
     """Write the images of a GPU; return what the manifest says of the file."""
     content, places = b"", []
-    for key, part in zip(wanted, parts, strict=True):
-        places.append([len(content), len(part), images[key, arch].shared])
+    for image, part in zip(images, parts, strict=True):
+        places.append([len(content), len(part), image.shared if image else 0])
         content += part + b"\0" * (-len(part) % _ALIGNMENT)
     stored = lzma.compress(content, preset=9) if file.suffix == ".xz" else content
     file.write_bytes(stored)
@@ -140,5 +153,7 @@ def _write(
         "bytes": len(stored),
         "unpacked": len(content),
         "sha256": sha256(stored).hexdigest(),
-        "places": places,  # of each kernel: where it begins, its bytes, bytes of shared memory
+        # Of each kernel: where it begins, its bytes, bytes of shared memory; no bytes where
+        # these GPUs do not have it.
+        "places": places,
     }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastlstm.kernels.triton.gluon import PROBLEM, source_of
+from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM, source_of
 from fastlstm.kernels.triton.weight_gradients import ELEMENTS, PARTS, tiles
 
 from .keys import Key
@@ -20,6 +20,7 @@ __all__ = ["Image", "compiled", "interface", "problem"]
 _KERNELS = {
     (False, "registers"): ("forward_registers", "lstm_fwd_registers_kernel"),
     (True, "registers"): ("backward_registers", "lstm_bwd_registers_kernel"),
+    (False, "cluster"): ("forward_cluster", "lstm_fwd_cluster_kernel"),
     (True, "parts"): ("weight_gradients", "lstm_weight_parts_kernel"),
     (True, "sums"): ("weight_gradients", "lstm_weight_sums_kernel"),
 }
@@ -54,7 +55,7 @@ class Image(NamedTuple):
 
 def problem() -> str | None:
     """Say why kernels cannot be compiled here; None if they can."""
-    return PROBLEM
+    return CLUSTER_PROBLEM
 
 
 def compiled(key: Key, arch: int) -> Image:
@@ -66,6 +67,8 @@ def compiled(key: Key, arch: int) -> Image:
     signature, constants, attributes = _described(kernel, key)
     source = source_of(kernel)(kernel, signature, constants, attributes)
     options = {"num_warps": key.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if key.blocks > 1:
+        options["num_ctas"] = key.blocks
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
         found = triton.compile(source, GPUTarget("cuda", arch, 32), options)
@@ -123,7 +126,11 @@ def _constants(key: Key) -> dict[str, Any]:
         }
         return of_parts | {"ROWS": key.batch, "STAGES": cut.plan.stages, "PRECISION": "tf32"}
     found: dict[str, Any] = dict.fromkeys(_ABSENT[key.rows])
-    found |= {"U": key.units, "N": key.batch, "FAST": key.kind == "bf16"}
+    found |= {"N": key.batch, "FAST": key.kind == "bf16"}
+    if key.regime == "cluster":
+        found |= {"UNITS": key.units, "C": key.blocks}
+        return found if key.keeps else found | dict.fromkeys(("c_all", "gates"))
+    found["U"] = key.units
     if key.back:
         found |= {"KEPT": key.keeps, "DY_UNIT": 1}
         if key.keeps:

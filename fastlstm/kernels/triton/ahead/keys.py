@@ -38,18 +38,20 @@ class Key(NamedTuple):
     rows: str  # "dense"; "padded", with lengths, resets and gradients of c; "packed"
     keeps: bool  # forward: whether c and gates are written; backward: whether gates were kept
     even: bool  # whether H divides by 8 and I by 2, and tensors are aligned
+    blocks: int = 1  # of a cluster
 
     @property
     def name(self) -> str:
         """A name for people and messages."""
         tile = f"u{self.units}n{self.batch}" + f"i{self.inputs}" * (self.inputs > 0)
+        tile += f"c{self.blocks}" * (self.blocks > 1)
         flags = "-keeps" * self.keeps + "-even" * self.even
         direction = "bwd" if self.back else "fwd"
         return f"lstm_{direction}_{self.regime}-{self.kind}-{tile}-{self.rows}{flags}"
 
     @property
     def number(self) -> int:
-        """The same as one number, as csrc/triton/table.h makes it."""
+        """The same as one number, as csrc/triton/kernels.cpp makes it."""
         found = 0
         for value, bits in (
             (int(self.back), 1),
@@ -61,6 +63,7 @@ class Key(NamedTuple):
             (ROWS.index(self.rows), 2),
             (int(self.keeps), 1),
             (int(self.even), 1),
+            (int(log2(self.blocks)), 3),
         ):
             found = found << bits | value
         return found
@@ -79,7 +82,11 @@ def keys(rows: list[Row]) -> list[Key]:
 
 def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
     back, regime, kind = bool(row.back), REGIMES[row.regime], KINDS[row.kind]
-    key = Key(back, regime, kind, row.units, row.batch, row.inputs, row.warps, "", True, False)
+    tile = row.units, row.batch, row.inputs, row.warps
+    key = Key(back, regime, kind, *tile, "", True, False, row.blocks)
+    if row.blocks > 1:
+        yield from _of_cluster(key)
+        return
     forms = [("dense", True), ("padded", True), ("packed", True)]
     if not back:
         forms.insert(0, ("dense", False))
@@ -92,9 +99,17 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
             yield key._replace(rows=form, keeps=False)
 
 
+def _of_cluster(key: Key) -> Iterator[Key]:
+    """Yield the kernels of a cluster, which take dense rows alone."""
+    key = key._replace(rows="dense")
+    if not key.back:
+        yield key._replace(keeps=False, even=True)
+    yield from (key._replace(even=True), key)
+
+
 def _of_weights(row: Row) -> Iterator[Key]:
     """Yield the kernels for the gradients of weights that follow the backward pass of a row."""
-    if not row.back:
+    if not row.back or row.blocks > 1:
         return
     kind = KINDS[row.kind]
     cut = tiles(_INPUTS_OF_PARTS, row.units, element_and_precision(kind)[0])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -13,22 +14,28 @@ import torch
 from fastlstm import extension
 from fastlstm.kernels.operators import add_kernel, define_operator
 from fastlstm.kernels.triton.config import Device, watch
+from fastlstm.spec import LayerSpec
 
 from .manifest import FOLDER, Manifest, ManifestError
 
-__all__ = ["ManifestError", "failed", "gpu", "load", "plan", "problem_of"]
+__all__ = ["ManifestError", "failed", "gpu", "load", "missing", "passes", "plan", "problem_of"]
 
 _COMPOSITE = "CompositeExplicitAutograd"
 _gpu = define_operator("triton_gpu", "(int device) -> int[]")
 _add = define_operator(
     "triton_add", "(int device, Tensor images, int[] kernels, str names, int[] plans) -> ()"
 )
-_plan = define_operator("triton_plan", "(int device, bool back, int kind, int I, int H) -> int[]")
+_plan = define_operator(
+    "triton_plan",
+    "(int device, bool back, int kind, int I, int H, int D, int B, bool dense) -> int[]",
+)
+_clusters = define_operator("triton_clusters", "(int device) -> int[]")
 failed = define_operator("triton_failed", "(str why) -> ()")
 _pause = define_operator("triton_pause", "(bool paused) -> ()")
 _prepare = define_operator("triton_prepare", "(int device) -> str")
 _tf32 = define_operator("triton_tf32", "() -> bool")
 
+_PASSES = {"forward": False, "backward": True}  # and whether they go back
 _manifest: Manifest | None = None
 _problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
@@ -57,15 +64,53 @@ def problem_of(device: int) -> str | None:
     return _problems[device] or None
 
 
-def plan(device: int, back: bool, kind: int, I: int, H: int) -> list[int]:
-    """Return the row of :mod:`.plans` by which a layer is computed; empty if there is none."""
-    found: list[int] = _plan(device, back, kind, I, H)
+def plan(device: int, back: bool, kind: int, spec: LayerSpec, B: int, dense: bool) -> list[int]:
+    """Return the row of :mod:`.plans` by which a layer is computed; empty if there is none.
+
+    Args:
+        device: the index of the GPU.
+        back: whether it is the backward pass.
+        kind: of numbers, an index of ``KINDS``.
+        spec: a plain layer.
+        B: sequences.
+        dense: whether all of them have all steps.
+    """
+    sizes = spec.input_size, spec.hidden_size, spec.directions
+    found: list[int] = _plan(device, back, kind, *sizes, B, dense)
     return found
 
 
+@cache
 def gpu(device: int) -> Device:
-    """Return what a plan needs to know of a GPU."""
-    return Device(*_gpu(device))
+    """Return what a plan needs to know of a GPU, where what is compiled ahead needs no Triton."""
+    together = tuple(_clusters(device))
+    arch, processors = _gpu(device)
+    return Device(arch, processors, clusters=any(together), together=together)
+
+
+def missing(device: int, kind: int | None, spec: LayerSpec) -> str | None:
+    """Say why kernels of all calls of a layer were not compiled ahead; None if they were."""
+    return problem_of(device) or (
+        None
+        if len(_passes(device, kind, spec, 1, dense=False)) == len(_PASSES)
+        else "no kernel for such a layer was compiled ahead"
+    )
+
+
+def passes(device: int, kind: int | None, spec: LayerSpec, B: int) -> str:
+    """Say which passes over a call of dense rows were compiled ahead."""
+    found = missing(device, kind, spec)
+    if found is None:
+        return "compiled ahead"
+    able = [] if problem_of(device) else _passes(device, kind, spec, B, dense=True)
+    return f"{' and '.join(able)} of dense rows compiled ahead" if able else found
+
+
+def _passes(device: int, kind: int | None, spec: LayerSpec, B: int, dense: bool) -> list[str]:
+    """Name the passes over a call that were compiled ahead."""
+    if kind is None or not spec.is_lstm or spec.is_extended or spec.proj_size:
+        return []
+    return [name for name, back in _PASSES.items() if plan(device, back, kind, spec, B, dense)]
 
 
 def _find_problem(device: int) -> str:
@@ -83,7 +128,7 @@ def _give_kernels(manifest: Manifest, device: int) -> None:
         ManifestError: there are none for it.
         RuntimeError: the library or the driver refuses.
     """
-    arch = gpu(device).arch
+    arch, _ = _gpu(device)
     name = manifest.file_for(arch)
     if name is None:
         raise ManifestError(
@@ -92,7 +137,10 @@ def _give_kernels(manifest: Manifest, device: int) -> None:
     about = manifest.files[name]
     numbers, names = [], []
     for kernel, (begin, count, shared) in zip(manifest.kernels, about["places"], strict=True):
-        numbers += [kernel["key"], begin, count, shared, kernel["warps"], kernel["batch"]]
+        if not count:  # such GPUs do not have it
+            continue
+        numbers += [kernel["key"], begin, count, shared]
+        numbers += [kernel["warps"], kernel["batch"], kernel["blocks"]]
         names.append(f"{kernel['name']} {kernel['entry']} {kernel['arguments']}")
     plans = list(chain.from_iterable(manifest.plans[about["arch"]]))
     _add(device, manifest.content(name), numbers, "\n".join(names), plans)

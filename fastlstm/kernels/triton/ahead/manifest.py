@@ -52,6 +52,7 @@ _OF_KERNEL: dict[str, type] = {
     "arguments": str,  # "name:bytes", in order
     "warps": int,
     "batch": int,
+    "blocks": int,
 }
 _OF_FILE: dict[str, type] = {
     "arch": int,

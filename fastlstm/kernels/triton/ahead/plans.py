@@ -1,8 +1,8 @@
 """The plans of a GPU as a table, which C++ looks up: what ``config`` answers, asked beforehand.
 
-A plan depends on H and I by the tiles that hold them, and on the batch by whether all programs of
-a launch are on the GPU together. So each answer is a row with the conditions under which it is
-given, and the first row whose conditions hold is the plan.
+A plan depends on H and I by the tiles that hold them, and on the batch by whether clusters have
+room on the GPU, for dense rows. So each answer is a row with the conditions under which it is
+given, and the first row whose conditions hold is the plan; whether clusters have room C++ knows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["ANY", "KINDS", "REGIMES", "Row", "element_and_precision", "table"]
 
 ANY = 2**31 - 1
 KINDS = ("bf16", "f16", "tf32")  # of numbers: how they are stored and multiplied
-REGIMES = ("registers",)  # that are compiled ahead
-_UNITS = (16, 32, 64, 128)
+REGIMES = ("registers", "cluster")  # that are compiled ahead
+_UNITS = (16, 32, 64, 128, 256, 512)
 _INPUTS = (16, 32, 64)
 _PROCESSORS = 1 << 20  # of a GPU on which everything has room
 
@@ -36,6 +36,7 @@ class Row(NamedTuple):
     batch: int
     inputs: int  # the tile of I, if x goes through w_ih in the loop, else 0
     warps: int
+    blocks: int  # of a cluster, which takes dense rows alone, and so many sequences as have room
 
 
 def element_and_precision(kind: str) -> tuple[int, str]:
@@ -68,4 +69,5 @@ def _row(back: bool, kind: int, inputs: int, plan: Plan) -> Row:
     most = inputs if plan.fused else ANY
     tile: Any = padded(inputs) if plan.fused else 0
     regime = REGIMES.index(plan.regime)
-    return Row(int(back), kind, plan.units, most, regime, plan.units, plan.batch, tile, plan.warps)
+    sizes = plan.units, plan.batch, tile, plan.warps, plan.blocks
+    return Row(int(back), kind, plan.units, most, regime, *sizes)
