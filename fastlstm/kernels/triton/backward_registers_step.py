@@ -145,7 +145,7 @@ def backward_step(
         i, f, g, o = apart(g_now.to(gl.float32), U, N, tile)
     else:
         i, f, g, o = by_gate(bias + stack(g_now, U, N, tile), U, N, tile)
-        i, f, g, o = activated(i, f, g, o, FAST)
+        i, f, g, o = activated(i, f, g, o, dtype, FAST)
     d_i, d_f, d_g, d_o, dc_new = cell_gradient(dh_total, dc_total, i, f, g, o, c, before, FAST)
     if not fills(H, U):  # as in forward
         unit = gl.arange(0, U, gl.SliceLayout(1, tile))

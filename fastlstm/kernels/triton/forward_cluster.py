@@ -104,7 +104,7 @@ def cluster_step(
     f = gl.convert_layout(f, cells, assert_trivial=True)
     g = gl.convert_layout(g, cells, assert_trivial=True)
     o = gl.convert_layout(o, cells, assert_trivial=True)
-    i, f, g, o = activated(i, f, g, o, FAST)
+    i, f, g, o = activated(i, f, g, o, there.dtype, FAST)
     c = f * c + i * g
     out = (o * tanh(c, FAST)).to(there.dtype)
     if not fills(H, UNITS):  # as in forward_registers.py

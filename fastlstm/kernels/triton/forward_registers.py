@@ -127,7 +127,7 @@ def forward_step(
     now = mma_v2(w, here.load(right), ahead, "tf32")
     ahead = input_side(x_next, w_x, start, U, N, FUSED)
     i, f, g, o = by_gate(now, U, N, tile)
-    i, f, g, o = activated(i, f, g, o, FAST)
+    i, f, g, o = activated(i, f, g, o, there.dtype, FAST)
     c_new = f * c + i * g
     h_new = (o * tanh(c_new, FAST)).to(there.dtype)
     if not fills(H, U):  # an infinite x makes NaN of units that only fill the tile: 0 * inf
