@@ -100,7 +100,7 @@ def is_forward(row: Row) -> bool:
 def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
     assert all(row.keys() >= set(KEYS) for row in compiled.rows)
     wanted = (
-        {("lstm_fwd_cluster_kernel", "cluster", 90)}
+        {(f"lstm_{way}_cluster_kernel", "cluster", 90) for way in ("fwd", "bwd")}
         | {
             (f"lstm_weight_{name}_kernel", "weights", arch)
             for name in ("parts", "sums")
@@ -219,6 +219,7 @@ BARS = {
     ("lstm_fwd_registers_kernel", True): {64: 450, 128: 565},
     ("lstm_bwd_registers_kernel", True): {32: 437, 64: 475, 128: 645},
     ("lstm_fwd_cluster_kernel", False): {512: 750},
+    ("lstm_bwd_cluster_kernel", True): {256: 300, 512: 420},
 }
 
 
@@ -226,6 +227,7 @@ BARS = {
 def test_steps_of_the_registers_regime(compiled: Compiled) -> None:
     """One barrier forward and at most two back, no shuffle, and as short as they are known to be.
 
+    So it is with a backward pass over a cluster.
     What keeps the gates for backward has two more stores.
     """
     rows = compiled.where(lambda row: row["regime"] in ("registers", "cluster"))

@@ -200,21 +200,24 @@ def test_clusters_are_on_the_gpu_together(H: int, B: int, blocks: int) -> None:
     plan = forward_plan(problem(H, B=B), HOPPER)
     assert (plan.regime, plan.blocks) == ("cluster", blocks)
     assert str(plan).endswith(f"weights in registers of {blocks} blocks")
-    assert backward_plan(problem(H, B=B), HOPPER).regime == "steps"
+    back = backward_plan(problem(H, B=B), HOPPER)
+    assert (back.regime, back.blocks) == ("cluster", blocks)
     for other in (
         *(problem(H, B=132 * 8), problem(H, B=B, element=4), problem(H, B=B, peephole=True)),
         *(problem(H, H // 2, B=B), problem(H, B=B)._replace(dense=False), problem(1024, B=8)),
     ):
         assert forward_plan(other, HOPPER).regime == "steps", str(other)
+        assert backward_plan(other, HOPPER).regime == "steps", str(other)
 
 
 def test_a_forced_cluster() -> None:
-    """It is a regime of the forward pass: the backward pass is that of steps."""
+    """Both passes alike: forward keeps the gates in the order in which backward reads them."""
     with override(regime="cluster"):
         assert forward_plan(problem(256), HOPPER).regime == "cluster"
-        assert backward_plan(problem(256), HOPPER).regime == "steps"
-        with pytest.raises(ValueError, match="the cluster regime has no room for"):
-            forward_plan(problem(1024, B=4096), HOPPER)
+        assert backward_plan(problem(256), HOPPER).regime == "cluster"
+        for plan_of in (forward_plan, backward_plan):
+            with pytest.raises(ValueError, match="the cluster regime has no room for"):
+                plan_of(problem(1024, B=4096), HOPPER)
 
 
 def test_what_a_triton_without_gluon_misses() -> None:

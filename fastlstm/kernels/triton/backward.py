@@ -55,6 +55,11 @@ def launch_lstm_bwd(
 
         launch_lstm_bwd_registers(call, plan, then, saved, incoming, gradients)
         return
+    if plan.regime == "cluster":
+        from .backward_cluster import launch_lstm_bwd_cluster
+
+        launch_lstm_bwd_cluster(call, plan, then, saved, incoming, gradients)
+        return
     gates = None if plan.regime == "sequence" else saved.gates
     before = _before(call, then, saved.y, gates is None, gradients.weights is not None)
     assert saved.c_all is not None

@@ -1,24 +1,18 @@
 """Backward: a whole sequence in one program, the mirror of ``forward_registers.py``."""
 
-import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from fastlstm.kernels.products import gates_again, input_gradient, product
 from fastlstm.spec import Gradients, Incoming, Saved, Weights
 
+from .backward_by_unit import GatesByUnit, incoming_arguments
 from .backward_registers_step import backward_step
-from .call import Call, row_arguments, strides_of, weight_arguments
+from .call import Call, row_arguments, weight_arguments
 from .gluon import gl, gluon
 from .launch import is_fast, launch
 from .plan import Plan
 from .register_tiles import (
     at_step,
     beside,
-    by_gate_again,
-    by_unit,
     elements,
     first_row,
     flags,
@@ -28,7 +22,6 @@ from .register_tiles import (
     state_layout,
     turned,
 )
-from .weight_gradients import launch_weight_gradients, takes
 
 
 @gluon.jit(
@@ -239,73 +232,23 @@ def launch_lstm_bwd_registers(
     incoming: Incoming,
     gradients: Gradients,
 ) -> None:
-    """Write the gradients of one layer; `then`: the weights of the forward pass.
-
-    The gradients of the gates lie by unit, as the gates do. So do the weights that they are
-    multiplied with, which are few, and what comes out is brought back to the order of gates.
-    """
-    spec, rows, weights = call.spec, call.rows, call.weights
-    x, y = call.x_rows(), saved.y.view(rows.count, -1)
-    apart = gradients.weights is not None and not takes(call)  # a product for each of them
-    if rows.padded and apart:
-        # Whatever x holds there must not meet the zeros of dgates.
-        x = torch.where(rows.real(), x, 0)
-    h: list[Tensor] = []
-    if saved.gates is None or apart:
-        h = rows.states_before(y, call.state.h, spec.directions)
-    gates = saved.gates
-    if gates is None:
-        gates = gates_again(x, [_by_unit(each) for each in then], h)
-    empty = torch.zeros if rows.padded else torch.empty
-    size = spec.directions, rows.count, 4 * spec.hidden_size
-    dgates = empty(size, dtype=x.dtype, device=x.device)
-    dy_t, dy_b = strides_of(incoming.dy)
-    # In units of what divides both strides, as the compiler cannot know.
-    dy_unit = math.gcd(dy_t, dy_b, 16)
-    dc_t, dc_b = strides_of(incoming.dc_all)
+    """Write the gradients of one layer; `then`: the weights of the forward pass."""
+    by_unit = GatesByUnit.of(call, then, saved, gradients)
     launch(
         lstm_bwd_registers_kernel,
-        (-(-rows.B // plan.batch), spec.directions),
+        (-(-call.rows.B // plan.batch), call.spec.directions),
         plan,
-        gates=gates,
-        **weight_arguments(weights, "w_hh"),
+        gates=by_unit.gates,
+        **weight_arguments(call.weights, "w_hh"),
         **weight_arguments(then, "b_ih", "b_hh"),
         c0=call.state.c,
         c_all=saved.c_all,
         **row_arguments(call, plan),
-        dy=incoming.dy,
-        dc_all=incoming.dc_all,
-        dh_n=incoming.dh_n,
-        dc_n=incoming.dc_n,
-        dgates=dgates,
+        **incoming_arguments(incoming),
+        dgates=by_unit.dgates,
         dh0=gradients.dh0,
         dc0=gradients.dc0,
-        dy_t=dy_t // dy_unit,
-        dy_b=dy_b // dy_unit,
-        dc_t=dc_t,
-        dc_b=dc_b,
-        DY_UNIT=dy_unit,
         KEPT=saved.gates is not None,
-        FAST=is_fast(x),
+        FAST=is_fast(call.x),
     )
-    if gradients.dx is not None:
-        input_gradient(gradients.dx.view(x.shape), dgates, [_by_unit(each) for each in weights])
-    if gradients.weights is not None and not apart:
-        launch_weight_gradients(call, y, dgates, gradients.weights)
-        return
-    for d, target in enumerate(gradients.weights or ()):
-        _set(target.w_ih, product(dgates[d].T, x))
-        _set(target.w_hh, product(dgates[d].T, h[d]))
-        if target.b_ih is not None:
-            _set(target.b_ih, torch.sum(dgates[d], 0))  # adds up in float32
-
-
-def _by_unit(weights: Weights) -> Weights:
-    """Return the weights whose rows belong to gates by unit; the biases are left as they are."""
-    return weights._replace(w_ih=by_unit(weights.w_ih), w_hh=by_unit(weights.w_hh))
-
-
-def _set(target: Tensor, by_unit: Tensor) -> None:
-    """Write the gradient of a weight from that of its rows by unit."""
-    by_gate = by_gate_again(by_unit)
-    target.view(by_gate.shape).copy_(by_gate)
+    by_unit.finish(gradients)

@@ -6,7 +6,7 @@ Five regimes:
   plain cell in its registers. Wherever it fits, and Triton has Gluon.
 - ``sequence``: the same with W_hh in shared memory. Wherever it fits.
 - ``cluster``: the units are spread over a cluster of a Hopper GPU, whose blocks send each other
-  h; forward, for dense rows. Wherever the clusters have room on the GPU in a few turns.
+  h and its gradients; for dense rows. Wherever the clusters have room on the GPU in a few turns.
 - ``persistent``: the units are spread over programs that are on the GPU together and exchange
   every step through L2; one launch for all steps.
 - ``steps``: the same kernel, one launch for every step.
@@ -25,6 +25,7 @@ from typing import Any
 
 from .plan import Device, Plan, Problem, padded
 from .register_plans import (
+    backward_cluster,
     backward_registers,
     forward_cluster,
     forward_registers,
@@ -107,7 +108,7 @@ def backward_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    makers = backward_registers, backward_sequence, _after_cluster, backward_spread
+    makers = backward_registers, backward_sequence, backward_cluster, backward_spread
     return _plan(makers, problem, device)
 
 
@@ -143,14 +144,6 @@ def _choose(makers: Any, problem: Problem, device: Device, regime: str | None) -
                 f"the {name} regime has no room for {problem} in {device.shared_bytes:,} bytes"
             )
     return spread(problem, device, regime)
-
-
-def _after_cluster(problem: Problem, device: Device) -> Plan:
-    """Return the plan of the backward pass where forward is computed by a cluster.
-
-    There is none over a cluster: each step is a launch.
-    """
-    return backward_spread(problem, device, None)
 
 
 def _none(problem: Problem, device: Device) -> None:

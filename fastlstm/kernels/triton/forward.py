@@ -17,7 +17,7 @@ def launch_lstm_fwd(call: Call, outputs: Outputs) -> None:
     """Write the outputs of one layer of an LSTM.
 
     The sequence regime writes no gates: ``keeps_gates`` of the backend says where they are kept.
-    The registers regime keeps them by unit, ``[D, rows, H, 4]``, the steps regime by gate.
+    Registers and clusters keep them by unit, ``[D, rows, H, 4]``, the steps regime by gate.
     """
     plan = forward_plan(call.problem, call.device)
     if call.rows.padded:

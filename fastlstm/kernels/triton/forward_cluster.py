@@ -19,7 +19,7 @@ from .forward_registers import products_by_unit
 from .gluon import async_store, cluster, gl, gluon, mbarrier, mma_v2
 from .launch import is_fast, launch
 from .plan import Plan
-from .register_tiles import activated, fills, given, only, tanh
+from .register_tiles import activated, beside, fills, given, only, tanh
 
 
 @gluon.jit
@@ -120,19 +120,15 @@ def cluster_step(
 
 @gluon.jit
 def keep(
-    y_at, c_at, g_at, y_n, i, f, g, o, c, real, c_all, gates, H: gl.constexpr
+    y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H: gl.constexpr
 ):  # fmt: skip
     """Store y, and where they are wanted c and the gates."""
     gl.store(y_at, y_n, real)
     if c_all is not None:
         gl.store(c_at, c, real & given(c_all, H))
     if gates is not None:
-        dtype: gl.constexpr = gates.dtype.element_ty
-        wanted = real & given(gates, H)
-        gl.store(g_at, i.to(dtype), wanted)
-        gl.store(g_at + H, f.to(dtype), wanted)
-        gl.store(g_at + 2 * H, g.to(dtype), wanted)
-        gl.store(g_at + 3 * H, o.to(dtype), wanted)
+        together = beside(i, f, g, o, real.shape[0], real.shape[1])
+        gl.store(g_at, together.to(gates.dtype.element_ty), real4 & given(gates, H))
 
 
 @gluon.jit(
@@ -153,7 +149,7 @@ def lstm_fwd_cluster_kernel(
     h_n,  # [D, B, H]
     c_n,  # [D, B, H]
     c_all,  # float32 [rows, D*H] or None
-    gates,  # [D, rows, 4H] or None: after activation
+    gates,  # [D, rows, H, 4] or None: after activation
     rows,
     T,
     B,
@@ -214,6 +210,8 @@ def lstm_fwd_cluster_kernel(
     c = gl.zeros([UNITS, N], gl.float32, cells)
     if c0 is not None:
         c = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
+    cells4: gl.constexpr = beside(c, c, c, c, UNITS, N).type.layout
+    real4 = gl.convert_layout(real, gl.SliceLayout(2, cells4), assert_trivial=True)[:, :, None]
     y_at = y + (n[None, :] * (D * H) + direction * H + unit[:, None])
     y_step, g_step = B.to(gl.int64) * (D * H * forth), B.to(gl.int64) * (4 * H * forth)
     last = (T - 1) * direction
@@ -224,7 +222,10 @@ def lstm_fwd_cluster_kernel(
         c_at = c_all + (n[None, :] * (D * H) + direction * H + unit[:, None])
         c_at += last.to(gl.int64) * y_step * forth
     if gates is not None:
-        g_at = gates + ((direction * rows.to(gl.int64) + n)[None, :] * (4 * H) + unit[:, None])
+        g_at = gates + (((corner + n)[None, :] * H + unit[:, None]) * 4)
+        g_at = gl.convert_layout(g_at, gl.SliceLayout(2, cells4), assert_trivial=True)[:, :, None]
+        gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells4)))
+        g_at += gate[None, None, :]
         g_at += last.to(gl.int64) * g_step * forth
 
     buffers = gl.allocate_shared_memory(dtype, [2, C, UNITS, N], copies)
@@ -255,7 +256,7 @@ def lstm_fwd_cluster_kernel(
             odd, buffers.index(0), arrived.index(0), w0, w1, w2, w3, zero, c, x_now + bias,
             H, UNITS, N, C, right, pairs, cells, send, FAST,
         )  # fmt: skip
-        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, c_all, gates, H)
+        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H)
         x_now = x_next
         y_at += y_step
         c_at += y_step
@@ -270,7 +271,7 @@ def lstm_fwd_cluster_kernel(
             even, buffers.index(1), arrived.index(1), w0, w1, w2, w3, zero, c, x_now + bias,
             H, UNITS, N, C, right, pairs, cells, send, FAST,
         )  # fmt: skip
-        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, c_all, gates, H)
+        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H)
         y_at += y_step
         c_at += y_step
         g_at += g_step
@@ -282,7 +283,7 @@ def lstm_fwd_cluster_kernel(
             odd, buffers.index(0), arrived.index(0), w0, w1, w2, w3, zero, c, x_next + bias,
             H, UNITS, N, C, right, pairs, cells, send, FAST,
         )  # fmt: skip
-        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, c_all, gates, H)
+        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H)
         y_at += y_step
         c_at += y_step
         g_at += g_step
@@ -294,7 +295,7 @@ def lstm_fwd_cluster_kernel(
 
 
 def launch_lstm_fwd_cluster(call: Call, plan: Plan, outputs: Outputs) -> None:
-    """Write the outputs of one layer of dense rows; gates as the steps regime keeps them."""
+    """Write the outputs of one layer of dense rows."""
     arguments = row_arguments(call, plan)
     for name in ("offsets", "lengths", "reset", "U"):
         del arguments[name]

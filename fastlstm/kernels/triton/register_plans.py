@@ -11,7 +11,10 @@ from __future__ import annotations
 from .plan import Device, Plan, Problem, padded
 from .sequence_plans import widest
 
-__all__ = ["backward_registers", "fits_registers", "forward_cluster", "forward_registers"]
+__all__ = [
+    *("backward_cluster", "backward_registers", "forward_cluster", "forward_registers"),
+    "fits_registers",
+]
 
 _SEQUENCES = 8
 _WIDEST_FLOAT32 = 64  # some registers spill; in shared memory a step takes five times as long
@@ -22,6 +25,7 @@ _WIDEST_CLUSTER = 512
 _UNITS_OF_A_BLOCK = 32
 _MOST_WAVES = 4  # of clusters, one after the other: still better than a launch for each step
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
+_IN_CLUSTER = "W_hh fits the registers of a cluster"
 
 
 def fits_registers(problem: Problem, device: Device) -> bool:
@@ -59,6 +63,18 @@ def forward_cluster(problem: Problem, device: Device) -> Plan | None:
     A block has 32 units, whose weights its 8 warps can hold: fewer would send more than they
     compute. 16 blocks are more than every GPU of the kind must have: the driver says.
     """
+    return _cluster(problem, device, f"{_IN_CLUSTER}, its input products are made before")
+
+
+def backward_cluster(problem: Problem, device: Device) -> Plan | None:
+    """Return the plan of the backward pass over a cluster: there is one wherever forward has one.
+
+    It reads the gates as that keeps them.
+    """
+    return _cluster(problem, device, _IN_CLUSTER)
+
+
+def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
     spec, units = problem.spec, padded(problem.spec.hidden_size)
     plain = problem.cell == "plain" and not spec.proj_size and problem.dense
     known = device.clusters and device.arch == 90
@@ -66,7 +82,6 @@ def forward_cluster(problem: Problem, device: Device) -> Plan | None:
         return None
     blocks = units // _UNITS_OF_A_BLOCK
     clusters = -(-problem.B // _SEQUENCES) * spec.directions
-    reason = "W_hh fits the registers of a cluster, its input products are made before"
     plan = Plan("cluster", units, _SEQUENCES, units, True, False, 8, 1, reason, blocks)
     return plan if clusters <= _MOST_WAVES * device.at_once(blocks) else None
 

@@ -1,0 +1,189 @@
+"""One step of the backward pass over a cluster, and where its numbers lie.
+
+Rows of the tile of products are ``[unit / 256, unit / 2 % 2, unit / 32 % 8, unit % 2,
+unit / 4 % 8]`` of each block: what a thread has of a column are four units that follow each other,
+so that a store has 16 bytes, and what a warp has of a tile goes to one block.
+"""
+
+import math
+
+from .gluon import async_store, gl, gluon, mbarrier, mma_v2
+from .register_tiles import activated, apart, beside, fills, given, only, tanh
+
+
+@gluon.constexpr_function
+def layout_of(what, UNITS, N, C):
+    """Return where numbers lie in a cluster of C blocks; `what` is a name in the kernel."""
+    U = UNITS // C
+    block_bits, unit_bits = range(int(math.log2(C))), range(int(math.log2(U)))
+    n_bits = range(int(math.log2(N)))
+    rows = [[1 << b, 0] for b in block_bits]
+    units = [[1 << b, 0] for b in unit_bits]
+    columns = [[0, 1 << b] for b in n_bits]
+    blocks = [[U << b, 0] for b in block_bits]
+    found = {
+        "tile": gl.NVMMADistributedLayout([2, 0], [N, 1], [16, 8], cga_layout=rows),
+        "tall": gl.BlockedLayout([8, 1], [32, 1], [1, N], [0, 1], cga_layout=rows),
+        # A warp has a sequence, a thread one of its cells.
+        "cells": gl.DistributedLinearLayout([], units, columns, blocks, [UNITS, N]),
+        "parts": gl.DistributedLinearLayout(
+            [[1 << b, 0, 0] for b in block_bits],
+            *([[0, *base] for base in bases] for bases in (units, columns, blocks)),
+            [C, UNITS, N],
+        ),
+        # Columns begin in the same bank, so where 16 bytes lie in one differs from each to the
+        # next: see state_layout.
+        "own": gl.SwizzledSharedLayout(8, 1, 8, [0, 1], cga_layout=rows),
+        "here": gl.SwizzledSharedLayout(8, 1, 8, [0, 1], cga_layout=[[0, 0] for _ in block_bits]),
+        "sums": gl.SwizzledSharedLayout(
+            4, 1, 8, [1, 2, 0], cga_layout=[[0, 1 << b, 0] for b in block_bits]
+        ),
+    }
+    return found[what]
+
+
+@gluon.jit
+def own_weights(
+    w,  # [4H, H]
+    FIRST: gl.constexpr,
+    H: gl.constexpr,
+    UNITS: gl.constexpr,
+    N: gl.constexpr,
+    C: gl.constexpr,
+):
+    """Load what all units have of a block's gates, by unit, from FIRST on, half of them.
+
+    The operand ``[C * UNITS, 2 U]`` of the products.
+    """
+    U: gl.constexpr = UNITS // C
+    tall: gl.constexpr = layout_of("tall", UNITS, N, C)
+    left: gl.constexpr = gl.DotOperandLayout(0, layout_of("tile", UNITS, N, C), 2)
+    row = gl.arange(0, C * UNITS, gl.SliceLayout(1, tall))
+    k = FIRST + gl.arange(0, 2 * U, gl.SliceLayout(0, tall))
+    unit = row % UNITS
+    own = (row // UNITS * U)[:, None] + (k // 4)[None, :]
+    at = w + ((k % 4 * H)[None, :] + own) * H + unit[:, None]
+    if fills(H, UNITS):
+        found = gl.load(at)
+    else:
+        found = gl.load(at, (unit < H)[:, None] & (own < H), 0)
+    ordered = gl.permute(
+        gl.reshape(found, [C, UNITS // 256, 8, 8, 2, 2, 2 * U]), [0, 1, 4, 2, 5, 3, 6]
+    )
+    return gl.convert_layout(gl.reshape(ordered, [C * UNITS, 2 * U]), left)
+
+
+@gluon.jit
+def factors(g_now, bias, c, c_before, UNITS: gl.constexpr, N: gl.constexpr,
+            KEPT: gl.constexpr, FAST: gl.constexpr):  # fmt: skip
+    """Return what the gradients of h and c are multiplied with, all ``[UNITS, N]``.
+
+    The gradient of c by that of h; those of i, f, g before activation and of c_before by that of
+    c, and that of o by that of h.
+    """
+    cells: gl.constexpr = c.type.layout
+    i, f, g, o = apart(g_now.to(gl.float32) + bias, UNITS, N, cells)
+    if not KEPT:
+        i, f, g, o = activated(i, f, g, o, FAST)
+    tanh_c = tanh(c, FAST)
+    by_c = o * (1.0 - tanh_c * tanh_c)
+    by_i, by_f = g * i * (1.0 - i), c_before * f * (1.0 - f)
+    by_g, by_o = i * (1.0 - g * g), tanh_c * o * (1.0 - o)
+    return by_c, by_i, by_f, by_g, by_o, f
+
+
+@gluon.jit
+def cluster_step_back(
+    to,  # buffer [4 UNITS, N], the gradients of each block's own gates by unit, written
+    there,  # buffers [C, UNITS, N]: what each block adds to dh, written in others and read
+    arrived,  # the barrier that counts the bytes of them
+    arrives_next,  # that of the next step
+    phase,  # of that barrier
+    w_low,  # [C UNITS, 2 U]
+    w_high,
+    bias,  # [UNITS, 1, 4], without KEPT
+    dh,  # [UNITS, N]: the gradients that come from the steps after
+    dc,
+    now,  # factors of this step
+    dy_now,  # [UNITS, N], with dy
+    dca_now,  # [UNITS, N], with dc_all
+    c,  # [UNITS, N], of the next step
+    c_before,
+    c_start,  # [UNITS, N], with c0
+    g_next,  # [UNITS, N, 4], of the next step
+    dy_next,
+    dca_next,
+    real,  # [UNITS, N]
+    real4,  # [UNITS, N, 4]
+    at,  # [UNITS, N]: offsets within the tile
+    at4,  # [UNITS, N, 4]: the same
+    dy_off,  # [UNITS, N], with dy
+    dca_off,  # [UNITS, N], with dc_all
+    c_at,  # pointer to c three steps on
+    g_at,  # pointer to the gates two steps on
+    d_at,  # pointer to the gradients of the gates of this step
+    dy_at,  # pointer to dy two steps on, or to anything
+    dca_at,  # pointer to dc_all two steps on, or to anything
+    left,  # how many steps follow
+    c0,
+    dy,
+    dc_all,
+    H: gl.constexpr,
+    UNITS: gl.constexpr,
+    N: gl.constexpr,
+    C: gl.constexpr,
+    KEPT: gl.constexpr,
+    FAST: gl.constexpr,
+):
+    """Take one step back; return what the next one begins with.
+
+    What does not depend on the other blocks is computed while their parts travel.
+    """
+    cells: gl.constexpr = dc.type.layout
+    tile: gl.constexpr = layout_of("tile", UNITS, N, C)
+    right: gl.constexpr = gl.DotOperandLayout(1, tile, 2)
+    U: gl.constexpr = UNITS // C
+    # What the steps that follow will read is asked for now.
+    g_later = gl.load(g_at + at4, real4 & (left > 1), 0)
+    c_later = gl.load(c_at + at, real & (left > 2), 0)
+    dy_later, dca_later = dy_next, dca_next
+    if dy is not None:
+        dy_later = gl.load(dy_at + dy_off, real & given(dy, H) & (left > 1), 0)
+        dh += dy_now.to(gl.float32)
+    if dc_all is not None:
+        dca_later = gl.load(dca_at + dca_off, real & given(dc_all, H) & (left > 1), 0)
+        dc += dca_now.to(gl.float32)
+    by_c, by_i, by_f, by_g, by_o, f = now
+    dc += dh * by_c
+    d_i, d_f, d_g, d_o = dc * by_i, dc * by_f, dc * by_g, dh * by_o
+    dc = dc * f
+    if not fills(H, UNITS):  # as in forward
+        unit = gl.arange(0, UNITS, gl.SliceLayout(1, cells))
+        inside = (unit < H)[:, None]
+        d_i, d_f, d_g, d_o = (
+            only(inside, d_i),
+            only(inside, d_f),
+            only(inside, d_g),
+            only(inside, d_o),
+        )
+    d_gates = beside(d_i, d_f, d_g, d_o, UNITS, N).to(to.dtype)
+    to.store(gl.reshape(gl.permute(d_gates, [0, 2, 1]), [4 * UNITS, N]))
+    mbarrier.expect(arrives_next, UNITS * N * 4, left > 0)  # at a barrier of all warps anyway
+    here = to.reinterpret(to.dtype, [4 * U, N], layout_of("here", UNITS, N, C))
+    zero = gl.zeros([C * UNITS, N], gl.float32, tile)
+    part = mma_v2(w_low, here.slice(0, 2 * U).load(right), zero)
+    if UNITS > 256:  # there are chains enough
+        part = mma_v2(w_high, here.slice(2 * U, 2 * U).load(right), part)
+    else:
+        part += mma_v2(w_high, here.slice(2 * U, 2 * U).load(right), zero)
+    parts = gl.permute(gl.reshape(part, [C, UNITS // 256, 2, 8, 2, 8, N]), [0, 1, 3, 5, 2, 4, 6])
+    async_store(there, gl.reshape(parts, [C, UNITS, N]), arrived)
+    gl.store(d_at + at4, d_gates, real4)
+    before = c_before
+    if c0 is not None:
+        before = gl.where(left > 1, c_before, c_start)
+    now = factors(g_next, bias, c, before, UNITS, N, KEPT, FAST)
+    mbarrier.wait(arrived, phase)
+    dh = gl.sum(there.load(layout_of("parts", UNITS, N, C)), 0)
+    dh = gl.convert_layout(dh, cells, assert_trivial=True)
+    return dh, dc, now, dy_next, dca_next, c_before, c_later, g_later, dy_later, dca_later
