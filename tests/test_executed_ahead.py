@@ -106,12 +106,14 @@ def test_error_is_that_of_pytorch(
 def test_blocks_of_a_cluster(
     workers: Workers, library: Path, run: AheadRun, record_property: Record
 ) -> None:
-    """The backward pass is compiled when it is called: each of its steps is a launch."""
     verdict: Verdict = workers(90).run(judged, run._replace(library=library), timeout=TIMEOUT)
     record_property(f"executed in {run.precision}", verdict.ratio)
     assert not verdict.complaints, "\n".join([str(run), *verdict.complaints])
     assert not verdict.races, f"{run}: {sorted(verdict.races)}"
-    assert any(name.startswith("lstm_fwd_cluster-") for name in verdict.kernels)
+    begins = {name.split("-")[0] for name in verdict.kernels}
+    assert begins == {
+        *("lstm_fwd_cluster", "lstm_bwd_cluster", "lstm_bwd_parts", "lstm_bwd_sums"),
+    }
 
 
 def test_what_is_broken_is_seen(workers: Workers, library: Path) -> None:
@@ -152,7 +154,7 @@ def test_clusters_go_where_they_have_room(library: Path) -> None:
     assert {name: found["launch"][name] for name in wanted} == wanted
     assert "no kernel for this call was compiled ahead" in found["many"]  # 32 are more than 4 * 7
     assert "cluster: 2048 x 8 tiles" in found["described"]
-    assert "forward of dense rows compiled ahead" in found["described"]
+    assert "forward and backward of dense rows compiled ahead" in found["described"]
     assert found["room"] == (0, 0, 0, 14, 7)
     assert found["no room"] == (0, 0, 0, 0, 0)
     assert found["wrong"] == (0, 0, 0, 14, 0)  # the driver refuses a size that is not the kernel's

@@ -3,7 +3,7 @@
 namespace fastlstm::ahead {
 namespace {
 
-// A backward pass, as fastlstm/kernels/triton/backward_registers.py.
+// A backward pass, as fastlstm/kernels/triton/backward_by_unit.py.
 struct Backward {
   Place place;
   i64 I, H, D;
@@ -79,7 +79,7 @@ void lstm_bwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   Array x(x_), given_h0(h0_), given_c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_),
       c_all(c_all_), kept(gates_), dy(dy_), given_dh_n(dh_n_), given_dc_n(dc_n_), dc_all(dc_all_), dx(dx_), dh0(dh0_),
       dc0(dc0_), cache(cache_), h_mask(h_mask_), seed(seed_);
-  const bool dense_rows = !batch_sizes && !lengths && !reset && !dc_all;
+  const bool dense_rows = !batch_sizes && !lengths && !reset;
   const Question asked(x, flat.data(), flat.size(), directions, true, dense_rows, more);
   if (!asked.row)
     return instead("fastlstm::lstm_bwd_triton_jit", given(x), given(flat), directions, given_or_none(given_h0),

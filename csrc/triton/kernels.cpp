@@ -212,6 +212,8 @@ Kernel* Device::find(const Wish& wish) const {
 Kernel* Device::parts_of_weights(const Row& row, bool even) const {
   Row parts = row;
   parts.regime = kParts;
+  parts.units = states_of_parts(row.units);
+  parts.blocks = 1;
   parts.batch = rows_of_parts(Kind(row.kind));
   const auto found = by_number_.find(number(parts, kInputsOfParts, RowsKind::dense, true, even));
   return found == by_number_.end() ? nullptr : found->second;
@@ -220,6 +222,7 @@ Kernel* Device::parts_of_weights(const Row& row, bool even) const {
 Kernel* Device::sums_of_weights(const Row& row) const {
   Row sums = row;
   sums.regime = kSums;
+  sums.blocks = 1;
   sums.units = 16;
   sums.batch = kPartsOfSums;
   const auto found = by_number_.find(number(sums, 0, RowsKind::dense, true, false));

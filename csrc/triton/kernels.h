@@ -59,6 +59,7 @@ struct Layer {
 constexpr i64 kInputsOfParts = 64;    // columns of a tile of inputs
 constexpr i64 kElementsOfSums = 128;  // of a program of the second kernel
 inline i64 gates_of_parts(i64 units) { return units <= 64 ? 64 : 128; }
+inline i64 states_of_parts(i64 units) { return units <= 128 ? units : 128; }  // columns of a tile of states
 inline i64 rows_of_parts(Kind kind) { return kind == Kind::tf32 ? 32 : 64; }
 
 // What a call wants of a kernel. One that has more will do, except that kept gates differ from those that are not.

@@ -46,7 +46,7 @@ void launch_weight_gradients(const Question& asked, const Rows& rows, const Arra
   FASTLSTM_CHECK(parts && sums, "fastlstm: no kernel for the gradients of weights was compiled ahead");
   // As many parts as there is room for on the GPU at a time, each of whole turns of the loop.
   const i64 high = tiles_of(4 * H, gates_of_parts(asked.row->units));
-  const i64 wide = tiles_of(I, kInputsOfParts) + tiles_of(H, asked.row->units);
+  const i64 wide = tiles_of(I, kInputsOfParts) + tiles_of(H, states_of_parts(asked.row->units));
   const i64 turns = tiles_of(rows.count, parts->batch), room = device.processors() / (high * wide * D);
   const i64 splits = tiles_of(turns, tiles_of(turns, std::max<i64>(1, room)));
   const Array found = place.empty({splits, D, 4 * H * (I + H + 1)}, aoti_torch_dtype_float32());

@@ -21,6 +21,7 @@ _KERNELS = {
     (False, "registers"): ("forward_registers", "lstm_fwd_registers_kernel"),
     (True, "registers"): ("backward_registers", "lstm_bwd_registers_kernel"),
     (False, "cluster"): ("forward_cluster", "lstm_fwd_cluster_kernel"),
+    (True, "cluster"): ("backward_cluster", "lstm_bwd_cluster_kernel"),
     (True, "parts"): ("weight_gradients", "lstm_weight_parts_kernel"),
     (True, "sums"): ("weight_gradients", "lstm_weight_sums_kernel"),
 }
@@ -129,19 +130,21 @@ def _constants(key: Key) -> dict[str, Any]:
     found |= {"N": key.batch, "FAST": key.kind == "bf16"}
     if key.regime == "cluster":
         found |= {"UNITS": key.units, "C": key.blocks}
-        return found if key.keeps else found | dict.fromkeys(("c_all", "gates"))
-    found["U"] = key.units
+    else:
+        found["U"] = key.units
     if key.back:
         found |= {"KEPT": key.keeps, "DY_UNIT": 1}
         if key.keeps:
             found |= dict.fromkeys(("b_ih", "b_hh", "b_ih_reverse", "b_hh_reverse"))
         return found
+    if not key.keeps:
+        found |= dict.fromkeys(("c_all", "gates"))
+    if key.regime == "cluster":
+        return found
     # Biases as weights of two inputs more need room in the tile, and I is not known.
     found |= {"I_TILE": key.inputs or 16, "FUSED": key.inputs > 0, "ONES": False, "X_UNIT": 1}
     if not key.inputs:
         found |= dict.fromkeys(("w_ih", "w_ih_reverse"))
-    if not key.keeps:
-        found |= dict.fromkeys(("c_all", "gates"))
     return found
 
 

@@ -100,21 +100,31 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
 
 
 def _of_cluster(key: Key) -> Iterator[Key]:
-    """Yield the kernels of a cluster, which take dense rows alone."""
+    """Yield the kernels of a cluster, which take dense rows alone.
+
+    Of those that go back "padded" ones have no more than gradients of c.
+    """
     key = key._replace(rows="dense")
-    if not key.back:
+    if key.back:
+        yield key._replace(even=True)
+        key = key._replace(rows="padded")
+        yield key._replace(keeps=False)
+    else:
         yield key._replace(keeps=False, even=True)
     yield from (key._replace(even=True), key)
 
 
 def _of_weights(row: Row) -> Iterator[Key]:
     """Yield the kernels for the gradients of weights that follow the backward pass of a row."""
-    if not row.back or row.blocks > 1:
+    if not row.back:
         return
     kind = KINDS[row.kind]
     cut = tiles(_INPUTS_OF_PARTS, row.units, element_and_precision(kind)[0])
     batch, warps = cut.plan.batch, cut.plan.warps
-    parts = Key(True, "parts", kind, row.units, batch, cut.x, warps, "dense", True, True)
+    # More units take more tiles of states.
+    parts = Key(
+        True, "parts", kind, min(row.units, cut.h), batch, cut.x, warps, "dense", True, True
+    )
     yield from (parts, parts._replace(even=False))
     yield Key(True, "sums", kind, 16, PARTS, 0, 4, "dense", True, False)
 
