@@ -13,6 +13,7 @@ from .plan import Plan
 from .register_tiles import (
     at_step,
     beside,
+    cell_layout,
     elements,
     first_row,
     flags,
@@ -88,14 +89,15 @@ def lstm_bwd_registers_kernel(
         if b_ih is not None:
             bias += load_bias(b_ih, b_hh, H, U, tile)[:, None]
 
-    zero = gl.zeros([U, N], gl.float32, tile)
-    unit = gl.arange(0, U, gl.SliceLayout(1, tile))
-    n = first + gl.arange(0, N, gl.SliceLayout(0, tile))
+    cells: gl.constexpr = cell_layout(U)
+    zero = gl.zeros([U, N], gl.float32, cells)
+    unit = gl.arange(0, U, gl.SliceLayout(1, cells))
+    n = first + gl.arange(0, N, gl.SliceLayout(0, cells))
     real = (n < B)[None, :] & (unit < H)[:, None]
-    cells: gl.constexpr = beside(zero, zero, zero, zero, U, N).type.layout
-    n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
-    unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, cells)))
-    gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells)))
+    fours: gl.constexpr = beside(zero, zero, zero, zero, U, N).type.layout
+    n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, fours)))
+    unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, fours)))
+    gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, fours)))
     real4 = ((n4 < B)[None, :] & (unit4 < H)[:, None])[:, :, None]
     state_at = (direction * B + n)[None, :] * H + unit[:, None]
     dh, dc, c_start = zero, zero, 0.0
@@ -107,8 +109,8 @@ def lstm_bwd_registers_kernel(
         c_start = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
 
     # Offsets within the tile, where it lies at step 0, and how far it is to the next step.
-    own = gl.arange(0, N, gl.SliceLayout(0, tile))
-    own4 = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
+    own = gl.arange(0, N, gl.SliceLayout(0, cells))
+    own4 = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, fours)))
     at = own[None, :] * (D * H) + unit[:, None]
     at4 = ((own4[None, :] * H + unit4[:, None]) * 4)[:, :, None] + gate[None, None, :]
     corner4 = (direction * rows.to(gl.int64) + first) * (4 * H)

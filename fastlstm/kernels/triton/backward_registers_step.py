@@ -11,6 +11,7 @@ from .register_tiles import (
     at_step,
     beside,
     by_gate,
+    by_unit_of,
     elements,
     fills,
     first_row,
@@ -96,7 +97,8 @@ def backward_step(
     FAST: gl.constexpr,
 ):
     """Take one step back; return what the next one begins with."""
-    tile: gl.constexpr = dc.type.layout
+    cells: gl.constexpr = dc.type.layout
+    tile: gl.constexpr = w_i.type.layout.parent
     right: gl.constexpr = gl.DotOperandLayout(1, tile, w_i.type.layout.k_width)
     dtype: gl.constexpr = to_i.dtype
     # What the steps that follow will read is asked for now.
@@ -142,13 +144,13 @@ def backward_step(
         reset_next = flags(reset, s + 1, steps, t + forth, n, length, lengths, B, H)
 
     if KEPT:
-        i, f, g, o = apart(g_now.to(gl.float32), U, N, tile)
+        i, f, g, o = apart(g_now.to(gl.float32), U, N)
     else:
-        i, f, g, o = by_gate(bias + stack(g_now, U, N, tile), U, N, tile)
+        i, f, g, o = by_gate(bias + stack(g_now, U, N, tile), U, N)
         i, f, g, o = activated(i, f, g, o, dtype, FAST)
     d_i, d_f, d_g, d_o, dc_new = cell_gradient(dh_total, dc_total, i, f, g, o, c, before, FAST)
     if not fills(H, U):  # as in forward
-        unit = gl.arange(0, U, gl.SliceLayout(1, tile))
+        unit = gl.arange(0, U, gl.SliceLayout(1, cells))
         inside = (unit < H)[:, None]
         d_i, d_f, d_g, d_o = (
             only(inside, d_i),
@@ -168,7 +170,7 @@ def backward_step(
     dh_f = mma_v2(w_f, to_f.load(right), zero, "tf32")
     dh_g = mma_v2(w_g, to_g.load(right), zero, "tf32")
     dh_o = mma_v2(w_o, to_o.load(right), zero, "tf32")
-    dh_new = (dh_i + dh_f) + (dh_g + dh_o)
+    dh_new = by_unit_of((dh_i + dh_f) + (dh_g + dh_o), U, N)
     if reset is not None:
         dh_new = only((reset_now == 0)[None, :], dh_new)
         dc_new = only((reset_now == 0)[None, :], dc_new)

@@ -22,6 +22,7 @@ from .register_tiles import (
     beside,
     by_gate,
     by_unit,
+    cell_layout,
     elements,
     fills,
     first_row,
@@ -31,6 +32,7 @@ from .register_tiles import (
     load_lengths,
     only,
     rounded,
+    row_of_gate,
     stack,
     state_layout,
     tanh,
@@ -110,8 +112,8 @@ def forward_step(
     FAST: gl.constexpr,
 ):
     """Take one step; return what the next one begins with."""
-    tile: gl.constexpr = c.type.layout
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, w.type.layout.k_width)
+    cells: gl.constexpr = c.type.layout
+    right: gl.constexpr = gl.DotOperandLayout(1, start.type.layout, w.type.layout.k_width)
     # The load comes first, though two steps ahead: a warp has six counters of what is outstanding,
     # so that what waits for tanh may wait for a load as well.
     if offsets is None:
@@ -126,12 +128,12 @@ def forward_step(
         x_later = gl.load(x_now + x_off, x_real & x_there(t + 2 * forth, length_x, FUSED), x_else)
     now = mma_v2(w, here.load(right), ahead, "tf32")
     ahead = input_side(x_next, w_x, start, U, N, FUSED)
-    i, f, g, o = by_gate(now, U, N, tile)
+    i, f, g, o = by_gate(now, U, N)
     i, f, g, o = activated(i, f, g, o, there.dtype, FAST)
     c_new = f * c + i * g
     h_new = (o * tanh(c_new, FAST)).to(there.dtype)
     if not fills(H, U):  # an infinite x makes NaN of units that only fill the tile: 0 * inf
-        unit = gl.arange(0, U, gl.SliceLayout(1, tile))
+        unit = gl.arange(0, U, gl.SliceLayout(1, cells))
         h_new = only((unit < H)[:, None], h_new)
     h_next, c_next = h_new, c_new
     if lengths is not None:
@@ -221,28 +223,29 @@ def lstm_fwd_registers_kernel(
         if not ONES:
             start += load_bias(b_ih, b_hh, H, U, tile)[:, None]
 
-    unit = gl.arange(0, U, gl.SliceLayout(1, tile))
-    n = first + gl.arange(0, N, gl.SliceLayout(0, tile))
+    cells: gl.constexpr = cell_layout(U)
+    unit = gl.arange(0, U, gl.SliceLayout(1, cells))
+    n = first + gl.arange(0, N, gl.SliceLayout(0, cells))
     real = (n < B)[None, :] & (unit < H)[:, None]
     state_at = (direction * B + n)[None, :] * H + unit[:, None]
-    c = gl.zeros([U, N], gl.float32, tile)
-    h = gl.zeros([U, N], dtype, tile)
+    c = gl.zeros([U, N], gl.float32, cells)
+    h = gl.zeros([U, N], dtype, cells)
     if h0 is not None:
         h = gl.load(h0 + state_at, real & given(h0, H), 0)
     if c0 is not None:
         c = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
-    cells: gl.constexpr = beside(c, c, c, c, U, N).type.layout
-    n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))
-    unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, cells)))
-    gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells)))
+    fours: gl.constexpr = beside(c, c, c, c, U, N).type.layout
+    n4 = first + gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, fours)))
+    unit4 = gl.arange(0, U, gl.SliceLayout(1, gl.SliceLayout(2, fours)))
+    gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, fours)))
     real4 = ((n4 < B)[None, :] & (unit4 < H)[:, None])[:, :, None]
 
     # Where everything lies at step 0, and how far it is to the next step.
-    at = gl.arange(0, N, gl.SliceLayout(0, tile))[None, :] * (D * H) + unit[:, None]
+    at = gl.arange(0, N, gl.SliceLayout(0, cells))[None, :] * (D * H) + unit[:, None]
     corner = first * (D * H) + direction * H
     corner4 = (direction * rows.to(gl.int64) + first) * (4 * H)
     at4 = (
-        gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, cells)))[None, :] * H + unit4[:, None]
+        gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, fours)))[None, :] * H + unit4[:, None]
     ) * 4
     at4 = at4[:, :, None] + gate[None, None, :]
     y_at, y_step, g_step = y + corner, B.to(gl.int64) * (D * H), B.to(gl.int64) * (4 * H)
@@ -266,8 +269,9 @@ def lstm_fwd_registers_kernel(
         if ONES:
             r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
             k = gl.arange(0, I_TILE, gl.SliceLayout(0, left))
-            at_b = (r // U * H + r % U)[:, None] + gl.zeros_like(k)[None, :]
-            is_b = ((r % U < H) & given(b_ih, H))[:, None]
+            row_b, real_b = row_of_gate(r, H, U)
+            at_b = row_b[:, None] + gl.zeros_like(k)[None, :]
+            is_b = (real_b & given(b_ih, H))[:, None]
             w_x = gl.load(b_ih + at_b, is_b & (k == I)[None, :], w_x)
             w_x = gl.load(b_hh + at_b, is_b & (k == I + 1)[None, :], w_x)
             k = gl.arange(0, I_TILE, gl.SliceLayout(1, right))

@@ -1,9 +1,12 @@
 """Tiles of matrix instructions whose weights rest in registers: how gates and cells lie in them.
 
-There are U / 16 warps for U units, and the rows of a stacked tile ``[4U, N]`` stand in PyTorch's
-order, gate * U + unit. The result of an mma.sync repeats every U rows, so the four values that a
+There are U / 16 warps for U units, and the rows of a stacked tile ``[4U, N]`` are those of one
+gate after the other. The result of an mma.sync repeats every U rows, so the four values that a
 thread holds of a column are the gates i, f, g, o of one unit. The functions here only give them
 names: no data moves between threads, which ``assert_trivial`` proves.
+
+A thread has two rows of 16, eight apart. They are two units side by side (``unit_of``): what it
+reads and writes of them is one piece of memory. Cells ``[U, N]`` lie by unit (``cell_layout``).
 
 In memory the four gates of a cell lie side by side, ``[rows, H, 4]``: one vector a cell.
 """
@@ -32,6 +35,27 @@ def state_layout(U, pair):
 
 
 @gluon.constexpr_function
+def cell_layout(U):
+    """Return how the threads hold cells ``[U, N]`` of 8 sequences: two units of two sequences."""
+    warps = [[1 << bit, 0] for bit in range(4, U.bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout([[1, 0], [0, 1]], lanes, warps, [], [U, 8])
+
+
+@gluon.jit
+def unit_of(row):
+    """Return the unit of a row of a tile ``[U, N]``."""
+    return row // 16 * 16 + row % 8 * 2 + row % 16 // 8
+
+
+@gluon.jit
+def row_of_gate(r, H, U: gl.constexpr):
+    """Return where row r of a stacked tile is in ``[4H, ..]``, and whether it is a unit's."""
+    unit = unit_of(r % U)
+    return r // U * H + unit, unit < H
+
+
+@gluon.constexpr_function
 def is_ahead(H):
     """Return whether a kernel is compiled ahead (``ahead/``): H comes at run time then."""
     return not isinstance(H, int)
@@ -47,29 +71,38 @@ def given(pointer, H):
 
 
 @gluon.jit
-def by_gate(stacked, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
-    """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
-    pairs = gl.permute(gl.reshape(stacked, [2, 2, U, N]), [2, 3, 0, 1])
-    i_g, f_o = gl.split(pairs)
-    return four(i_g, f_o, tile)
+def by_unit_of(rows, U: gl.constexpr, N: gl.constexpr):
+    """Name the rows of a tile ``[U, N]`` by their units."""
+    cells: gl.constexpr = cell_layout(U)
+    units = gl.permute(gl.reshape(rows, [U // 16, 2, 8, N]), [0, 2, 1, 3])
+    return gl.convert_layout(gl.reshape(units, [U, N]), cells, assert_trivial=True)
 
 
 @gluon.jit
-def apart(cells, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
+def by_gate(stacked, U: gl.constexpr, N: gl.constexpr):
+    """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
+    parts = gl.permute(gl.reshape(stacked, [2, 2, U // 16, 2, 8, N]), [2, 4, 3, 5, 0, 1])
+    i_g, f_o = gl.split(gl.reshape(parts, [U, N, 2, 2]))
+    return four(i_g, f_o, U)
+
+
+@gluon.jit
+def apart(cells, U: gl.constexpr, N: gl.constexpr):
     """Take ``[U, N, 4]`` apart into i, f, g, o ``[U, N]``."""
     i_g, f_o = gl.split(gl.reshape(cells, [U, N, 2, 2]))
-    return four(i_g, f_o, tile)
+    return four(i_g, f_o, U)
 
 
 @gluon.jit
-def four(i_g, f_o, tile: gl.constexpr):
+def four(i_g, f_o, U: gl.constexpr):
     """Take two pairs of gates ``[U, N, 2]`` apart."""
+    cells: gl.constexpr = cell_layout(U)
     i, g = gl.split(i_g)
     f, o = gl.split(f_o)
-    i = gl.convert_layout(i, tile, assert_trivial=True)
-    f = gl.convert_layout(f, tile, assert_trivial=True)
-    g = gl.convert_layout(g, tile, assert_trivial=True)
-    return i, f, g, gl.convert_layout(o, tile, assert_trivial=True)
+    i = gl.convert_layout(i, cells, assert_trivial=True)
+    f = gl.convert_layout(f, cells, assert_trivial=True)
+    g = gl.convert_layout(g, cells, assert_trivial=True)
+    return i, f, g, gl.convert_layout(o, cells, assert_trivial=True)
 
 
 @gluon.jit
@@ -81,8 +114,8 @@ def beside(i, f, g, o, U: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def stack(cells, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
     """Stack the gates of ``[U, N, 4]`` to ``[4U, N]``."""
-    rows = gl.reshape(gl.permute(cells, [2, 0, 1]), [4 * U, N])
-    return gl.convert_layout(rows, tile, assert_trivial=True)
+    parts = gl.permute(gl.reshape(cells, [U // 16, 8, 2, N, 4]), [4, 0, 2, 1, 3])
+    return gl.convert_layout(gl.reshape(parts, [4 * U, N]), tile, assert_trivial=True)
 
 
 @gluon.jit
@@ -169,11 +202,12 @@ def weight_tile(
     """
     r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
     k = gl.arange(0, K_TILE, gl.SliceLayout(0, left))
-    at = w + (r // U * H + r % U)[:, None] * K + k[None, :]
+    row, real = row_of_gate(r, H, U)
+    at = w + row[:, None] * K + k[None, :]
     if fills(H, U) and fills(K, K_TILE):
         tile = gl.load(at)
     else:
-        tile = gl.load(at, (r % U < H)[:, None] & (k < K)[None, :], 0)
+        tile = gl.load(at, real[:, None] & (k < K)[None, :], 0)
     return rounded(tile)
 
 
@@ -188,16 +222,17 @@ def turned(w, H: gl.constexpr, U: gl.constexpr, left: gl.constexpr):
         tile = gl.load(at)
     else:
         tile = gl.load(at, (unit < H)[:, None] & (k < H)[None, :], 0)
-    return rounded(gl.convert_layout(tile, left))
+    rows = gl.permute(gl.reshape(tile, [U // 16, 8, 2, U]), [0, 2, 1, 3])
+    return rounded(gl.convert_layout(gl.reshape(rows, [U, U]), left))
 
 
 @gluon.jit
 def load_bias(b_ih, b_hh, H: gl.constexpr, U: gl.constexpr, tile: gl.constexpr):
     """Load b_ih + b_hh in float32 as ``[4U]``, the rows of a stacked tile."""
     r = gl.arange(0, 4 * U, gl.SliceLayout(1, tile))
-    has = (r % U < H) & given(b_ih, H)
-    bias = gl.load(b_ih + (r // U * H + r % U), has, 0).to(gl.float32)
-    return bias + gl.load(b_hh + (r // U * H + r % U), has, 0).to(gl.float32)
+    row, real = row_of_gate(r, H, U)
+    has = real & given(b_ih, H)
+    return gl.load(b_ih + row, has, 0).to(gl.float32) + gl.load(b_hh + row, has, 0).to(gl.float32)
 
 
 @gluon.jit
