@@ -115,7 +115,7 @@ void lstm_bwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   const Array again = kept ? Array() : pass.gates_again();
   const Array dgates = pass.rows.padded() ? place.zeros({directions, pass.rows.count, 4 * H}, x.dtype)
                                           : place.empty({directions, pass.rows.count, 4 * H}, x.dtype);
-  const bool even = even_weights(pass.weights, H);
+  const bool even = even_weights(pass.weights, H) && aligned(c_all, kAligned) && even_gradient(dy);
   Kernel* kernel = asked.device->find({asked.row, pass.rows.kind(bool(dc_all)), bool(kept), even, false});
   FASTLSTM_CHECK(kernel, "fastlstm: no kernel for this call was compiled ahead");
   Arguments a;

@@ -32,8 +32,8 @@ void forward(const Question& asked, const Place& place, const Array& x, const st
     zero(out.y);
     zero(out.c_all);
   }
-  Kernel* kernel = asked.device->find(
-      {asked.row, rows.kind(false), out.c_all || out.gates, even_weights(weights, H), even_input(x)});
+  const bool even = even_weights(weights, H) && aligned(out.y, kAligned) && aligned(out.c_all, kAligned);
+  Kernel* kernel = asked.device->find({asked.row, rows.kind(false), out.c_all || out.gates, even, even_input(x)});
   FASTLSTM_CHECK(kernel, "fastlstm: no kernel for this call was compiled ahead");
   const bool fused = kernel->fused;
   const Array products = fused ? Array() : products_by_unit(x, weights, H, place);

@@ -4,9 +4,9 @@
 #include <numeric>
 
 namespace fastlstm::ahead {
-namespace {
-
 bool aligned(const Array& t, uintptr_t bytes) { return !t || reinterpret_cast<uintptr_t>(t.data) % bytes == 0; }
+
+namespace {
 
 // Whether float32 is multiplied in TF32, as cuDNN's RNNs are told to.
 bool tf32() {
@@ -235,10 +235,13 @@ bool even_weights(const std::vector<Weights>& weights, i64 H) {
          });
 }
 
-bool even_input(const Array& x) {
-  const bool even = x.last() % 2 == 0 && x.strides[0] % 2 == 0 && x.strides[x.dim - 2] % 2 == 0;
-  return even && aligned(x, 4);
-}
+namespace {
+bool even_strides(const Array& t) { return t.strides[0] % 2 == 0 && t.strides[t.dim - 2] % 2 == 0; }
+}  // namespace
+
+bool even_input(const Array& x) { return x.last() % 2 == 0 && even_strides(x) && aligned(x, 4); }
+
+bool even_gradient(const Array& dy) { return !dy || (even_strides(dy) && aligned(dy, 8)); }
 
 namespace {
 thread_local std::string said;  // by an operator in Python, of its error: only that there is one comes through

@@ -71,6 +71,7 @@ void set_strides(Arguments* a, Slot step, Slot sequence, const Array& t);
 // Whether tensors lie as kernels for even sizes read them.
 bool even_weights(const std::vector<Weights>& weights, i64 H);
 bool even_input(const Array& x);
+bool even_gradient(const Array& dy);
 
 // The gradients of all weights in two launches (fastlstm/kernels/triton/weight_gradients.py), and whether these take a
 // layer. x: [rows, I]. y: [rows, D * H]. dgates: [D, rows, 4H] by unit. dweights: as the operator takes them, written.
@@ -80,6 +81,8 @@ void launch_weight_gradients(const Question& asked, const Rows& rows, const Arra
 
 // Bytes to which tensors of gates, and of weights for even sizes, are aligned.
 constexpr uintptr_t kAligned = 16;
+// Whether a tensor, if it is there, begins at a multiple of so many bytes.
+bool aligned(const Array& t, uintptr_t bytes);
 // Throws unless a tensor, if it is there, is contiguous, of that type and so many numbers: a kernel reads what it is
 // told to.
 void check(const Array& t, const char* name, int32_t dtype, i64 count, uintptr_t alignment = 1);

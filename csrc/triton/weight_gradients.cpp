@@ -41,7 +41,7 @@ void launch_weight_gradients(const Question& asked, const Rows& rows, const Arra
   const Array x = dense(view(x_, {rows.count, I}, {x_.strides[0], x_.strides[1]}), place);
   check(y, "y", x.dtype, rows.count * D * H);
   const Device& device = *asked.device;
-  const bool even = H % 8 == 0 && even_input(x) && reinterpret_cast<uintptr_t>(y.data) % kAligned == 0;
+  const bool even = H % 8 == 0 && even_input(x) && aligned(y, kAligned);
   Kernel *parts = device.parts_of_weights(*asked.row, even), *sums = device.sums_of_weights(*asked.row);
   FASTLSTM_CHECK(parts && sums, "fastlstm: no kernel for the gradients of weights was compiled ahead");
   // As many parts as there is room for on the GPU at a time, each of whole turns of the loop.

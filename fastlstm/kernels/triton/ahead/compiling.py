@@ -41,7 +41,8 @@ _ABSENT = {
 # What arguments divide by: always, as they are tensors of our own; and where a key is even.
 _ALIGNED = {"gates": 16, "dgates": 16, "parts": 16}
 _EVEN = {"w_ih": 16, "w_hh": 16, "w_ih_reverse": 16, "w_hh_reverse": 16}
-_EVEN |= {"H": 8, "I": 2, "x_t": 2, "x_b": 2}
+_EVEN |= {"y": 16, "c_all": 16, "dy": 8, "H": 8, "I": 2}
+_EVEN |= dict.fromkeys(("x_t", "x_b", "dy_t", "dy_b"), 2)
 
 
 class Image(NamedTuple):
@@ -97,8 +98,6 @@ def _described(kernel: Any, key: Key) -> tuple[dict[str, str], dict[Any, Any], d
     signature, constants, attributes = {}, {}, {}
     known = _constants(key)
     aligned = _ALIGNED | (_EVEN if key.even else {})
-    if key.regime == "parts" and key.even:
-        aligned["y"] = 16
     if not key.inputs:
         aligned["x"] = 16
     elif key.even:
