@@ -138,7 +138,7 @@ def lstm_bwd_cluster_kernel(
     before = c
     if c0 is not None:
         before = gl.where(T > 1, c, c_start)
-    now = factors(g_now, bias, c_now, before, UNITS, N, KEPT, FAST)
+    now = factors(g_now, bias, c_now, before, dtype, UNITS, N, KEPT, FAST)
 
     even = gl.allocate_shared_memory(dtype, [4 * UNITS, N], layout_of("own", UNITS, N, C))
     odd = gl.allocate_shared_memory(dtype, [4 * UNITS, N], layout_of("own", UNITS, N, C))

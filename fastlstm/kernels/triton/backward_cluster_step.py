@@ -74,8 +74,10 @@ def own_weights(
 
 
 @gluon.jit
-def factors(g_now, bias, c, c_before, UNITS: gl.constexpr, N: gl.constexpr,
-            KEPT: gl.constexpr, FAST: gl.constexpr):  # fmt: skip
+def factors(
+    g_now, bias, c, c_before, dtype: gl.constexpr, UNITS: gl.constexpr, N: gl.constexpr,
+    KEPT: gl.constexpr, FAST: gl.constexpr,
+):  # fmt: skip
     """Return what the gradients of h and c are multiplied with, all ``[UNITS, N]``.
 
     The gradient of c by that of h; those of i, f, g before activation and of c_before by that of
@@ -84,7 +86,7 @@ def factors(g_now, bias, c, c_before, UNITS: gl.constexpr, N: gl.constexpr,
     cells: gl.constexpr = c.type.layout
     i, f, g, o = apart(g_now.to(gl.float32) + bias, UNITS, N, cells)
     if not KEPT:
-        i, f, g, o = activated(i, f, g, o, FAST)
+        i, f, g, o = activated(i, f, g, o, dtype, FAST)
     tanh_c = tanh(c, FAST)
     by_c = o * (1.0 - tanh_c * tanh_c)
     by_i, by_f = g * i * (1.0 - i), c_before * f * (1.0 - f)
@@ -182,7 +184,7 @@ def cluster_step_back(
     before = c_before
     if c0 is not None:
         before = gl.where(left > 1, c_before, c_start)
-    now = factors(g_next, bias, c, before, UNITS, N, KEPT, FAST)
+    now = factors(g_next, bias, c, before, to.dtype, UNITS, N, KEPT, FAST)
     mbarrier.wait(arrived, phase)
     dh = gl.sum(there.load(layout_of("parts", UNITS, N, C)), 0)
     dh = gl.convert_layout(dh, cells, assert_trivial=True)

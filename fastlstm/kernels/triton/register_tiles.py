@@ -83,20 +83,19 @@ def by_gate(stacked, U: gl.constexpr, N: gl.constexpr):
     """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
     parts = gl.permute(gl.reshape(stacked, [2, 2, U // 16, 2, 8, N]), [2, 4, 3, 5, 0, 1])
     i_g, f_o = gl.split(gl.reshape(parts, [U, N, 2, 2]))
-    return four(i_g, f_o, U)
+    return four(i_g, f_o, cell_layout(U))
 
 
 @gluon.jit
-def apart(cells, U: gl.constexpr, N: gl.constexpr):
-    """Take ``[U, N, 4]`` apart into i, f, g, o ``[U, N]``."""
-    i_g, f_o = gl.split(gl.reshape(cells, [U, N, 2, 2]))
-    return four(i_g, f_o, U)
+def apart(gates, U: gl.constexpr, N: gl.constexpr, cells: gl.constexpr):
+    """Take ``[U, N, 4]`` apart into i, f, g, o ``[U, N]`` of a layout."""
+    i_g, f_o = gl.split(gl.reshape(gates, [U, N, 2, 2]))
+    return four(i_g, f_o, cells)
 
 
 @gluon.jit
-def four(i_g, f_o, U: gl.constexpr):
+def four(i_g, f_o, cells: gl.constexpr):
     """Take two pairs of gates ``[U, N, 2]`` apart."""
-    cells: gl.constexpr = cell_layout(U)
     i, g = gl.split(i_g)
     f, o = gl.split(f_o)
     i = gl.convert_layout(i, cells, assert_trivial=True)
