@@ -14,7 +14,7 @@ from ahead_host import library as build_library
 from ahead_scenarios import of_clusters, scenarios
 from cases import Case
 from executed import AheadRun, Broken, Verdict, broken, judged
-from test_executed import CLUSTERS, GPU, REGISTERS, WEIGHTS, shrunk
+from test_executed import CLUSTERS, CLUSTERS_OF_TF32, GPU, REGISTERS, WEIGHTS, shrunk
 
 from benchmarks.gpu.kernels import fresh_compiler
 from benchmarks.speed.worker import Worker
@@ -32,7 +32,14 @@ Record = Callable[[str, object], None]
 Workers = Callable[[int], Worker]
 
 # Dense rows of more units than one multiprocessor holds; states given and absent; odd sizes.
-CLUSTERED = [*CLUSTERS, Case(T=2, B=11, I=4, H=256, directions=2, hx=False)]
+CLUSTERED = [
+    AheadRun(case, ("bf16", "fp16")[k % 2], 90)
+    for k, case in enumerate([*CLUSTERS, Case(T=2, B=11, I=4, H=256, directions=2, hx=False)])
+]
+CLUSTERED += [
+    AheadRun(case, "tf32", 90)
+    for case in (*CLUSTERS_OF_TF32, Case(T=3, B=9, I=4, H=128), Case(T=2, B=2, I=4, H=120))
+]
 
 # Sizes that divide by 8 and 2, whose kernels read their weights in wide words. The first is the
 # sample of the short run.
@@ -98,11 +105,7 @@ def test_error_is_that_of_pytorch(
     assert {name.partition("-")[0] for name in verdict.kernels} == passes
 
 
-@pytest.mark.parametrize(
-    "run",
-    [AheadRun(case, ("bf16", "fp16")[k % 2], 90) for k, case in enumerate(CLUSTERED)],
-    ids=str,
-)
+@pytest.mark.parametrize("run", CLUSTERED, ids=str)
 def test_blocks_of_a_cluster(
     workers: Workers, library: Path, run: AheadRun, record_property: Record
 ) -> None:

@@ -133,11 +133,11 @@ def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
 
 @pytest.mark.compiles
 def test_little_spills(compiled: Compiled) -> None:
-    """Only where the weights take half of the registers, or the addresses of 16 blocks the rest.
+    """Only where the weights take half of the registers.
 
     In TF32 a step of 64 units is short all the same (benchmarks/results/tuning.md).
     """
-    most = {("registers", "float32", 64): 224, ("cluster", "bfloat16", 512): 104}
+    most = {("registers", "float32", 64): 224}
     most |= {("steps", "float32", 16): 16}  # exact, on sm_80
     for row in compiled.rows:
         limit = most.get((row["regime"], row["dtype"], row["units"]), 0)
@@ -218,7 +218,7 @@ BARS = {
     ("lstm_fwd_registers_kernel", False): {32: 325, 64: 390, 128: 480},
     ("lstm_fwd_registers_kernel", True): {64: 450, 128: 565},
     ("lstm_bwd_registers_kernel", True): {32: 437, 64: 475, 128: 645},
-    ("lstm_fwd_cluster_kernel", False): {512: 750},
+    ("lstm_fwd_cluster_kernel", False): {256: 340, 512: 450},
     ("lstm_bwd_cluster_kernel", True): {256: 300, 512: 420},
 }
 

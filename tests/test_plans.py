@@ -195,16 +195,21 @@ def test_what_does_not_rest_in_registers(asked: Problem) -> None:
     assert backward_plan(asked, HOPPER).regime != "registers"
 
 
-@pytest.mark.parametrize(("H", "B", "blocks"), [(129, 8, 8), (256, 128, 8), (512, 64, 16)])
-def test_clusters_are_on_the_gpu_together(H: int, B: int, blocks: int) -> None:
-    plan = forward_plan(problem(H, B=B), HOPPER)
+@pytest.mark.parametrize(
+    ("H", "B", "element", "blocks"),
+    [(129, 8, 2, 8), (256, 128, 2, 8), (512, 64, 2, 16), (65, 8, 4, 4), (256, 128, 4, 8)],
+)
+def test_clusters_are_on_the_gpu_together(H: int, B: int, element: int, blocks: int) -> None:
+    asked = problem(H, B=B, element=element)
+    plan = forward_plan(asked, HOPPER)
     assert (plan.regime, plan.blocks) == ("cluster", blocks)
     assert str(plan).endswith(f"weights in registers of {blocks} blocks")
-    back = backward_plan(problem(H, B=B), HOPPER)
+    back = backward_plan(asked, HOPPER)
     assert (back.regime, back.blocks) == ("cluster", blocks)
     for other in (
-        *(problem(H, B=132 * 8), problem(H, B=B, element=4), problem(H, B=B, peephole=True)),
-        *(problem(H, H // 2, B=B), problem(H, B=B)._replace(dense=False), problem(1024, B=8)),
+        *(problem(H, B=132 * 16, element=element), asked._replace(dense=False)),
+        *(problem(H, B=B, element=element, peephole=True), problem(2048 // element, B=8, element=element)),
+        *(problem(H, H // 2, B=B, element=element), problem(H, B=B, element=4, precision="ieee")),
     ):
         assert forward_plan(other, HOPPER).regime == "steps", str(other)
         assert backward_plan(other, HOPPER).regime == "steps", str(other)

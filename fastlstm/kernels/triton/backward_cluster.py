@@ -62,7 +62,8 @@ def lstm_bwd_cluster_kernel(
 ):
     """N sequences in one direction, from the last step to the first."""
     dtype: gl.constexpr = w_hh.dtype.element_ty
-    cells: gl.constexpr = layout_of("cells", UNITS, N, C)
+    WIDE: gl.constexpr = 128 // dtype.primitive_bitwidth
+    cells: gl.constexpr = layout_of("cells", UNITS, N, C, WIDE)
     direction = 0
     if D == 2:
         direction = gl.program_id(1)
@@ -140,9 +141,9 @@ def lstm_bwd_cluster_kernel(
         before = gl.where(T > 1, c, c_start)
     now = factors(g_now, bias, c_now, before, dtype, UNITS, N, KEPT, FAST)
 
-    even = gl.allocate_shared_memory(dtype, [4 * UNITS, N], layout_of("own", UNITS, N, C))
-    odd = gl.allocate_shared_memory(dtype, [4 * UNITS, N], layout_of("own", UNITS, N, C))
-    sums: gl.constexpr = layout_of("sums", UNITS, N, C)
+    even = gl.allocate_shared_memory(dtype, [4 * UNITS, N], layout_of("own", UNITS, N, C, WIDE))
+    odd = gl.allocate_shared_memory(dtype, [4 * UNITS, N], layout_of("own", UNITS, N, C, WIDE))
+    sums: gl.constexpr = layout_of("sums", UNITS, N, C, WIDE)
     buffers = gl.allocate_shared_memory(gl.float32, [2, C, UNITS, N], sums)
     arrived = mbarrier.allocate_mbarrier(batch=2)
     for which in gl.static_range(2):

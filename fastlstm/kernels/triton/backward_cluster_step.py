@@ -2,18 +2,22 @@
 
 Rows of the tile of products are ``[unit / 256, unit / 2 % 2, unit / 32 % 8, unit % 2,
 unit / 4 % 8]`` of each block: what a thread has of a column are four units that follow each other,
-so that a store has 16 bytes, and what a warp has of a tile goes to one block.
+so that a store has 16 bytes, and what a warp has of a tile goes to one block. A thread of 128
+units has but two, ``[unit / 16, unit % 2, unit / 2 % 8]``.
 """
 
 import math
 
 from .gluon import async_store, gl, gluon, mbarrier, mma_v2
-from .register_tiles import activated, apart, beside, fills, given, only, tanh
+from .register_tiles import activated, apart, beside, fills, given, only, rounded, tanh
 
 
 @gluon.constexpr_function
-def layout_of(what, UNITS, N, C):
-    """Return where numbers lie in a cluster of C blocks; `what` is a name in the kernel."""
+def layout_of(what, UNITS, N, C, WIDE):
+    """Return where numbers lie in a cluster of C blocks; `what` is a name in the kernel.
+
+    16 bytes have WIDE of the numbers that are multiplied.
+    """
     U = UNITS // C
     block_bits, unit_bits = range(int(math.log2(C))), range(int(math.log2(U)))
     n_bits = range(int(math.log2(N)))
@@ -23,7 +27,7 @@ def layout_of(what, UNITS, N, C):
     blocks = [[U << b, 0] for b in block_bits]
     found = {
         "tile": gl.NVMMADistributedLayout([2, 0], [N, 1], [16, 8], cga_layout=rows),
-        "tall": gl.BlockedLayout([8, 1], [32, 1], [1, N], [0, 1], cga_layout=rows),
+        "tall": gl.BlockedLayout([WIDE, 1], [32, 1], [1, N], [0, 1], cga_layout=rows),
         # A warp has a sequence, a thread one of its cells.
         "cells": gl.DistributedLinearLayout([], units, columns, blocks, [UNITS, N]),
         "parts": gl.DistributedLinearLayout(
@@ -33,8 +37,10 @@ def layout_of(what, UNITS, N, C):
         ),
         # Columns begin in the same bank, so where 16 bytes lie in one differs from each to the
         # next: see state_layout.
-        "own": gl.SwizzledSharedLayout(8, 1, 8, [0, 1], cga_layout=rows),
-        "here": gl.SwizzledSharedLayout(8, 1, 8, [0, 1], cga_layout=[[0, 0] for _ in block_bits]),
+        "own": gl.SwizzledSharedLayout(WIDE, 1, 8, [0, 1], cga_layout=rows),
+        "here": gl.SwizzledSharedLayout(
+            WIDE, 1, 8, [0, 1], cga_layout=[[0, 0] for _ in block_bits]
+        ),
         "sums": gl.SwizzledSharedLayout(
             4, 1, 8, [1, 2, 0], cga_layout=[[0, 1 << b, 0] for b in block_bits]
         ),
@@ -56,8 +62,12 @@ def own_weights(
     The operand ``[C * UNITS, 2 U]`` of the products.
     """
     U: gl.constexpr = UNITS // C
-    tall: gl.constexpr = layout_of("tall", UNITS, N, C)
-    left: gl.constexpr = gl.DotOperandLayout(0, layout_of("tile", UNITS, N, C), 2)
+    BYTES: gl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    WIDE: gl.constexpr = 16 // BYTES
+    TILES: gl.constexpr = 1 if UNITS == 128 else 2  # of those side by side
+    tall: gl.constexpr = layout_of("tall", UNITS, N, C, WIDE)
+    tile: gl.constexpr = layout_of("tile", UNITS, N, C, WIDE)
+    left: gl.constexpr = gl.DotOperandLayout(0, tile, 4 // BYTES)
     row = gl.arange(0, C * UNITS, gl.SliceLayout(1, tall))
     k = FIRST + gl.arange(0, 2 * U, gl.SliceLayout(0, tall))
     unit = row % UNITS
@@ -68,9 +78,10 @@ def own_weights(
     else:
         found = gl.load(at, (unit < H)[:, None] & (own < H), 0)
     ordered = gl.permute(
-        gl.reshape(found, [C, UNITS // 256, 8, 8, 2, 2, 2 * U]), [0, 1, 4, 2, 5, 3, 6]
+        gl.reshape(found, [C, UNITS // (128 * TILES), 8, 8, TILES, 2, 2 * U]),
+        [0, 1, 4, 2, 5, 3, 6],
     )
-    return gl.convert_layout(gl.reshape(ordered, [C * UNITS, 2 * U]), left)
+    return gl.convert_layout(rounded(gl.reshape(ordered, [C * UNITS, 2 * U])), left)
 
 
 @gluon.jit
@@ -142,8 +153,10 @@ def cluster_step_back(
     What does not depend on the other blocks is computed while their parts travel.
     """
     cells: gl.constexpr = dc.type.layout
-    tile: gl.constexpr = layout_of("tile", UNITS, N, C)
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, 2)
+    WIDE: gl.constexpr = 128 // to.dtype.primitive_bitwidth
+    tile: gl.constexpr = layout_of("tile", UNITS, N, C, WIDE)
+    right: gl.constexpr = gl.DotOperandLayout(1, tile, w_low.type.layout.k_width)
+    TILES: gl.constexpr = 1 if UNITS == 128 else 2
     U: gl.constexpr = UNITS // C
     # What the steps that follow will read is asked for now.
     g_later = gl.load(g_at + at4, real4 & (left > 1), 0)
@@ -169,16 +182,18 @@ def cluster_step_back(
             only(inside, d_o),
         )
     d_gates = beside(d_i, d_f, d_g, d_o, UNITS, N).to(to.dtype)
-    to.store(gl.reshape(gl.permute(d_gates, [0, 2, 1]), [4 * UNITS, N]))
+    to.store(gl.reshape(gl.permute(rounded(d_gates), [0, 2, 1]), [4 * UNITS, N]))
     mbarrier.expect(arrives_next, UNITS * N * 4, left > 0)  # at a barrier of all warps anyway
-    here = to.reinterpret(to.dtype, [4 * U, N], layout_of("here", UNITS, N, C))
+    here = to.reinterpret(to.dtype, [4 * U, N], layout_of("here", UNITS, N, C, WIDE))
     zero = gl.zeros([C * UNITS, N], gl.float32, tile)
-    part = mma_v2(w_low, here.slice(0, 2 * U).load(right), zero)
+    part = mma_v2(w_low, here.slice(0, 2 * U).load(right), zero, "tf32")
     if UNITS > 256:  # there are chains enough
-        part = mma_v2(w_high, here.slice(2 * U, 2 * U).load(right), part)
+        part = mma_v2(w_high, here.slice(2 * U, 2 * U).load(right), part, "tf32")
     else:
-        part += mma_v2(w_high, here.slice(2 * U, 2 * U).load(right), zero)
-    parts = gl.permute(gl.reshape(part, [C, UNITS // 256, 2, 8, 2, 8, N]), [0, 1, 3, 5, 2, 4, 6])
+        part += mma_v2(w_high, here.slice(2 * U, 2 * U).load(right), zero, "tf32")
+    parts = gl.permute(
+        gl.reshape(part, [C, UNITS // (128 * TILES), TILES, 8, 2, 8, N]), [0, 1, 3, 5, 2, 4, 6]
+    )
     async_store(there, gl.reshape(parts, [C, UNITS, N]), arrived)
     gl.store(d_at + at4, d_gates, real4)
     before = c_before
@@ -186,6 +201,6 @@ def cluster_step_back(
         before = gl.where(left > 1, c_before, c_start)
     now = factors(g_next, bias, c, before, to.dtype, UNITS, N, KEPT, FAST)
     mbarrier.wait(arrived, phase)
-    dh = gl.sum(there.load(layout_of("parts", UNITS, N, C)), 0)
+    dh = gl.sum(there.load(layout_of("parts", UNITS, N, C, WIDE)), 0)
     dh = gl.convert_layout(dh, cells, assert_trivial=True)
     return dh, dc, now, dy_next, dca_next, c_before, c_later, g_later, dy_later, dca_later

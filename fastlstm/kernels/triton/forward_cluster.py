@@ -7,7 +7,8 @@ has received h of step t from everybody, so everybody has read h of step t - 1.
 
 Rows of the stacked tile are ``[block, unit / 4, gate % 2, gate / 2, unit % 4]``: a warp has the 16
 rows of four units, and two shuffles give each thread the four gates of one cell. The product is
-made in four chains of matrix instructions, a quarter of H each.
+made in four chains of matrix instructions, a quarter of H each. Four lanes that have the cells of
+four units give each other h, and each sends all four to a quarter of the blocks.
 """
 
 import math
@@ -19,7 +20,7 @@ from .forward_registers import products_by_unit
 from .gluon import async_store, cluster, gl, gluon, mbarrier, mma_v2
 from .launch import is_fast, launch
 from .plan import Plan
-from .register_tiles import activated, beside, fills, given, only, tanh
+from .register_tiles import activated, beside, fills, given, only, rounded, tanh
 
 
 @gluon.jit
@@ -30,8 +31,11 @@ def gates_and_units(row, U: gl.constexpr):
 
 
 @gluon.constexpr_function
-def layout_of(what, UNITS, N, C):
-    """Return where numbers lie in a cluster of C blocks; `what` is a name in the kernel."""
+def layout_of(what, UNITS, N, C, WIDE):
+    """Return where numbers lie in a cluster of C blocks; `what` is a name in the kernel.
+
+    16 bytes have WIDE of the numbers that are multiplied.
+    """
     U = UNITS // C
     warps = U // 4
     block_bits, warp_bits = range(int(math.log2(C))), range(int(math.log2(warps)))
@@ -40,28 +44,30 @@ def layout_of(what, UNITS, N, C):
     same = [[0, 0] for _ in block_bits]
     across = [[4 << b, 0] for b in warp_bits]
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [0, 1]]
-    tall = min(UNITS // 8, 32)
+    tall = min(UNITS // WIDE, 32)
     found = {
         "tile": gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8], cga_layout=rows),
-        "wide": gl.BlockedLayout([1, 8], [8, 4], [warps, 1], [1, 0], cga_layout=rows),
+        "wide": gl.BlockedLayout([1, WIDE], [8, 4], [warps, 1], [1, 0], cga_layout=rows),
         "cells": gl.DistributedLinearLayout([], lanes, across, blocks, [UNITS, N]),
         "pairs": gl.DistributedLinearLayout(
             [[0, 0, 1]],
             *([[*base, 0] for base in bases] for bases in (lanes, across, blocks)),
             [UNITS, N, 2],
         ),
-        # Two units a thread, so that a store has 32 bits; the copies of all blocks in registers.
+        # Four units a thread, so that a store has 8 or 16 bytes; of blocks a quarter.
         "send": gl.DistributedLinearLayout(
-            [[0, 1, 0], *([1 << b, 0, 0] for b in block_bits)],
-            [[0, 0, 2], [0, 0, 4], [0, 0, 0], [0, 2, 0], [0, 0, 1]],
+            [[0, 1, 0], [0, 2, 0], *([1 << b, 0, 0] for b in block_bits[2:])],
+            [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [0, 0, 1]],
             *([[0, *base] for base in bases] for bases in (across, blocks)),
             [C, UNITS, N],
         ),
-        "whole": gl.BlockedLayout([8, 1], [tall, 32 // tall], [1, warps], [0, 1], cga_layout=same),
+        "whole": gl.BlockedLayout(
+            [WIDE, 1], [tall, 32 // tall], [1, warps], [0, 1], cga_layout=same
+        ),
         # A column begins in the same bank as all others: see state_layout.
-        "shared": gl.SwizzledSharedLayout(8, 1, 8, [0, 1], cga_layout=same),
+        "shared": gl.SwizzledSharedLayout(WIDE, 1, 8, [0, 1], cga_layout=same),
         "copies": gl.SwizzledSharedLayout(
-            8, 1, 8, [1, 2, 0], cga_layout=[[1 << b, 0, 0] for b in block_bits]
+            WIDE, 1, 8, [1, 2, 0], cga_layout=[[1 << b, 0, 0] for b in block_bits]
         ),
     }
     return found[what]
@@ -91,10 +97,10 @@ def cluster_step(
 ):
     """Take one step; return the gates, c and h."""
     K: gl.constexpr = UNITS // 4
-    first = mma_v2(w0, h.slice(0, K).load(right), x_now)
-    second = mma_v2(w1, h.slice(K, K).load(right), zero)
-    third = mma_v2(w2, h.slice(2 * K, K).load(right), zero)
-    fourth = mma_v2(w3, h.slice(3 * K, K).load(right), zero)
+    first = mma_v2(w0, h.slice(0, K).load(right), x_now, "tf32")
+    second = mma_v2(w1, h.slice(K, K).load(right), zero, "tf32")
+    third = mma_v2(w2, h.slice(2 * K, K).load(right), zero, "tf32")
+    fourth = mma_v2(w3, h.slice(3 * K, K).load(right), zero, "tf32")
     gates = (first + second) + (third + fourth)
     parts = gl.permute(gl.reshape(gates, [C, UNITS // C // 4, 2, 2, 4, N]), [0, 1, 4, 5, 3, 2])
     i_g, f_o = gl.split(gl.reshape(parts, [UNITS, N, 2, 2]))
@@ -110,7 +116,7 @@ def cluster_step(
     if not fills(H, UNITS):  # as in forward_registers.py
         unit = gl.arange(0, UNITS, gl.SliceLayout(1, cells))
         out = only((unit < H)[:, None], out)
-    one = gl.expand_dims(gl.convert_layout(out, gl.SliceLayout(0, send)), 0)
+    one = gl.expand_dims(gl.convert_layout(rounded(out), gl.SliceLayout(0, send)), 0)
     copies, _ = gl.broadcast(
         gl.convert_layout(one, send), gl.full([C, UNITS, N], 0, gl.int1, send)
     )
@@ -162,16 +168,18 @@ def lstm_fwd_cluster_kernel(
 ):
     """N sequences in one direction, from the first step to the last."""
     dtype: gl.constexpr = w_hh.dtype.element_ty
-    tile: gl.constexpr = layout_of("tile", UNITS, N, C)
-    wide: gl.constexpr = layout_of("wide", UNITS, N, C)
-    pairs: gl.constexpr = layout_of("pairs", UNITS, N, C)
-    cells: gl.constexpr = layout_of("cells", UNITS, N, C)
-    send: gl.constexpr = layout_of("send", UNITS, N, C)
-    whole: gl.constexpr = layout_of("whole", UNITS, N, C)
-    shared: gl.constexpr = layout_of("shared", UNITS, N, C)
-    copies: gl.constexpr = layout_of("copies", UNITS, N, C)
-    left: gl.constexpr = gl.DotOperandLayout(0, tile, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, 2)
+    BYTES: gl.constexpr = dtype.primitive_bitwidth // 8
+    WIDE: gl.constexpr = 16 // BYTES
+    tile: gl.constexpr = layout_of("tile", UNITS, N, C, WIDE)
+    wide: gl.constexpr = layout_of("wide", UNITS, N, C, WIDE)
+    pairs: gl.constexpr = layout_of("pairs", UNITS, N, C, WIDE)
+    cells: gl.constexpr = layout_of("cells", UNITS, N, C, WIDE)
+    send: gl.constexpr = layout_of("send", UNITS, N, C, WIDE)
+    whole: gl.constexpr = layout_of("whole", UNITS, N, C, WIDE)
+    shared: gl.constexpr = layout_of("shared", UNITS, N, C, WIDE)
+    copies: gl.constexpr = layout_of("copies", UNITS, N, C, WIDE)
+    left: gl.constexpr = gl.DotOperandLayout(0, tile, 4 // BYTES)
+    right: gl.constexpr = gl.DotOperandLayout(1, tile, 4 // BYTES)
     direction = 0
     if D == 2:
         direction = gl.program_id(1)
@@ -186,10 +194,10 @@ def lstm_fwd_cluster_kernel(
     k = gl.arange(0, K, gl.SliceLayout(0, wide))
     w_at = w_hh + (gate * H + unit)[:, None] * H + k[None, :]
     has = (unit < H)[:, None]
-    w0 = gl.convert_layout(gl.load(w_at, has & (k < H)[None, :], 0), left)
-    w1 = gl.convert_layout(gl.load(w_at + K, has & (k + K < H)[None, :], 0), left)
-    w2 = gl.convert_layout(gl.load(w_at + 2 * K, has & (k + 2 * K < H)[None, :], 0), left)
-    w3 = gl.convert_layout(gl.load(w_at + 3 * K, has & (k + 3 * K < H)[None, :], 0), left)
+    w0 = gl.convert_layout(rounded(gl.load(w_at, has & (k < H)[None, :], 0)), left)
+    w1 = gl.convert_layout(rounded(gl.load(w_at + K, has & (k + K < H)[None, :], 0)), left)
+    w2 = gl.convert_layout(rounded(gl.load(w_at + 2 * K, has & (k + 2 * K < H)[None, :], 0)), left)
+    w3 = gl.convert_layout(rounded(gl.load(w_at + 3 * K, has & (k + 3 * K < H)[None, :], 0)), left)
 
     gate, unit = gates_and_units(gl.arange(0, 4 * UNITS, gl.SliceLayout(1, tile)), U)
     n = first + gl.arange(0, N, gl.SliceLayout(0, tile))
@@ -240,8 +248,8 @@ def lstm_fwd_cluster_kernel(
         n = first + gl.arange(0, N, gl.SliceLayout(0, whole))
         h_at = h0 + ((direction * B + n)[None, :] * H + unit[:, None])
         h = gl.load(h_at, (n < B)[None, :] & (unit < H)[:, None] & given(h0, H), 0)
-    even.store(h)
-    odd.store(h)
+    even.store(rounded(h))
+    odd.store(rounded(h))
     cluster.barrier()
 
     zero = gl.zeros([4 * UNITS, N], gl.float32, tile)
@@ -249,7 +257,7 @@ def lstm_fwd_cluster_kernel(
     x_now = gl.load(x_at, x_real, 0)
     head = T % 2
     if head == 1:
-        mbarrier.expect(arrived.index(0), UNITS * N * 2)
+        mbarrier.expect(arrived.index(0), UNITS * N * BYTES)
         x_at += g_step
         x_next = gl.load(x_at, x_real & (T > 1), 0)
         i, f, g, o, c, y_n = cluster_step(
@@ -264,7 +272,7 @@ def lstm_fwd_cluster_kernel(
     for pair in range(T // 2):
         if pair + head > 0:
             mbarrier.wait(arrived.index(0), (pair + head - 1) % 2)
-        mbarrier.expect(arrived.index(1), UNITS * N * 2)
+        mbarrier.expect(arrived.index(1), UNITS * N * BYTES)
         x_at += g_step
         x_next = gl.load(x_at, x_real, 0)
         i, f, g, o, c, y_n = cluster_step(
@@ -276,7 +284,7 @@ def lstm_fwd_cluster_kernel(
         c_at += y_step
         g_at += g_step
         mbarrier.wait(arrived.index(1), pair % 2)
-        mbarrier.expect(arrived.index(0), UNITS * N * 2)
+        mbarrier.expect(arrived.index(0), UNITS * N * BYTES)
         x_at += g_step
         x_now = gl.load(x_at, x_real & (pair + 1 < T // 2), 0)
         i, f, g, o, c, y_n = cluster_step(

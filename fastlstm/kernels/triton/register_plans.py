@@ -21,7 +21,7 @@ _WIDEST_FLOAT32 = 64  # some registers spill; in shared memory a step takes five
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
 _WIDEST_INPUT_OF_WIDE = 32  # of 128 units
 _WIDEST_INPUT_OF_FLOAT32 = 16
-_WIDEST_CLUSTER = 512
+_WIDEST_CLUSTER = 512  # of 16 bits, half as many of float32: the registers of 16 blocks
 _UNITS_OF_A_BLOCK = 32
 _MOST_WAVES = 4  # of clusters, one after the other: still better than a launch for each step
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
@@ -78,7 +78,9 @@ def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
     spec, units = problem.spec, padded(problem.spec.hidden_size)
     plain = problem.cell == "plain" and not spec.proj_size and problem.dense
     known = device.clusters and device.arch == 90
-    if not (known and plain and problem.element == 2 and 128 < units <= _WIDEST_CLUSTER):
+    known &= problem.precision != "ieee"  # which has no matrix instructions
+    most = _WIDEST_CLUSTER * 2 // problem.element
+    if not (known and plain and most // 4 < units <= most):
         return None
     blocks = units // _UNITS_OF_A_BLOCK
     clusters = -(-problem.B // _SEQUENCES) * spec.directions
