@@ -245,13 +245,17 @@ def test_what_torch_lacks_is_ours_where_it_is_proven(
 
 
 def test_clusters_of_triton_are_not_proven(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastlstm.kernels.triton.gluon.PROBLEM", None)
     monkeypatch.setattr("fastlstm.kernels.triton.gluon.CLUSTER_PROBLEM", None)
     x = tensor(BF16)
     assert not get("triton").is_proven(wide(hidden_size=256), x)
     assert get("triton").is_proven(wide(hidden_size=256), x, dense=False)
     assert get("triton").is_proven(wide(hidden_size=1024), x)
     assert get("triton").is_proven(wide(hidden_size=256, mode="RNN_TANH"), x)
-    assert get("triton").is_proven(wide(hidden_size=256), tensor(FP32))
+    assert get("triton").is_proven(wide(hidden_size=64), tensor(FP32))
+    assert not get("triton").is_proven(wide(hidden_size=65), tensor(FP32))
+    assert not get("triton").is_proven(wide(hidden_size=256), tensor(FP32))
+    assert get("triton").is_proven(wide(hidden_size=257), tensor(FP32))
     monkeypatch.setattr("fastlstm.kernels.triton.gluon.CLUSTER_PROBLEM", "Triton 3.6 has none")
     assert get("triton").is_proven(wide(hidden_size=256), x)
 

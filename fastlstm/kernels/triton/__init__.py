@@ -29,7 +29,7 @@ __all__ = ["TRITON", "TritonBackend"]
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = 3, 6  # of Triton: the compiler of 3.5 has not been tried
 _MOST_UNITS_WITHOUT_GATES = 128
-_MOST_UNITS_OF_A_PROGRAM = 128  # of a plain cell
+_UNITS_OF_A_PROGRAM = 64  # of a plain cell, whatever its numbers are
 _ON = "1", "on", "true", "yes", "y"  # as Triton reads a variable
 _MODES = "auto", "ahead", "jit"  # of FASTLSTM_TRITON
 _OPERATORS = define("triton")
@@ -113,8 +113,11 @@ class TritonBackend(Backend):
         """Whether such kernels have passed their tests on GPUs like that of x."""
         if not x.is_cuda or not measured.is_right(x.device, x.dtype, spec.hidden_size):
             return False
-        wide = spec.is_lstm and spec.hidden_size > _MOST_UNITS_OF_A_PROGRAM
-        return not (wide and dense and _in_cluster(tuple(spec), x.element_size()))
+        if not (spec.is_lstm and dense and spec.hidden_size > _UNITS_OF_A_PROGRAM):
+            return True
+        from .launch import precision_of
+
+        return not _in_cluster(tuple(spec), x.element_size(), precision_of(x))
 
     def pace(self, specs: Sequence[LayerSpec], x: Tensor, use: Use) -> float | None:
         """Say how many times as long as it PyTorch's own kernels take for a call, at least."""
@@ -346,11 +349,11 @@ def _room_for(spec: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -
 
 
 @constant
-def _in_cluster(spec: tuple[Any, ...], element: int) -> bool:
+def _in_cluster(spec: tuple[Any, ...], element: int, precision: str) -> bool:
     """Whether a cluster may compute dense rows of such a layer: none has run on a GPU yet."""
     from . import config
 
-    problem = config.Problem(LayerSpec(*spec), 1, element, "tf32")
+    problem = config.Problem(LayerSpec(*spec), 1, element, precision)
     known = _ahead_problem() is None or not _no_gluon()
     device = config.Device(90, 132, clusters=known)  # the GPU with most
     return config.forward_plan(problem, device).regime == "cluster"
