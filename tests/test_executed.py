@@ -180,16 +180,6 @@ BANKS = [
 ]
 
 
-def most(run: Run, instruction: str, found: Wavefronts) -> int:
-    """As many wavefronts as the layout of the state makes it take.
-
-    A store has 8 units of each second sequence. 16 units of TF32 fill half of the banks, so those
-    sequences begin in the same half, and their 32 words share its 16 banks.
-    """
-    halved = run.precision == "tf32" and run.case.H == 16 and instruction.startswith("st.")
-    return found.fewest * (2 if halved else 1)
-
-
 @pytest.mark.executed
 @pytest.mark.parametrize("run", BANKS, ids=str)
 def test_weights_in_registers_leave_banks_alone(worker: Worker, run: Run) -> None:
@@ -200,7 +190,7 @@ def test_weights_in_registers_leave_banks_alone(worker: Worker, run: Run) -> Non
         "lstm_fwd_registers_kernel",
         "lstm_bwd_registers_kernel",
     }
-    assert {place: n for place, n in found.items() if n.taken > most(run, place[1], n)} == {}
+    assert {place: n for place, n in found.items() if n.taken > n.fewest} == {}
 
 
 @pytest.mark.executed

@@ -25,13 +25,19 @@ def fills(size, tile):
 
 @gluon.constexpr_function
 def state_layout(U, pair):
-    """Return how ``[U, N]`` numbers, `pair` to 4 bytes, lie in shared memory: unit beside unit.
+    """Return how ``[U, 8]`` numbers, `pair` to 4 bytes, lie in shared memory: unit beside unit.
 
-    Matrices are read 16 bytes of 8 columns at a time. Columns that fill all banks begin in the
-    same one; so where those 16 bytes lie in a column differs from each to the next.
+    Matrices are read 16 bytes of 8 columns at a time, cells written 32 bytes of each second
+    column. Columns that fill all banks begin in the same one; so where 16 bytes lie in a column
+    differs from each to the next. Of those that are shorter, the last four change places too.
     """
-    columns = max(1, 32 * pair // U)  # in the 128 bytes that all banks have
-    return gl.SwizzledSharedLayout(4 * pair, columns, 8 // columns, [0, 1])
+    whole = 4 * pair  # numbers in 16 bytes
+    columns = 32 * pair // U  # in the 128 bytes that all banks have
+    if columns <= 1:
+        return gl.SwizzledSharedLayout(whole, 1, 8, [0, 1])
+    bits = [1 << bit for bit in range(U.bit_length() - 1)]
+    later = [[2 * whole, 2], [whole, 5]] if columns == 2 else [[0, 2], [whole, 5]]
+    return gl.SharedLinearLayout([[unit, 0] for unit in bits] + [[0, 1], *later])
 
 
 @gluon.constexpr_function
