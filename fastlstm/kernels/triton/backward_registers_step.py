@@ -144,7 +144,7 @@ def backward_step(
         reset_next = flags(reset, s + 1, steps, t + forth, n, length, lengths, B, H)
 
     if KEPT:
-        i, f, g, o = apart(g_now.to(gl.float32), U, N, dc.type.layout)
+        i, f, g, o = apart(g_now.to(gl.float32), U, N, cells)
     else:
         i, f, g, o = by_gate(bias + stack(g_now, U, N, tile), U, N)
         i, f, g, o = activated(i, f, g, o, dtype, FAST)

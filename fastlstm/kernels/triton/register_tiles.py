@@ -89,7 +89,8 @@ def by_gate(stacked, U: gl.constexpr, N: gl.constexpr):
     """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
     parts = gl.permute(gl.reshape(stacked, [2, 2, U // 16, 2, 8, N]), [2, 4, 3, 5, 0, 1])
     i_g, f_o = gl.split(gl.reshape(parts, [U, N, 2, 2]))
-    return four(i_g, f_o, cell_layout(U))
+    cells: gl.constexpr = cell_layout(U)
+    return four(i_g, f_o, cells)
 
 
 @gluon.jit
