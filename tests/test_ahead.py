@@ -23,7 +23,7 @@ from fastlstm.kernels.triton.ahead.manifest import ARCHS, NAME, Manifest, Manife
 from fastlstm.kernels.triton.ahead.plans import KINDS, REGIMES, Row, element_and_precision, table
 from fastlstm.spec import LayerSpec
 
-MOST_WAVES = 4  # of csrc/triton/kernels.cpp
+MOST_WAVES = 6  # of csrc/triton/kernels.cpp
 ARGUMENTS = [("x", 8), ("T", 4)]
 
 

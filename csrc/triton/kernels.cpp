@@ -12,7 +12,7 @@ constexpr unsigned kStaticShared = 48 << 10;  // that a kernel has without askin
 constexpr i64 kWidestInputs = 64;             // that go through their weights in the loop
 constexpr i64 kParts = 2, kSums = 3;          // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
 constexpr i64 kPartsOfSums = 32;              // that are added at a time
-constexpr i64 kMostWaves = 4;                 // as in fastlstm/kernels/triton/register_plans.py
+constexpr i64 kMostWaves = 6;                 // as in fastlstm/kernels/triton/register_plans.py
 constexpr unsigned kPortableCluster = 8;      // blocks that every GPU with clusters takes
 
 int log2(i64 n) {

@@ -7,8 +7,9 @@ has received h of step t from everybody, so everybody has read h of step t - 1.
 
 Rows of the stacked tile are ``[block, unit / 4, gate % 2, gate / 2, unit % 4]``: a warp has the 16
 rows of four units, and two shuffles give each thread the four gates of one cell. The product is
-made in four chains of matrix instructions, a quarter of H each. Four lanes that have the cells of
-four units give each other h, and each sends all four to a quarter of the blocks.
+made in four chains of matrix instructions, a quarter of H each. A warp sends h of all units of its
+block to one other block, or to two, in one piece: what goes through a cluster are messages, and
+more of them take longer.
 """
 
 import math
@@ -44,6 +45,9 @@ def layout_of(what, UNITS, N, C, WIDE):
     same = [[0, 0] for _ in block_bits]
     across = [[4 << b, 0] for b in warp_bits]
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [0, 1]]
+    own = [[0, 1 << b, 0] for b in range(int(math.log2(U)))]
+    vector = int(math.log2(WIDE))
+    rest = own[vector + 2 :] + [[1 << b, 0, 0] for b in block_bits]
     tall = min(UNITS // WIDE, 32)
     found = {
         "tile": gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8], cga_layout=rows),
@@ -54,11 +58,12 @@ def layout_of(what, UNITS, N, C, WIDE):
             *([[*base, 0] for base in bases] for bases in (lanes, across, blocks)),
             [UNITS, N, 2],
         ),
-        # Four units a thread, so that a store has 8 or 16 bytes; of blocks a quarter.
+        # A thread stores 16 bytes, a warp into one block at a time.
         "send": gl.DistributedLinearLayout(
-            [[0, 1, 0], [0, 2, 0], *([1 << b, 0, 0] for b in block_bits[2:])],
-            [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [0, 0, 1]],
-            *([[0, *base] for base in bases] for bases in (across, blocks)),
+            own[:vector] + rest[len(warp_bits) :],
+            [*own[vector : vector + 2], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
+            rest[: len(warp_bits)],
+            [[0, *base] for base in blocks],
             [C, UNITS, N],
         ),
         "whole": gl.BlockedLayout(

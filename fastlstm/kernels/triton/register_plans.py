@@ -23,7 +23,7 @@ _WIDEST_INPUT_OF_WIDE = 32  # of 128 units
 _WIDEST_INPUT_OF_FLOAT32 = 16
 _WIDEST_CLUSTER = 512  # of 16 bits, half as many of float32: the registers of 16 blocks
 _UNITS_OF_A_BLOCK = 32
-_MOST_WAVES = 4  # of clusters, one after the other: still better than a launch for each step
+_MOST_WAVES = 6  # of clusters, one after the other: still better than a launch for each step
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
 _IN_CLUSTER = "W_hh fits the registers of a cluster"
 
