@@ -76,8 +76,7 @@ WEIGHTS = [
     Case(T=67, B=1, I=1, H=5, directions=2, bias=False),
     Case(T=2, B=33, I=10, H=128, directions=2),
 ]
-# One step, odd and even numbers of them; 8 and 16 blocks, in TF32 4 and 8; units that only fill a
-# tile.
+# One step, odd and even numbers of them; 8 and 16 blocks, in TF32 4; units that only fill a tile.
 CLUSTERS = [
     Case(T=4, B=9, I=5, H=200, directions=2),
     Case(T=1, B=3, I=5, H=150, bias=False, grad_layout="sliced"),
@@ -85,13 +84,12 @@ CLUSTERS = [
     Case(T=2, B=3, I=5, H=512, wrt=("x", "h0", "c0")),  # a million weights take minutes
     Case(T=2, B=2, I=5, H=130, recompute=True),
 ]
-# In TF32, whose layers are half as wide.
+# In TF32, whose layers are a quarter as wide.
 CLUSTERS_OF_TF32 = [
     Case(T=4, B=9, I=5, H=70, directions=2),
     Case(T=1, B=3, I=5, H=65, bias=False, grad_layout="sliced"),
     Case(T=3, B=3, I=5, H=128, hx=False, cell_states=True),
-    Case(T=2, B=3, I=5, H=256, wrt=("x", "h0", "c0")),
-    Case(T=2, B=2, I=5, H=130, recompute=True, wrt=("x", "h0", "c0")),
+    Case(T=2, B=2, I=5, H=100, recompute=True, wrt=("x", "h0", "c0")),
 ]
 BOTH_CLUSTERS = {"lstm_fwd_cluster_kernel", "lstm_bwd_cluster_kernel"}
 SUMS = {"lstm_weight_parts_kernel", "lstm_weight_sums_kernel"}  # of the registers regime
@@ -194,9 +192,7 @@ def test_weights_in_registers_leave_banks_alone(worker: Worker, run: Run) -> Non
 
 
 @pytest.mark.executed
-@pytest.mark.parametrize(
-    ("H", "name"), [(256, "bf16"), (512, "fp16"), (128, "tf32"), (256, "tf32")]
-)
+@pytest.mark.parametrize(("H", "name"), [(256, "bf16"), (512, "fp16"), (128, "tf32")])
 def test_blocks_of_a_cluster_leave_banks_alone(worker: Worker, H: int, name: str) -> None:
     run = Run(Case(T=2, B=8, I=5, H=H, wrt=("x", "h0", "c0")), name, 90, "cluster")
     every: dict[tuple[str, str], Wavefronts] = worker.run(wavefronts, run, timeout=TIMEOUT)

@@ -165,17 +165,38 @@ def test_float16_depends_on_the_way(
 
 
 @pytest.mark.parametrize(("training", "captured"), EVERY)
+@pytest.mark.parametrize("H", [200, 256, 400, 512])
+def test_wide_layers_are_tritons_where_clusters_compute_them(
+    gpu: Gpu, H: int, training: bool, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them they are of the cuda backend, where that was timed."""
+    launch = import_module("fastlstm.kernels.triton.launch")
+    gpu.ready, gpu.captured = True, captured
+    shape, spec = (256, 64), wide(input_size=H, hidden_size=H)
+    assert taken(BF16, spec, training=training, shape=shape) != "triton"
+    clusters = Device(90, 132, clusters=True)
+    monkeypatch.setattr(launch, "device_of", lambda x: clusters)
+    automatic._found.clear()
+    assert taken(BF16, spec, training=training, shape=shape) == "triton"
+    assert taken(FP16, spec, training=training, shape=shape) == "torch"  # nobody has timed it
+    assert taken(FP32, spec, training=training, shape=shape) == "torch"
+    spec = wide(hidden_size=128)  # in TF32
+    assert taken(FP32, spec, training=training, shape=(28, 128)) == "triton"
+
+
+@pytest.mark.parametrize(("training", "captured"), EVERY)
 @pytest.mark.parametrize("ready", [False, True])
 def test_float32_is_mostly_pytorchs(
     gpu: Gpu, training: bool, captured: bool, ready: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for inference in TF32 by kernels that were compiled ahead; float64 is not looked up."""
+    """But for TF32 by kernels that were compiled ahead, where training is not replayed."""
     gpu.captured, gpu.ready = captured, ready
-    ours = ready and not training
+    ours = ready and not (training and captured)
     for H in (16, 64, 128, 512):
         name = "triton" if ours and H <= 64 else "torch"
         assert taken(FP32, wide(hidden_size=H), training=training) == name
     assert taken(FP32, shape=(128, 64), training=training) == "torch"
+    # float64 is not looked up.
     monkeypatch.setattr(automatic, "_faster", lambda *_: pytest.fail("it was looked up"))
     assert taken(torch.float64) == "torch"
 
@@ -242,22 +263,6 @@ def test_what_torch_lacks_is_ours_where_it_is_proven(
     assert taken(FP32, sequences=RESET) == "cuda"
     assert taken(FP32, wide(hidden_size=256), RESET) == "reference"
     assert taken(BF16, wide(hidden_size=256), RESET) == "cuda"
-
-
-def test_clusters_of_triton_are_not_proven(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastlstm.kernels.triton.gluon.PROBLEM", None)
-    monkeypatch.setattr("fastlstm.kernels.triton.gluon.CLUSTER_PROBLEM", None)
-    x = tensor(BF16)
-    assert not get("triton").is_proven(wide(hidden_size=256), x)
-    assert get("triton").is_proven(wide(hidden_size=256), x, dense=False)
-    assert get("triton").is_proven(wide(hidden_size=1024), x)
-    assert get("triton").is_proven(wide(hidden_size=256, mode="RNN_TANH"), x)
-    assert get("triton").is_proven(wide(hidden_size=64), tensor(FP32))
-    assert not get("triton").is_proven(wide(hidden_size=65), tensor(FP32))
-    assert not get("triton").is_proven(wide(hidden_size=256), tensor(FP32))
-    assert get("triton").is_proven(wide(hidden_size=257), tensor(FP32))
-    monkeypatch.setattr("fastlstm.kernels.triton.gluon.CLUSTER_PROBLEM", "Triton 3.6 has none")
-    assert get("triton").is_proven(wide(hidden_size=256), x)
 
 
 # ---- the record goes before --------------------------------------------------------------------

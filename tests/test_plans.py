@@ -197,7 +197,7 @@ def test_what_does_not_rest_in_registers(asked: Problem) -> None:
 
 @pytest.mark.parametrize(
     ("H", "B", "element", "blocks"),
-    [(129, 8, 2, 8), (256, 128, 2, 8), (512, 64, 2, 16), (65, 8, 4, 4), (256, 128, 4, 8)],
+    [(129, 8, 2, 8), (256, 128, 2, 8), (512, 64, 2, 16), (65, 8, 4, 4), (128, 128, 4, 4)],
 )
 def test_clusters_are_on_the_gpu_together(H: int, B: int, element: int, blocks: int) -> None:
     asked = problem(H, B=B, element=element)

@@ -71,25 +71,39 @@ _FEW_STEPS: dict[str, Any] = {"rows": (128, 512), "steps": (20, 128)}
 _FEWER_STEPS: dict[str, Any] = {"rows": (128, 512), "steps": (20, 32), "inputs": 32}
 _LONG = (128, _ANY)
 _WIDE: dict[str, Any] = {"steps": _LONG, "directions": 1}
-_R, _S = "registers/registers", "steps/steps"
+_SOME_STEPS: dict[str, Any] = {"rows": (64, 128), "steps": (20, 128), "directions": 1}
+_R, _C, _S = "registers/registers", "cluster/cluster", "steps/steps"
 _B = "block/block"
 # To measure: python -m benchmarks gpu. fastlstm/README.md, "On GPUs", says in words what follows.
 _TABLE = (  # the first row that fits a call counts
     Row("triton", "bf16", EAGER, _R, (1, 128), 3.40, 1.32),  # to 6.5 and 1.9
-    Row("triton", "bf16", READY, _R, (1, 128), 25.9, 2.80),  # to 48 and 4.6
-    Row("triton", "bf16", REPLAYED, _R, (1, 64), 12.2, 4.92),  # to 18 and 7.5
-    Row("triton", "bf16", REPLAYED, _R, (65, 128), 6.63, 4.09),  # to 7.5
+    Row("triton", "bf16", READY, _R, (1, 128), 24.6, 2.73),  # to 48 and 4.5
+    Row("triton", "bf16", REPLAYED, _R, (1, 64), 12.5, 5.13),  # to 19 and 7.6
+    Row("triton", "bf16", REPLAYED, _R, (65, 128), 6.94, 4.31),  # to 7.6
+    Row("triton", "bf16", READY, _C, (129, 256), 17.4, 10.1, (1, 64), **_WIDE),  # to 24 and 12
+    Row("triton", "bf16", READY, _C, (129, 256), 5.98, 6.68, (65, 256), **_WIDE),
+    Row("triton", "bf16", READY, _C, (257, 512), 13.0, 10.5, (1, 16), **_WIDE),  # to 21 and 12
+    Row("triton", "bf16", READY, _C, (257, 512), 6.51, 7.63, (17, 64), **_WIDE),
+    Row("triton", "bf16", READY, _C, (257, 512), 3.38, 3.38, (65, 256), **_WIDE),
+    Row("triton", "bf16", REPLAYED, _C, (129, 256), 7.01, 6.94, (1, 64), **_WIDE),  # to 8.9, 8.3
+    Row("triton", "bf16", REPLAYED, _C, (129, 256), 2.65, 2.98, (65, 256), **_WIDE),
+    Row("triton", "bf16", REPLAYED, _C, (257, 512), 5.21, 5.36, (1, 16), **_WIDE),  # to 5.6, 5.8
+    Row("triton", "bf16", REPLAYED, _C, (257, 512), 2.95, 3.10, (17, 64), **_WIDE),
+    Row("triton", "bf16", REPLAYED, _C, (257, 512), 1.37, 1.77, (65, 256), **_WIDE),
     Row("triton", "bf16", EAGER, _S, (129, 1024), 0.39, 0.44),  # H = 768
     Row("triton", "bf16", REPLAYED, _S, (512, 768), 1.09, 1.04, (16, 16), (1024, _ANY)),
     Row("triton", "fp16", EAGER, _R, (1, 128), 0.29, 0.54),  # to 0.5 and 0.7
-    Row("triton", "fp16", READY, _R, (1, 64), 2.76, 1.14, inputs=64, **_FEW_STEPS),  # to 3.5, 1.6
-    Row("triton", "fp16", READY, _R, (65, 128), 2.80, 1.17, inputs=32, **_FEW_STEPS),
-    # To 4.1 and 3.8.
-    Row("triton", "fp16", REPLAYED, _R, (1, 64), 1.75, 2.04, inputs=64, **_FEW_STEPS),
-    Row("triton", "fp16", REPLAYED, _R, (65, 128), 1.95, 1.82, inputs=32, **_FEW_STEPS),
-    Row("triton", "tf32", READY, _R, (1, 64), 1.35, 1.00, **_FEWER_STEPS),  # to 1.5 and 1.4
-    Row("triton", "tf32", REPLAYED, _R, (1, 64), 1.17, 0.93, **_FEWER_STEPS),  # to 2.2 and 1.4
-    Row("triton", "tf32", REPLAYED, _R, (64, 64), 0.95, 0.69, (64, 64), _LONG),
+    Row("triton", "fp16", READY, _R, (1, 64), 2.83, 1.34, inputs=64, **_FEW_STEPS),  # to 3.5, 1.9
+    Row("triton", "fp16", READY, _R, (65, 128), 2.50, 1.34, inputs=32, **_FEW_STEPS),
+    # To 4.3 and 3.8.
+    Row("triton", "fp16", REPLAYED, _R, (1, 64), 2.15, 2.15, inputs=64, **_FEW_STEPS),
+    Row("triton", "fp16", REPLAYED, _R, (65, 128), 2.14, 1.86, inputs=32, **_FEW_STEPS),
+    Row("triton", "tf32", READY, _R, (1, 64), 1.14, 1.16, **_FEWER_STEPS),  # to 1.5 and 1.5
+    Row("triton", "tf32", REPLAYED, _R, (1, 64), 1.13, 1.04, **_FEWER_STEPS),  # to 2.3 and 1.5
+    Row("triton", "tf32", REPLAYED, _R, (64, 64), 0.90, 0.78, (64, 64), _LONG),
+    Row("triton", "tf32", READY, _C, (65, 128), 1.30, 1.19, inputs=128, **_SOME_STEPS),  # to 2.7
+    # To 3.1 and 2.1.
+    Row("triton", "tf32", REPLAYED, _C, (65, 128), 2.45, 1.91, inputs=128, **_SOME_STEPS),
     Row("triton", "tf32", EAGER, "", (1, 128), 0.07, 0.22),  # to 0.3 and 0.7
     Row("triton", "tf32", READY, "", (65, 128), 0.05, 0.24),
     Row("triton", "tf32", REPLAYED, "", (65, 128), 0.80, 0.56),
@@ -109,8 +123,8 @@ _TABLE = (  # the first row that fits a call counts
     Row("cuda", "bf16", REPLAYED, "", (257, 512), 1.70, None, (1, 16), **_WIDE),  # to 2.0
     Row("cuda", "bf16", REPLAYED, "", (257, 512), 1.19, None, (17, 64), **_WIDE),
     Row("cuda", "bf16", REPLAYED, "", (512, 512), 0.48, None, (256, 256), **_WIDE),
-    Row("cuda", "bf16", REPLAYED, "", (513, 1024), 1.54, None, (1, 16), **_WIDE),  # to 1.6
-    Row("cuda", "bf16", REPLAYED, "", (1024, 1024), 0.46, None, (64, 64), **_WIDE),
+    Row("cuda", "bf16", REPLAYED, "", (513, 1024), 1.54, 1.68, (1, 16), **_WIDE),  # to 1.6, 1.8
+    Row("cuda", "bf16", REPLAYED, "", (1024, 1024), 0.45, 0.57, (64, 64), **_WIDE),
     Row("cuda", "fp16", READY, _B, (1, 128), 0.25, 0.60),  # to 0.4 and 0.8
     Row("cuda", "fp16", REPLAYED, _B, (1, 128), 0.35, 0.56),  # to 0.8
 )

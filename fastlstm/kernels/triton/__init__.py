@@ -111,13 +111,7 @@ class TritonBackend(Backend):
 
     def is_proven(self, spec: LayerSpec, x: Tensor, dense: bool = True) -> bool:
         """Whether such kernels have passed their tests on GPUs like that of x."""
-        if not x.is_cuda or not measured.is_right(x.device, x.dtype, spec.hidden_size):
-            return False
-        if not (spec.is_lstm and dense and spec.hidden_size > _UNITS_OF_A_PROGRAM):
-            return True
-        from .launch import precision_of
-
-        return not _in_cluster(tuple(spec), x.element_size(), precision_of(x))
+        return x.is_cuda and measured.is_right(x.device, x.dtype, spec.hidden_size)
 
     def pace(self, specs: Sequence[LayerSpec], x: Tensor, use: Use) -> float | None:
         """Say how many times as long as it PyTorch's own kernels take for a call, at least."""
@@ -346,17 +340,6 @@ def _room_for(spec: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -
     x = torch.empty(0, dtype=dtype, device=device)
     problem = Problem(LayerSpec(*spec), 1, x.element_size(), precision_of(x))
     return obstacle(problem, device_of(x))
-
-
-@constant
-def _in_cluster(spec: tuple[Any, ...], element: int, precision: str) -> bool:
-    """Whether a cluster may compute dense rows of such a layer: none has run on a GPU yet."""
-    from . import config
-
-    problem = config.Problem(LayerSpec(*spec), 1, element, precision)
-    known = _ahead_problem() is None or not _no_gluon()
-    device = config.Device(90, 132, clusters=known)  # the GPU with most
-    return config.forward_plan(problem, device).regime == "cluster"
 
 
 @constant

@@ -21,7 +21,10 @@ _WIDEST_FLOAT32 = 64  # some registers spill; in shared memory a step takes five
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
 _WIDEST_INPUT_OF_WIDE = 32  # of 128 units
 _WIDEST_INPUT_OF_FLOAT32 = 16
-_WIDEST_CLUSTER = 512  # of 16 bits, half as many of float32: the registers of 16 blocks
+# Units of a cluster, from and to, by bytes of a number. The registers would hold 256 of float32
+# too. But with these a training step that was replayed from a CUDA graph ended in an illegal
+# access on an H200. Calls of the same shape, memcheck and the emulator show nothing of it.
+_UNITS_OF_A_CLUSTER = {2: (256, 512), 4: (128, 128)}
 _UNITS_OF_A_BLOCK = 32
 _MOST_WAVES = 6  # of clusters, one after the other: still better than a launch for each step
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
@@ -79,8 +82,8 @@ def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
     plain = problem.cell == "plain" and not spec.proj_size and problem.dense
     known = device.clusters and device.arch == 90
     known &= problem.precision != "ieee"  # which has no matrix instructions
-    most = _WIDEST_CLUSTER * 2 // problem.element
-    if not (known and plain and most // 4 < units <= most):
+    least, most = _UNITS_OF_A_CLUSTER.get(problem.element, (1, 0))
+    if not (known and plain and least <= units <= most):
         return None
     blocks = units // _UNITS_OF_A_BLOCK
     clusters = -(-problem.B // _SEQUENCES) * spec.directions
