@@ -102,8 +102,8 @@ _TABLE = (  # the first row that fits a call counts
     Row("triton", "tf32", REPLAYED, _R, (1, 64), 1.13, 1.04, **_FEWER_STEPS),  # to 2.3 and 1.5
     Row("triton", "tf32", REPLAYED, _R, (64, 64), 0.90, 0.78, (64, 64), _LONG),
     Row("triton", "tf32", READY, _C, (65, 128), 1.30, 1.19, inputs=128, **_SOME_STEPS),  # to 2.7
-    # To 3.1 and 2.1.
-    Row("triton", "tf32", REPLAYED, _C, (65, 128), 2.45, 1.91, inputs=128, **_SOME_STEPS),
+    # To 3.1. Training was 1.91 to 2.1, but with twice the units its replay was not right.
+    Row("triton", "tf32", REPLAYED, _C, (65, 128), 2.45, None, inputs=128, **_SOME_STEPS),
     Row("triton", "tf32", EAGER, "", (1, 128), 0.07, 0.22),  # to 0.3 and 0.7
     Row("triton", "tf32", READY, "", (65, 128), 0.05, 0.24),
     Row("triton", "tf32", REPLAYED, "", (65, 128), 0.80, 0.56),
