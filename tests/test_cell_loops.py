@@ -341,3 +341,11 @@ def test_gradients_are_there_with_those_of_the_inputs() -> None:
     value.backward()
     assert seen == [True]
     first.backward()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_cell_that_lacks_a_weight_is_refused(grad: bool) -> None:
+    cell = fastlstm.LSTMCell(3, 4)
+    cell.bias_hh = None  # type: ignore[assignment]
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="a list of tensors"):
+        cell(torch.zeros(2, 3))

@@ -151,7 +151,7 @@ def maml_in_func(learner: Any) -> Results:
     return results | {"losses": torch.stack(losses)}
 
 
-def hessian_of(learner: Any) -> Results:
+def hessian_of(learner: Any, vectorize: bool = False) -> Results:
     """Of a loss in x, and in W_hh."""
     torch.manual_seed(1)
     x = randn(learner, 3, 2, I)
@@ -161,7 +161,8 @@ def hessian_of(learner: Any) -> Results:
     def loss(x: Tensor, w_hh: Tensor) -> Tensor:
         return functional_call(learner, weights | {name: w_hh}, (x,)).sin().sum()
 
-    twice = torch.autograd.functional.hessian(loss, (x, weights[name]))
+    at = x, weights[name]
+    twice = torch.autograd.functional.hessian(loss, at, vectorize=vectorize)
     return {f"{a}{b}": twice[a][b] for a in range(2) for b in range(2)}
 
 
@@ -266,12 +267,15 @@ def hessian_by_func(kinds: str) -> Callable[[Any], Results]:
     return run
 
 
-@pytest.mark.parametrize("kinds", ["autograd", "rr", "fr", "rf", "ff"])
+@pytest.mark.parametrize("kinds", ["autograd", "batched", "rr", "fr", "rf", "ff"])
 def test_hessian(backend: str, kinds: str) -> None:
-    """jacrev and jacfwd of either, and torch.autograd's."""
+    """jacrev and jacfwd of either, and torch.autograd's, a row at a time or all at once."""
     learner = fastlstm.accelerate(begin("hessian").double())
-    way = hessian_of if kinds == "autograd" else hessian_by_func(kinds)
-    found = {k: v.detach() for k, v in way(learner).items()}
+    if kinds in ("autograd", "batched"):
+        twice = hessian_of(learner, kinds == "batched")
+    else:
+        twice = hessian_by_func(kinds)(learner)
+    found = {k: v.detach() for k, v in twice.items()}
     compare(f"Hessian by {kinds}", found, *expectation("hessian"))
 
 

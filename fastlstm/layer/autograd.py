@@ -176,12 +176,11 @@ class _Gradient(torch.autograd.Function):
         again = torch.is_grad_enabled()
         wanted = [*ctx.needs_input_grad[3:][:count], *ctx.needs_input_grad[3 + count + kept :]]
         found: Any
-        if _is_transformed() or not covers(call, (*inputs, *incoming, *grads)):
+        batched = _is_transformed() or any(map(is_legacy_batch, grads))
+        if batched or not covers(call, (*inputs, *incoming, *grads)):
             found = second(call, ctx.needed, inputs, incoming, along, wanted, again)
         elif not again:
             found = second_derivatives(call, inputs, incoming, along)
-        elif any(map(is_legacy_batch, grads)):
-            found = second(call, ctx.needed, inputs, incoming, along, wanted, again)
         else:
             sizes = count, len(incoming)
             found = _Second.apply(call, ctx.needed, sizes, *inputs, *incoming, *along)
@@ -219,7 +218,9 @@ class _Second(torch.autograd.Function):
         call, needed, count = ctx.call, ctx.needed, ctx.sizes[0]
         inputs, incoming, along = _split(ctx.sizes, saved(ctx))
         there = [t for t in (*inputs, *incoming) if t is not None]  # only tensors have an edge
-        if torch.is_grad_enabled() or any(map(_may_run, ctx.next_functions[: len(there)])):
+        batched = any(map(is_legacy_batch, grads))
+        edges = ctx.next_functions[: len(there)]
+        if torch.is_grad_enabled() or batched or any(map(_may_run, edges)):
             wanted = ctx.needs_input_grad[3:]
             return None, None, None, *third(call, needed, (inputs, incoming, along), wanted, grads)
         found: list[Any] = [None] * count

@@ -82,7 +82,7 @@ class Steps:
                 shared = SharedWeights(backend, self._spec, self._cache, weights)
                 self._shared = weakref.ref(shared)
             return _Step.apply(x, h0, c0, shared.token, shared)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, AttributeError):  # the last: a weight is no tensor
             return None
 
 
