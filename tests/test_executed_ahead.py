@@ -34,7 +34,9 @@ Workers = Callable[[int], Worker]
 # Dense rows of more units than one multiprocessor holds; states given and absent; odd sizes.
 CLUSTERED = [
     AheadRun(case, ("bf16", "fp16")[k % 2], 90)
-    for k, case in enumerate([*CLUSTERS, Case(T=2, B=11, I=4, H=256, directions=2, hx=False)])
+    for k, case in enumerate(
+        [*CLUSTERS, Case(T=2, B=11, I=4, H=256, directions=2, hx=False, wrt=("x",))]
+    )
 ]
 CLUSTERED += [
     AheadRun(case, "tf32", 90)
