@@ -148,7 +148,7 @@ class _TransformedLayer(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradients of a layer, whose own derivatives are those of the reference."""
+    """The gradients of a layer; their own derivatives have formulas, or are the reference's."""
 
     @staticmethod
     def forward(

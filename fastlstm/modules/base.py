@@ -100,7 +100,7 @@ class Layers(StandIn, nn.RNNBase):
     def _run_plain(
         self, x: Tensor, hx: Any, weights: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Compute a plain call where a backend takes it whole; None where not.
+        """Compute a plain call where a backend takes it as it is; None where not.
 
         Args:
             x: the input.

@@ -16,7 +16,7 @@ from fastlstm.spec import Gradients, Incoming, Saved, Weights
 
 from .backward_by_unit import GatesByUnit, incoming_arguments
 from .backward_cluster_step import cluster_step_back, factors, layout_of, own_weights
-from .call import Call, row_arguments, weight_arguments
+from .call import Call, cluster_arguments, weight_arguments
 from .gluon import cluster, gl, gluon, mbarrier
 from .launch import is_fast, launch
 from .plan import Plan
@@ -199,9 +199,6 @@ def launch_lstm_bwd_cluster(
 ) -> None:
     """Write the gradients of one layer of dense rows; `then`: the weights of the forward pass."""
     by_unit = GatesByUnit.of(call, then, saved, gradients)
-    arguments = row_arguments(call, plan)
-    for name in ("offsets", "lengths", "reset", "U"):
-        del arguments[name]
     launch(
         lstm_bwd_cluster_kernel,
         (-(-call.rows.B // plan.batch), call.spec.directions),
@@ -211,13 +208,11 @@ def launch_lstm_bwd_cluster(
         **weight_arguments(then, "b_ih", "b_hh"),
         c0=call.state.c,
         c_all=saved.c_all,
-        **arguments,
+        **cluster_arguments(call, plan),
         **incoming_arguments(incoming),
         dgates=by_unit.dgates,
         dh0=gradients.dh0,
         dc0=gradients.dc0,
-        UNITS=plan.units,
-        C=plan.blocks,
         KEPT=saved.gates is not None,
         FAST=is_fast(call.x),
     )

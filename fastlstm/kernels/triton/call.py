@@ -13,7 +13,10 @@ from fastlstm.spec import LayerSpec, Noise, State, Weights
 from .launch import device_of, dot_precision, precision_of
 from .plan import Device, Plan, Problem
 
-__all__ = ["Call", "call_arguments", "row_arguments", "strides_of", "weight_arguments"]
+__all__ = [
+    *("Call", "call_arguments", "cluster_arguments", "row_arguments", "strides_of"),
+    "weight_arguments",
+]
 
 
 class Call(NamedTuple):
@@ -56,6 +59,14 @@ def call_arguments(call: Call, plan: Plan) -> dict[str, Any]:
 def row_arguments(call: Call, plan: Plan) -> dict[str, Any]:
     """Return what a kernel of the registers regime is told of the rows, the sizes and its tile."""
     return {**_rows_and_sizes(call, plan), "U": plan.units}
+
+
+def cluster_arguments(call: Call, plan: Plan) -> dict[str, Any]:
+    """Return what a kernel of a cluster is told of dense rows, the sizes and its tile."""
+    known = _rows_and_sizes(call, plan)
+    for name in ("offsets", "lengths", "reset"):
+        del known[name]
+    return {**known, "UNITS": plan.units, "C": plan.blocks}
 
 
 def _rows_and_sizes(call: Call, plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import math
 
 from fastlstm.spec import Outputs
 
-from .call import Call, row_arguments, weight_arguments
+from .call import Call, cluster_arguments, weight_arguments
 from .forward_registers import products_by_unit
 from .gluon import async_store, cluster, gl, gluon, mbarrier, mma_v2
 from .launch import is_fast, launch
@@ -309,9 +309,6 @@ def lstm_fwd_cluster_kernel(
 
 def launch_lstm_fwd_cluster(call: Call, plan: Plan, outputs: Outputs) -> None:
     """Write the outputs of one layer of dense rows."""
-    arguments = row_arguments(call, plan)
-    for name in ("offsets", "lengths", "reset", "U"):
-        del arguments[name]
     launch(
         lstm_fwd_cluster_kernel,
         (-(-call.rows.B // plan.batch), call.spec.directions),
@@ -320,13 +317,11 @@ def launch_lstm_fwd_cluster(call: Call, plan: Plan, outputs: Outputs) -> None:
         **weight_arguments(call.weights, "w_hh", "b_ih", "b_hh"),
         h0=call.state.h,
         c0=call.state.c,
-        **arguments,
+        **cluster_arguments(call, plan),
         y=outputs.y,
         h_n=outputs.h_n,
         c_n=outputs.c_n,
         c_all=outputs.c_all,
         gates=outputs.gates,
-        UNITS=plan.units,
-        C=plan.blocks,
         FAST=is_fast(call.x),
     )
