@@ -116,16 +116,16 @@ def _calls(what: str, device: torch.device, dtype: torch.dtype) -> list[tuple[An
     """The modules that a WHAT stands for, each with an input."""
     place, colon, rest = what.partition(":")
     if colon:
-        name, batch, steps = rest.split(",")
+        name, *numbers = rest.split(",")
+        B, T = _numbers(numbers, "MODULE:NAME,B,T")
         made: Any = getattr(import_module(place), name)
         model = made if isinstance(made, nn.Module) else made()
         model = fastlstm.accelerate(model).to(device, dtype)
         modules = [m for m in model.modules() if isinstance(m, LSTM | RNN | LSTMCell)]
         if not modules:
             raise ValueError("there is no LSTM, RNN or LSTMCell in it")
-        B, T = int(batch), int(steps)
     else:
-        I, H, L, D, B, T = map(int, what.split(","))
+        I, H, L, D, B, T = _numbers(what.split(","), "I,H,L,D,B,T")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         two = D == 2
         modules = [LSTM(I, H, L, bidirectional=two, **options) if L else LSTMCell(I, H, **options)]
@@ -135,6 +135,14 @@ def _calls(what: str, device: torch.device, dtype: torch.dtype) -> list[tuple[An
         shape = (B,) if isinstance(module, LSTMCell) else size
         calls.append((module, torch.randn(*shape, module.input_size, device=device, dtype=dtype)))
     return calls
+
+
+def _numbers(words: Sequence[str], form: str) -> list[int]:
+    """The numbers at the end of a WHAT, or of all of it."""
+    wanted = [each for each in form.split(",") if ":" not in each]
+    if len(words) != len(wanted) or not all(word.isdecimal() for word in words):
+        raise ValueError(f"expected {form}, where {', '.join(wanted)} are whole numbers")
+    return [int(word) for word in words]
 
 
 def _record(options: Any) -> int:

@@ -54,7 +54,8 @@ def explain(
 
     Raises:
         TypeError: module is not one of this library's.
-        RuntimeError: the backend in use cannot compute this call.
+        RuntimeError: x has another number of features than the module takes, or the backend in
+            use cannot compute this call.
     """
     if not isinstance(module, LSTM | LSTMCell | RNN):
         raise TypeError(
@@ -62,11 +63,17 @@ def explain(
             "convert it with from_torch() or fastlstm.accelerate()"
         )
     data, sizes = (x.data, x.batch_sizes) if isinstance(x, PackedSequence) else (x, None)
+    specs = module.specs()
+    if data.shape[-1] != specs[0].input_size:
+        raise RuntimeError(
+            f"explain(): expected an input of {specs[0].input_size} features, as the module "
+            f"takes, got {tuple(data.shape)}"
+        )
     T, B = _steps_and_batch(module, x)
     sequences = Sequences(sizes, options.get("lengths"), options.get("reset"))
     layers = 0 if isinstance(module, LSTMCell) else module.num_layers
     size = Size(layers, T, B, tuple(module.parameters()))
-    call = data, module.specs(), sequences, bool(options.get("return_cell_states")), size
+    call = data, specs, sequences, bool(options.get("return_cell_states")), size
     backend = select(*call)
     plan = tuple(backend.describe(spec, T, B, data) for spec in call[1])
     return Explanation(backend.name, backend.kernel(), plan, _reason(backend, *call))

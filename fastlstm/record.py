@@ -111,7 +111,7 @@ class Record:
         return min(found, default=math.inf)
 
     def __str__(self) -> str:
-        lines = [f"{name:<10}{value}" for name, value in self.machine.items()]
+        lines = [f"{name:<10}{value}" for name, value in self.machine.items() if value]
         wrong = {key: verdict for key, verdict in self.verdicts.items() if verdict != OK}
         right = len(self.verdicts) - len(wrong)
         lines.append(f"verified  {right} right, {len(wrong)} wrong")

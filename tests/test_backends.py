@@ -230,6 +230,10 @@ def test_explain_says_why() -> None:
     assert other.reason == "auto: torch.nn does not return the cell states"
     with pytest.raises(TypeError, match=r"got LSTM; convert it with from_torch"):
         fastlstm.explain(nn.LSTM(I, H), X)
+    with pytest.raises(
+        RuntimeError, match=rf"input of {I} features, as the module takes, got \(.*{I + 1}\)"
+    ):
+        fastlstm.explain(lstm, torch.zeros(T, B, I + 1))
 
 
 def test_inference_compiles_in_one_graph(backend: str) -> None:

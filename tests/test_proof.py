@@ -559,7 +559,9 @@ def test_the_command(cache: Path, quick: None, hasty: None, capsys: Any) -> None
         kept = record.load(CPU)
         assert kept is not None
         assert len(kept.times) == 4
-    assert main(["tune", "3,5"]) == 2
+    for wrong in ("3,5", "3,5,1,1,1,x", "torch.nn:Identity,1"):
+        assert main(["tune", wrong]) == 2
+        assert "expected" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main(["record", "--device", "cuda"]) == 2
     assert main(["tune", "3,5,1,1,1,1", "--dtype", "short"]) == 2

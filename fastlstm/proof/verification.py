@@ -111,7 +111,8 @@ def _chosen(names: Sequence[str] | str | None) -> list[Backend]:
         try:
             backend = get(name)
         except KeyError:
-            raise ValueError(f"verify(): {name!r} is not a backend") from None
+            known = ", ".join(each.name for each in registered())
+            raise ValueError(f"verify(): {name!r} is not a backend, choose from {known}") from None
         if (error := backend.error()) is not None:
             raise RuntimeError(f'the "{name}" backend is not available here: {error}')
         found.append(backend)
