@@ -170,8 +170,8 @@ def _first(
             winner = record.winner(key) if record else None
         if winner is not None:
             return tuple(backend for backend in candidates(AUTO, x) if backend.name == winner)
-    contested = is_contested(x) and is_dense(sequences)
-    return _faster(x, specs, size, captured) if contested else ()
+    contested = is_contested(x) and _is_timed(sequences)
+    return _faster(x, specs, sequences, size, captured) if contested else ()
 
 
 _MOST = 4096  # calls of which it is kept
@@ -179,10 +179,10 @@ _found: dict[Any, tuple[Backend, ...]] = {}
 
 
 def _faster(
-    x: Tensor, specs: Sequence[LayerSpec], size: Size, captured: bool
+    x: Tensor, specs: Sequence[LayerSpec], sequences: Sequences, size: Size, captured: bool
 ) -> tuple[Backend, ...]:
     """Return ours that were measured to be faster than PyTorch's own on a GPU like that of x."""
-    use = Use(size.steps, size.batch, trains(x, size.weights), captured)
+    use = _use(x, sequences, size, captured)
     key = x.device, measured.precision(x.dtype), specs[0], size.layers, use
     try:
         return _found[key]
@@ -190,7 +190,7 @@ def _faster(
         if len(_found) >= _MOST:
             _found.clear()
         ours = [b for b in candidates(AUTO, x) if first_obstacle(b, x, specs) is None]
-        paces = [pace(b, x, specs, DENSE, size, captured) for b in ours]
+        paces = [pace(b, x, specs, sequences, size, captured) for b in ours]
         found = tuple(b for b, each in zip(ours, paces, strict=True) if measured.is_faster(each))
         _found[key] = found
         return found
@@ -214,10 +214,20 @@ def pace(
         size: how large the call is.
         captured: whether it is recorded in a CUDA graph; None for whether it is now.
     """
-    if not size.layers or not size.is_known or not is_dense(sequences):
+    if not size.layers or not size.is_known or not _is_timed(sequences):
         return None
     captured = is_captured() if captured is None else captured
-    return backend.pace(specs, x, Use(size.steps, size.batch, trains(x, size.weights), captured))
+    return backend.pace(specs, x, _use(x, sequences, size, captured))
+
+
+def _use(x: Tensor, sequences: Sequences, size: Size, captured: bool) -> Use:
+    trained, packed = trains(x, size.weights), sequences.batch_sizes is not None
+    return Use(size.steps, size.batch, trained, captured, packed)
+
+
+def _is_timed(sequences: Sequences) -> bool:
+    """Whether calls of such rows were timed on GPUs: dense or packed ones."""
+    return sequences.lengths is None and sequences.reset is None
 
 
 def is_dense(sequences: Sequences) -> bool:

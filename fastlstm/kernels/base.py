@@ -37,6 +37,7 @@ class Use(NamedTuple):
     batch: int  # B
     training: bool  # whether a backward pass may follow
     captured: bool  # whether the call is recorded in a CUDA graph, and only then replayed
+    packed: bool = False  # whether rows are packed; else all sequences have all steps
 
 
 class Backend:
@@ -139,7 +140,7 @@ class Backend:
 
         Args:
             specs: the layers.
-            x: the input, dense.
+            x: the input, dense or packed.
             use: how they are called.
 
         Returns:

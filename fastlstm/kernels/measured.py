@@ -46,7 +46,7 @@ REPLAYED = "replayed"  # the call is captured in a CUDA graph
 
 
 class Row(NamedTuple):
-    """Calls of plain dense LSTM layers in which kernels of ours were timed beside PyTorch's."""
+    """Calls of plain LSTM layers in which kernels of ours were timed beside PyTorch's."""
 
     backend: str
     precision: str  # "bf16", "fp16", "tf32" or "exact"
@@ -59,6 +59,7 @@ class Row(NamedTuple):
     steps: tuple[int, int] = (20, _ANY)  # T
     inputs: int = _ANY  # I of any layer, at most
     directions: int = 2  # at most
+    packed: bool = False  # whether rows are packed; else all sequences have all steps
 
 
 # Timed were I, H, L, D, B, T = (10, 32, 2, 1, 512, 20), (28, 64, 1, 2, 256, 28),
@@ -201,7 +202,7 @@ def pace(
         way: EAGER, READY or REPLAYED.
         where: the compute capability of the GPU, and the dtype of x.
         specs: the layers.
-        use: how they are called; dense rows.
+        use: how they are called.
 
     Returns:
         None where nobody has measured it.
@@ -217,6 +218,7 @@ def pace(
         if (
             found is not None
             and row[:3] == call
+            and row.packed is use.packed
             and row.regimes in ("", regimes)
             and _within(first.hidden_size, row.units)
             and _within(use.batch * first.directions, row.rows)
