@@ -33,8 +33,8 @@ from fastlstm.kernels.triton.ahead import library as ahead
 
 CALLS = 2000
 # A call without gradients; of it the way to the driver; of the operator the same; a call of packed
-# rows; a forward call that keeps what backward needs.
-COLUMNS = "inference", "to driver", "operator", "packed", "training"
+# rows; a forward call that keeps what backward needs; its backward pass, with all of autograd.
+COLUMNS = "inference", "to driver", "operator", "packed", "training", "backward"
 SHAPES = {  # of the tasks: I, H, directions, B, T
     "binary": (10, 32, 1, 512, 20),
     "mnist-lstm": (28, 64, 1, 128, 28),
@@ -94,8 +94,24 @@ def _row(I: int, H: int, D: int, B: int, T: int, launched: Callable[[], int]) ->
         driver = _timed(lambda: layer(x), launched)
         alone = _timed(lambda: operator(*arguments), launched)
         rows = _timed(lambda: layer(packed))
-    training = _timed(lambda: layer(x))
-    return [f"{value:12.1f}" for value in (whole, driver, alone, rows, training)]
+    training, backward = _step(layer, x)
+    found = whole, driver, alone, rows, training, backward
+    return [f"{value:12.1f}" for value in found]
+
+
+def _step(layer: fastlstm.LSTM, x: Tensor) -> tuple[float, float]:
+    """Return the median times of both passes of a training step in us."""
+    there, back = [], []
+    dy = torch.zeros_like(layer(x)[0])
+    for _ in range(CALLS):
+        layer.zero_grad()
+        begin = time.perf_counter_ns()
+        y, _ = layer(x)
+        middle = time.perf_counter_ns()
+        y.backward(dy)
+        there.append(middle - begin)
+        back.append(time.perf_counter_ns() - middle)
+    return median(there) / 1e3, median(back) / 1e3
 
 
 def _timed(call: Callable[[], Any], end: Callable[[], int] | None = None) -> float:

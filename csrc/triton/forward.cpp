@@ -61,6 +61,19 @@ Array states_of(const Array& t, i64 first, i64 count) {
   return view(t, {count, B, H}, {B * H, H, 1}, first * B * H);
 }
 
+// The pass of a call that was compiled ahead.
+void run(const Question& asked, const Array& x, std::vector<Array>& flat, i64 directions, Array h0, Array c0,
+         const Array& batch_sizes, Array lengths, Array reset, const Outputs& out) {
+  const Place place = Place::of(x.handle());
+  const NoGrad no_grad;
+  const std::vector<Weights> weights = Weights::split(flat.data(), flat.size(), directions, x.dtype, place);
+  const Rows rows(x, batch_sizes, std::move(lengths), std::move(reset), place);
+  if (rows.count == 0) return;
+  forward(asked, place, x, weights, rows, dense(std::move(h0), place), dense(std::move(c0), place), out);
+}
+
+constexpr const char* kForwardJit = "fastlstm::lstm_fwd_triton_jit";
+
 }  // namespace
 
 void lstm_fwd_triton(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
@@ -75,22 +88,40 @@ void lstm_fwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   const bool dense_rows = !batch_sizes && !lengths && !reset;
   const Question asked(x, flat.data(), flat.size(), directions, false, dense_rows, more);
   if (!asked.row)
-    return instead("fastlstm::lstm_fwd_triton_jit", given(x), given(flat), directions, given_or_none(h0),
-                   given_or_none(c0), given_or_none(batch_sizes), given_or_none(lengths), given_or_none(reset),
-                   given(y), given(h_n), given(c_n), given_or_none(c_all), given_or_none(gates), given_or_none(cache),
-                   peephole, layer_norm, given_or_none(h_mask), zoneout_c, zoneout_h, given_or_none(seed));
+    return instead(kForwardJit, given(x), given(flat), directions, given_or_none(h0), given_or_none(c0),
+                   given_or_none(batch_sizes), given_or_none(lengths), given_or_none(reset), given(y), given(h_n),
+                   given(c_n), given_or_none(c_all), given_or_none(gates), given_or_none(cache), peephole, layer_norm,
+                   given_or_none(h_mask), zoneout_c, zoneout_h, given_or_none(seed));
+  run(asked, x, flat, directions, std::move(h0), std::move(c0), batch_sizes, std::move(lengths), std::move(reset),
+      {y, h_n, c_n, c_all, gates});
+}
+
+std::tuple<Output, Output, Output, Output, Output> lstm_plain_fwd_triton(Handle x_, const HandleList& weights_,
+                                                                         i64 directions, OptionalHandle h0_,
+                                                                         OptionalHandle c0_, bool tf32) {
+  std::vector<Array> flat = to_arrays(weights_);
+  Array x(x_), h0(h0_), c0(c0_);
+  const Question asked(x, flat.data(), flat.size(), directions, false, true, false, tf32);
+  FASTLSTM_CHECK(x.dim == 3, "fastlstm: expected input [T, B, I], got ", x.shape_text());
+  FASTLSTM_CHECK(flat.size() > 1 && flat[1].dim == 2, "fastlstm: expected the weights of a layer");
   const Place place = Place::of(x.handle());
-  const NoGrad no_grad;
-  const std::vector<Weights> weights = Weights::split(flat.data(), flat.size(), directions, x.dtype, place);
-  const Rows rows(x, batch_sizes, std::move(lengths), std::move(reset), place);
-  if (rows.count == 0) return;
-  forward(asked, place, x, weights, rows, dense(std::move(h0), place), dense(std::move(c0), place),
-          {y, h_n, c_n, c_all, gates});
+  if (!x.last_dense()) x = dense(std::move(x), place);
+  const i64 T = x.sizes[0], B = x.sizes[1], H = flat[1].last(), D = directions;
+  Array y = place.empty({T, B, D * H}, x.dtype), h_n = place.empty({D, B, H}, x.dtype),
+        c_n = place.empty({D, B, H}, x.dtype), c_all = place.empty({T, B, D * H}, aoti_torch_dtype_float32()),
+        gates = place.empty({D, T, B, 4 * H}, x.dtype);
+  if (asked.row)
+    run(asked, x, flat, D, std::move(h0), std::move(c0), Array(), Array(), Array(), {y, h_n, c_n, c_all, gates});
+  else
+    instead(kForwardJit, given(x), given(flat), D, given_or_none(h0), given_or_none(c0), kAbsent, kAbsent, kAbsent,
+            shared(y), shared(h_n), shared(c_n), OptionalHandle(shared(c_all)), OptionalHandle(shared(gates)), kAbsent,
+            false, false, kAbsent, 0.0, 0.0, kAbsent);
+  return {y.release(), h_n.release(), c_n.release(), c_all.release(), gates.release()};
 }
 
 std::tuple<Output, Output, Output> lstm_infer_triton(Handle x_, const HandleList& weights_, i64 layers, i64 directions,
-                                                     OptionalHandle h0_, OptionalHandle c0_,
-                                                     const HandleList& caches_) {
+                                                     OptionalHandle h0_, OptionalHandle c0_, const HandleList& caches_,
+                                                     bool tf32) {
   std::vector<Array> flat = to_arrays(weights_);
   const std::vector<Array> unused = to_arrays(caches_);
   Array x(x_), given_h0(h0_), given_c0(c0_);
@@ -110,7 +141,7 @@ std::tuple<Output, Output, Output> lstm_infer_triton(Handle x_, const HandleList
   for (i64 k = 0; k < layers; ++k) {
     const Array& input = k ? before : x;
     Array* own = flat.data() + size_t(k) * each;
-    const Question asked(input, own, each, D, false, true, false);
+    const Question asked(input, own, each, D, false, true, false, tf32);
     FASTLSTM_CHECK(asked.row, "fastlstm: the layer was not compiled ahead");
     const i64 H = asked.H;
     if (!k) {

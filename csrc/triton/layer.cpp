@@ -15,10 +15,10 @@ bool tf32() {
   return torch::stable::detail::to<bool>(stack[0]);
 }
 
-std::optional<Kind> kind_of(int32_t dtype) {
+std::optional<Kind> kind_of(int32_t dtype, std::optional<bool> in_tf32) {
   if (dtype == aoti_torch_dtype_bfloat16()) return Kind::bf16;
   if (dtype == aoti_torch_dtype_float16()) return Kind::f16;
-  if (dtype == aoti_torch_dtype_float32() && tf32()) return Kind::tf32;
+  if (dtype == aoti_torch_dtype_float32() && (in_tf32 ? *in_tf32 : tf32())) return Kind::tf32;
   return std::nullopt;
 }
 
@@ -28,12 +28,13 @@ std::atomic<bool> paused_{false};
 
 void pause(bool paused) { paused_.store(paused, std::memory_order_relaxed); }
 
-Question::Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more)
+Question::Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more,
+                   std::optional<bool> in_tf32)
     : device(nullptr), row(nullptr) {
   FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
   if (more || paused_.load(std::memory_order_relaxed)) return;
   const size_t each = count / size_t(directions);
-  const std::optional<Kind> found = kind_of(x.dtype);
+  const std::optional<Kind> found = kind_of(x.dtype, in_tf32);
   if (!found || (each != 2 && each != 4) || !x.dim || weights[1].dim != 2) return;  // an odd number: of a projection
   kind = *found;
   I = x.last();
@@ -258,6 +259,14 @@ HandleList given(std::vector<Array>& tensors) {
   for (Array& t : tensors) found.push_back(given(t));
   return found;
 }
+
+Handle shared(const Array& t) {
+  Handle copy;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.handle(), &copy));
+  return copy;
+}
+
+OptionalHandle shared_or_none(const Array& t) { return t ? OptionalHandle(shared(t)) : std::nullopt; }
 
 void call_instead(const char* name, StableIValue* stack) {
   said.clear();

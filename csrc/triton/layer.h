@@ -20,8 +20,10 @@ struct Question {
   const Row* row;  // null: the layer is not compiled ahead
 
   // weights: those of all directions, in the order of the operators. dense: whether all sequences have all steps, and
-  // none is reset. more: whether the cell has more than the plain one.
-  Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more);
+  // none is reset. more: whether the cell has more than the plain one. tf32: whether float32 is multiplied in TF32, for
+  // which Python is asked if nobody says it.
+  Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more,
+           std::optional<bool> tf32 = std::nullopt);
 };
 
 // Leaves calls to the other operators, as long as somebody wants plans of his own.
@@ -74,7 +76,7 @@ bool even_input(const Array& x);
 bool even_gradient(const Array& dy);
 
 // The gradients of all weights in two launches (fastlstm/kernels/triton/weight_gradients.py), and whether these take a
-// layer. x: [rows, I]. y: [rows, D * H]. dgates: [D, rows, 4H] by unit. dweights: as the operator takes them, written.
+// layer. x: [T, B, I]. y: [T, B, D * H]. dgates: [D, rows, 4H] by unit. dweights: as the operator takes them, written.
 bool takes_weights(const Question& asked, const Rows& rows, i64 D);
 void launch_weight_gradients(const Question& asked, const Rows& rows, const Array& x, const Array& y, const Array& h0,
                              const Array& dgates, const std::vector<Array>& dweights);
@@ -90,10 +92,13 @@ void check_place(const Array& t, const char* name, const Place& place);
 // The same of a gradient [T, B, width] or [N, width], of any strides before the last dimension.
 void check_strided(const Array& t, int32_t dtype, i64 width);
 
-// What is given away to another operator.
+// What is given away to another operator; or shared with it.
 Handle given(Array& t);
 OptionalHandle given_or_none(Array& t);
 HandleList given(std::vector<Array>& tensors);
+Handle shared(const Array& t);
+OptionalHandle shared_or_none(const Array& t);
+constexpr OptionalHandle kAbsent = std::nullopt;
 // Has another operator compute the call, with the arguments of this one.
 void call_instead(const char* name, StableIValue* stack);
 

@@ -45,6 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CUDA, m) {
 #endif
   m.impl("lstm_fwd_triton", TORCH_BOX(&Guarded<&lstm_fwd_triton>::call));
   m.impl("lstm_infer_triton", TORCH_BOX(&Guarded<&lstm_infer_triton>::call));
+  m.impl("lstm_plain_fwd_triton", TORCH_BOX(&Guarded<&lstm_plain_fwd_triton>::call));
+  m.impl("lstm_plain_bwd_triton", TORCH_BOX(&Guarded<&lstm_plain_bwd_triton>::call));
   m.impl("lstm_bwd_triton", TORCH_BOX(&Guarded<&lstm_bwd_triton>::call));
 }
 

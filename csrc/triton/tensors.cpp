@@ -105,12 +105,13 @@ Array flat_rows(const Array& t, const Place& place) {
   return view(found, {rows, n}, {n, 1});
 }
 
-Array dense(Array t, const Place& place) {
-  if (!t || t.contiguous()) return t;
+Array copied(const Array& t, const Place& place) {
   Array found = place.empty(Sizes_(t.sizes, t.sizes + t.dim), t.dtype);
   copy(found, t);
   return found;
 }
+
+Array dense(Array t, const Place& place) { return !t || t.contiguous() ? std::move(t) : copied(t, place); }
 
 void copy(const Array& to, const Array& from) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.handle(), from.handle(), 1));

@@ -53,7 +53,8 @@ Array columns(const Array& t, i64 first, i64 count);
 Array rows_of(const Array& t, i64 first, i64 count);
 Array transposed(const Array& matrix);
 Array flat_rows(const Array& t, const Place& place);  // [T, B, n] or [N, n] as [rows, n]; a copy if it has to be
-Array dense(Array t, const Place& place);             // the same numbers, contiguous
+Array copied(const Array& t, const Place& place);     // the same numbers, contiguous, in new memory
+Array dense(Array t, const Place& place);             // the same if they are not contiguous, else the tensor itself
 void copy(const Array& to, const Array& from);
 void zero(const Array& t);
 

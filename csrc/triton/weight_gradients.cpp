@@ -11,15 +11,18 @@ constexpr i64 kMostInputs = 1024;
 
 i64 tiles_of(i64 n, i64 each) { return (n + each - 1) / each; }
 
-// Says where the gradients of weights are to go, after a check; both kernels call them by the names of the weights.
+// Says where the gradients of weights are to go, after a check; both kernels call them by the names of the weights. The
+// gradient of a bias is written to both of its places: to one twice, where one serves both biases.
 void set_targets(Arguments* a, const std::vector<Array>& dweights, const Question& asked, int32_t dtype, i64 D) {
   const i64 I = asked.I, H = asked.H;
   const size_t each = dweights.size() / size_t(D);
-  constexpr Slot kTargets[2][3] = {{k_w_ih, k_w_hh, k_b_ih}, {k_w_ih_reverse, k_w_hh_reverse, k_b_ih_reverse}};
-  const i64 numbers[] = {4 * H * I, 4 * H * H, 4 * H};
+  constexpr Slot kTargets[2][4] = {{k_w_ih, k_w_hh, k_b_ih, k_b_hh},
+                                   {k_w_ih_reverse, k_w_hh_reverse, k_b_ih_reverse, k_b_hh_reverse}};
+  const i64 numbers[] = {4 * H * I, 4 * H * H, 4 * H, 4 * H};
   for (size_t k = 0; k < dweights.size(); ++k) {
     check(dweights[k], "the gradient of a weight", dtype, numbers[k % each]);
     a->set(kTargets[k / each][k % each], dweights[k]);
+    if (each == 3 && k % each == 2) a->set(kTargets[k / each][3], dweights[k]);
   }
 }
 
@@ -36,9 +39,7 @@ void launch_weight_gradients(const Question& asked, const Rows& rows, const Arra
   const Place place = Place::of(dgates.handle());
   const i64 I = asked.I, H = asked.H, D = dgates.sizes[0];
   const size_t each = dweights.size() / size_t(D);
-  FASTLSTM_CHECK(dweights.size() == size_t(D) * each && (each == 2 || each == 3),
-                 "fastlstm: not the gradients of these weights");
-  const Array x = dense(view(x_, {rows.count, I}, {x_.strides[0], x_.strides[1]}), place);
+  const Array own = x_.contiguous() ? Array() : copied(x_, place), &x = own ? own : x_;
   check(y, "y", x.dtype, rows.count * D * H);
   const Device& device = *asked.device;
   const bool even = H % 8 == 0 && even_input(x) && aligned(y, kAligned);
@@ -65,7 +66,7 @@ void launch_weight_gradients(const Question& asked, const Rows& rows, const Arra
   a.set(k_splits, splits, "parts");
   set_targets(&a, dweights, asked, x.dtype, D);
   device.launch(parts, &a, high, wide, splits * D);
-  const i64 of_bias = each == 3 ? tiles_of(4 * H, kElementsOfSums) : 0;
+  const i64 of_bias = each > 2 ? tiles_of(4 * H, kElementsOfSums) : 0;
   device.launch(sums, &a, tiles_of(4 * H * I, kElementsOfSums) + tiles_of(4 * H * H, kElementsOfSums) + of_bias, D);
 }
 

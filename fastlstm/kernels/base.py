@@ -63,6 +63,14 @@ class Backend:
     rnn_bwd: Any = None
     """The operators of a layer."""
 
+    lstm_plain_fwd: Any = None
+    lstm_plain_bwd: Any = None
+    """The operators of a plain layer of dense rows in training, which make their outputs; for
+    latency, None where there are none. ``lstm_plain_fwd(x, weights, spec, h0, c0, cache)`` returns
+    ``(y, h_n, c_n, c_all, gates)``; cache is that of :meth:`packed_weights`. ``lstm_plain_bwd``
+    takes the same, then y, c_all and gates, dy, dh_n and dc_n, and whether the gradients of x, h0,
+    c0 and the weights are wanted. It returns those in a list, of every weight one of its own."""
+
     lstm_infer: Any = None
     lstm_cell_infer: Any = None
     """The operators of plain calls without gradients, for latency; None where there are none."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from fastlstm.backends import higher_derivative
-from fastlstm.layer import vmap
+from fastlstm.layer import compute, vmap
 from fastlstm.layer.by_reference import by_reference, pull_back, second, third
 from fastlstm.layer.call import (
     Call,
@@ -32,6 +32,7 @@ from fastlstm.layer.second import covers, second_derivatives
 
 __all__ = ["is_legacy_batch", "pull", "run"]
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_transformed = torch._C._are_functorch_transforms_active
 
 
@@ -46,14 +47,11 @@ def run(call: Call, inputs: MaybeTensors) -> Tensors:
         kinds = [level.key() for level in get_interpreter_stack() or ()]
         save = torch.is_grad_enabled() or TransformType.Grad in kinds
         return _run_transformed(call if save else call._replace(save=False), inputs)
-    # Whether a recorded call needs a derivative shows when it is run.
-    if (
-        not is_recorded()
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in inputs)
-    ):
+    if is_recorded():  # whether it needs a derivative shows when it is run
+        return forward(call, inputs, save=False)
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs]):
         return _Layer.apply(call, *inputs)
-    return forward(call, inputs, save=False)
+    return compute.forward(call, inputs, save=False)
 
 
 def _run_transformed(call: Call, inputs: MaybeTensors) -> Tensors:
@@ -85,29 +83,29 @@ def pull(
 
     The arguments are those of :func:`fastlstm.layer.compute.gradients`.
     """
-    arguments = call, needed, inputs, kept, incoming
-    if any(map(is_legacy_batch, incoming)):
-        return pull_back(*arguments)
+    if not torch.compiler.is_compiling() and any(
+        [grad is not None and _is_batched(grad) for grad in incoming]
+    ):
+        return pull_back(call, needed, inputs, kept, incoming)
     if _is_transformed() or torch.is_grad_enabled():
-        return _differentiate(*arguments)
-    return gradients(*arguments, then)
+        return _differentiate(call, needed, inputs, kept, incoming)
+    return gradients(call, needed, inputs, kept, incoming, then)
 
 
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[1:]
     # A derivative of the gradients leads here too, by the outputs that they were computed from.
     if not torch.compiler.is_compiling() and all([grad is None for grad in incoming]):
-        return None, *(None for _ in needed)
+        return None, *[None for _ in needed]
     call, inputs, kept, weights = recall(ctx)
     rest = iter(pull(call, needed, inputs, kept, incoming[: count_results(call)], weights))
-    return None, *(next(rest) if need else None for need in needed)
+    return None, *[next(rest) if need else None for need in needed]
 
 
 def is_legacy_batch(grad: Tensor | None) -> bool:
     """Whether it stands for many gradients, of `is_grads_batched=True`; that is no torch.func."""
-    if torch.compiler.is_compiling():  # Dynamo cannot ask, and does not trace those
-        return False
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    # Dynamo cannot ask, and does not trace those.
+    return not torch.compiler.is_compiling() and grad is not None and _is_batched(grad)
 
 
 def _split(sizes: tuple[int, int], tensors: Sequence[Any]) -> tuple[Any, Any, Any]:

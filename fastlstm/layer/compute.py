@@ -34,6 +34,9 @@ def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
     """
     x, h0, c0, *weights = inputs
     backend, spec = get(call.backend), call.spec
+    if save and call.short and not call.members:
+        found: Tensors = backend.lstm_plain_fwd(x, weights, spec, h0, c0, call.cache)
+        return found
     packed = _packed_weights(call, "forward", inputs)
     found = outputs(call, inputs, save)
     arguments = _dense(x), _contiguous(weights, call), spec.directions, _dense(h0)
@@ -94,6 +97,8 @@ def gradients(
     """
     x, h0, c0, *weights = inputs
     backend, spec = get(call.backend), call.spec
+    if call.short and not (call.members or torch.compiler.is_compiling()):
+        return _short_gradients(call, needed, inputs, kept, incoming)
     dtype = compute_dtype(x.dtype) if backend.wide else x.dtype
     arriving = [None if grad is None else _dense(_as(grad, dtype)) for grad in incoming]
     dx, dh0, dc0 = (
@@ -127,6 +132,27 @@ def gradients(
         for grad, wanted in zip(grads, needed, strict=False)
         if wanted and grad is not None
     )
+
+
+def _short_gradients(
+    call: Call,
+    needed: Sequence[bool],
+    inputs: MaybeTensors,
+    kept: MaybeTensors,
+    incoming: MaybeTensors,
+) -> Tensors:
+    """The same by the operator for plain layers, which makes the gradients."""
+    x, h0, c0, *weights = inputs
+    of_weights = needed[3:]
+    wanted = *needed[:3], any(of_weights)
+    found: list[Tensor] = get(call.backend).lstm_plain_bwd(
+        x, weights, call.spec, h0, c0, call.cache, *kept, *incoming, *wanted
+    )
+    if all(of_weights) or not wanted[3]:
+        return tuple(found)
+    first = len(found) - len(weights)
+    pairs = zip(found[first:], of_weights, strict=True)
+    return *found[:first], *(g for g, need in pairs if need)
 
 
 def flat(weights: Sequence[Tensor]) -> Tensor:

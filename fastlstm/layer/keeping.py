@@ -79,7 +79,7 @@ def recall(ctx: Any) -> tuple[Call, MaybeTensors, MaybeTensors, Tensor | None]:
     except RuntimeError:
         tensors, edited = _without_outputs(ctx), True
     else:
-        edited = any(t._version != version for t, version in ctx.witnesses)
+        edited = any([t._version != version for t, version in ctx.witnesses])
     call = with_tensors(ctx.call, tensors[: ctx.own])
     end = ctx.own + ctx.inputs
     inputs, kept = tensors[ctx.own : end], tensors[end:]

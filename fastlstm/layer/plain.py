@@ -12,13 +12,35 @@ from torch.overrides import has_torch_function
 from fastlstm.automatic import first_obstacle
 from fastlstm.kernels.base import Backend
 from fastlstm.kernels.reference import REFERENCE
+from fastlstm.layer.call import Call
 from fastlstm.layer.input import Input
 from fastlstm.layer.options import Options
-from fastlstm.layer.stack import Final, walk
+from fastlstm.layer.stack import Final, calls_of, walk
 from fastlstm.layer.whole import compute_whole
 from fastlstm.spec import LayerSpec
 
-__all__ = ["run_plain"]
+__all__ = ["Plain", "run_plain"]
+
+
+class Plain:
+    """What :func:`run_plain` has to know of a module, as long as its settings stay.
+
+    Args:
+        specs: the layers, none of which is extended.
+        options: everything else; dense rows, and no option that nn.LSTM lacks.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], options: Options) -> None:
+        self.specs, self.options = specs, options
+        self.count = len(specs) * specs[0].directions * specs[0].weights_per_direction
+        self._calls: dict[str, tuple[Call, ...]] = {}
+
+    def calls(self, backend: Backend) -> tuple[Call, ...]:
+        """Return the call of each layer."""
+        found = self._calls.get(backend.name)
+        if found is None:
+            found = self._calls[backend.name] = calls_of(backend, self.specs, self.options)
+        return found
 
 
 def run_plain(
@@ -26,8 +48,7 @@ def run_plain(
     x: Tensor,
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
-    specs: Sequence[LayerSpec],
-    options: Options,
+    plain: Plain,
 ) -> tuple[Tensor, Final] | None:
     """Compute plain layers on a backend that :func:`.whole.plain_backend` returned, for latency.
 
@@ -36,8 +57,7 @@ def run_plain(
         x: ``[T, B, I]``, or ``[B, T, I]`` with batch_first.
         hx: the states, or None.
         weights: those of all layers.
-        specs: the layers.
-        options: everything else; dense rows, and no option that nn.LSTM lacks.
+        plain: everything else.
 
     Returns:
         y and the final states; None for a call that :func:`.stack.run_stack` has to look at, or
@@ -45,13 +65,16 @@ def run_plain(
     """
     if x.is_nested or x.dim() != 3 or has_torch_function((x, *weights)):
         return None
+    specs, options, spec = plain.specs, plain.options, plain.specs[0]
     if options.batch_first:
         x = x.transpose(0, 1)
-    spec = specs[0]
     steps, batch, features = x.shape
-    if features != spec.input_size or not steps or not _are_like(x, weights):
+    if features != spec.input_size or not steps or len(weights) != plain.count:
         return None
-    if len(weights) != len(specs) * spec.directions * spec.weights_per_direction:
+    calls = plain.calls(backend)
+    # Operators check the weights, those of plain layers their dtype and device too; PyTorch's
+    # operations may expand them instead.
+    if not (calls[0].short or _are_like(x, weights)):
         return None
     if hx is not None:
         if type(hx) is not tuple or len(hx) != 1 + spec.is_lstm or not _are_like(x, hx):
@@ -61,24 +84,30 @@ def run_plain(
         for state, shape in zip(hx, shapes, strict=False):
             if type(state) is not Tensor or state.shape != shape:
                 return None
-    # Operators check the sizes of weights, PyTorch's operations may expand them instead.
     if backend.layer is not None or first_obstacle(backend, x, specs) is not None:
         return None
 
-    def compute(
-        backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
-    ) -> tuple[Tensor, Final, Any]:
-        return walk(backend, specs, Input(x, steps, batch, False, False), hx, weights, options)
-
+    whole = Input(x, steps, batch, False, False)
     try:
         if backend.stack is None:
-            y, final, _ = compute(backend, x, hx, weights)
+            y, final, _ = walk(backend, specs, whole, hx, weights, options, calls)
         else:
-            again = partial(compute, REFERENCE)
+            again = partial(_by_reference, specs, whole, options)
             y, final = compute_whole(backend, spec, x, hx, weights, options, again)
     except (RuntimeError, ValueError):
         return None
     return y.transpose(0, 1) if options.batch_first else y, final
+
+
+def _by_reference(
+    specs: Sequence[LayerSpec],
+    whole: Input,
+    options: Options,
+    x: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Final, Any]:
+    return walk(REFERENCE, specs, whole._replace(x=x), hx, weights, options)
 
 
 def _are_like(x: Tensor, tensors: Sequence[Any]) -> bool:

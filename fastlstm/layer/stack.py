@@ -38,7 +38,7 @@ from fastlstm.layer.recorded import is_recorded, tracing
 from fastlstm.layer.whole import compute_whole, is_whole
 from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Noise, Sequences, State
 
-__all__ = ["run_cell", "run_stack", "walk"]
+__all__ = ["calls_of", "run_cell", "run_stack", "walk"]
 
 Final = tuple[Tensor, ...]  # (h_n, c_n), of an nn.RNN (h_n,)
 
@@ -127,6 +127,39 @@ def _check_sequences(options: Options, x: Tensor, unbatched: bool) -> Sequences:
     return Sequences(None, lengths, reset)
 
 
+def calls_of(backend: Backend, specs: Sequence[LayerSpec], options: Options) -> tuple[Call, ...]:
+    """Return the call of each layer, but for what is random.
+
+    Args:
+        backend: computes them.
+        specs: the layers, or the first two: all others are alike.
+        options: everything else.
+    """
+    spec, L = specs[0], options.num_layers
+    short = (
+        options.sequences is DENSE
+        and not (options.recompute or options.return_cell_states)
+        and not (spec.proj_size or spec.is_extended or torch.compiler.is_compiling())
+        and spec.is_lstm
+        and backend.lstm_plain_fwd is not None
+    )
+    return tuple(
+        [
+            Call(
+                backend.name,
+                specs[min(k, 1)],
+                options.sequences,
+                NO_NOISE,
+                options.return_cell_states and k == L - 1,
+                options.recompute,
+                options.caches[k] if options.caches else None,
+                short=short,
+            )
+            for k in range(L)
+        ]
+    )
+
+
 def walk(
     backend: Backend,
     specs: Sequence[LayerSpec],
@@ -134,6 +167,7 @@ def walk(
     hx: tuple[Tensor, ...] | None,
     weights: Sequence[Tensor],
     options: Options,
+    calls: Sequence[Call] = (),
 ) -> tuple[Tensor, Final, Tensor | None]:
     """Compute one layer after the other.
 
@@ -144,6 +178,7 @@ def walk(
         hx: the states, or None.
         weights: those of all layers.
         options: everything else.
+        calls: what :func:`calls_of` makes of these, if it has been asked before.
 
     Returns:
         As :func:`run_stack`, but y and c as layers have them.
@@ -161,23 +196,13 @@ def walk(
         states = [State(*layer) for layer in zip(*split, strict=True)]
     finals = []
     c_all = None
-    for k in range(L):
+    for k, call in enumerate(calls or calls_of(backend, specs, options)):
         if k and options.dropout:
             x = torch.dropout(x, options.dropout, True)
         own = weights if L == 1 else weights[k * each : (k + 1) * each]
-        spec = specs[min(k, 1)]
-        noise = NO_NOISE
         if options.random_zoneout or options.recurrent_dropout or options.weight_dropout:
-            noise, own = _draw(spec, x, whole.batch, own, options)
-        call = Call(
-            backend.name,
-            spec,
-            options.sequences,
-            noise,
-            options.return_cell_states and k == L - 1,
-            options.recompute,
-            options.caches[k] if options.caches else None,
-        )
+            noise, own = _draw(call.spec, x, whole.batch, own, options)
+            call = call._replace(noise=noise)
         x, final, c_all = _compute(backend, call, x, states[k], own)
         finals.append(final)
     if L == 1:

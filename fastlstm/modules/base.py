@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm.kernels.base import Backend, Cache
 from fastlstm.layer.checks import check_states
 from fastlstm.layer.options import Options
-from fastlstm.layer.plain import run_plain
+from fastlstm.layer.plain import Plain, run_plain
 from fastlstm.layer.taken import Taken
 from fastlstm.layer.whole import plain_backend
 from fastlstm.modules.stand_in import StandIn
@@ -107,15 +107,18 @@ class Layers(StandIn, nn.RNNBase):
             hx: a tuple of the states, or None.
             weights: those of all layers.
         """
-        if torch.compiler.is_compiling() or (settings := self._plain) is None or x.dim() != 3:
+        if torch.compiler.is_compiling() or (plain := self._plain) is None or x.dim() != 3:
             return None
         backend = plain_backend(x, weights, self._taken)
         if backend is None:
             return None
-        grad = torch.is_grad_enabled()
-        if backend.lstm_infer and not (grad or x.is_cpu or backend.infers_on_cpu):
+        if (
+            not torch.is_grad_enabled()
+            and not (x.is_cpu or backend.infers_on_cpu)
+            and backend.lstm_infer
+        ):
             return self._infer_plain(backend, x, hx, weights)
-        return run_plain(backend, x, hx, weights, *settings)
+        return run_plain(backend, x, hx, weights, plain)
 
     def _infer_plain(
         self, backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
@@ -131,7 +134,7 @@ class Layers(StandIn, nn.RNNBase):
         return None
 
     @cached_property
-    def _plain(self) -> tuple[tuple[LayerSpec, ...], Options] | None:
+    def _plain(self) -> Plain | None:
         """What `_run_plain` has to know of the settings, None if it cannot compute them."""
         specs = self.specs()
         if specs[0].is_extended:
@@ -145,7 +148,7 @@ class Layers(StandIn, nn.RNNBase):
             caches=self._caches,
             training=self.training,
         )
-        return specs, options
+        return Plain(specs, options)
 
     @cached_property
     def _taken(self) -> Taken:

@@ -25,6 +25,7 @@ from torch import Tensor
 import fastlstm
 from fastlstm import extension
 from fastlstm.kernels import triton as backend
+from fastlstm.kernels.triton import plain
 from fastlstm.kernels.triton.ahead import manifest
 from fastlstm.kernels.triton.ahead.build import write
 from fastlstm.kernels.triton.ahead.compiling import Image, compiled, interface
@@ -87,9 +88,11 @@ def executed(
 
         change(ahead, "FOLDER", folder)
         change(backend.TritonBackend, "infers_on_cpu", True)
-        for name in ("lstm_fwd", "lstm_bwd", "lstm_infer"):
+        for name in ("lstm_fwd", "lstm_bwd"):
             operator = getattr(torch.ops.fastlstm, f"{name}_triton").default
             change(backend.TritonBackend, name, launches.watched(operator))
+        for name in ("infer", "forward", "backward"):
+            change(plain, name, launches.watched(getattr(plain, name)))
         stack.enter_context(mock.patch.dict(os.environ, FASTLSTM_TRITON="auto"))
         change(backend, "_jit_problem", lambda: None)
         rest = executed_at_run_time(

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from fastlstm.kernels import measured
 from fastlstm.kernels.base import Backend, Use, constant, register
-from fastlstm.kernels.operators import define, define_operator, load_on_first_use
+from fastlstm.kernels.operators import define, load_on_first_use
 from fastlstm.spec import LayerSpec
+
+from . import plain
 
 __all__ = ["TRITON", "TritonBackend"]
 
@@ -31,14 +33,10 @@ _OLDEST = 3, 6  # of Triton: the compiler of 3.5 has not been tried
 _MOST_UNITS_WITHOUT_GATES = 128
 _UNITS_OF_A_PROGRAM = 64  # of a plain cell, whatever its numbers are
 _ON = "1", "on", "true", "yes", "y"  # as Triton reads a variable
+_KINDS = {"bf16": 0, "fp16": 1, "tf32": 2}  # indices of ahead.plans.KINDS
 _MODES = "auto", "ahead", "jit"  # of FASTLSTM_TRITON
 _OPERATORS = define("triton")
 _JIT_OPERATORS = define("triton_jit", rnn=False)  # of what was not compiled ahead
-_LSTM_INFER = define_operator(
-    "lstm_infer_triton",
-    "(Tensor x, Tensor[] weights, int layers, int directions, Tensor? h0, Tensor? c0, "
-    "Tensor[] caches) -> (Tensor, Tensor, Tensor)",
-)
 
 
 class TritonBackend(Backend):
@@ -53,7 +51,17 @@ class TritonBackend(Backend):
     @property
     def lstm_infer(self) -> Any:
         """The operator of a stack without gradients; None unless kernels were compiled ahead."""
-        return _LSTM_INFER if _error() is None and _ahead_problem() is None else None
+        return plain.infer if _has_ahead() else None
+
+    @property
+    def lstm_plain_fwd(self) -> Any:
+        """The operator of a plain layer in training; likewise."""
+        return plain.forward if _has_ahead() else None
+
+    @property
+    def lstm_plain_bwd(self) -> Any:
+        """That of its backward pass."""
+        return plain.backward if _has_ahead() else None
 
     def error(self) -> str | None:
         """Say why this machine does not have it; None once it is loaded, which this does."""
@@ -156,6 +164,10 @@ class TritonBackend(Backend):
         """
         wide = spec.hidden_size > _MOST_UNITS_WITHOUT_GATES
         return wide or not (spec.proj_size or spec.is_extended or _no_registers())
+
+
+def _has_ahead() -> bool:
+    return _error() is None and _ahead_problem() is None
 
 
 @constant  # Dynamo would trace the loading, it ignores the cache
@@ -301,10 +313,7 @@ def _problem(spec: LayerSpec, B: int, x: Tensor) -> tuple[Any, Any]:
 @constant
 def _kind(dtype: torch.dtype) -> int | None:
     """Return which kind of number compiled kernels have, as in ahead/plans.py, or None."""
-    if dtype is torch.float32:
-        rnn: Any = torch.backends.cudnn.rnn
-        return 2 if rnn.fp32_precision == "tf32" else None
-    return {torch.bfloat16: 0, torch.float16: 1}[dtype]
+    return _KINDS.get(measured.precision(dtype))
 
 
 def _not_ahead(spec: LayerSpec, x: Tensor) -> str | None:

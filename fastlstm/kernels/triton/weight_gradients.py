@@ -181,9 +181,11 @@ def lstm_weight_sums_kernel(
     w_ih,  # [4H, I], direction 0, written
     w_hh,  # [4H, H], written
     b_ih,  # [4H] or None, written
+    b_hh,  # [4H], where the same numbers go, or None
     w_ih_reverse,  # the same of direction 1, or None
     w_hh_reverse,
     b_ih_reverse,
+    b_hh_reverse,
     splits,
     I: tl.constexpr,
     H: tl.constexpr,
@@ -195,7 +197,8 @@ def lstm_weight_sums_kernel(
     direction = tl.program_id(1)
     if D == 2:
         if direction == 1:
-            w_ih, w_hh, b_ih = w_ih_reverse, w_hh_reverse, b_ih_reverse
+            w_ih, w_hh = w_ih_reverse, w_hh_reverse
+            b_ih, b_hh = b_ih_reverse, b_hh_reverse
     # Which gradient it is, where its parts begin and how long its rows are.
     number, target, begin, columns = tl.program_id(0), w_ih, 0, I
     size = 4 * H * (I + H)
@@ -215,8 +218,12 @@ def lstm_weight_sums_kernel(
         real = (first + split < splits)[:, None] & there
         total += tl.load(at + ((first + split) * (D * size))[:, None], real, 0)
     row, column = element // columns, element % columns
-    to = target + (row % 4 * H + row // 4) * columns + column
-    tl.store(to, tl.sum(total, 0).to(target.dtype.element_ty), there)
+    to = (row % 4 * H + row // 4) * columns + column
+    found = tl.sum(total, 0).to(target.dtype.element_ty)
+    tl.store(target + to, found, there)
+    if b_hh is not None:
+        if tl.program_id(0) >= blocks:
+            tl.store(b_hh + to, found, there)
 
 
 def takes(call: Call) -> bool:
@@ -279,7 +286,7 @@ def launch_weight_gradients(
         (blocks, D),
         _SUMS,
         parts=parts,
-        **weight_arguments(gradients, "w_ih", "w_hh", "b_ih"),
+        **weight_arguments(gradients, "w_ih", "w_hh", "b_ih", "b_hh"),
         splits=splits,
         **sizes,
         N=ELEMENTS,

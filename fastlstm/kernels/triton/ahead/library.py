@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import chain
-from typing import Any
 
 import torch
 
 from fastlstm import extension
+from fastlstm.kernels.measured import precision
 from fastlstm.kernels.operators import add_kernel, define_operator
 from fastlstm.kernels.triton.config import Device, watch
 from fastlstm.spec import LayerSpec
@@ -153,8 +153,7 @@ def _said_of(device: int) -> str:
 
 def _multiplies_in_tf32() -> bool:
     """What C++ asks of a call in float32."""
-    rnn: Any = torch.backends.cudnn.rnn
-    return bool(rnn.fp32_precision == "tf32")
+    return precision(torch.float32) == "tf32"
 
 
 add_kernel(_prepare.name(), _said_of, _COMPOSITE)

@@ -1,0 +1,68 @@
+"""The operators of plain layers whose kernels were compiled ahead: for latency.
+
+They make their outputs, and are told whether float32 is multiplied in TF32: C++ would have to ask
+Python, which takes longer than the rest of such a call. ``csrc/triton/`` computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlstm.kernels.measured import precision
+from fastlstm.kernels.operators import define_operator
+from fastlstm.spec import LayerSpec
+
+__all__ = ["backward", "forward", "infer"]
+
+_INPUTS = "Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0"
+_INFER = define_operator(
+    "lstm_infer_triton",
+    "(Tensor x, Tensor[] weights, int layers, int directions, Tensor? h0, Tensor? c0, "
+    "Tensor[] caches, bool tf32) -> (Tensor, Tensor, Tensor)",
+)
+_FORWARD = define_operator(
+    "lstm_plain_fwd_triton", f"({_INPUTS}, bool tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_BACKWARD = define_operator(
+    "lstm_plain_bwd_triton",
+    f"({_INPUTS}, Tensor y, Tensor c_all, Tensor gates, Tensor? dy, Tensor? dh_n, Tensor? dc_n, "
+    "bool dx, bool dh0, bool dc0, bool dweights, bool tf32) -> Tensor[]",
+)
+
+
+def infer(x: Tensor, *rest: Any) -> Any:
+    """Compute a stack without gradients, as ``Backend.lstm_infer``."""
+    return _INFER(x, *rest, _in_tf32(x))
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    spec: LayerSpec,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    cache: Any,
+) -> Any:
+    """Compute a layer in training, as ``Backend.lstm_plain_fwd``."""
+    return _FORWARD(x, weights, spec.directions, h0, c0, _in_tf32(x))
+
+
+def backward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    spec: LayerSpec,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    cache: Any,
+    *rest: Any,
+) -> Any:
+    """Compute the gradients of a layer, as ``Backend.lstm_plain_bwd``."""
+    return _BACKWARD(x, weights, spec.directions, h0, c0, *rest, _in_tf32(x))
+
+
+def _in_tf32(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and precision(x.dtype) == "tf32"
