@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, unwrap_if_dead
 
 from fastlstm.backends import higher_derivative
 from fastlstm.layer import compute, vmap
@@ -27,7 +27,7 @@ from fastlstm.layer.call import (
     without_tensors,
 )
 from fastlstm.layer.keeping import keep, recall, save, saved
-from fastlstm.layer.recorded import derive, forward, gradients, is_recorded
+from fastlstm.layer.recorded import derive, forward, gradients, is_observed, is_recorded
 from fastlstm.layer.second import covers, second_derivatives
 
 __all__ = ["is_legacy_batch", "pull", "run"]
@@ -50,7 +50,9 @@ def run(call: Call, inputs: MaybeTensors) -> Tensors:
     if is_recorded():  # whether it needs a derivative shows when it is run
         return forward(call, inputs, save=False)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs]):
-        return _Layer.apply(call, *inputs)
+        if torch.compiler.is_compiling():
+            return _Layer.apply(call, *inputs)
+        return _apply(call, *[None if t is None else unwrap_if_dead(t) for t in inputs])
     return compute.forward(call, inputs, save=False)
 
 
@@ -83,13 +85,13 @@ def pull(
 
     The arguments are those of :func:`fastlstm.layer.compute.gradients`.
     """
-    if not torch.compiler.is_compiling() and any(
-        [grad is not None and _is_batched(grad) for grad in incoming]
-    ):
-        return pull_back(call, needed, inputs, kept, incoming)
+    arguments = call, needed, inputs, kept, incoming
+    compiled = torch.compiler.is_compiling()
+    if not compiled and any([grad is not None and _is_batched(grad) for grad in incoming]):
+        return pull_back(*arguments)
     if _is_transformed() or torch.is_grad_enabled():
-        return _differentiate(call, needed, inputs, kept, incoming)
-    return gradients(call, needed, inputs, kept, incoming, then)
+        return _differentiate(*arguments)
+    return (gradients if compiled or is_observed() else compute.gradients)(*arguments, then)
 
 
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -114,15 +116,29 @@ def _split(sizes: tuple[int, int], tensors: Sequence[Any]) -> tuple[Any, Any, An
 
 
 class _Layer(torch.autograd.Function):
-    """A layer outside torch.func."""
+    """A layer outside torch.func, which nobody records."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensors:
+        outputs = compute.forward(call, inputs, save=True)
+        keep(ctx, call, inputs, outputs)
+        return outputs[: count_results(call)]
+
+    backward = staticmethod(_backward)
+
+
+# What is left of Function.apply without what it does for torch.func, which takes 2 µs.
+_apply: Any = super(torch.autograd.Function, _Layer).apply
+
+
+class _RecordedLayer(_Layer):
+    """The same within an operator that is recorded."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Tensors:
         outputs = forward(call, inputs, save=True)
         keep(ctx, call, inputs, outputs)
         return outputs[: count_results(call)]
-
-    backward = staticmethod(_backward)
 
 
 class _TransformedLayer(torch.autograd.Function):
@@ -253,7 +269,7 @@ def _run_operator(call: Call, inputs: MaybeTensors) -> Tensors:
     if call.save or _is_transformed():
         outputs = _run_transformed(call._replace(save=True), inputs)
         return outputs if call.save else outputs[: count_results(call)]
-    return _Layer.apply(call, *inputs)
+    return _RecordedLayer.apply(call, *inputs)
 
 
 derive(_run_operator, _differentiate)

@@ -61,4 +61,4 @@ def with_tensors(call: Call, tensors: MaybeTensors) -> Call:
 
 def count_results(call: Call) -> int:
     """Return how many outputs have a derivative; those that follow them are for backward."""
-    return 3 + call.cell_states if call.spec.is_lstm else 2
+    return 3 + call.cell_states if call.spec.mode == "LSTM" else 2

@@ -64,7 +64,7 @@ def keep(ctx: Any, call: Call, inputs: MaybeTensors, outputs: Tensors) -> None:
                 kept.append(flat(inputs[3:]))
                 ctx.copied = True
     save(ctx, *own, *inputs, y, *kept)
-    ctx.call, ctx.own, ctx.inputs = without_tensors(call), len(own), len(inputs)
+    ctx.call, ctx.own, ctx.inputs = without_tensors(call) if own else call, len(own), len(inputs)
 
 
 def recall(ctx: Any) -> tuple[Call, MaybeTensors, MaybeTensors, Tensor | None]:
@@ -80,7 +80,7 @@ def recall(ctx: Any) -> tuple[Call, MaybeTensors, MaybeTensors, Tensor | None]:
         tensors, edited = _without_outputs(ctx), True
     else:
         edited = any([t._version != version for t, version in ctx.witnesses])
-    call = with_tensors(ctx.call, tensors[: ctx.own])
+    call = with_tensors(ctx.call, tensors[: ctx.own]) if ctx.own else ctx.call
     end = ctx.own + ctx.inputs
     inputs, kept = tensors[ctx.own : end], tensors[end:]
     then = None

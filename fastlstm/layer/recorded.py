@@ -32,6 +32,7 @@ __all__ = [
     "forward",
     "gradients",
     "has_key",
+    "is_observed",
     "is_recorded",
     "tracing",
 ]
@@ -60,6 +61,11 @@ def is_recorded() -> bool:
     """Whether somebody records this call, or looks at every operator in it."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() or not torch.compiler.is_dynamo_compiling()
+    return is_observed()
+
+
+def is_observed() -> bool:
+    """The same where no compiler is at work."""
     return dispatch_modes() > 0 or has_key(PRE_DISPATCH) or tracing() is not None
 
 

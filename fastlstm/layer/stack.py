@@ -135,13 +135,12 @@ def calls_of(backend: Backend, specs: Sequence[LayerSpec], options: Options) -> 
         specs: the layers, or the first two: all others are alike.
         options: everything else.
     """
-    spec, L = specs[0], options.num_layers
+    L = options.num_layers
     short = (
         options.sequences is DENSE
         and not (options.recompute or options.return_cell_states)
-        and not (spec.proj_size or spec.is_extended or torch.compiler.is_compiling())
-        and spec.is_lstm
-        and backend.lstm_plain_fwd is not None
+        and not torch.compiler.is_compiling()
+        and backend.takes_plain(specs[0])
     )
     return tuple(
         [

@@ -23,7 +23,7 @@ from fastlstm.automatic import TUNED, candidates, is_contested
 from fastlstm.backends import choice, is_automatic
 from fastlstm.kernels.base import Backend
 from fastlstm.layer.options import Options
-from fastlstm.layer.recorded import is_recorded
+from fastlstm.layer.recorded import is_observed
 from fastlstm.layer.taken import Taken
 from fastlstm.record import Record, known
 from fastlstm.spec import LayerSpec
@@ -38,24 +38,27 @@ Again = Callable[[Tensor, Any, Sequence[Tensor]], tuple[Tensor, Results, Any]]
 
 def is_whole(backend: Backend) -> bool:
     """Whether a backend takes this call as a whole: nobody compiles, records or transforms it."""
-    return backend.stack is not None and not _is_watched()
-
-
-def _is_watched() -> bool:
-    return torch.compiler.is_compiling() or is_recorded() or _is_transformed()
+    compiled = torch.compiler.is_compiling()
+    return not (backend.stack is None or compiled or is_observed() or _is_transformed())
 
 
 def plain_backend(x: Tensor, weights: Sequence[Tensor], taken: Taken) -> Backend | None:
     """Return the backend that takes plain layers of x as they are; None for the long way.
 
-    Nothing casts, records or transforms the call then.
+    Nothing casts, records or transforms the call then. Not for code that is compiled.
 
     Args:
         x: the input of a module.
         weights: those of all layers.
         taken: what auto takes for the module.
     """
-    if automatic.CHECKED or _is_watched() or _is_autocast() or forward_ad._current_level >= 0:
+    if (
+        automatic.CHECKED
+        or is_observed()
+        or _is_transformed()
+        or _is_autocast()
+        or forward_ad._current_level >= 0
+    ):
         return None
     first = candidates(choice.name, x)[0]
     record, contested = choice.asks, False

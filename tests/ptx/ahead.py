@@ -91,8 +91,9 @@ def executed(
         for name in ("lstm_fwd", "lstm_bwd"):
             operator = getattr(torch.ops.fastlstm, f"{name}_triton").default
             change(backend.TritonBackend, name, launches.watched(operator))
-        for name in ("infer", "forward", "backward"):
-            change(plain, name, launches.watched(getattr(plain, name)))
+        change(plain, "infer", launches.watched(plain.infer))
+        for name in ("lstm_plain_fwd", "lstm_plain_bwd"):
+            change(backend.TritonBackend, name, launches.watched(getattr(backend.TRITON, name)))
         stack.enter_context(mock.patch.dict(os.environ, FASTLSTM_TRITON="auto"))
         change(backend, "_jit_problem", lambda: None)
         rest = executed_at_run_time(

@@ -47,21 +47,16 @@ class TritonBackend(Backend):
     lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd = _OPERATORS
     takes_weights_of_forward = True
     infers_on_cpu = False
+    lstm_plain_fwd, lstm_plain_bwd = staticmethod(plain.forward), staticmethod(plain.backward)
 
     @property
     def lstm_infer(self) -> Any:
         """The operator of a stack without gradients; None unless kernels were compiled ahead."""
         return plain.infer if _has_ahead() else None
 
-    @property
-    def lstm_plain_fwd(self) -> Any:
-        """The operator of a plain layer in training; likewise."""
-        return plain.forward if _has_ahead() else None
-
-    @property
-    def lstm_plain_bwd(self) -> Any:
-        """That of its backward pass."""
-        return plain.backward if _has_ahead() else None
+    def takes_plain(self, spec: LayerSpec) -> bool:
+        """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer."""
+        return spec.is_lstm and not (spec.is_extended or spec.proj_size) and _has_ahead()
 
     def error(self) -> str | None:
         """Say why this machine does not have it; None once it is loaded, which this does."""

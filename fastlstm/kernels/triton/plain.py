@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlstm.kernels.base import constant
 from fastlstm.kernels.measured import precision
-from fastlstm.kernels.operators import define_operator
+from fastlstm.kernels.operators import add_fake, define_operator
 from fastlstm.spec import LayerSpec
 
 __all__ = ["backward", "forward", "infer"]
@@ -34,9 +35,31 @@ _BACKWARD = define_operator(
 )
 
 
+def _fake_forward(
+    x: Tensor, weights: Sequence[Tensor], directions: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    (T, B, _), H = x.shape, weights[1].shape[1]
+    y, state = x.new_empty(T, B, directions * H), x.new_empty(directions, B, H)
+    c_all, gates = y.new_empty(y.shape, dtype=torch.float32), x.new_empty(directions, T, B, 4 * H)
+    return y, state, torch.empty_like(state), c_all, gates
+
+
+def _fake_backward(
+    x: Tensor, weights: Sequence[Tensor], directions: int, *rest: Any
+) -> list[Tensor]:
+    *_, dx, dh0, dc0, dweights, _ = rest
+    state = x.new_empty(directions, x.shape[1], weights[1].shape[1])
+    found = [x] * dx + [state] * (dh0 + dc0) + list(weights) * dweights
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in found]
+
+
+add_fake(_FORWARD.name(), _fake_forward)
+add_fake(_BACKWARD.name(), _fake_backward)
+
+
 def infer(x: Tensor, *rest: Any) -> Any:
     """Compute a stack without gradients, as ``Backend.lstm_infer``."""
-    return _INFER(x, *rest, _in_tf32(x))
+    return _INFER(x, *rest, _in_tf32(x.dtype))
 
 
 def forward(
@@ -48,7 +71,7 @@ def forward(
     cache: Any,
 ) -> Any:
     """Compute a layer in training, as ``Backend.lstm_plain_fwd``."""
-    return _FORWARD(x, weights, spec.directions, h0, c0, _in_tf32(x))
+    return _FORWARD(x, weights, spec.directions, h0, c0, _in_tf32(x.dtype))
 
 
 def backward(
@@ -61,8 +84,9 @@ def backward(
     *rest: Any,
 ) -> Any:
     """Compute the gradients of a layer, as ``Backend.lstm_plain_bwd``."""
-    return _BACKWARD(x, weights, spec.directions, h0, c0, *rest, _in_tf32(x))
+    return _BACKWARD(x, weights, spec.directions, h0, c0, *rest, _in_tf32(x.dtype))
 
 
-def _in_tf32(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and precision(x.dtype) == "tf32"
+@constant
+def _in_tf32(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 and precision(dtype) == "tf32"
