@@ -93,7 +93,12 @@ SOURCES |= X86_SOURCES
 SLOWEST = [f"csrc/cpu/isa/{isa}.cpp" for isa in ("avx512", "avx2", "portable")]
 
 # The slowest first. Those of clusters need a GPU of compute capability 9.0.
-CUDA_KERNELS = {"csrc/cuda/block.cu": 80, "csrc/cuda/grid.cu": 80, "csrc/cuda/cluster.cu": 90}
+CUDA_KERNELS = {
+    "csrc/cuda/block.cu": 80,
+    "csrc/cuda/grid.cu": 80,
+    "csrc/cuda/cluster.cu": 90,
+    "csrc/cuda/wide.cu": 90,
+}
 CUDA_HOST = ("csrc/cuda/bindings.cpp", "csrc/cuda/plan.cpp")
 EMULATOR = tuple(
     f"csrc/cuda/emulator/{name}.cpp" for name in ("context", "schedule", "synchronise", "products")

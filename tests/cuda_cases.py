@@ -24,6 +24,7 @@ REGIMES: list[dict[str, Any]] = [
     {"regime": "grid"},
     {"regime": "grid", "blocks": 2, "batch": 16},
 ]
+IN_WIDE = {"regime": "wide"}  # which has 16-bit numbers only
 CASES = [
     Case(T=4, B=19, I=10, H=64, directions=2, hx=False),
     Case(T=5, B=3, I=5, H=50, bias=False, layers=2, batch_first=True),

@@ -33,6 +33,8 @@ LAYERS: list[tuple[dict[str, Any], int, int]] = [
     ({"regime": "cluster", "blocks": 4, "batch": 16}, 128, 20),
     ({"regime": "cluster", "blocks": 8}, 200, 9),
     ({"regime": "cluster", "blocks": 16}, 256, 17),
+    ({"regime": "wide", "blocks": 8}, 64, 17),
+    ({"regime": "wide", "blocks": 16}, 528, 9),
     ({"regime": "grid"}, 300, 9),
     ({"regime": "grid", "blocks": 16}, 256, 200),
 ]
@@ -144,6 +146,7 @@ def main(file: str) -> None:
         | outcome(stub, lambda w=wishes, h=H, b=B, k=kind: train(w, h, b, k))
         for wishes, H, B in LAYERS
         for kind in DTYPES
+        if wishes["regime"] != "wide" or DTYPES[kind].itemsize == 2
     ]
     stream = outcome(stub, lambda: on_a_stream(4321, 1)), outcome(stub, lambda: on_a_stream(0, 0))
     print(json.dumps({"facts": facts, "layers": layers, "stream": stream, **dict(misfits(stub))}))

@@ -34,7 +34,7 @@ void list(std::vector<Kernel>* table) {
 template <int regime, int... kinds>
 std::vector<Kernel> every(std::integer_sequence<int, kinds...>) {
   std::vector<Kernel> table;
-  (list<regime, kinds, 8, 0, 2, 3, 4, 5, 6, 8>(&table), ...);
+  (list<regime, kinds, 8, 0, 2, 3, 4, 5, 6, 8, 28>(&table), ...);
   (list<regime, kinds, 16, 0, 2, 3, 4, 5, 6, 8>(&table), ...);
   return table;
 }
@@ -56,6 +56,7 @@ Kernels kernels_of() {
 Kernels block_kernels() { return kernels_of<0>(); }
 Kernels cluster_kernels() { return kernels_of<1>(); }
 Kernels grid_kernels() { return kernels_of<2>(); }
+Kernels wide_kernels() { return kernels_of<3>(); }
 
 namespace {
 
@@ -78,7 +79,7 @@ struct Allowed {
 
 constexpr int kPortable = 8, kLargest = 16;              // blocks of a cluster
 constexpr int kMostThreads = 1024, kReserved = 1 << 10;  // of a block; bytes of it that the system takes
-constexpr int kRegisters = 255;                          // of a thread of these kernels, at most
+constexpr int kRegisters = 255;                          // of a thread, at most
 
 Gpu gpu;
 int current = 0, devices = 2;
@@ -103,8 +104,8 @@ struct Found {
 };
 
 Found find(const void* function) {
-  const Kernels all[] = {block_kernels(), cluster_kernels(), grid_kernels()};
-  for (int regime = 0; regime < 3; ++regime)
+  const Kernels all[] = {block_kernels(), cluster_kernels(), grid_kernels(), wide_kernels()};
+  for (int regime = 0; regime < 4; ++regime)
     for (const Kernel* k = all[regime].begin; k != all[regime].end; ++k) {
       if (reinterpret_cast<const void*>(k->forward) == function) return {k, regime, false};
       if (reinterpret_cast<const void*>(k->backward) == function) return {k, regime, true};
@@ -112,14 +113,22 @@ Found find(const void* function) {
   return {};
 }
 
-int blocks_of_a_processor(const cudaLaunchConfig_t& config) {
-  const int threads = int(config.blockDim.x), bytes = int(config.dynamicSmemBytes) + kReserved;
-  return std::min({gpu.threads / threads, gpu.shared / bytes, gpu.registers / (threads * kRegisters)});
+// The launch bounds of a kernel.
+int most_threads(const void* function) {
+  const Found found = find(function);
+  if (found.regime != int(Regime::wide)) return kMaxWarps * kLanes;
+  return wide_shape(found.kernel->resident).tiles * kWideParts * kLanes;
 }
 
-int clusters_together(const cudaLaunchConfig_t& config, int blocks) {
+int blocks_of_a_processor(const cudaLaunchConfig_t& config, const void* function) {
+  const int threads = int(config.blockDim.x), bytes = int(config.dynamicSmemBytes) + kReserved;
+  const int registers = std::min(kRegisters, gpu.registers / most_threads(function));
+  return std::min({gpu.threads / threads, gpu.shared / bytes, gpu.registers / (threads * registers)});
+}
+
+int clusters_together(const cudaLaunchConfig_t& config, const void* function, int blocks) {
   int sum = 0;
-  for (const int part : gpu.parts) sum += part * blocks_of_a_processor(config) / blocks;
+  for (const int part : gpu.parts) sum += part * blocks_of_a_processor(config, function) / blocks;
   return sum;
 }
 
@@ -149,16 +158,17 @@ cudaError_t refuse(const cudaLaunchConfig_t& config, const void* function, const
   if (!find(function).kernel) return cudaErrorInvalidDeviceFunction;
   if (!one(config.gridDim) || !one(config.blockDim)) return cudaErrorInvalidConfiguration;
   if (config.blockDim.x > kMostThreads || config.gridDim.x >= 1u << 31) return cudaErrorInvalidConfiguration;
-  if (config.blockDim.x > kMaxWarps * kLanes) return cudaErrorLaunchOutOfResources;  // its launch bounds
+  if (int(config.blockDim.x) > most_threads(function)) return cudaErrorLaunchOutOfResources;  // its launch bounds
   if (config.dynamicSmemBytes > size_t(may.shared)) return cudaErrorInvalidValue;
   if (with.cluster != 1) {
     if (gpu.arch < 90) return cudaErrorNotSupported;
     if (with.cluster < 1 || with.cluster > (may.large_clusters ? kLargest : kPortable))
       return cudaErrorInvalidClusterSize;
     if (config.gridDim.x % unsigned(with.cluster)) return cudaErrorInvalidConfiguration;
-    if (clusters_together(config, with.cluster) == 0) return cudaErrorInvalidClusterSize;
+    if (clusters_together(config, function, with.cluster) == 0) return cudaErrorInvalidClusterSize;
   }
-  if (with.cooperative && int64_t(config.gridDim.x) > int64_t(blocks_of_a_processor(config)) * gpu.processors())
+  if (with.cooperative &&
+      int64_t(config.gridDim.x) > int64_t(blocks_of_a_processor(config, function)) * gpu.processors())
     return cudaErrorCooperativeLaunchTooLarge;
   return cudaSuccess;
 }
@@ -252,7 +262,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function, 
   Attributes with;
   cudaError_t error = read(*config, &with);
   if (error == cudaSuccess) error = refuse(*config, function, with);
-  *clusters = error == cudaSuccess ? clusters_together(*config, with.cluster) : 0;
+  *clusters = error == cudaSuccess ? clusters_together(*config, function, with.cluster) : 0;
   return give(error);
 }
 

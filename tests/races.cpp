@@ -11,6 +11,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "wide_backward.h"
+#include "wide_forward.h"
 
 using namespace fastlstm::cuda;
 
@@ -33,8 +35,19 @@ bool finite(const std::vector<uint16_t>& v) {
   return true;
 }
 
-// Forward and backward, ragged and with resets; all results, one after the other.
 template <class X>
+struct Passes {
+  static void forward(const Forward& p) { lstm_forward<E, kTiles, 1, X>(p); }
+  static void backward(const Backward& p) { lstm_backward<E, kTiles, 1, X>(p); }
+};
+struct WidePasses {
+  static constexpr int kResident = kWideShapes[0].resident;
+  static void forward(const Forward& p) { wide_forward<E, WideSizes<kResident>>(p); }
+  static void backward(const Backward& p) { wide_backward<E, WideSizes<kResident>>(p); }
+};
+
+// Forward and backward, ragged and with resets; all results, one after the other.
+template <class Both>
 std::vector<uint16_t> layer(Plan plan, int H, uint64_t seed) {
   const size_t rows = kT * kB, n = size_t(H);
   const std::vector<uint16_t> w = numbers(4 * n * n, 1), h0 = numbers(kB * n, 2), bias = numbers(4 * n, 3);
@@ -77,8 +90,7 @@ std::vector<uint16_t> layer(Plan plan, int H, uint64_t seed) {
   f.c_n = c_n.data();
   f.c_all = c_all.data();
   f.gates = gates.data();
-  emulator::run([&] { lstm_forward<E, kTiles, 1, X>(f); }, groups * plan.blocks, plan.blocks, threads, f.shared.total,
-                seed);
+  emulator::run([&] { Both::forward(f); }, groups * plan.blocks, plan.blocks, threads, f.shared.total, seed);
 
   Backward b{};
   static_cast<Layer&>(b) = p;
@@ -94,8 +106,7 @@ std::vector<uint16_t> layer(Plan plan, int H, uint64_t seed) {
   b.dgates = dgates.data();
   b.dh0 = dh0.data();
   b.dc0 = dc0.data();
-  emulator::run([&] { lstm_backward<E, kTiles, 1, X>(b); }, groups * plan.blocks, plan.blocks, threads, b.shared.total,
-                seed);
+  emulator::run([&] { Both::backward(b); }, groups * plan.blocks, plan.blocks, threads, b.shared.total, seed);
 
   std::vector<uint16_t> all;
   for (const auto* part : {&y, &h_n, &c_n, &dgates, &dh0, &dc0}) all.insert(all.end(), part->begin(), part->end());
@@ -114,11 +125,19 @@ int main(int, char** arguments) {
   plan.tiles = ceil_div(tiles_of(H), plan.blocks);
   plan.resident = 1;
   plan.rest = Rest::shared;
-  plan.regime = regime == "block" ? Regime::block : regime == "cluster" ? Regime::cluster : Regime::grid;
+  plan.regime = regime == "block"     ? Regime::block
+                : regime == "cluster" ? Regime::cluster
+                : regime == "wide"    ? Regime::wide
+                                      : Regime::grid;
+  if (plan.regime == Regime::wide) {
+    plan.tiles = kWideShapes[0].tiles;
+    plan.resident = kWideShapes[0].resident;
+  }
   const auto run = [&](uint64_t seed) {
-    return plan.regime == Regime::block     ? layer<InBlock>(plan, H, seed)
-           : plan.regime == Regime::cluster ? layer<InCluster>(plan, H, seed)
-                                            : layer<InGrid>(plan, H, seed);
+    return plan.regime == Regime::block     ? layer<Passes<InBlock>>(plan, H, seed)
+           : plan.regime == Regime::cluster ? layer<Passes<InCluster>>(plan, H, seed)
+           : plan.regime == Regime::wide    ? layer<WidePasses>(plan, H, seed)
+                                            : layer<Passes<InGrid>>(plan, H, seed);
   };
   const std::vector<uint16_t> want = run(0);
   bool right = finite(want);

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, Results, draw, evaluate, fast, plain, stepwise
-from cuda_cases import CASES, REGIMES, SMALL_GPU, WIDE, WIDE_CASE, named, override
+from cuda_cases import CASES, IN_WIDE, REGIMES, SMALL_GPU, WIDE, WIDE_CASE, named, override
 from oracle import check, expectation, hold, judge
 from torch import nn
 
@@ -52,6 +52,13 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_error_is_that_of_pytorch(case: Case, wishes: dict[str, Any], dtype: torch.dtype) -> None:
     with override(**wishes):
+        check(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_of_the_regime_wide(case: Case, dtype: torch.dtype) -> None:
+    with override(**IN_WIDE):
         check(case, dtype, "cuda")
 
 
@@ -104,7 +111,7 @@ def test_a_row_does_not_see_its_batch(H: int, dtype: torch.dtype) -> None:
             assert H == 130 or torch.allclose(alone[name], value[:, 13:14], rtol=1e-3), name
 
 
-@pytest.mark.parametrize("regime", ["block", "cluster", "grid"])
+@pytest.mark.parametrize("regime", ["block", "cluster", "grid", "wide"])
 def test_nan_stays_in_its_row(regime: str) -> None:
     """Neither the other sequences of a tile nor units that there are not carry it on."""
     case = Case(T=5, B=10, I=10, H=41, wrt=("x", "h0", "c0"))

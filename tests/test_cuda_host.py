@@ -18,7 +18,7 @@ from cuda_stub import ROOT, STUB, TESTS, compile_to, host_library
 pytestmark = pytest.mark.slow
 KINDS = ("bf16", "f16", "tf32", "exact")
 BLOCK, CLUSTER, GRID = range(3)
-NAMES = ("block", "cluster", "grid")
+NAMES = ("block", "cluster", "grid", "wide")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_every_launch_is_that_of_its_plan(found: dict[str, Any]) -> None:
                     "grid": now * plan["blocks"],
                     "block": 32 * plan["tiles"] * plan["parts"],
                     "shared": plan["shared_bytes"],
-                    "cluster": plan["blocks"] if plan["regime"] == "cluster" else 1,
+                    "cluster": plan["blocks"] if plan["regime"] in ("cluster", "wide") else 1,
                     "cooperative": plan["regime"] == "grid",
                     "stream": 0,
                     "device": 0,
@@ -68,6 +68,7 @@ def test_every_launch_is_that_of_its_plan(found: dict[str, Any]) -> None:
             assert {plan[name] for plan in layer["result"]} == {wish}
     assert {blocks for regime, blocks, _ in regimes if regime == "cluster"} == {2, 4, 8, 16}
     assert {regime for regime, _, several in regimes if several} == {"grid"}
+    assert {blocks for regime, blocks, _ in regimes if regime == "wide"} == {8, 16}
     shared = [one["shared"] for layer in found["layers"] for one in layer["launches"]]
     assert max(shared) > 48 << 10  # which has to be asked for
 

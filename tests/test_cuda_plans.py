@@ -27,11 +27,11 @@ DEVICES = {
     "sm_80-mig": (80, 14, 163 << 10, 1),
 }
 KINDS = ("bf16", "f16", "tf32", "exact")
-BLOCK, CLUSTER, GRID = range(3)
+BLOCK, CLUSTER, GRID, WIDE = range(4)
 NONE, SHARED, GLOBAL = range(3)
 # What there are kernels for, see csrc/cuda/kernels.h: kind, sequences, tiles in registers.
 KERNELS = {
-    *product(("bf16", "f16"), (8,), (4, 8)),
+    *product(("bf16", "f16"), (8,), (4, 8, 28)),
     *product(("bf16", "f16"), (16,), (4, 5, 6)),
     *(("tf32", 8, 4), ("tf32", 8, 3), ("tf32", 16, 2), ("exact", 8, 0), ("exact", 16, 0)),
 }
@@ -73,18 +73,21 @@ def test_every_layer_has_a_plan_that_fits(device: tuple[int, ...]) -> None:
             assert 8 * 16 * processors < H, case
             continue
         assert (kind, plan.batch, plan.resident) in KERNELS, case
-        assert plan.shared <= shared and 1 <= plan.tiles * plan.parts <= 8, case
+        warps = 12 if plan.regime == WIDE else 8
+        assert plan.shared <= shared and 1 <= plan.tiles * plan.parts <= warps, case
         assert plan.blocks * plan.tiles * 16 >= H, case
         groups = D * -(-B // plan.batch)
         if plan.regime == GRID:  # all blocks of a launch are on the GPU together
             assert plan.blocks * plan.groups <= processors and plan.groups >= 1, case
         else:
             assert plan.groups == groups, case
-            assert plan.blocks <= (cluster if plan.regime == CLUSTER else 1), case
-        # Weights beyond the registers have a place, and only those.
+            assert plan.blocks <= (cluster if plan.regime in (CLUSTER, WIDE) else 1), case
+        # Weights beyond the registers have a place, and only those. In the regime wide a warp's
+        # are counted by 16 x 16, those of units that there are not with them.
         tiles = -(-H // 16)
         terms = -(-tiles // plan.parts)
-        assert (plan.rest != NONE) == (terms > plan.resident), case
+        of_a_warp = plan.blocks * plan.tiles if plan.regime == WIDE else terms
+        assert (plan.rest != NONE) == (of_a_warp > plan.resident), case
         assert plan.rest != GLOBAL or plan.regime == GRID, case
         assert (plan.exchange > 0) == (plan.regime == GRID), case
         assert (plan.rest_words > 0) == (plan.rest == GLOBAL), case
@@ -109,6 +112,7 @@ def test_the_order_of_sums_does_not_depend_on_the_batch(device: tuple[int, ...])
         *(("bf16", H, CLUSTER) for H in (256, 384, 512)),
         *(("tf32", H, CLUSTER) for H in (128, 256)),
         ("exact", 128, CLUSTER),
+        *((kind, H, WIDE) for kind, H in (("bf16", 513), ("f16", 768))),
         *(("bf16", H, GRID) for H in (1024, 2048)),
         ("tf32", 1024, GRID),
     ],
@@ -125,25 +129,25 @@ def test_what_an_h100_runs(kind: str, H: int, regime: int) -> None:
 
 
 # The last H of each regime on an H100, forward and backward, and the last whose weights stay on
-# the multiprocessors: what the README says.
+# the multiprocessors.
 LIMITS = {
-    "bf16": ((128, 128), (704, 576), 2112),
-    "tf32": ((96, 96), (512, 384), 1024),
-    "exact": ((64, 64), (320, 256), 640),
+    "bf16": ((128, 128), (512, 512), (768, 768), 2112),
+    "tf32": ((96, 96), (512, 384), (0, 0), 1024),
+    "exact": ((64, 64), (320, 256), (0, 0), 640),
 }
 
 
 @pytest.mark.parametrize("kind", LIMITS)
 def test_where_regimes_end(kind: str) -> None:
-    block, cluster, on_chip = LIMITS[kind]
+    block, cluster, wide, on_chip = LIMITS[kind]
     for backward in (False, True):
         found = {
             H: plan_of(kind, backward, 16, H, 1, DEVICES["sm_90"]) for H in range(16, 17000, 16)
         }
         assert max(H for H, plan in found.items() if plan) == 8 * 16 * 132
-        for regime, limits in ((BLOCK, block), (CLUSTER, cluster)):
-            last = max(H for H, plan in found.items() if plan and plan.regime == regime)
-            assert last == limits[backward]
+        for regime, limits in ((BLOCK, block), (CLUSTER, cluster), (WIDE, wide)):
+            those = (H for H, plan in found.items() if plan and plan.regime == regime)
+            assert max(those, default=0) == limits[backward]
         assert max(H for H, plan in found.items() if plan and plan.rest != GLOBAL) == on_chip
 
 
@@ -185,11 +189,11 @@ def test_old_gpus_and_too_many_units_have_a_reason() -> None:
 @each_device
 def test_wishes_are_granted_or_refused(device: tuple[int, ...]) -> None:
     granted = set()
-    sizes = product((BLOCK, CLUSTER, GRID), (0, 2, 4, 8, 16), (0, 8, 16), (64, 130, 512))
+    sizes = product((BLOCK, CLUSTER, GRID, WIDE), (0, 2, 4, 8, 16), (0, 8, 16), (64, 130, 512))
     for regime, blocks, batch, H in sizes:
         plan = plan_of("f16", True, 20, H, 2, device, regime, blocks, batch)
         if plan is None:
             continue
         assert plan.regime == regime and blocks in (0, plan.blocks) and batch in (0, plan.batch)
         granted.add(regime)
-    assert granted == {BLOCK, GRID, *([CLUSTER] if device[3] > 1 else [])}
+    assert granted == {BLOCK, GRID, *([CLUSTER, WIDE] if device[3] > 1 else [])}

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import CASES, REGIMES, SMALL_GPU, WIDE_CASE
+from cases import Case
+from cuda_cases import CASES, IN_WIDE, REGIMES, SMALL_GPU, WIDE_CASE
 from cuda_stub import host_library
 from executed import Broken, CudaRun, Verdict, broken, judged
 
@@ -39,10 +40,12 @@ def runs() -> Iterator[CudaRun]:
         for place, wishes in enumerate(REGIMES):
             arch = 80 if wishes["regime"] != "cluster" and number % 2 == 0 else 90
             yield CudaRun(case, names[(number + place) % len(names)], arch, wishes)
+        yield CudaRun(case, ("bf16", "fp16")[number % 2], 90, IN_WIDE)
 
 
-# The largest cluster; weights that lie in L2, and several launches.
+# The largest clusters; weights that lie in L2, and several launches.
 WIDE = [
+    CudaRun(Case(T=3, B=3, I=5, H=700), "bf16", 90, {}),
     CudaRun(replace(WIDE_CASE, H=144), "fp16", 90, {"regime": "cluster", "blocks": 16}),
     CudaRun(replace(WIDE_CASE, H=130), "bf16", 80, {"device": SMALL_GPU, "batch": 16}),
 ]
@@ -77,13 +80,15 @@ def test_error_is_that_of_pytorch(
     ways = {name.split("_")[1] for name in verdict.kernels}
     regimes = {name.split("_")[2] for name in verdict.kernels}
     assert ways == {"fwd", "bwd"}
-    assert regimes == {run.wishes.get("regime", "grid")}
+    assert regimes == {run.wishes.get("regime", "grid" if run.wishes else "wide")}
 
 
 WAIT = r"mbarrier\.try_wait[^;]*;\s*selp\.u32 (\S+), 1, 0, p;"  # of device.h
 BROKEN = {
     "block without a barrier": ({"regime": "block"}, r"bar\.sync\s+0;", ""),
     "cluster that does not wait": ({"regime": "cluster", "blocks": 2}, WAIT, r"mov.u32 \1, 1;"),
+    "wide without a barrier": (IN_WIDE, r"bar\.sync\s+0;", ""),
+    "wide that does not wait": (IN_WIDE, WAIT, r"mov.u32 \1, 1;"),
 }
 
 

@@ -241,7 +241,8 @@ def test_cuda(tree: Path, wanted: str | None, all_regimes: list[str], clusters: 
     assert answer(tree, "_cuda") == (42 if clusters else 43)
     expected = dict.fromkeys(("block.cu", "grid.cu", "_cuda.so"), all_regimes)
     expected |= {"bindings.cpp": [], "plan.cpp": []}
-    assert gpus(tree) == expected | ({"cluster.cu": clusters} if clusters else {})
+    expected |= dict.fromkeys(["cluster.cu", "wide.cu"] if clusters else [], clusters)
+    assert gpus(tree) == expected
 
 
 @pytest.mark.usefixtures("compiler")

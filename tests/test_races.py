@@ -81,6 +81,7 @@ def run(program: Path, regime: str, blocks: int, parts: int, H: int) -> tuple[in
         ("cluster", 16, 1, 256),
         ("grid", 3, 2, 40),
         ("grid", 5, 1, 70),
+        ("wide", 8, 4, 128),
     ],
 )
 def test_no_race(races: Path, regime: str, blocks: int, parts: int, H: int) -> None:
@@ -88,6 +89,7 @@ def test_no_race(races: Path, regime: str, blocks: int, parts: int, H: int) -> N
     assert status == 0 and text == "the same numbers in every order\n", text
 
 
+IN_WIDE = "wide", 8, 4, 100  # regime, blocks, parts, H
 # What is broken: a file, a text in it and what takes its place, and where that shows.
 BROKEN = {
     "a block without its barrier": (
@@ -110,6 +112,18 @@ BROKEN = {
     ),
     "sums before they are there": (
         "forward.h", "      sync_block();", "", ("cluster", 2, 2, 40),
+    ),
+    "wide, one buffer instead of two": (
+        "wide_forward.h", "s % 2 * kBufferPieces", "0", IN_WIDE,
+    ),
+    "wide, sums before they are there": (
+        "wide_forward.h", "put(total);\n    sync_block();", "put(total);", IN_WIDE,
+    ),
+    "wide, sent before it is there": (
+        "wide_forward.h", "E::narrow(h);\n    sync_block();", "E::narrow(h);", IN_WIDE,
+    ),
+    "wide, gradients of one buffer": (
+        "wide_backward.h", "own + s % 2 * kTerms", "own", IN_WIDE,
     ),
     "inputs that have not arrived": (
         "forward.h", "wait_copies<kStages - 1>()", "wait_copies<kStages>()", ("block", 1, 1, 40),

@@ -29,9 +29,10 @@ SOURCES = {
     "block": 80,
     "grid": 80,
     "cluster": 90,
+    "wide": 90,
 }  # a regime each, and the first GPUs that have it
 # As the planner numbers them, csrc/cuda/plan.h.
-REGIMES = ("block", "cluster", "grid")
+REGIMES = ("block", "cluster", "grid", "wide")
 KINDS = {
     "bf16": ("bfloat16", None),
     "f16": ("float16", None),

@@ -49,8 +49,8 @@ struct Backward : Layer {
   void *dh0, *dc0;                 // [D, B, H] or null
 };
 
-// A pair of kernels, for plans of this kind, batch and number of tiles in registers. Each regime has its own, in a
-// source of its own; their names say the same.
+// A pair of kernels, for plans of this kind, batch and number of tiles in registers (in the regime wide it stands for
+// a shape). Each regime has its own, in a source of its own; their names say the same.
 struct Kernel {
   Kind kind;
   int batch, resident;
@@ -65,5 +65,6 @@ struct Kernels {
 Kernels block_kernels();
 Kernels cluster_kernels();
 Kernels grid_kernels();
+Kernels wide_kernels();
 
 }  // namespace fastlstm::cuda

@@ -102,23 +102,31 @@ struct Call {
   }
   // The numbers of cuda_plan. They are checked: a kernel would write past the end of its memory.
   void read_plan(const std::vector<i64>& plan, bool backward, Layer* p) const {
-    FASTLSTM_CHECK(plan.size() == 11 && *std::min_element(plan.begin(), plan.end()) >= 0 && plan[0] <= 2 &&
+    FASTLSTM_CHECK(plan.size() == 11 && *std::min_element(plan.begin(), plan.end()) >= 0 && plan[0] <= 3 &&
                        plan[6] <= 2 && *std::max_element(plan.begin() + 1, plan.begin() + 8) < kTooMuch,
                    "fastlstm: expected a plan of 11 numbers, of cuda_plan");
     p->plan = {Regime(plan[0]), int(plan[1]), int(plan[2]), int(plan[3]), int(plan[4]), int(plan[5]),
                Rest(plan[6]),   int(plan[7]), plan[8],      plan[9],      plan[10]};
     const Plan& q = p->plan;
-    const bool whole = q.regime == Regime::block ? q.blocks == 1 && q.parts == 1 : q.blocks > 0;
-    FASTLSTM_CHECK((q.batch == 8 || q.batch == 16) && q.tiles > 0 && q.parts > 0 && q.tiles <= kMaxWarps &&
-                       q.parts <= kMaxParts && q.tiles * q.parts <= kMaxWarps && q.groups > 0 && whole &&
-                       i64(q.blocks) * q.tiles >= tiles_of(p->H),
+    FASTLSTM_CHECK(q.regime == Regime::wide ? is_wide(q, p->H) : is_whole(q, p->H),
                    "fastlstm: not a plan of this layer");
-    FASTLSTM_CHECK(
-        rest_tiles(q, p->H) == 0 || q.rest == Rest::shared || (q.rest == Rest::global && q.regime == Regime::grid),
-        "fastlstm: the plan has no place for all weights");
+    FASTLSTM_CHECK(q.rest == Rest::shared || (q.rest == Rest::global && q.regime == Regime::grid) ||
+                       (q.regime != Regime::wide && rest_tiles(q, p->H) == 0),
+                   "fastlstm: the plan has no place for all weights");
     p->shared = Shared::of(q, kind, backward, p->H);
     FASTLSTM_CHECK(p->shared.total == q.shared_bytes, "fastlstm: expected a plan of ", p->shared.total,
                    " bytes of shared memory, got ", q.shared_bytes);
+  }
+  static bool is_whole(const Plan& q, int H) {
+    const bool alone = q.blocks == 1 && q.parts == 1;
+    return (q.batch == 8 || q.batch == 16) && q.blocks > 0 && q.tiles > 0 && q.parts > 0 && q.tiles <= kMaxWarps &&
+           q.parts <= kMaxParts && q.tiles * q.parts <= kMaxWarps && q.groups > 0 &&
+           (q.regime != Regime::block || alone) && i64(q.blocks) * q.tiles >= tiles_of(H);
+  }
+  static bool is_wide(const Plan& q, int H) {
+    const WideShape sizes = wide_shape(q.resident);
+    return q.batch == kSequences && q.blocks == sizes.blocks && q.tiles == sizes.tiles && q.parts == kWideParts &&
+           H <= sizes.units() && q.groups > 0;
   }
   // exchange, arrived, rest: int32, of the sizes in the plan; absent where the plan needs none.
   void read_work_space(const Array& exchange, const Array& arrived, const Array& rest, bool backward, Layer* p) {

@@ -132,13 +132,14 @@ DEVICE void expect_bytes(uint64_t* barrier, uint32_t bytes) {
                "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is complete; what its bytes carried can be read then.
+// Until the phase of this parity is complete; what its bytes carried can be read then. It lies in this block's shared
+// memory: to acquire more than that, as a scope of the cluster would, empties L1.
 DEVICE void wait_barrier(uint64_t* barrier, int parity) {
   uint32_t done;
   do {
     asm volatile(
         "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
@@ -165,6 +166,12 @@ DEVICE void store_remote(uint32_t* target, uint32_t first, uint32_t second, uint
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(
                    remote_address(target, block)),
                "r"(first), "r"(second), "r"(remote_address(barrier, block))
+               : "memory");
+}
+DEVICE void store_remote(uint4* target, const uint4& value, uint64_t* barrier, int block) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   remote_address(target, block)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(remote_address(barrier, block))
                : "memory");
 }
 

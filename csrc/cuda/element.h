@@ -26,6 +26,7 @@ DEVICE float tanh_near_zero(float x) {
 template <class Self, class Product>
 struct Narrow {
   using Storage = uint16_t;
+  using Matrix = Product;
   static constexpr int kOperandWords = 64, kWeightWords = 16;
 
   MEMBER static uint32_t pack(float a, float b) { return uint32_t(Self::narrow(a)) | uint32_t(Self::narrow(b)) << 16; }

@@ -3,6 +3,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "wide_backward.h"
+#include "wide_forward.h"
 
 namespace fastlstm::cuda {
 
@@ -36,5 +38,22 @@ namespace fastlstm::cuda {
   F(regime, X, bf16, Bf16, 2, 4)              \
   F(regime, X, f16, F16, 1, 4)                \
   F(regime, X, f16, F16, 2, 4)
+
+// The pairs of the regime wide, of 8 sequences: a line for each of kWideShapes (plan.h).
+#define FASTLSTM_DEFINE_WIDE(kind, E, resident)                                                                  \
+  KERNEL(WideSizes<resident>::kThreads) FASTLSTM_NAME(fwd, wide, kind, 1, resident)(const ARGUMENT Forward p) {  \
+    wide_forward<E, WideSizes<resident>>(p);                                                                     \
+  }                                                                                                              \
+  KERNEL(WideSizes<resident>::kThreads) FASTLSTM_NAME(bwd, wide, kind, 1, resident)(const ARGUMENT Backward p) { \
+    wide_backward<E, WideSizes<resident>>(p);                                                                    \
+  }
+#define FASTLSTM_LIST_WIDE(kind, E, resident)                                   \
+  {E::kKind, kSequences, resident, FASTLSTM_NAME(fwd, wide, kind, 1, resident), \
+   FASTLSTM_NAME(bwd, wide, kind, 1, resident)},
+#define FASTLSTM_WIDE_KERNELS(F) \
+  F(bf16, Bf16, 4)               \
+  F(bf16, Bf16, 28)              \
+  F(f16, F16, 4)                 \
+  F(f16, F16, 28)
 
 }  // namespace fastlstm::cuda

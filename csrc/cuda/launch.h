@@ -20,11 +20,12 @@ namespace fastlstm::cuda {
 // The kernel of a plan; null if this build has none.
 inline const Kernel* find_kernel(Regime regime, Kind kind, int batch, int resident) {
 #ifdef FASTLSTM_NO_CLUSTER
-  if (regime == Regime::cluster) return nullptr;
+  if (has_clusters(regime)) return nullptr;
   const Kernels all = regime == Regime::block ? block_kernels() : grid_kernels();
 #else
   const Kernels all = regime == Regime::block     ? block_kernels()
                       : regime == Regime::cluster ? cluster_kernels()
+                      : regime == Regime::wide    ? wide_kernels()
                                                   : grid_kernels();
 #endif
   for (const Kernel* k = all.begin; k != all.end; ++k)
@@ -95,7 +96,7 @@ struct Launch {
     const OnDevice current(device);
     const auto* symbol = reinterpret_cast<const void*>(function);
     const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    check(allow(symbol, most, p.plan.regime == Regime::cluster), "setting the limits of a kernel");
+    check(allow(symbol, most, has_clusters(p.plan.regime)), "setting the limits of a kernel");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(unsigned(blocks));
     config.blockDim = dim3(unsigned(threads));
@@ -103,7 +104,7 @@ struct Launch {
     config.stream = reinterpret_cast<cudaStream_t>(stream);
     cudaLaunchAttribute attribute{};
     config.attrs = &attribute;
-    if (p.plan.regime == Regime::cluster) {
+    if (has_clusters(p.plan.regime)) {
       attribute.id = cudaLaunchAttributeClusterDimension;
       attribute.val.clusterDim = {unsigned(p.plan.blocks), 1, 1};
       config.numAttrs = 1;

@@ -7,6 +7,8 @@
 namespace fastlstm::cuda {
 namespace {
 
+// The most units whose 16-bit weights the registers of a cluster hold.
+constexpr int kClusterUnits = 512;
 // Weights in shared memory are read anew at every step; many take longer than an exchange between blocks.
 constexpr int kQuickRest = 64 << 10;
 
@@ -76,6 +78,28 @@ struct Chooser {
     return any;
   }
 
+  bool wide(Plan* found) const {
+    if (!allows(Regime::wide) || shape.kind >= Kind::tf32 || device.arch < 90) return false;
+    if (wish.regime < 0 && shape.H <= kClusterUnits) return false;
+    for (const WideShape& sizes : kWideShapes) {
+      if (shape.H > sizes.units() || device.cluster < sizes.blocks) continue;
+      if (wish.blocks && wish.blocks != sizes.blocks) continue;
+      Plan p{};
+      p.regime = Regime::wide;
+      p.batch = kSequences;
+      p.blocks = sizes.blocks;
+      p.tiles = sizes.tiles;
+      p.parts = kWideParts;
+      p.resident = sizes.resident;
+      p.rest = Rest::shared;
+      p.shared_bytes = Shared::of(p, shape.kind, shape.backward, shape.H).total;
+      if (p.shared_bytes > device.shared_bytes) continue;
+      *found = p;
+      return true;
+    }
+    return false;
+  }
+
   bool grid(Plan* found) const {
     if (!allows(Regime::grid)) return false;
     for (int tiles = 1; tiles <= kMaxWarps; ++tiles) {
@@ -90,7 +114,7 @@ struct Chooser {
   // Groups that run together. Clusters have to lie in one part of the GPU: some multiprocessors are left over.
   int64_t together(const Plan& p) const {
     int asked = 0;
-    if (p.regime == Regime::cluster)
+    if (has_clusters(p.regime))
       for (int i = 0; i < 4; ++i)
         if (p.blocks == 2 << i) asked = device.resident[i];
     return asked > 0 ? asked : device.processors / p.blocks;
@@ -100,7 +124,7 @@ struct Chooser {
   void widen(Plan* p) const {
     const int64_t groups = shape.D * ((shape.B + kSequences - 1) / kSequences);
     const bool full = groups > together(*p);
-    if (wish.batch ? wish.batch == 2 * kSequences : full) {
+    if (p->regime != Regime::wide && (wish.batch ? wish.batch == 2 * kSequences : full)) {
       bool fits = false;
       Plan wide = plan(p->regime, p->tiles, 2 * kSequences, &fits);
       wide.blocks = p->blocks;
@@ -121,7 +145,7 @@ Plan plan_of(const Shape& shape, const Device& device, const Wish& wish, const c
   const Chooser choose{shape, device, wish};
   Plan p{};
   *problem = nullptr;
-  if (choose.block(true, &p) || choose.cluster(&p) || choose.block(false, &p) || choose.grid(&p)) {
+  if (choose.block(true, &p) || choose.wide(&p) || choose.cluster(&p) || choose.block(false, &p) || choose.grid(&p)) {
     choose.widen(&p);
     if (wish.batch && p.batch != wish.batch) *problem = "a block has no room for so many sequences";
     return p;

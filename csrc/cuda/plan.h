@@ -21,7 +21,8 @@ namespace fastlstm::cuda {
 enum class Kind : int { bf16, f16, tf32, exact };
 
 // How the state of a step travels from the units that computed it to all that multiply it.
-enum class Regime : int { block, cluster, grid };
+enum class Regime : int { block, cluster, grid, wide };
+FASTLSTM_BOTH constexpr bool has_clusters(Regime regime) { return regime == Regime::cluster || regime == Regime::wide; }
 
 // Where the weights lie that do not fit registers.
 enum class Rest : int { none, shared, global };
@@ -81,14 +82,39 @@ FASTLSTM_BOTH constexpr int64_t rest_words_of_a_block(const Plan& plan, Kind kin
   return int64_t(rest_tiles(plan, H)) * plan.tiles * plan.parts * kLanes * weight_words(kind);
 }
 
+// ---- the regime wide
+
+// Blocks of a cluster, tiles of units of a block, tiles of 16 x 16 weights that a warp keeps in registers: what there
+// are kernels for. The small shape is for tests.
+struct WideShape {
+  int blocks, tiles, resident;
+
+  FASTLSTM_BOTH constexpr int units() const { return blocks * tiles * kUnits; }
+};
+constexpr WideShape kWideShapes[] = {{8, 1, 4}, {16, 3, 28}};
+constexpr int kWideParts = 4;  // warps that share the terms of a tile of units, forward
+FASTLSTM_BOTH constexpr WideShape wide_shape(int resident) {
+  for (const WideShape& shape : kWideShapes)
+    if (shape.resident == resident) return shape;
+  return {};
+}
+// Of a block, words of weights that are not in registers. Of a warp's tiles of weights each lane has 4 words. Forward
+// it has all gates of a tile of units for a part of all terms, backward the terms of the block for a part of all units.
+FASTLSTM_BOTH constexpr int64_t wide_rest_words(const Plan& plan) {
+  const int tiles = kGates * plan.blocks * plan.tiles / kWideParts;  // of a warp, in either pass
+  return int64_t(plan.tiles) * kWideParts * (tiles - plan.resident) * 4 * kLanes;
+}
+
 // Where things lie in the shared memory of a block; offsets in bytes, each a multiple of 16.
 struct Shared {
   int operand;   // 2 buffers: the state, in backward the gradients of the gates, of all units for all sequences
+  int own;       // regime wide: the state of this block's units
+  int bias;      // regime wide
   int partial;   // sums of each part, before they are added up
   int ring;      // inputs of kStages steps: forward the input product, backward the gates
   int cells;     // backward: c of kStages steps, and of the steps before
   int rest;      // weights
-  int barriers;  // 2 mbarriers
+  int barriers;  // mbarriers
   int total;
 
   // words of one operand buffer
@@ -106,6 +132,18 @@ struct Shared {
       return int(begin);
     };
     Shared s{};
+    if (plan.regime == Regime::wide) {
+      const int own = plan.tiles * kUnits, piece = 16;  // 8 numbers
+      s.operand = take(2 * piece * int64_t(backward ? kGates * own : plan.blocks * own));
+      s.own = take(backward ? 0 : piece * own);
+      s.bias = take(backward ? 0 : int64_t(threads) * kGates * 4);
+      // Forward, of 4 gates of 4 cells of a lane; backward, 2 buffers of what all blocks add to this one's gradients.
+      s.partial = take(backward ? 2 * 4 * int64_t(plan.blocks) * own * kSequences : int64_t(threads) * 4 * kGates * 4);
+      s.rest = take(4 * wide_rest_words(plan));
+      s.barriers = take(8 * (backward ? 2 : 2 * kWideParts));
+      s.total = int(at);
+      return s;
+    }
     s.operand = take(plan.regime == Regime::grid ? 0 : 2 * 4 * buffer_words(kind, backward, H, plan.batch));
     s.partial = take(plan.parts > 1 ? int64_t(warps) * kLanes * 4 * columns * 2 * (backward ? 1 : kGates) : 0);
     s.ring = take(int64_t(kStages) * own_cells * threads * kGates * (backward ? element_bytes(kind) : 4));

@@ -74,7 +74,7 @@ _LONG = (128, _ANY)
 _WIDE: dict[str, Any] = {"steps": _LONG, "directions": 1}
 _SOME_STEPS: dict[str, Any] = {"rows": (64, 128), "steps": (20, 128), "directions": 1}
 _R, _C, _S = "registers/registers", "cluster/cluster", "steps/steps"
-_B = "block/block"
+_B, _G = "block/block", "grid/grid"
 # To measure: python -m benchmarks gpu. fastlstm/README.md, "On GPUs", says in words what follows.
 _TABLE = (  # the first row that fits a call counts
     Row("triton", "bf16", EAGER, _R, (1, 128), 3.40, 1.32),  # to 6.5 and 1.9
@@ -117,14 +117,14 @@ _TABLE = (  # the first row that fits a call counts
     Row("cuda", "bf16", READY, "", (257, 512), 4.18, 3.81, (1, 16), **_WIDE),  # to 4.3 and 5.2
     Row("cuda", "bf16", READY, "", (257, 512), 2.40, 2.18, (17, 64), **_WIDE),
     Row("cuda", "bf16", READY, "", (512, 512), 0.79, 0.81, (256, 256), **_WIDE),
-    Row("cuda", "bf16", READY, "", (513, 1024), 2.69, 2.67, (1, 16), **_WIDE),  # to 3.2 and 4.5
+    Row("cuda", "bf16", READY, _G, (513, 1024), 2.69, 2.67, (1, 16), **_WIDE),  # to 3.2 and 4.5
     Row("cuda", "bf16", READY, "", (1024, 1024), 0.68, 0.89, (64, 64), **_WIDE),  # 0.2 with 256
     Row("cuda", "bf16", REPLAYED, "", (129, 256), 1.81, None, (1, 64), **_WIDE),  # to 2.1
     Row("cuda", "bf16", REPLAYED, "", (256, 256), 0.97, None, (256, 256), **_WIDE),
     Row("cuda", "bf16", REPLAYED, "", (257, 512), 1.70, None, (1, 16), **_WIDE),  # to 2.0
     Row("cuda", "bf16", REPLAYED, "", (257, 512), 1.19, None, (17, 64), **_WIDE),
     Row("cuda", "bf16", REPLAYED, "", (512, 512), 0.48, None, (256, 256), **_WIDE),
-    Row("cuda", "bf16", REPLAYED, "", (513, 1024), 1.54, 1.68, (1, 16), **_WIDE),  # to 1.6, 1.8
+    Row("cuda", "bf16", REPLAYED, _G, (513, 1024), 1.54, 1.68, (1, 16), **_WIDE),  # to 1.6, 1.8
     Row("cuda", "bf16", REPLAYED, "", (1024, 1024), 0.45, 0.57, (64, 64), **_WIDE),
     Row("cuda", "fp16", READY, _B, (1, 128), 0.25, 0.60),  # to 0.4 and 0.8
     Row("cuda", "fp16", REPLAYED, _B, (1, 128), 0.35, 0.56),  # to 0.8

@@ -116,8 +116,12 @@ def _translated(ptx: str, name: str) -> Kernel:
 def _ptx(tail: str, arch: int) -> str:
     """The PTX of a pair of kernels, which kernels.h defines by their names."""
     regime, kind, batch, resident = tail.split("_")
-    names = regime, f"In{regime.capitalize()}", kind, _TYPES[kind], batch[1:], resident[1:]
-    pair = f"namespace fastlstm::cuda {{\nFASTLSTM_DEFINE({', '.join(names)})\n}}\n"
+    if regime == "wide":
+        define = f"FASTLSTM_DEFINE_WIDE({kind}, {_TYPES[kind]}, {resident[1:]})"
+    else:
+        names = regime, f"In{regime.capitalize()}", kind, _TYPES[kind], batch[1:], resident[1:]
+        define = f"FASTLSTM_DEFINE({', '.join(names)})"
+    pair = f"namespace fastlstm::cuda {{\n{define}\n}}\n"
     with TemporaryDirectory() as folder:
         source, target = Path(folder, "pair.cu"), Path(folder, "pair.ptx")
         source.write_text(f'#include "cuda/kernels.h"\n{pair}')

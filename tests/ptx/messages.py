@@ -44,11 +44,13 @@ def mbarrier(i: Instruction) -> Lines | None:
     if action == "try_wait" and "parity" in modifiers:
         phase = i.spread(i.operands[2], "b32")
         done = i.operands[0]  # a name of Triton's, or a register
+        lanes = f"[{i.mask}]" if i.masked else ""
         return [
-            f"_l = {f'int(np.argmax({i.mask}))' if i.masked else 0}  # they all wait for the same",
-            f"_a, _p = int(({address})[_l]), int({phase}[_l])",
-            "while block.mbarriers.parity(_a) == _p: yield",
-            "block.races.order(shared.accesses, block.mbarriers.senders(_a, _p))",
+            # Warps may wait for different ones; they go on together.
+            f"_all = {{*zip(({address}){lanes}.tolist(), {phase}{lanes}.tolist())}}",
+            "while any(block.mbarriers.parity(a) == p for a, p in _all): yield",
+            "for _a, _p in _all:",
+            " block.races.order(shared.accesses, block.mbarriers.senders(_a, _p))",
             *(i.assign(done, "ONE") if done.startswith("%") else []),
         ]
     return None

@@ -140,6 +140,9 @@ DEVICE void store_remote(uint32_t* target, uint32_t first, uint32_t second, uint
   const uint32_t values[] = {first, second};
   emulator::store_remote(target, values, 2, barrier, block);
 }
+DEVICE void store_remote(uint4* target, const uint4& value, uint64_t* barrier, int block) {
+  emulator::store_remote(&target->x, &value.x, 4, barrier, block);
+}
 
 DEVICE void store_global(uint32_t* target, uint32_t value) { *target = value; }
 DEVICE void store_global(uint32_t* target, uint32_t first, uint32_t second) {

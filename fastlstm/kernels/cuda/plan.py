@@ -35,7 +35,7 @@ __all__ = [
 
 EMULATED = os.environ.get("FASTLSTM_EMULATE") == "1"
 KINDS = ("bf16", "f16", "tf32", "exact")
-REGIMES = ("block", "cluster", "grid")
+REGIMES = ("block", "cluster", "grid", "wide")
 RESTS = ("none", "shared", "global")  # memory: where weights lie that do not fit registers
 _KIND_OF = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -85,6 +85,7 @@ class Plan(NamedTuple):
             "block": "one block has all units",
             "cluster": f"clusters of {self.blocks} blocks",
             "grid": f"{self.blocks} blocks exchange through L2",
+            "wide": f"clusters of {self.blocks} blocks",
         }[self.regime]
         weights = {
             "none": "weights in registers",
@@ -121,7 +122,7 @@ def override(**wishes: Any) -> Iterator[None]:
     """Restrict every plan that the process makes in this block, for tests and tuning.
 
     Args:
-        regime: "block", "cluster" or "grid".
+        regime: one of REGIMES.
         blocks: of a group.
         batch: sequences of a group, 8 or 16.
         device: a :class:`Device` to plan for instead of the one there is.
