@@ -94,30 +94,30 @@ DEVICE void wide_backward(const Backward& p) {
     // What does not depend on other blocks, while their parts travel.
     const float4 gate = E::kept(reinterpret_cast<const Storage*>(&gates));
     const float i = gate.x, f = gate.y, g = gate.z, o = gate.w, tanh_c = E::tanh(c);
-    const bool restarts = active && restart;
     const float by_c = o * (1.0f - tanh_c * tanh_c), by_o = tanh_c * o * (1.0f - o);
     const float by_i = g * i * (1.0f - i), by_g = i * (1.0f - g * g);
     const float by_f = c_before * f * (1.0f - f);
-    const float arriving = p.dy ? E::widen(dy) : 0.0f;
+    float dh = active && p.dy ? E::widen(dy) : 0.0f;
     if (active && p.dc_all) dc += E::widen(dc_y);
-    float dh = active && !follows ? final(cell, p.dh_n) : 0.0f;
+    if (active && !follows) dh += final(cell, p.dh_n);
+    const bool restarts = active && restart;
+    fetch(cell, s + 1);
     if (s > 0 && (!last || p.dh0)) {
       barriers.wait(s - 1, 0, thread == 0);
       const float* from = parts + (s - 1) % 2 * (W::kBlocks * kPart) + thread;
       float sum[4] = {};
 #pragma unroll
       for (int block = 0; block < W::kBlocks; ++block) sum[block % 4] += from[block * kPart];
-      if (follows) dh = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      if (follows && p.dh0 && begins_at(time(s - 1))) finish(cell, p.dh0, dh);
+      const float found = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      if (follows) dh += found;
+      if (follows && p.dh0 && begins_at(time(s - 1))) finish(cell, p.dh0, found);
     }
     uint2 d_gates = {};
     if (active) {
-      dh += arriving;
       dc = multiply_add(dh, by_c, dc);
       d_gates = {E::pack(dc * by_i, dc * by_f), E::pack(dc * by_g, dh * by_o)};
       dc = restarts ? 0.0f : dc * f;
     }
-    fetch(cell, s + 1);
     if (s + 1 < steps || (p.dh0 && !last)) {
       // Where the state was reset, nothing goes back to the one before.
       uint4* buffer = own + s % 2 * kTerms;

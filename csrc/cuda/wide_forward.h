@@ -149,10 +149,10 @@ DEVICE void wide_forward(const Forward& p) {
     barriers.wait(s, part, tile == 0 && at.lane == 0);
     weights.multiply(total, early, factor + s % 2 * kBufferPieces + part * kTerms, at.lane);
     sums.put(total);
-    sync_block();
-    sums.get(total, gate);
     const unsigned thread = unsigned(opaque(int(at.thread)));
     const Cell cell(at, thread);
+    sync_block();
+    sums.get(total, gate);
     // Where a sequence begins at the next step it is its initial state that this one multiplies. Units and sequences
     // that there are not stay 0.
     if (active) {
