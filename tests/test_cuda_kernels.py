@@ -62,14 +62,18 @@ def names(rows: list[Row], unless: Callable[[Row], bool]) -> list[str]:
 
 @pytest.mark.compiles
 def test_every_regime_and_type_is_there(rows: list[Row]) -> None:
-    """In both passes, for few and for many sequences; clusters where GPUs have them."""
+    """In both passes, for few and for many sequences; clusters where GPUs have them.
+
+    The regime wide has 16-bit numbers and 8 sequences only.
+    """
     regimes = [("block", 80), ("block", 90), ("cluster", 90), ("grid", 80), ("grid", 90)]
     wanted = product(regimes, cuda_kernels.KINDS.values(), (8, 16), ("fwd", "bwd"))
     found = {
         ((r["regime"], r["arch"]), (r["dtype"], r["precision"]), r["N"], r["kernel"].split("_")[1])
         for r in rows
     }
-    assert found == set(wanted)
+    kinds = [cuda_kernels.KINDS[kind] for kind in ("bf16", "f16")]
+    assert found == {*wanted, *product([("wide", 90)], kinds, (8,), ("fwd", "bwd"))}
     assert all(row.keys() >= set(KEYS) for row in rows)
 
 
@@ -106,8 +110,12 @@ def test_products_are_matrix_instructions(rows: list[Row]) -> None:
 
 @pytest.mark.compiles
 def test_a_step_is_one_loop(rows: list[Row]) -> None:
-    """With the copies of the inputs of a later step in it: other loops are not taken for it."""
-    assert names(rows, lambda row: row["copies_per_step"] > 0) == []
+    """With the copies of the inputs of a later step in it: other loops are not taken for it.
+
+    The regime wide has loads instead, and waits.
+    """
+    found = "copies_per_step", "waits_per_step"
+    assert names(rows, lambda row: row[found[row["regime"] == "wide"]] > 0) == []
 
 
 @pytest.mark.compiles
@@ -116,15 +124,18 @@ def test_barriers_of_a_step(rows: list[Row]) -> None:
 
     Elsewhere the sums of such warps take one, behind a branch. Clusters exchange without: every
     thread waits for the bytes that are stored to its block. A grid's blocks have one before they
-    tell the others that all threads have stored.
+    tell the others that all threads have stored. In the regime wide forward gathers what a block
+    sends, and backward what it multiplies.
     """
     expected = {"block": (1, 0), "cluster": (1, 1), "grid": (2, 0)}
 
     def right(row: Row) -> bool:
-        return (row["barriers_per_step"], row["waits_per_step"]) == expected[row["regime"]]
+        wide = 2 if "_fwd_" in row["kernel"] else 1, 1
+        found = row["barriers_per_step"], row["waits_per_step"]
+        return found == expected.get(row["regime"], wide)
 
     assert names(rows, right) == []
-    clusters = [row for row in rows if row["regime"] == "cluster"]
+    clusters = [row for row in rows if row["regime"] in ("cluster", "wide")]
     assert names(clusters, lambda row: row["sends_per_step"] > 0) == []
 
 
@@ -143,7 +154,7 @@ def test_what_does_not_compile_is_named(
     out, error = capsys.readouterr()
     assert "no kernels" in out
     failed = [f"{source}.cu, arch 90: nvcc: exit status 1" for source in cuda_kernels.SOURCES]
-    assert error.splitlines() == ["error: 3 did not compile:", *failed]
+    assert error.splitlines() == ["error: 4 did not compile:", *failed]
 
 
 def test_missing_tools_are_named(
