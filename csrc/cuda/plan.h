@@ -139,6 +139,7 @@ struct Shared {
       s.bias = take(backward ? 0 : int64_t(threads) * kGates * 4);
       // Forward, of 4 gates of 4 cells of a lane; backward, 2 buffers of what all blocks add to this one's gradients.
       s.partial = take(backward ? 2 * 4 * int64_t(plan.blocks) * own * kSequences : int64_t(threads) * 4 * kGates * 4);
+      s.ring = take(backward ? 0 : int64_t(kStages) * threads * kGates * 4);
       s.rest = take(4 * wide_rest_words(plan));
       s.barriers = take(8 * (backward ? 2 : 2 * kWideParts));
       s.total = int(at);

@@ -126,20 +126,25 @@ DEVICE void wide_forward(const Forward& p) {
                    barriers.at(s, at.rank / (W::kBlocks / W::kParts)),
                    int((at.rank + thread / W::kOwn + i) % W::kBlocks));
   };
-  float x[kGates] = {};
-  const auto fetch = [&](const Cell& cell, int s) {
-    if (s >= steps || time(s) >= length) return;
-    const int row = at.row(p, time(s), cell.column);
-    const float* from = p.input_product + int64_t(d) * p.rows * (kGates * H) + int64_t(row) * (kGates * H) + cell.unit;
+  // Numbers of this thread alone, on their way from the input product: [stage][gate][thread].
+  auto* ring = reinterpret_cast<float*>(shared_memory() + p.shared.ring);
+  const auto fetch = [&](const Cell& cell, unsigned thread, int s) {
+    if (s < steps && time(s) < length) {
+      const int row = at.row(p, time(s), cell.column);
+      const float* from =
+          p.input_product + int64_t(d) * p.rows * (kGates * H) + int64_t(row) * (kGates * H) + cell.unit;
 #pragma unroll
-    for (int k = 0; k < kGates; ++k) x[k] = from[k * H];
+      for (int k = 0; k < kGates; ++k)
+        copy_async<4>(ring + (s % kStages * kGates + k) * W::kThreads + thread, from + k * H, true);
+    }
+    commit_copies();
   };
 
   float c = initial(first, p.c0);
   bool restart = restarts_at(first, 0), restarts_next = restarts_at(first, 1);
   if (steps > 0) send(first, at.thread, begins_at(time(0)) && !restart ? initial(first, p.h0) : 0.0f, 0);
   if (is_there(first) && length == 0) finish(first, p.h_n, initial(first, p.h0));
-  fetch(first, 0);
+  for (int s = 0; s < kStages - 1; ++s) fetch(first, at.thread, s);
 
   for (int s = 0; s < steps; ++s) {
     const int t = time(s);
@@ -151,23 +156,25 @@ DEVICE void wide_forward(const Forward& p) {
     sums.put(total);
     const unsigned thread = unsigned(opaque(int(at.thread)));
     const Cell cell(at, thread);
+    wait_copies<kStages - 2>();
     sync_block();
     sums.get(total, gate);
     // Where a sequence begins at the next step it is its initial state that this one multiplies. Units and sequences
     // that there are not stay 0.
     if (active) {
       const float4 by = bias[thread];
+      const float* x = ring + s % kStages * (kGates * W::kThreads) + thread;
       gate[0] = E::sigmoid(x[0] + by.x + gate[0]);
-      gate[1] = E::sigmoid(x[1] + by.y + gate[1]);
-      gate[2] = E::tanh(x[2] + by.z + gate[2]);
-      gate[3] = E::sigmoid(x[3] + by.w + gate[3]);
+      gate[1] = E::sigmoid(x[W::kThreads] + by.y + gate[1]);
+      gate[2] = E::tanh(x[2 * W::kThreads] + by.z + gate[2]);
+      gate[3] = E::sigmoid(x[3 * W::kThreads] + by.w + gate[3]);
       c = multiply_add(gate[1], restart ? 0.0f : c, gate[0] * gate[2]);
       h = gate[3] * E::tanh(c);
     } else if (!last && begins_at(time(s + 1))) {
       h = initial(cell, p.h0);
     }
     if (!last) send(cell, thread, restarts_next ? 0.0f : h, s + 1);
-    fetch(cell, s + 1);
+    fetch(cell, thread, s + kStages - 1);
     restart = restarts_next;
     restarts_next = restarts_at(cell, s + 2);
     if (active) {
