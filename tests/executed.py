@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
@@ -33,18 +33,22 @@ class Run(NamedTuple):
     precision: str
     arch: int
     regime: str | None = None
+    tile: tuple[int, int] | None = None  # sequences and warps of a program
 
     def __str__(self) -> str:
         regime = f"-{self.regime}" if self.regime else ""
-        return f"sm_{self.arch}-{self.precision}{regime}-{self.case}"
+        tile = f"-{self.tile[0]}x{self.tile[1]}" if self.tile else ""
+        return f"sm_{self.arch}-{self.precision}{regime}{tile}-{self.case}"
 
     @contextmanager
     def executed(self, edit: Callable[[str], str]) -> Iterator[Log]:
         """Serve the calls of this block."""
         from ptx.backend import executed  # it needs Triton, tests are collected without
 
-        forced = override(regime=self.regime) if self.regime else nullcontext()
-        with forced, executed(self.arch, edit) as log:
+        wishes: dict[str, Any] = {"regime": self.regime} if self.regime else {}
+        if self.tile:
+            wishes["batch"], wishes["warps"] = self.tile
+        with override(**wishes), executed(self.arch, edit) as log:
             yield log
 
 

@@ -19,6 +19,7 @@ from ptx.banks import Wavefronts
 from benchmarks.gpu.kernels import fresh_compiler
 from benchmarks.speed.precision import PRECISIONS
 from benchmarks.speed.worker import Worker
+from fastlstm.kernels.triton.plan import padded
 
 WIDEST = 260  # units; a wider layer takes minutes
 TIMEOUT = 600  # seconds for a case
@@ -69,6 +70,16 @@ REGISTERS = [
     Case(T=6, B=5, I=10, H=20, lengths=(2, 0, 1, 6, 3), directions=2, recompute=True),
     Case(T=5, B=2, I=30, H=16, reset=True, recompute=True, hx=False),
 ]
+# Exact float32 has more sequences in a program where the GPU is full.
+EXACT = [
+    Run(Case(T=3, B=6, I=10, H=H, **options), "exact", arch, "registers", (4, padded(H) // 8))
+    for H, arch, options in (
+        (64, 90, {"directions": 2}),
+        (60, 80, {"lengths": (3, 1, 2, 3, 0, 2)}),
+        (32, 90, {"values": "constant"}),
+        (16, 80, {"recompute": True}),
+    )
+]
 # Their weight gradients: more rows than a program takes at a time, odd sizes, wide inputs.
 WEIGHTS = [
     Case(T=4, B=19, I=28, H=33, directions=2),
@@ -98,7 +109,7 @@ WIDE = Case(T=3, B=7, I=28, H=512, hx=False)
 
 
 def approximate(found: Iterable[Run]) -> list[Run]:
-    """Those that one program computes: all but exact float32."""
+    """Those whose weights one program can have in shared memory: all but exact float32."""
     return [run for run in found if run.precision != "exact"]
 
 
@@ -146,9 +157,7 @@ def test_weights_in_shared_memory(worker: Worker, run: Run, record_property: Rec
 
 
 @pytest.mark.executed
-@pytest.mark.parametrize(
-    "run", approximate(runs(REGISTERS, "bf16", (90, 80), "registers")), ids=str
-)
+@pytest.mark.parametrize("run", runs(REGISTERS, "bf16", (90, 80), "registers") + EXACT, ids=str)
 def test_weights_in_registers(worker: Worker, run: Run, record_property: Record) -> None:
     kernels = check(worker, run, record_property).kernels
     assert kernels and all("_registers_" in name or name in SUMS for name in kernels)
@@ -160,8 +169,8 @@ def test_weights_in_registers(worker: Worker, run: Run, record_property: Record)
     "run",
     [
         run
-        for run in approximate(runs(WEIGHTS, "bf16", (90, 80), "registers"))
-        if run.precision != "tf32" or run.case.H <= 64
+        for run in runs(WEIGHTS, "bf16", (90, 80), "registers")
+        if run.precision not in ("tf32", "exact") or run.case.H <= 64
     ],
     ids=str,
 )
@@ -172,10 +181,15 @@ def test_weight_gradients(worker: Worker, run: Run, record_property: Record) -> 
 # An even and an odd step, one tile of sequences; all widths that there is room for.
 BANKS = [
     Run(Case(T=2, B=8, I=28, H=H), name, arch, "registers")
-    for name in ("bf16", "fp16", "tf32")
+    for name in ("bf16", "fp16", "tf32", "exact")
     for H in (64, 16, 32, 128)
     for arch in (90, 80)
-    if H <= 64 or name != "tf32"
+    if H <= 64 or name not in ("tf32", "exact")
+]
+BANKS += [
+    run._replace(case=replace(run.case, B=2), tile=(4, run.case.H // 8))
+    for run in BANKS
+    if run.precision == "exact"
 ]
 
 

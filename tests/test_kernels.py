@@ -227,13 +227,18 @@ BARS = {
 def test_steps_of_the_registers_regime(compiled: Compiled) -> None:
     """One barrier forward and at most two back, no shuffle, and as short as they are known to be.
 
-    So it is with a backward pass over a cluster.
+    So it is with a backward pass over a cluster. Threads share sums in exact float32 alone: those
+    of the gates of 2 or 4 sequences, and backward of four times as many terms.
     What keeps the gates for backward has two more stores.
     """
     rows = compiled.where(lambda row: row["regime"] in ("registers", "cluster"))
     for row in compiled.where(lambda row: row["regime"] == "registers"):
         assert row["barriers_per_step"] <= (1 if "fwd" in row["kernel"] else 2), brief([row])
-        assert row["shuffles_per_step"] == row["wgmma_per_step"] == 0, brief([row])
+        shuffles = 0
+        if row["precision"] == "ieee":
+            shuffles = 4 * row["N"] - 4 if "fwd" in row["kernel"] else 4 * row["N"] - 1
+        assert row["shuffles_per_step"] == shuffles, brief([row])
+        assert row["wgmma_per_step"] == 0, brief([row])
     names = ("arch", "dtype", "rows", "states", "I")
     for row in rows:
         I = 28 if row["regime"] == "registers" else row["I"]  # the others do not read x

@@ -8,20 +8,17 @@ from .backward_by_unit import GatesByUnit, incoming_arguments
 from .backward_registers_step import backward_step
 from .call import Call, row_arguments, weight_arguments
 from .gluon import gl, gluon
-from .launch import is_fast, launch
+from .launch import is_fast, launch, precision_of
 from .plan import Plan
+from .register_products import biases, columns_of_gates, gate_buffers, layout_of_cells
 from .register_tiles import (
     at_step,
     beside,
-    cell_layout,
     elements,
     first_row,
     flags,
     given,
-    load_bias,
     load_lengths,
-    state_layout,
-    turned,
 )
 
 
@@ -64,14 +61,11 @@ def lstm_bwd_registers_kernel(
     N: gl.constexpr,  # sequences of a program
     DY_UNIT: gl.constexpr,  # elements; it divides both strides of dy
     KEPT: gl.constexpr,  # whether forward has kept the gates
+    EXACT: gl.constexpr,  # whether float32 is multiplied as such
     FAST: gl.constexpr,  # whether activations are approximate
 ):
     """N sequences in one direction, from the last step to the first; the weights stay on chip."""
     dtype: gl.constexpr = w_hh.dtype.element_ty
-    pair: gl.constexpr = 32 // dtype.primitive_bitwidth
-    tile: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [U // 16, 1], [16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, tile, pair)
-    shared: gl.constexpr = state_layout(U, pair)
     direction = 0
     if D == 2:
         direction = gl.program_id(1)
@@ -79,17 +73,12 @@ def lstm_bwd_registers_kernel(
             w_hh, b_ih, b_hh = w_hh_reverse, b_ih_reverse, b_hh_reverse
     first = gl.program_id(0).to(gl.int64) * N
 
-    w_i = turned(w_hh, H, U, left)
-    w_f = turned(w_hh + H * H, H, U, left)
-    w_g = turned(w_hh + 2 * H * H, H, U, left)
-    w_o = turned(w_hh + 3 * H * H, H, U, left)
+    w = columns_of_gates(w_hh, H, U, N, EXACT)
     bias = 0.0
     if not KEPT:
-        bias = gl.zeros([4 * U, N], gl.float32, tile)
-        if b_ih is not None:
-            bias += load_bias(b_ih, b_hh, H, U, tile)[:, None]
+        bias = biases(b_ih, b_hh, H, U, N, EXACT)
 
-    cells: gl.constexpr = cell_layout(U)
+    cells: gl.constexpr = layout_of_cells(U, N, EXACT)
     zero = gl.zeros([U, N], gl.float32, cells)
     unit = gl.arange(0, U, gl.SliceLayout(1, cells))
     n = first + gl.arange(0, N, gl.SliceLayout(0, cells))
@@ -177,48 +166,38 @@ def lstm_bwd_registers_kernel(
     if reset is not None:
         reset_now = flags(reset, 0, steps, last, n, length, lengths, B, H)
 
-    even_i = gl.allocate_shared_memory(dtype, [U, N], shared)
-    even_f = gl.allocate_shared_memory(dtype, [U, N], shared)
-    even_g = gl.allocate_shared_memory(dtype, [U, N], shared)
-    even_o = gl.allocate_shared_memory(dtype, [U, N], shared)
-    odd_i = gl.allocate_shared_memory(dtype, [U, N], shared)
-    odd_f = gl.allocate_shared_memory(dtype, [U, N], shared)
-    odd_g = gl.allocate_shared_memory(dtype, [U, N], shared)
-    odd_o = gl.allocate_shared_memory(dtype, [U, N], shared)
+    even, odd = gate_buffers(dtype, U, N, EXACT), gate_buffers(dtype, U, N, EXACT)
     if steps % 2 == 1:
         (
             dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
             c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
         ) = backward_step(
-            odd_i, odd_f, odd_g, odd_o, w_i, w_f, w_g, w_o, bias,
-            dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now, real, real4,
-            at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            odd, w, bias, dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now,
+            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
             c_step, g_step, dy_step, dca_step,
             row, row_1, row_2, 0, steps, last, forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, FAST,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, EXACT, FAST,
         )  # fmt: skip
     for s in range(steps % 2, steps, 2):
         (
             dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
             c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
         ) = backward_step(
-            even_i, even_f, even_g, even_o, w_i, w_f, w_g, w_o, bias,
-            dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now, real, real4,
-            at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            even, w, bias, dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now,
+            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
             c_step, g_step, dy_step, dca_step,
             row, row_1, row_2, s, steps, last + forth * s, forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, FAST,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, EXACT, FAST,
         )  # fmt: skip
         (
             dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
             c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
         ) = backward_step(
-            odd_i, odd_f, odd_g, odd_o, w_i, w_f, w_g, w_o, bias,
-            dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now, real, real4,
-            at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            odd, w, bias, dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now,
+            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
             c_step, g_step, dy_step, dca_step,
             row, row_1, row_2, s + 1, steps, last + forth * (s + 1), forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, FAST,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, EXACT, FAST,
         )  # fmt: skip
     if dh0 is not None:
         gl.store(dh0 + state_at, dh.to(dh0.dtype.element_ty), real & given(dh0, H))
@@ -251,6 +230,7 @@ def launch_lstm_bwd_registers(
         dh0=gradients.dh0,
         dc0=gradients.dc0,
         KEPT=saved.gates is not None,
+        EXACT=precision_of(call.x) == "ieee",
         FAST=is_fast(call.x),
     )
     by_unit.finish(gradients)

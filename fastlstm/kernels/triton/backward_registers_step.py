@@ -1,33 +1,23 @@
-"""One step of the backward pass in the registers regime.
+"""One step of the backward pass in the registers regime."""
 
-The gradient of h comes from four products, one a gate: their sums are four short chains of matrix
-instructions, which go side by side, instead of one long one.
-"""
-
-from .gluon import gl, gluon, mma_v2
+from .gluon import gl, gluon
+from .register_products import activate, gates_after, put_gates, state_gradient, tanh_of
 from .register_tiles import (
-    activated,
     apart,
     at_step,
     beside,
-    by_gate,
-    by_unit_of,
     elements,
     fills,
     first_row,
     flags,
     given,
     only,
-    rounded,
-    stack,
-    tanh,
 )
 
 
 @gluon.jit
-def cell_gradient(dh, dc, i, f, g, o, c, c_before, FAST: gl.constexpr):
+def cell_gradient(dh, dc, i, f, g, o, tanh_c, c_before):
     """Return the gradients of i, f, g, o before activation and of c_before."""
-    tanh_c = tanh(c, FAST)
     dc += dh * o * (1.0 - tanh_c * tanh_c)
     d_o = dh * tanh_c * o * (1.0 - o)
     d_i = dc * g * i * (1.0 - i)
@@ -38,15 +28,9 @@ def cell_gradient(dh, dc, i, f, g, o, c, c_before, FAST: gl.constexpr):
 
 @gluon.jit
 def backward_step(
-    to_i,  # buffers [U, N], written
-    to_f,
-    to_g,
-    to_o,
-    w_i,  # [U, U], transposed
-    w_f,
-    w_g,
-    w_o,
-    bias,  # [4U, N], without KEPT
+    to,  # of gate_buffers, written
+    w,  # of columns_of_gates
+    bias,  # of biases, without KEPT
     dh,  # [U, N]: the gradients that come from the steps after
     dc,
     c,  # [U, N]
@@ -94,13 +78,12 @@ def backward_step(
     U: gl.constexpr,
     N: gl.constexpr,
     KEPT: gl.constexpr,
+    EXACT: gl.constexpr,
     FAST: gl.constexpr,
 ):
     """Take one step back; return what the next one begins with."""
     cells: gl.constexpr = dc.type.layout
-    tile: gl.constexpr = w_i.type.layout.parent
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, w_i.type.layout.k_width)
-    dtype: gl.constexpr = to_i.dtype
+    dtype: gl.constexpr = d_at.dtype.element_ty
     # What the steps that follow will read is asked for now.
     next_real, later_real, next_real4 = real & (s + 1 < steps), real & (s + 2 < steps), real4
     if lengths is not None:
@@ -146,9 +129,10 @@ def backward_step(
     if KEPT:
         i, f, g, o = apart(g_now.to(gl.float32), U, N, cells)
     else:
-        i, f, g, o = by_gate(bias + stack(g_now, U, N, tile), U, N)
-        i, f, g, o = activated(i, f, g, o, dtype, FAST)
-    d_i, d_f, d_g, d_o, dc_new = cell_gradient(dh_total, dc_total, i, f, g, o, c, before, FAST)
+        i, f, g, o = gates_after(g_now, bias, U, N, EXACT)
+        i, f, g, o = activate(i, f, g, o, dtype, FAST, EXACT)
+    tanh_c = tanh_of(c, FAST, EXACT)
+    d_i, d_f, d_g, d_o, dc_new = cell_gradient(dh_total, dc_total, i, f, g, o, tanh_c, before)
     if not fills(H, U):  # as in forward
         unit = gl.arange(0, U, gl.SliceLayout(1, cells))
         inside = (unit < H)[:, None]
@@ -158,19 +142,11 @@ def backward_step(
             only(inside, d_g),
             only(inside, d_o),
         )
-    to_i.store(rounded(d_i.to(dtype)))
-    to_f.store(rounded(d_f.to(dtype)))
-    to_g.store(rounded(d_g.to(dtype)))
-    to_o.store(rounded(d_o.to(dtype)))
+    put_gates(to, d_i, d_f, d_g, d_o, U, N, EXACT)
     if lengths is not None:
         real4 = real4 & at_step(t, length4)[:, :, None]
     gl.store(d_now + at4, beside(d_i, d_f, d_g, d_o, U, N).to(dtype), real4)
-    zero = gl.zeros([U, N], gl.float32, tile)
-    dh_i = mma_v2(w_i, to_i.load(right), zero, "tf32")
-    dh_f = mma_v2(w_f, to_f.load(right), zero, "tf32")
-    dh_g = mma_v2(w_g, to_g.load(right), zero, "tf32")
-    dh_o = mma_v2(w_o, to_o.load(right), zero, "tf32")
-    dh_new = by_unit_of((dh_i + dh_f) + (dh_g + dh_o), U, N)
+    dh_new = state_gradient(w, to, U, N, EXACT)
     if reset is not None:
         dh_new = only((reset_now == 0)[None, :], dh_new)
         dc_new = only((reset_now == 0)[None, :], dc_new)

@@ -13,61 +13,46 @@ from fastlstm.kernels.products import products
 from fastlstm.spec import Outputs
 
 from .call import Call, row_arguments, strides_of, weight_arguments
-from .gluon import gl, gluon, mma_v2
-from .launch import is_fast, launch
+from .gluon import gl, gluon
+from .launch import is_fast, launch, precision_of
 from .plan import Plan, padded
+from .register_products import (
+    activate,
+    biases,
+    gates_before,
+    input_side,
+    layout_of_cells,
+    operand_layout,
+    put,
+    rows_of_gates,
+    state,
+    tanh_of,
+    x_there,
+)
 from .register_tiles import (
-    activated,
     at_step,
     beside,
-    by_gate,
     by_unit,
-    cell_layout,
     elements,
     fills,
     first_row,
     flags,
     given,
-    load_bias,
     load_lengths,
     only,
-    rounded,
     row_of_gate,
-    stack,
-    state_layout,
-    tanh,
     weight_tile,
 )
-
-
-@gluon.jit
-def input_side(x, w_x, start, U: gl.constexpr, N: gl.constexpr, FUSED: gl.constexpr):
-    """Return what x ``[I, N]``, or its product ``[U, N, 4]``, adds to the gates: ``[4U, N]``."""
-    if FUSED:
-        result = mma_v2(w_x, rounded(x), start, "tf32")
-    else:
-        tile: gl.constexpr = start.type.layout  # Triton 3.6 hands no layout on without a name
-        result = start + stack(x, U, N, tile)
-    return result
-
-
-@gluon.jit
-def x_there(t, length, FUSED: gl.constexpr):
-    """Return which sequences of these lengths ``[N]`` have an input at step t."""
-    has = at_step(t, length)
-    if not FUSED:
-        has = has[:, :, None]
-    return has
 
 
 @gluon.jit
 def forward_step(
     here,  # buffer [U, N] of h
     there,  # buffer [U, N], written
-    w,  # [4U, U]
+    w,  # of rows_of_gates
     w_x,  # [4U, I_TILE], with FUSED
-    start,  # [4U, N]: the biases
-    ahead,  # [4U, N]: what x adds to the gates of this step
+    start,  # of biases
+    ahead,  # as start: what x adds to the gates of this step
     x_next,  # the input of the next step
     x_else,  # what is read where there is none
     c,  # [U, N]
@@ -109,11 +94,11 @@ def forward_step(
     U: gl.constexpr,
     N: gl.constexpr,
     FUSED: gl.constexpr,
+    EXACT: gl.constexpr,
     FAST: gl.constexpr,
 ):
     """Take one step; return what the next one begins with."""
     cells: gl.constexpr = c.type.layout
-    right: gl.constexpr = gl.DotOperandLayout(1, start.type.layout, w.type.layout.k_width)
     # The load comes first, though two steps ahead: a warp has six counters of what is outstanding,
     # so that what waits for tanh may wait for a load as well.
     if offsets is None:
@@ -126,12 +111,11 @@ def forward_step(
         x_later = gl.load(x_now + x_off, x_real & (s + 2 < steps), x_else)
     else:
         x_later = gl.load(x_now + x_off, x_real & x_there(t + 2 * forth, length_x, FUSED), x_else)
-    now = mma_v2(w, here.load(right), ahead, "tf32")
-    ahead = input_side(x_next, w_x, start, U, N, FUSED)
-    i, f, g, o = by_gate(now, U, N)
-    i, f, g, o = activated(i, f, g, o, there.dtype, FAST)
+    i, f, g, o = gates_before(w, here, ahead, U, N, EXACT)
+    ahead = input_side(x_next, w_x, start, U, N, FUSED, EXACT)
+    i, f, g, o = activate(i, f, g, o, there.dtype, FAST, EXACT)
     c_new = f * c + i * g
-    h_new = (o * tanh(c_new, FAST)).to(there.dtype)
+    h_new = (o * tanh_of(c_new, FAST, EXACT)).to(there.dtype)
     if not fills(H, U):  # an infinite x makes NaN of units that only fill the tile: 0 * inf
         unit = gl.arange(0, U, gl.SliceLayout(1, cells))
         h_new = only((unit < H)[:, None], h_new)
@@ -144,7 +128,7 @@ def forward_step(
         h_next = only((starts == 0)[None, :], h_next)
         c_next = only((starts == 0)[None, :], c_next)
         starts = flags(reset, s + 2, steps, t + 2 * forth, n, length, lengths, B, H)
-    there.store(rounded(h_next))
+    put(there, h_next, EXACT)
     gl.store(y_now + at, h_new, real)
     if gates is not None:
         together = beside(i, f, g, o, U, N).to(gates.dtype.element_ty)
@@ -201,15 +185,12 @@ def lstm_fwd_registers_kernel(
     FUSED: gl.constexpr,  # whether x goes through w_ih here
     ONES: gl.constexpr,  # whether the biases are weights of two inputs more, which are always 1
     X_UNIT: gl.constexpr,  # elements; it divides both strides of x
+    EXACT: gl.constexpr,  # whether float32 is multiplied as such
     FAST: gl.constexpr,  # whether activations are approximate
 ):
     """N sequences in one direction, from the first step to the last; the weights stay on chip."""
     dtype: gl.constexpr = w_hh.dtype.element_ty
     pair: gl.constexpr = 32 // dtype.primitive_bitwidth
-    tile: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [U // 16, 1], [16, 8])
-    left: gl.constexpr = gl.DotOperandLayout(0, tile, pair)
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, pair)
-    shared: gl.constexpr = state_layout(U, pair)
     direction = 0
     if D == 2:
         direction = gl.program_id(1)
@@ -217,13 +198,9 @@ def lstm_fwd_registers_kernel(
             w_ih, w_hh, b_ih, b_hh = w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse
     first = gl.program_id(0).to(gl.int64) * N
 
-    w = weight_tile(w_hh, H, H, U, U, left)
-    start = gl.zeros([4 * U, N], gl.float32, tile)
-    if b_ih is not None:
-        if not ONES:
-            start += load_bias(b_ih, b_hh, H, U, tile)[:, None]
-
-    cells: gl.constexpr = cell_layout(U)
+    w = rows_of_gates(w_hh, H, U, N, EXACT)
+    start = biases(None if ONES else b_ih, b_hh, H, U, N, EXACT)
+    cells: gl.constexpr = layout_of_cells(U, N, EXACT)
     unit = gl.arange(0, U, gl.SliceLayout(1, cells))
     n = first + gl.arange(0, N, gl.SliceLayout(0, cells))
     real = (n < B)[None, :] & (unit < H)[:, None]
@@ -255,6 +232,8 @@ def lstm_fwd_registers_kernel(
     if gates is not None:
         g_at = gates + corner4
     if FUSED:
+        left: gl.constexpr = operand_layout(0, U, pair)
+        right: gl.constexpr = operand_layout(1, U, pair)
         w_x = weight_tile(w_ih, H, I, U, I_TILE, left)
         k = gl.arange(0, I_TILE, gl.SliceLayout(1, right))
         nx = first + gl.arange(0, N, gl.SliceLayout(0, right))
@@ -309,10 +288,9 @@ def lstm_fwd_registers_kernel(
         h = only((starts == 0)[None, :], h)
         c = only((starts == 0)[None, :], c)
         starts = flags(reset, 1, steps, last + forth, n, length, lengths, B, H)
-    even = gl.allocate_shared_memory(dtype, [U, N], shared)
-    odd = gl.allocate_shared_memory(dtype, [U, N], shared)
-    even.store(rounded(h))
-    odd.store(rounded(h))
+    even, odd = state(dtype, U, N, EXACT), state(dtype, U, N, EXACT)
+    put(even, h, EXACT)
+    put(odd, h, EXACT)
     x_0, x_1 = x_real & (steps > 0), x_real & (steps > 1)
     if lengths is not None:
         x_0 = x_real & x_there(last, length_x, FUSED)
@@ -325,26 +303,26 @@ def lstm_fwd_registers_kernel(
     else:
         x_now = gl.load(x_at + elements(row, x_step) + x_off, x_0, x_else)
         x_next = gl.load(x_at + elements(row_1, x_step) + x_off, x_1, x_else)
-    ahead = input_side(x_now, w_x, start, U, N, FUSED)
+    ahead = input_side(x_now, w_x, start, U, N, FUSED, EXACT)
     if steps % 2 == 1:
         ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
             odd, even, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
             x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
             0, steps, last, forth, n, length, length_x, length4,
-            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, FAST,
+            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, EXACT, FAST,
         )  # fmt: skip
     for s in range(steps % 2, steps, 2):
         ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
             even, odd, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
             x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
             s, steps, last + forth * s, forth, n, length, length_x, length4,
-            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, FAST,
+            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, EXACT, FAST,
         )  # fmt: skip
         ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
             odd, even, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
             x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
             s + 1, steps, last + forth * (s + 1), forth, n, length, length_x, length4,
-            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, FAST,
+            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, EXACT, FAST,
         )  # fmt: skip
     gl.store(h_n + state_at, h, real)
     gl.store(c_n + state_at, c.to(c_n.dtype.element_ty), real)
@@ -380,6 +358,7 @@ def launch_lstm_fwd_registers(call: Call, plan: Plan, outputs: Outputs) -> None:
         FUSED=plan.fused,
         ONES=plan.fused and _takes_ones(call, features),
         X_UNIT=x_unit,
+        EXACT=precision_of(x) == "ieee",
         FAST=is_fast(x),
     )
 

@@ -4,6 +4,9 @@ What the kernels compile to decides (``python -m benchmarks kernels``). A progra
 the fewest columns of a matrix instruction. Of 16 each step would cost twice as much, since most of
 it is activations, and from H = 32 on registers would spill; two programs of 8 on a multiprocessor
 do the same work, and one goes on while the other waits at its barrier.
+
+Exact float32 is multiplied a number at a time, which is most of a step then: a program has 4
+sequences or, where the GPU has a multiprocessor for each two, 2 (``exact_tiles.py``).
 """
 
 from __future__ import annotations
@@ -36,9 +39,8 @@ def fits_registers(problem: Problem, device: Device) -> bool:
     spec = problem.spec
     plain = problem.cell == "plain" and not spec.proj_size
     known = device.gluon and device.arch >= 80  # the oldest whose mma.sync takes them all
-    exact = problem.precision == "ieee"  # which has no matrix instructions
     most = _WIDEST_FLOAT32 if problem.element == 4 else widest(problem)
-    return known and plain and not exact and padded(spec.hidden_size) <= most
+    return known and plain and padded(spec.hidden_size) <= most
 
 
 def forward_registers(problem: Problem, device: Device) -> Plan | None:
@@ -46,18 +48,20 @@ def forward_registers(problem: Problem, device: Device) -> Plan | None:
     if not fits_registers(problem, device):
         return None
     most = _WIDEST_INPUT
-    if problem.element == 4:
+    if problem.precision == "ieee":
+        most = 0
+    elif problem.element == 4:
         most = _WIDEST_INPUT_OF_FLOAT32
     elif padded(problem.spec.hidden_size) == widest(problem):
         most = _WIDEST_INPUT_OF_WIDE
     fused = padded(problem.spec.input_size) <= most
     where = "so do its input weights" if fused else "its input products are made before"
-    return _plan(problem, fused, f"{_ON_CHIP}, {where}")
+    return _plan(problem, device, fused, f"{_ON_CHIP}, {where}")
 
 
 def backward_registers(problem: Problem, device: Device) -> Plan | None:
     """Return the plan of the backward pass of an LSTM; None where a layer has no room."""
-    return _plan(problem, False, _ON_CHIP) if fits_registers(problem, device) else None
+    return _plan(problem, device, False, _ON_CHIP) if fits_registers(problem, device) else None
 
 
 def forward_cluster(problem: Problem, device: Device) -> Plan | None:
@@ -91,7 +95,12 @@ def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
     return plan if clusters <= _MOST_WAVES * device.at_once(blocks) else None
 
 
-def _plan(problem: Problem, fused: bool, reason: str) -> Plan:
-    """Return the plan of a pass: a warp for each 16 units."""
+def _plan(problem: Problem, device: Device, fused: bool, reason: str) -> Plan:
+    """Return the plan of a pass: a warp for each 16 units, or a thread for each exact cell."""
     units = padded(problem.spec.hidden_size)
-    return Plan("registers", units, _SEQUENCES, units, True, fused, units // 16, 1, reason)
+    batch, warps = _SEQUENCES, units // 16
+    if problem.precision == "ieee":
+        few = -(-problem.B // 2) * problem.spec.directions <= device.processors
+        batch = 2 if few else 4
+        warps = units * batch // 32
+    return Plan("registers", units, batch, units, True, fused, warps, 1, reason)

@@ -130,7 +130,7 @@ def _constants(key: Key) -> dict[str, Any]:
     if key.regime == "cluster":
         found |= {"UNITS": key.units, "C": key.blocks}
     else:
-        found["U"] = key.units
+        found |= {"U": key.units, "EXACT": False}
     if key.back:
         found |= {"KEPT": key.keeps, "DY_UNIT": 1}
         if key.keeps:
