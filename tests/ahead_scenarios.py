@@ -81,6 +81,9 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
             stub.stub_capture(False)
             torch.compile(layer, backend="eager", fullgraph=True)(x)
             found["compiled"] = launches()
+            layer(x[:1].repeat(1, 14, 1)[:, :264])
+            layer(x[:1].repeat(1, 14, 1)[:, :265])
+            found["many"] = [launch["x"] for launch in launches()]
         layer(x)[0].sum().backward()
         found["training"] = launches()
         projected = fastlstm.LSTM(28, 64, proj_size=8, dtype=torch.bfloat16)

@@ -23,7 +23,7 @@ from fastlstm.kernels.triton.ahead.manifest import ARCHS, NAME, Manifest, Manife
 from fastlstm.kernels.triton.ahead.plans import KINDS, REGIMES, Row, element_and_precision, table
 from fastlstm.spec import LayerSpec
 
-MOST_WAVES = 6  # of csrc/triton/kernels.cpp
+MOST_WAVES, QUARTERS = 6, 4  # of csrc/triton/kernels.cpp
 ARGUMENTS = [("x", 8), ("T", 4)]
 
 
@@ -34,9 +34,11 @@ def first(
     spec = problem.spec
     for row in rows:
         fits = row.most_units >= spec.hidden_size and row.most_inputs >= spec.input_size
-        if row.blocks > 1:
-            clusters = -(-problem.B // row.batch) * spec.directions
-            fits &= problem.dense and clusters <= MOST_WAVES * device.at_once(row.blocks)
+        if row.blocks > 1 or row.batch < 8:
+            room = device.processors * max(1, QUARTERS // row.warps)
+            if row.blocks > 1:
+                room = MOST_WAVES * device.at_once(row.blocks)
+            fits &= problem.dense and -(-problem.B // row.batch) * spec.directions <= room
         if fits and row.back == back and KINDS[row.kind] == kind:
             return row
     return None
@@ -47,7 +49,11 @@ def test_table_says_what_config_says(arch: int) -> None:
     rows, chance = table(arch), random.Random(0)
     for _ in range(2000):
         kind, back = chance.choice(KINDS), chance.random() < 0.5
-        I, H, B = chance.randint(1, 200), chance.randint(1, 550), chance.choice((1, 7, 64, 5000))
+        I, H, B = (
+            chance.randint(1, 200),
+            chance.randint(1, 550),
+            chance.choice((1, 7, 64, 300, 1500, 5000)),
+        )
         spec = LayerSpec("LSTM", I, H, directions=chance.choice((1, 2)))
         problem = config.Problem(spec, B, *element_and_precision(kind), chance.random() < 0.5)
         device = config.Device(

@@ -80,6 +80,14 @@ EXACT = [
         (16, 80, {"recompute": True}),
     )
 ]
+# Dense rows of as many sequences as there are columns.
+EIGHT = [
+    Run(REGISTERS[number], name, arch, "registers", (8, padded(REGISTERS[number].H) // 16))
+    for number, name, arch in (
+        *((0, "bf16", 90), (0, "fp16", 80), (0, "tf32", 90)),
+        *((1, "bf16", 80), (1, "fp16", 90), (1, "tf32", 80)),
+    )
+]
 # Their weight gradients: more rows than a program takes at a time, odd sizes, wide inputs.
 WEIGHTS = [
     Case(T=4, B=19, I=28, H=33, directions=2),
@@ -157,7 +165,9 @@ def test_weights_in_shared_memory(worker: Worker, run: Run, record_property: Rec
 
 
 @pytest.mark.executed
-@pytest.mark.parametrize("run", runs(REGISTERS, "bf16", (90, 80), "registers") + EXACT, ids=str)
+@pytest.mark.parametrize(
+    "run", runs(REGISTERS, "bf16", (90, 80), "registers") + EXACT + EIGHT, ids=str
+)
 def test_weights_in_registers(worker: Worker, run: Run, record_property: Record) -> None:
     kernels = check(worker, run, record_property).kernels
     assert kernels and all("_registers_" in name or name in SUMS for name in kernels)
@@ -185,6 +195,12 @@ BANKS = [
     for H in (64, 16, 32, 128)
     for arch in (90, 80)
     if H <= 64 or name not in ("tf32", "exact")
+]
+BANKS = [
+    run._replace(tile=(8, run.case.H // 16))
+    if run.arch == 80 and run.precision != "exact"
+    else run
+    for run in BANKS
 ]
 BANKS += [
     run._replace(case=replace(run.case, B=2), tile=(4, run.case.H // 8))

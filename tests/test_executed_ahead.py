@@ -137,13 +137,14 @@ def seen(library: Path) -> dict[str, Any]:
 
 
 def test_launches_ask_for_what_plans_say(seen: dict[str, Any]) -> None:
-    wanted = {"x": 3, "y": 2, "z": 1, "threads": 128, "shared": 1024, "cluster": 1}
+    wanted = {"x": 5, "y": 2, "z": 1, "threads": 128, "shared": 1024, "cluster": 1}
     wanted |= {"stream": 0, "device": 0}
     assert len(seen["inference"]) == len(seen["compiled"]) == 1
     forward, backward, parts, sums = seen["training"]
     assert (parts["z"], sums["y"]) == (2, 2)  # directions
     for launch in [*seen["inference"], *seen["compiled"], forward, backward]:
         assert {name: launch[name] for name in wanted} == wanted
+    assert seen["many"] == [66, 34]  # of 132 multiprocessors, for two directions
     assert seen["captured"] == (1, False)  # a kernel was loaded meanwhile, and nothing is left
     assert "compiled ahead" in seen["explained"]
     assert "Triton is not needed" in seen["backends"]

@@ -86,8 +86,8 @@ def test_every_layer_has_a_plan_that_fits(plan_of: PlanOf, device: Device) -> No
         context = f"{asked} on {device}: {plan}"
         least = {"units": 16, "batch": 8, "chunk": 16}  # of what a matrix instruction takes
         exact = plan.regime == "registers" and asked.precision == "ieee"
-        if exact:  # which has none
-            least["batch"] = 2
+        if plan.regime == "registers":  # sequences may take two columns each; exact ones have none
+            least["batch"] = 2 if exact else 4
         assert all(is_tile(getattr(plan, name), n) for name, n in least.items()), context
         assert plan.warps in (1, 2, 4, 8) and plan.stages in (1, 2, 3), context
         assert plan.reason and str(plan).startswith(f"{plan.regime}: {4 * plan.units} x"), context
@@ -182,7 +182,16 @@ def test_plain_cells_rest_in_registers(plan_of: PlanOf, asked: Problem) -> None:
     """Both passes alike: forward keeps the gates in the order in which backward reads them."""
     plan = plan_of(asked, HOPPER)
     assert plan.regime == "registers" and str(plan).endswith("weights in registers")
-    assert (plan.batch, plan.warps) == (8, plan.units // 16)
+    assert (plan.batch, plan.warps) == (4, plan.units // 16)
+    assert plan_of(asked._replace(dense=False), HOPPER).batch == 8
+
+
+@PASSES
+def test_few_sequences_take_two_columns_each(plan_of: PlanOf) -> None:
+    """As long as each warp of theirs has a quarter of a multiprocessor."""
+    for H, D, most in ((128, 1, 528), (64, 2, 264), (32, 1, 1056), (5, 1, 2112)):
+        found = [plan_of(problem(H, B=B, D=D), HOPPER).batch for B in (most, most + 1)]
+        assert found == [4, 8]
 
 
 @PASSES

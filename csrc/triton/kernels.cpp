@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#include <algorithm>
 #include <sstream>
 
 namespace fastlstm::ahead {
@@ -13,6 +14,7 @@ constexpr i64 kWidestInputs = 64;             // that go through their weights i
 constexpr i64 kParts = 2, kSums = 3;          // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
 constexpr i64 kPartsOfSums = 32;              // that are added at a time
 constexpr i64 kMostWaves = 6;                 // as in fastlstm/kernels/triton/register_plans.py
+constexpr i64 kSequences = 8, kQuarters = 4;  // the same
 constexpr unsigned kPortableCluster = 8;      // blocks that every GPU with clusters takes
 
 int log2(i64 n) {
@@ -165,11 +167,17 @@ const Row* Device::plan(const Layer& layer) const {
   for (const Row& row : plans_) {
     if (row.back != i64(layer.back) || row.kind != i64(layer.kind)) continue;
     if (layer.H > row.most_units || layer.I > row.most_inputs) continue;
-    if (row.blocks == 1) return &row;
-    const i64 clusters = (layer.B + row.batch - 1) / row.batch * layer.D;
-    if (layer.dense && clusters <= kMostWaves * at_once(row.blocks)) return &row;
+    if (row.blocks == 1 && row.batch == kSequences) return &row;
+    const i64 programs = (layer.B + row.batch - 1) / row.batch * layer.D;
+    if (layer.dense && programs <= room(row)) return &row;
   }
   return nullptr;
+}
+
+// For how many programs, of few sequences or each of a cluster.
+i64 Device::room(const Row& row) const {
+  if (row.blocks > 1) return kMostWaves * at_once(row.blocks);
+  return processors_ * std::max(i64(1), kQuarters / row.warps);
 }
 
 i64 Device::at_once(i64 blocks) const {
@@ -206,7 +214,11 @@ Kernel* Device::find(const Wish& wish) const {
     for (i64 inputs = wish.row->inputs; inputs && inputs <= kWidestInputs; inputs *= 2)
       if (Kernel* found = find(wish, inputs, !odd)) return found;
   if (Kernel* found = wish.even ? find(wish, 0, true) : nullptr) return found;
-  return find(wish, 0, false);
+  if (Kernel* found = find(wish, 0, false)) return found;
+  if (wish.row->batch == kSequences) return nullptr;
+  Row more = *wish.row;
+  more.batch = kSequences;
+  return find({&more, wish.rows, wish.keeps, wish.even, wish.even_x});
 }
 
 Kernel* Device::parts_of_weights(const Row& row, bool even) const {

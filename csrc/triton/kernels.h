@@ -109,6 +109,7 @@ class Device {
  private:
   void read_kernel(const i64** numbers, const i64* end, const std::string& line);
   Handle_ function(Kernel* kernel) const;
+  i64 room(const Row& row) const;
   Kernel* find(const Wish& wish, i64 inputs, bool even) const;
 
   int index_;

@@ -58,7 +58,7 @@ def lstm_bwd_registers_kernel(
     H: gl.constexpr,
     D: gl.constexpr,
     U: gl.constexpr,  # H, rounded up to a power of two
-    N: gl.constexpr,  # sequences of a program
+    N: gl.constexpr,  # sequences of a program: 8 or 4, of exact numbers 4 or 2
     DY_UNIT: gl.constexpr,  # elements; it divides both strides of dy
     KEPT: gl.constexpr,  # whether forward has kept the gates
     EXACT: gl.constexpr,  # whether float32 is multiplied as such

@@ -30,6 +30,7 @@ from .register_products import (
     x_there,
 )
 from .register_tiles import (
+    COLUMNS,
     at_step,
     beside,
     by_unit,
@@ -47,8 +48,8 @@ from .register_tiles import (
 
 @gluon.jit
 def forward_step(
-    here,  # buffer [U, N] of h
-    there,  # buffer [U, N], written
+    here,  # buffer of h
+    there,  # buffer, written
     w,  # of rows_of_gates
     w_x,  # [4U, I_TILE], with FUSED
     start,  # of biases
@@ -128,7 +129,7 @@ def forward_step(
         h_next = only((starts == 0)[None, :], h_next)
         c_next = only((starts == 0)[None, :], c_next)
         starts = flags(reset, s + 2, steps, t + 2 * forth, n, length, lengths, B, H)
-    put(there, h_next, EXACT)
+    put(there, h_next, U, N, EXACT)
     gl.store(y_now + at, h_new, real)
     if gates is not None:
         together = beside(i, f, g, o, U, N).to(gates.dtype.element_ty)
@@ -181,7 +182,7 @@ def lstm_fwd_registers_kernel(
     D: gl.constexpr,
     I_TILE: gl.constexpr,  # I and H, rounded up to powers of two
     U: gl.constexpr,
-    N: gl.constexpr,  # sequences of a program
+    N: gl.constexpr,  # sequences of a program: 8 or 4, of exact numbers 4 or 2
     FUSED: gl.constexpr,  # whether x goes through w_ih here
     ONES: gl.constexpr,  # whether the biases are weights of two inputs more, which are always 1
     X_UNIT: gl.constexpr,  # elements; it divides both strides of x
@@ -236,7 +237,7 @@ def lstm_fwd_registers_kernel(
         right: gl.constexpr = operand_layout(1, U, pair)
         w_x = weight_tile(w_ih, H, I, U, I_TILE, left)
         k = gl.arange(0, I_TILE, gl.SliceLayout(1, right))
-        nx = first + gl.arange(0, N, gl.SliceLayout(0, right))
+        nx = first + gl.arange(0, COLUMNS, gl.SliceLayout(0, right)) // (COLUMNS // N)
         x_off = (nx - first)[None, :] * (x_b.to(gl.int64) * X_UNIT) + k[:, None]
         x_at = x + first * (x_b.to(gl.int64) * X_UNIT)
         # Pointers take more registers than offsets, and fewer cycles.
@@ -244,7 +245,7 @@ def lstm_fwd_registers_kernel(
             x_at, x_off = x_at + x_off, 0
         x_real = (nx < B)[None, :] & (k < I)[:, None]
         x_step = x_t.to(gl.int64) * X_UNIT
-        x_else = gl.zeros([I_TILE, N], dtype, right)
+        x_else = gl.zeros([I_TILE, COLUMNS], dtype, right)
         if ONES:
             r = gl.arange(0, 4 * U, gl.SliceLayout(1, left))
             k = gl.arange(0, I_TILE, gl.SliceLayout(0, left))
@@ -289,8 +290,8 @@ def lstm_fwd_registers_kernel(
         c = only((starts == 0)[None, :], c)
         starts = flags(reset, 1, steps, last + forth, n, length, lengths, B, H)
     even, odd = state(dtype, U, N, EXACT), state(dtype, U, N, EXACT)
-    put(even, h, EXACT)
-    put(odd, h, EXACT)
+    put(even, h, U, N, EXACT)
+    put(odd, h, U, N, EXACT)
     x_0, x_1 = x_real & (steps > 0), x_real & (steps > 1)
     if lengths is not None:
         x_0 = x_real & x_there(last, length_x, FUSED)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import gluon
-from .plan import Device, Plan
+from .plan import Device, Plan, compiler_options
 
 # The interpreter runs the kernels on CPU tensors, program after program, to check them.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -71,11 +71,9 @@ def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> 
     Raises:
         RuntimeError: a persistent kernel is to be interpreted.
     """
-    options = {"num_warps": plan.warps, "num_stages": plan.stages, "enable_fp_fusion": True}
+    options = compiler_options(plan.regime, plan.warps, plan.stages, plan.blocks)
     if plan.regime == "persistent":
         options["launch_cooperative_grid"] = True
-    if plan.blocks > 1:
-        options["num_ctas"] = plan.blocks
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, arguments, options, plan))
     elif INTERPRETED and plan.regime == "persistent":

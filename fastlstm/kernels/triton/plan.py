@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastlstm.spec import LayerSpec
 
-__all__ = ["Device", "Plan", "Problem", "padded"]
+__all__ = ["Device", "Plan", "Problem", "compiler_options", "padded"]
 
 # Kilobytes of shared memory one program may use, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227}
 _SHARED_ELSEWHERE = 99
 _OF_A_GROUP = 18  # multiprocessors, among which a cluster stays: the most that GPUs have
+_MOST_REGISTERS = 255  # of a thread
 _SMALLEST_DOT = 16  # rows and columns of a matrix instruction
 
 
@@ -98,6 +99,16 @@ class Plan:
         if self.blocks > 1:
             where = f"weights in registers of {self.blocks} blocks"
         return f"{tile}, {where}"
+
+
+def compiler_options(regime: str, warps: int, stages: int = 1, blocks: int = 1) -> dict[str, Any]:
+    """Return the options by which Triton compiles the kernels of a plan."""
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if regime == "registers":  # else the assembler saves registers, for more programs, by waiting
+        options["maxnreg"] = _MOST_REGISTERS
+    if blocks > 1:
+        options["num_ctas"] = blocks
+    return options
 
 
 def padded(size: int) -> int:

@@ -3,7 +3,8 @@
 What the kernels compile to decides (``python -m benchmarks kernels``). A program has 8 sequences,
 the fewest columns of a matrix instruction. Of 16 each step would cost twice as much, since most of
 it is activations, and from H = 32 on registers would spill; two programs of 8 on a multiprocessor
-do the same work, and one goes on while the other waits at its barrier.
+do the same work, and one goes on while the other waits at its barrier. Few sequences, which leave
+multiprocessors empty, take two columns each: programs of 4 have half of the activations.
 
 Exact float32 is multiplied a number at a time, which is most of a step then: a program has 4
 sequences or, where the GPU has a multiprocessor for each two, 2 (``exact_tiles.py``).
@@ -15,11 +16,14 @@ from .plan import Device, Plan, Problem, padded
 from .sequence_plans import widest
 
 __all__ = [
+    "SEQUENCES",
     *("backward_cluster", "backward_registers", "forward_cluster", "forward_registers"),
     "fits_registers",
 ]
 
-_SEQUENCES = 8
+SEQUENCES = 8  # of a program
+_FEW_SEQUENCES = 4  # of dense rows, as long as no two warps share a quarter of a multiprocessor
+_QUARTERS = 4
 _WIDEST_FLOAT32 = 64  # some registers spill; in shared memory a step takes five times as long
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
 _WIDEST_INPUT_OF_WIDE = 32  # of 128 units
@@ -90,17 +94,23 @@ def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
     if not (known and plain and least <= units <= most):
         return None
     blocks = units // _UNITS_OF_A_BLOCK
-    clusters = -(-problem.B // _SEQUENCES) * spec.directions
-    plan = Plan("cluster", units, _SEQUENCES, units, True, False, 8, 1, reason, blocks)
+    clusters = _programs(problem, SEQUENCES)
+    plan = Plan("cluster", units, SEQUENCES, units, True, False, 8, 1, reason, blocks)
     return plan if clusters <= _MOST_WAVES * device.at_once(blocks) else None
 
 
 def _plan(problem: Problem, device: Device, fused: bool, reason: str) -> Plan:
     """Return the plan of a pass: a warp for each 16 units, or a thread for each exact cell."""
     units = padded(problem.spec.hidden_size)
-    batch, warps = _SEQUENCES, units // 16
+    warps = units // 16
+    few = _programs(problem, _FEW_SEQUENCES) <= device.processors * max(1, _QUARTERS // warps)
+    batch = _FEW_SEQUENCES if few and problem.dense else SEQUENCES
     if problem.precision == "ieee":
-        few = -(-problem.B // 2) * problem.spec.directions <= device.processors
-        batch = 2 if few else 4
+        batch = 2 if _programs(problem, 2) <= device.processors else 4
         warps = units * batch // 32
     return Plan("registers", units, batch, units, True, fused, warps, 1, reason)
+
+
+def _programs(problem: Problem, batch: int) -> int:
+    """Return how many programs of so many sequences there are."""
+    return -(-problem.B // batch) * problem.spec.directions

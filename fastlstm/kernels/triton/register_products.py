@@ -15,6 +15,7 @@ from .exact_tiles import (
 )
 from .gluon import gl, gluon, mma_v2
 from .register_tiles import (
+    COLUMNS,
     activated,
     apart,
     at_step,
@@ -22,6 +23,7 @@ from .register_tiles import (
     by_gate,
     by_unit_of,
     cell_layout,
+    columns_of,
     given,
     load_bias,
     rounded,
@@ -48,12 +50,12 @@ def operand_layout(side, U, pair):
 @gluon.constexpr_function
 def layout_of_cells(U, N, EXACT):
     """Return how they hold cells ``[U, N]``."""
-    return exact_cells(U, N) if EXACT else cell_layout(U)
+    return exact_cells(U, N) if EXACT else cell_layout(U, N)
 
 
 @gluon.jit
 def biases(b_ih, b_hh, H, U: gl.constexpr, N: gl.constexpr, EXACT: gl.constexpr):
-    """Return b_ih + b_hh as ``[4U, N]``, EXACT as ``[U, N, 4]``; zeros where there are none."""
+    """Return b_ih + b_hh as ``[4U, 8]``, EXACT as ``[U, N, 4]``; zeros where there are none."""
     if EXACT:
         zero = gl.zeros([U, N], gl.float32, exact_cells(U, N))
         result = beside(zero, zero, zero, zero, U, N)
@@ -64,7 +66,7 @@ def biases(b_ih, b_hh, H, U: gl.constexpr, N: gl.constexpr, EXACT: gl.constexpr)
             at, has = gate * H + unit[:, :, None], (unit < H)[:, :, None] & given(b_ih, H)
             result += gl.load(b_ih + at, has, 0) + gl.load(b_hh + at, has, 0)
     else:
-        result = gl.zeros([4 * U, N], gl.float32, matrix_layout(U))
+        result = gl.zeros([4 * U, COLUMNS], gl.float32, matrix_layout(U))
         if b_ih is not None:
             result += load_bias(b_ih, b_hh, H, U, matrix_layout(U))[:, None]
     return result
@@ -74,7 +76,7 @@ def biases(b_ih, b_hh, H, U: gl.constexpr, N: gl.constexpr, EXACT: gl.constexpr)
 def input_side(
     x, w_x, start, U: gl.constexpr, N: gl.constexpr, FUSED: gl.constexpr, EXACT: gl.constexpr
 ):
-    """Return what x ``[I, N]``, or its product ``[U, N, 4]``, adds to the gates, as biases are."""
+    """Return what x ``[I, 8]``, or its product ``[U, N, 4]``, adds to the gates, as biases are."""
     if FUSED:
         result = mma_v2(w_x, rounded(x), start, "tf32")
     elif EXACT:
@@ -133,18 +135,18 @@ def gates_after(x, bias, U: gl.constexpr, N: gl.constexpr, EXACT: gl.constexpr):
 
 @gluon.jit
 def state(dtype: gl.constexpr, K: gl.constexpr, N: gl.constexpr, EXACT: gl.constexpr):
-    """Return a buffer ``[K, N]`` of what weights are multiplied with."""
+    """Return a buffer ``[K, 8]``, EXACT ``[K, N]``, of what weights are multiplied with."""
     shared: gl.constexpr = (
         exact_state(K, N) if EXACT else state_layout(K, 32 // dtype.primitive_bitwidth)
     )
-    return gl.allocate_shared_memory(dtype, [K, N], shared)
+    return gl.allocate_shared_memory(dtype, [K, N if EXACT else COLUMNS], shared)
 
 
 @gluon.jit
-def put(buffer, x, EXACT: gl.constexpr):
-    """Write x to a buffer as its reader takes it."""
+def put(buffer, x, K: gl.constexpr, N: gl.constexpr, EXACT: gl.constexpr):
+    """Write x ``[K, N]`` to a buffer as its reader takes it."""
     if not EXACT:
-        x = rounded(x)
+        x = columns_of(rounded(x), K, N)
     buffer.store(x)
 
 
@@ -177,12 +179,12 @@ def put_gates(to, i, f, g, o, U: gl.constexpr, N: gl.constexpr, EXACT: gl.conste
     """Write the gradients of gates ``[U, N]`` to their buffers."""
     if EXACT:
         gates = gl.permute(beside(i, f, g, o, U, N), [0, 2, 1])
-        put(to, gl.reshape(gates, [4 * U, N]), EXACT)
+        put(to, gl.reshape(gates, [4 * U, N]), 4 * U, N, EXACT)
     else:
-        put(to[0], i.to(to[0].dtype), EXACT)
-        put(to[1], f.to(to[0].dtype), EXACT)
-        put(to[2], g.to(to[0].dtype), EXACT)
-        put(to[3], o.to(to[0].dtype), EXACT)
+        put(to[0], i.to(to[0].dtype), U, N, EXACT)
+        put(to[1], f.to(to[0].dtype), U, N, EXACT)
+        put(to[2], g.to(to[0].dtype), U, N, EXACT)
+        put(to[3], o.to(to[0].dtype), U, N, EXACT)
 
 
 @gluon.jit
@@ -199,7 +201,7 @@ def state_gradient(w, d, U: gl.constexpr, N: gl.constexpr, EXACT: gl.constexpr):
     else:
         tile: gl.constexpr = w[0].type.layout.parent
         right: gl.constexpr = gl.DotOperandLayout(1, tile, w[0].type.layout.k_width)
-        zero = gl.zeros([U, N], gl.float32, tile)
+        zero = gl.zeros([U, COLUMNS], gl.float32, tile)
         i = mma_v2(w[0], d[0].load(right), zero, "tf32")
         f = mma_v2(w[1], d[1].load(right), zero, "tf32")
         g = mma_v2(w[2], d[2].load(right), zero, "tf32")

@@ -1,9 +1,12 @@
 """Tiles of matrix instructions whose weights rest in registers: how gates and cells lie in them.
 
-There are U / 16 warps for U units, and the rows of a stacked tile ``[4U, N]`` are those of one
+There are U / 16 warps for U units, and the rows of a stacked tile ``[4U, 8]`` are those of one
 gate after the other. The result of an mma.sync repeats every U rows, so the four values that a
 thread holds of a column are the gates i, f, g, o of one unit. The functions here only give them
 names: no data moves between threads, which ``assert_trivial`` proves.
+
+A matrix instruction has 8 columns, of which a thread has two side by side. N = 8 sequences take
+one each. N = 4 take two each, of which the second is left out: half of the activations a thread.
 
 A thread has two rows of 16, eight apart. They are two units side by side (``unit_of``): what it
 reads and writes of them is one piece of memory. Cells ``[U, N]`` lie by unit (``cell_layout``).
@@ -15,6 +18,8 @@ from torch import Tensor
 
 from .gluon import gl, gluon
 from .primitives import tanh_approx
+
+COLUMNS = gl.constexpr(8)  # of a matrix instruction
 
 
 @gluon.constexpr_function
@@ -41,11 +46,27 @@ def state_layout(U, pair):
 
 
 @gluon.constexpr_function
-def cell_layout(U):
-    """Return how the threads hold cells ``[U, N]`` of 8 sequences: two units of two sequences."""
+def cell_layout(U, N):
+    """Return how the threads hold cells ``[U, N]``: two units of two sequences, or of one."""
     warps = [[1 << bit, 0] for bit in range(4, U.bit_length() - 1)]
-    lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
-    return gl.DistributedLinearLayout([[1, 0], [0, 1]], lanes, warps, [], [U, 8])
+    lanes = [[0, N // 4], [0, N // 2], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout([[1, 0], [0, 1]][: N // 4], lanes, warps, [], [U, N])
+
+
+@gluon.jit
+def columns_of(cells, R: gl.constexpr, N: gl.constexpr):
+    """Give each sequence of ``[R, N]`` its columns of ``[R, 8]``."""
+    if N < COLUMNS:
+        cells = gl.reshape(gl.join(cells, cells), [R, COLUMNS])
+    return cells
+
+
+@gluon.jit
+def cells_of(columns, R: gl.constexpr, N: gl.constexpr):
+    """Undo :func:`columns_of`."""
+    if N < COLUMNS:
+        columns, _ = gl.split(gl.reshape(columns, [R, N, 2]))
+    return columns
 
 
 @gluon.jit
@@ -78,18 +99,20 @@ def given(pointer, H):
 
 @gluon.jit
 def by_unit_of(rows, U: gl.constexpr, N: gl.constexpr):
-    """Name the rows of a tile ``[U, N]`` by their units."""
-    cells: gl.constexpr = cell_layout(U)
+    """Name the rows of a tile ``[U, 8]`` by their units: ``[U, N]``."""
+    cells: gl.constexpr = cell_layout(U, N)
+    rows = cells_of(rows, U, N)
     units = gl.permute(gl.reshape(rows, [U // 16, 2, 8, N]), [0, 2, 1, 3])
     return gl.convert_layout(gl.reshape(units, [U, N]), cells, assert_trivial=True)
 
 
 @gluon.jit
 def by_gate(stacked, U: gl.constexpr, N: gl.constexpr):
-    """Take ``[4U, N]`` apart into i, f, g, o ``[U, N]``."""
+    """Take ``[4U, 8]`` apart into i, f, g, o ``[U, N]``."""
+    stacked = cells_of(stacked, 4 * U, N)
     parts = gl.permute(gl.reshape(stacked, [2, 2, U // 16, 2, 8, N]), [2, 4, 3, 5, 0, 1])
     i_g, f_o = gl.split(gl.reshape(parts, [U, N, 2, 2]))
-    cells: gl.constexpr = cell_layout(U)
+    cells: gl.constexpr = cell_layout(U, N)
     return four(i_g, f_o, cells)
 
 
@@ -119,9 +142,10 @@ def beside(i, f, g, o, U: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def stack(cells, U: gl.constexpr, N: gl.constexpr, tile: gl.constexpr):
-    """Stack the gates of ``[U, N, 4]`` to ``[4U, N]``."""
+    """Stack the gates of ``[U, N, 4]`` to ``[4U, 8]``."""
     parts = gl.permute(gl.reshape(cells, [U // 16, 8, 2, N, 4]), [4, 0, 2, 1, 3])
-    return gl.convert_layout(gl.reshape(parts, [4 * U, N]), tile, assert_trivial=True)
+    columns = columns_of(gl.reshape(parts, [4 * U, N]), 4 * U, N)
+    return gl.convert_layout(columns, tile, assert_trivial=True)
 
 
 @gluon.jit
@@ -153,7 +177,7 @@ def reciprocal(x):
     )
 
 
-# No result here is exact float32: TF32 and float16 keep 11 bits, so an error of 2^-18 is nothing.
+# No result here is exact float32: TF32 and float16 keep 11 bits, so an error of 2^-16 is little.
 # A multiprocessor has 16 special functions a cycle, and a step waits for them most: 5 a cell if
 # all are approximate, 10 if none is, and 7 in float16.
 
@@ -170,13 +194,18 @@ def logistic(x, FAST: gl.constexpr):
 
 @gluon.jit
 def tanh(x, FAST: gl.constexpr):
-    """Return tanh, with FAST of relative error 2^-11, else 2^-18."""
+    """Return tanh, with FAST of relative error 2^-11, else 2^-16."""
     if FAST:
         result = tanh_approx(x)
     else:
-        far = 1.0 - 2.0 * reciprocal(1.0 + exp2(x * 2.8853900817779268))
-        z = x * x  # near 0 the difference cancels
-        result = gl.where(z < 0.00390625, x - x * z * 0.33333333, far)
+        # Near 0, where the difference cancels, a polynomial that is never too large. From the
+        # difference 2^-21 are taken, more than its error: so the larger is right, and no predicate
+        # has to choose. There are 7, and where they run short, products wait for each other.
+        size = gl.abs(x)
+        far = 0.9999995231628418 - 2.0 * reciprocal(1.0 + exp2(size * 2.8853900817779268))
+        near = size * (1.0 - x * x * 0.33333333)
+        bits = gl.maximum(near, far).to(gl.int32, bitcast=True)
+        result = (bits | x.to(gl.int32, bitcast=True) & -0x80000000).to(gl.float32, bitcast=True)
     return result
 
 

@@ -10,6 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM, source_of
+from fastlstm.kernels.triton.plan import compiler_options
 from fastlstm.kernels.triton.weight_gradients import ELEMENTS, PARTS, tiles
 
 from .keys import Key
@@ -68,9 +69,7 @@ def compiled(key: Key, arch: int) -> Image:
     kernel = _kernel(key)
     signature, constants, attributes = _described(kernel, key)
     source = source_of(kernel)(kernel, signature, constants, attributes)
-    options = {"num_warps": key.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if key.blocks > 1:
-        options["num_ctas"] = key.blocks
+    options = compiler_options(key.regime, key.warps, blocks=key.blocks)
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
         found = triton.compile(source, GPUTarget("cuda", arch, 32), options)

@@ -1,13 +1,15 @@
 """The plans of a GPU as a table, which C++ looks up: what ``config`` answers, asked beforehand.
 
-A plan depends on H and I by the tiles that hold them, and on the batch by whether clusters have
-room on the GPU, for dense rows. So each answer is a row with the conditions under which it is
-given, and the first row whose conditions hold is the plan; whether clusters have room C++ knows.
+A plan depends on H and I by the tiles that hold them, and on the batch by whether clusters, or
+programs of few sequences, have room on the GPU, for dense rows. So each answer is a row with the
+conditions under which it is given, and the first row whose conditions hold is the plan; what has
+room C++ knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 from fastlstm.kernels.triton.config import backward_plan, forward_plan
@@ -22,6 +24,7 @@ REGIMES = ("registers", "cluster")  # that are compiled ahead
 _UNITS = (16, 32, 64, 128, 256, 512)
 _INPUTS = (16, 32, 64)
 _PROCESSORS = 1 << 20  # of a GPU on which everything has room
+_SEQUENCES = 1, 1 << 30  # few, and more than have room
 
 
 class Row(NamedTuple):
@@ -33,7 +36,7 @@ class Row(NamedTuple):
     most_inputs: int  # I
     regime: int  # of REGIMES
     units: int
-    batch: int
+    batch: int  # sequences of a program; of fewer than 8, dense rows that have room
     inputs: int  # the tile of I, if x goes through w_ih in the loop, else 0
     warps: int
     blocks: int  # of a cluster, which takes dense rows alone, and so many sequences as have room
@@ -53,15 +56,15 @@ def _rows(device: Device) -> Iterator[Row]:
     for back in (False, True):
         for number, kind in enumerate(KINDS):
             for units in _UNITS:
-                for inputs in (*_INPUTS, ANY):
-                    plan = _plan(back, kind, units, inputs, device)
+                for inputs, B in product((*_INPUTS, ANY), _SEQUENCES):
+                    plan = _plan(back, kind, units, inputs, B, device)
                     if plan.regime in REGIMES:
                         yield _row(back, number, inputs, plan)
 
 
-def _plan(back: bool, kind: str, units: int, inputs: int, device: Device) -> Plan:
+def _plan(back: bool, kind: str, units: int, inputs: int, B: int, device: Device) -> Plan:
     spec = LayerSpec("LSTM", inputs, units)
-    problem = Problem(spec, 1, *element_and_precision(kind))
+    problem = Problem(spec, B, *element_and_precision(kind))
     return (backward_plan if back else forward_plan)(problem, device)
 
 
