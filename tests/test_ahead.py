@@ -38,7 +38,7 @@ def first(
             room = device.processors * max(1, QUARTERS // row.warps)
             if row.blocks > 1:
                 room = MOST_WAVES * device.at_once(row.blocks)
-            fits &= problem.dense and -(-problem.B // row.batch) * spec.directions <= room
+            fits &= -(-problem.B // row.batch) * spec.directions <= room
         if fits and row.back == back and KINDS[row.kind] == kind:
             return row
     return None
@@ -55,7 +55,7 @@ def test_table_says_what_config_says(arch: int) -> None:
             chance.choice((1, 7, 64, 300, 1500, 5000)),
         )
         spec = LayerSpec("LSTM", I, H, directions=chance.choice((1, 2)))
-        problem = config.Problem(spec, B, *element_and_precision(kind), chance.random() < 0.5)
+        problem = config.Problem(spec, B, *element_and_precision(kind))
         device = config.Device(
             arch, 100, together=chance.choice(((), (0, 0, 32, 16, 7), (0,) * 5))
         )

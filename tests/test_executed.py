@@ -111,6 +111,20 @@ CLUSTERS_OF_TF32 = [
     Case(T=3, B=3, I=5, H=128, hx=False, cell_states=True),
     Case(T=2, B=2, I=5, H=100, recompute=True, wrt=("x", "h0", "c0")),
 ]
+# Sequences that end at different steps, in one direction and the other; a tile of sequences, and a
+# sequence, without steps; resets. What is not dense has its weight gradients from other kernels.
+RAGGED_CLUSTERS = [
+    Case(T=4, B=9, I=5, H=150, lengths=(2, 0, 1, 4, 3, 3, 1, 4, 0), directions=2),
+    Case(T=3, B=10, I=5, H=256, lengths=(1, 3, 2, 3, 1, 1, 2, 1, 1, 2), packed=True, directions=2),
+    Case(T=4, B=3, I=5, H=200, reset=True, bias=False, recompute=True),
+    Case(T=5, B=3, I=5, H=256, reset=True, lengths=(0, 5, 3), cell_states=True),
+    Case(T=3, B=3, I=5, H=512, lengths=(1, 3, 2), packed=True, hx=False, recompute=True),
+]
+RAGGED_CLUSTERS_OF_TF32 = [
+    Case(T=4, B=9, I=5, H=70, lengths=(2, 0, 1, 4, 3, 3, 1, 4, 0), directions=2, recompute=True),
+    Case(T=3, B=10, I=5, H=128, lengths=(1, 3, 2, 3, 1, 1, 2, 1, 1, 2), packed=True, directions=2),
+    Case(T=5, B=3, I=5, H=100, reset=True, lengths=(0, 5, 3), cell_states=True),
+]
 BOTH_CLUSTERS = {"lstm_fwd_cluster_kernel", "lstm_bwd_cluster_kernel"}
 SUMS = {"lstm_weight_parts_kernel", "lstm_weight_sums_kernel"}  # of the registers regime
 WIDE = Case(T=3, B=7, I=28, H=512, hx=False)
@@ -261,7 +275,8 @@ def test_one_launch_a_step(worker: Worker, run: Run, record_property: Record) ->
     ("case", "name"),
     [
         *((case, name) for case in CLUSTERS for name in ("bf16", "fp16")),
-        *((case, "tf32") for case in CLUSTERS_OF_TF32),
+        *((case, ("bf16", "fp16")[k % 2]) for k, case in enumerate(RAGGED_CLUSTERS)),
+        *((case, "tf32") for case in CLUSTERS_OF_TF32 + RAGGED_CLUSTERS_OF_TF32),
     ],
     ids=str,
 )

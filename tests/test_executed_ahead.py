@@ -14,7 +14,16 @@ from ahead_host import library as build_library
 from ahead_scenarios import of_clusters, scenarios
 from cases import Case
 from executed import AheadRun, Broken, Verdict, broken, judged
-from test_executed import CLUSTERS, CLUSTERS_OF_TF32, GPU, REGISTERS, WEIGHTS, shrunk
+from test_executed import (
+    CLUSTERS,
+    CLUSTERS_OF_TF32,
+    GPU,
+    RAGGED_CLUSTERS,
+    RAGGED_CLUSTERS_OF_TF32,
+    REGISTERS,
+    WEIGHTS,
+    shrunk,
+)
 
 from benchmarks.gpu.kernels import fresh_compiler
 from benchmarks.speed.worker import Worker
@@ -31,16 +40,27 @@ ARCHS = 80, 90
 Record = Callable[[str, object], None]
 Workers = Callable[[int], Worker]
 
-# Dense rows of more units than one multiprocessor holds; states given and absent; odd sizes.
+# More units than one multiprocessor holds; states given and absent; odd sizes; all kinds of rows.
 CLUSTERED = [
     AheadRun(case, ("bf16", "fp16")[k % 2], 90)
     for k, case in enumerate(
-        [*CLUSTERS, Case(T=2, B=11, I=4, H=256, directions=2, hx=False, wrt=("x",))]
+        [
+            *CLUSTERS,
+            Case(T=2, B=11, I=4, H=256, directions=2, hx=False, wrt=("x",)),
+            *RAGGED_CLUSTERS,
+            Case(T=3, B=3, I=5, H=130, lengths=(1, 3, 2), packed=True, directions=2),
+            Case(T=3, B=3, I=5, H=512, lengths=(1, 0, 3), reset=True),
+        ]
     )
 ]
 CLUSTERED += [
     AheadRun(case, "tf32", 90)
-    for case in (*CLUSTERS_OF_TF32, Case(T=3, B=9, I=4, H=128), Case(T=2, B=2, I=4, H=120))
+    for case in (
+        *CLUSTERS_OF_TF32,
+        Case(T=3, B=9, I=4, H=128),
+        Case(T=2, B=2, I=4, H=120),
+        *RAGGED_CLUSTERS_OF_TF32,
+    )
 ]
 
 # Sizes that divide by 8 and 2, whose kernels read their weights in wide words. The first is the
@@ -116,7 +136,8 @@ def test_blocks_of_a_cluster(
     assert not verdict.complaints, "\n".join([str(run), *verdict.complaints])
     assert not verdict.races, f"{run}: {sorted(verdict.races)}"
     begins = {name.split("-")[0] for name in verdict.kernels}
-    sums = set() if run.case.wrt else {"lstm_bwd_parts", "lstm_bwd_sums"}
+    summed = not (run.case.wrt or run.case.lengths or run.case.reset)
+    sums = {"lstm_bwd_parts", "lstm_bwd_sums"} if summed else set()
     assert begins == {"lstm_fwd_cluster", "lstm_bwd_cluster"} | sums
 
 
@@ -159,7 +180,7 @@ def test_clusters_go_where_they_have_room(library: Path) -> None:
     assert {name: found["launch"][name] for name in wanted} == wanted
     assert "no kernel for this call was compiled ahead" in found["many"]  # 43 are more than 6 * 7
     assert "cluster: 2048 x 8 tiles" in found["described"]
-    assert "forward and backward of dense rows compiled ahead" in found["described"]
+    assert "; compiled ahead" in found["described"]
     assert found["room"] == (0, 0, 28, 14, 7)
     assert found["no room"] == (0, 0, 0, 0, 0)
     assert found["wrong"] == (0, 0, 0, 14, 0)  # the driver refuses a size that is not the kernel's

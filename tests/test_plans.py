@@ -239,7 +239,7 @@ def test_clusters_are_on_the_gpu_together(H: int, B: int, element: int, blocks: 
     back = backward_plan(asked, HOPPER)
     assert (back.regime, back.blocks) == ("cluster", blocks)
     for other in (
-        *(problem(H, B=132 * 16, element=element), asked._replace(dense=False)),
+        problem(H, B=132 * 16, element=element),
         problem(2048 // element, B=8, element=element),
         problem(H, B=B, element=element, peephole=True),
         *(problem(H, H // 2, B=B, element=element), problem(H, B=B, element=4, precision="ieee")),

@@ -71,8 +71,6 @@ struct Given {
   Array dy{}, dh_n{}, dc_n{}, dc_all{}, dx{}, dh0{}, dc0{};
   std::vector<Array> dweights{};
   Array cache{};
-
-  bool dense_rows() const { return !batch_sizes && !lengths && !reset; }
 };
 
 // The pass of a call that was compiled ahead.
@@ -171,7 +169,7 @@ void lstm_bwd_triton(Handle x, const HandleList& weights, i64 directions, Option
           Array(dc_n),  Array(dc_all),      Array(dx),    Array(dh0),   Array(dc0),         to_arrays(dweights),
           Array(cache)};
   Array h_mask(h_mask_), seed(seed_);
-  const Question asked(t.x, t.weights.data(), t.weights.size(), directions, true, t.dense_rows(), more);
+  const Question asked(t.x, t.weights.data(), t.weights.size(), directions, true, t.batch_sizes, more);
   if (asked.row) return run(asked, t, directions);
   instead(kBackwardJit, given(t.x), given(t.weights), directions, given_or_none(t.h0), given_or_none(t.c0),
           given_or_none(t.batch_sizes), given_or_none(t.lengths), given_or_none(t.reset), given(t.y), given(t.c_all),
@@ -188,7 +186,7 @@ std::vector<Output> lstm_plain_bwd_triton(Handle x, const HandleList& weights, i
   Given t{Array(x), to_arrays(weights), Array(h0),    Array(c0), {},          {},         {},
           Array(y), Array(c_all),       Array(gates), Array(dy), Array(dh_n), Array(dc_n)};
   const i64 D = directions;
-  const Question asked(t.x, t.weights.data(), t.weights.size(), D, true, true, false, tf32);
+  const Question asked(t.x, t.weights.data(), t.weights.size(), D, true, t.batch_sizes, false, tf32);
   const Place place = Place::of(t.x.handle());
   const auto like = [&](const Array& of) { return place.empty(Sizes_(of.sizes, of.sizes + of.dim), t.x.dtype); };
   FASTLSTM_CHECK(t.x.dim == 3, "fastlstm: expected input [T, B, I], got ", t.x.shape_text());

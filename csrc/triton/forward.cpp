@@ -85,8 +85,7 @@ void lstm_fwd_triton(Handle x_, const HandleList& weights_, i64 directions, Opti
   std::vector<Array> flat = to_arrays(weights_);
   Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_), y(y_), h_n(h_n_),
       c_n(c_n_), c_all(c_all_), gates(gates_), cache(cache_), h_mask(h_mask_), seed(seed_);
-  const bool dense_rows = !batch_sizes && !lengths && !reset;
-  const Question asked(x, flat.data(), flat.size(), directions, false, dense_rows, more);
+  const Question asked(x, flat.data(), flat.size(), directions, false, batch_sizes, more);
   if (!asked.row)
     return instead(kForwardJit, given(x), given(flat), directions, given_or_none(h0), given_or_none(c0),
                    given_or_none(batch_sizes), given_or_none(lengths), given_or_none(reset), given(y), given(h_n),
@@ -101,7 +100,7 @@ std::tuple<Output, Output, Output, Output, Output> lstm_plain_fwd_triton(Handle 
                                                                          OptionalHandle c0_, bool tf32) {
   std::vector<Array> flat = to_arrays(weights_);
   Array x(x_), h0(h0_), c0(c0_);
-  const Question asked(x, flat.data(), flat.size(), directions, false, true, false, tf32);
+  const Question asked(x, flat.data(), flat.size(), directions, false, Array(), false, tf32);
   FASTLSTM_CHECK(x.dim == 3, "fastlstm: expected input [T, B, I], got ", x.shape_text());
   FASTLSTM_CHECK(flat.size() > 1 && flat[1].dim == 2, "fastlstm: expected the weights of a layer");
   const Place place = Place::of(x.handle());
@@ -141,7 +140,7 @@ std::tuple<Output, Output, Output> lstm_infer_triton(Handle x_, const HandleList
   for (i64 k = 0; k < layers; ++k) {
     const Array& input = k ? before : x;
     Array* own = flat.data() + size_t(k) * each;
-    const Question asked(input, own, each, D, false, true, false, tf32);
+    const Question asked(input, own, each, D, false, none, false, tf32);
     FASTLSTM_CHECK(asked.row, "fastlstm: the layer was not compiled ahead");
     const i64 H = asked.H;
     if (!k) {

@@ -169,7 +169,7 @@ const Row* Device::plan(const Layer& layer) const {
     if (layer.H > row.most_units || layer.I > row.most_inputs) continue;
     if (row.blocks == 1 && row.batch == kSequences) return &row;
     const i64 programs = (layer.B + row.batch - 1) / row.batch * layer.D;
-    if (layer.dense && programs <= room(row)) return &row;
+    if (programs <= room(row)) return &row;
   }
   return nullptr;
 }

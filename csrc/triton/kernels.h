@@ -52,7 +52,6 @@ struct Layer {
   bool back;
   Kind kind;
   i64 I, H, D, B;
-  bool dense;  // whether all sequences have all steps, and none is reset
 };
 
 // The tiles of the gradients of weights, as tiles() in fastlstm/kernels/triton/weight_gradients.py.

@@ -22,14 +22,21 @@ std::optional<Kind> kind_of(int32_t dtype, std::optional<bool> in_tf32) {
   return std::nullopt;
 }
 
+// How many sequences a call has; 0 of one that is refused later.
+i64 sequences_of(const Array& x, const Array& batch_sizes) {
+  if (!batch_sizes) return x.dim == 3 ? x.sizes[1] : 0;
+  const bool known = batch_sizes.dtype == aoti_torch_dtype_int64() && batch_sizes.dim == 1 && batch_sizes.sizes[0] > 0;
+  return known ? *static_cast<const i64*>(batch_sizes.data) : 0;
+}
+
 std::atomic<bool> paused_{false};
 
 }  // namespace
 
 void pause(bool paused) { paused_.store(paused, std::memory_order_relaxed); }
 
-Question::Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more,
-                   std::optional<bool> in_tf32)
+Question::Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back,
+                   const Array& batch_sizes, bool more, std::optional<bool> in_tf32)
     : device(nullptr), row(nullptr) {
   FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
   if (more || paused_.load(std::memory_order_relaxed)) return;
@@ -40,8 +47,7 @@ Question::Question(const Array& x, const Array* weights, size_t count, i64 direc
   I = x.last();
   H = weights[1].last();
   device = device_of(std::max(Place::of(x.handle()).index, 0));
-  const bool all = dense && x.dim == 3;
-  if (device) row = device->plan({back, kind, I, H, directions, all ? x.sizes[1] : 0, all});
+  if (device) row = device->plan({back, kind, I, H, directions, sequences_of(x, batch_sizes)});
 }
 
 Rows::Rows(const Array& x, const Array& batch_sizes, Array lengths_, Array reset_, const Place& place)
@@ -88,14 +94,13 @@ Array Rows::states_before(const Array& y, const Array& start, i64 direction, con
   if (packed()) {
     if (!start) none = place.zeros({B, H}, y.dtype);
     std::vector<i64> before(size_t(count), 0), first(static_cast<size_t>(B));
-    for (i64 t = 0; t < T; ++t)
-      for (i64 b = 0; b < sizes[size_t(t)]; ++b) {
-        const i64 other = direction == 0 ? t - 1 : t + 1;
-        const bool there = other >= 0 && other < T && b < sizes[size_t(other)];
-        const i64 row = starts[size_t(t)] + b;
-        if (there) before[size_t(row)] = starts[size_t(other)] + b;
-        if (!there) first[size_t(b)] = row;
-      }
+    for (i64 t = 0; t < T; ++t) {
+      const i64 other = direction == 0 ? t - 1 : t + 1, size = sizes[size_t(t)], row = starts[size_t(t)];
+      const bool there = other >= 0 && other < T;
+      const i64 both_steps = there ? std::min(size, sizes[size_t(other)]) : 0;  // sequences, the first ones
+      if (there) std::iota(&before[size_t(row)], &before[size_t(row)] + both_steps, starts[size_t(other)]);
+      for (i64 b = both_steps; b < size; ++b) first[size_t(b)] = row + b;
+    }
     select_rows(h, y, on_device(before, place));
     put_rows(h, on_device(first, place), start ? start : none);
   } else {

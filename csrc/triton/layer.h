@@ -19,11 +19,11 @@ struct Question {
   const Device* device;
   const Row* row;  // null: the layer is not compiled ahead
 
-  // weights: those of all directions, in the order of the operators. dense: whether all sequences have all steps, and
-  // none is reset. more: whether the cell has more than the plain one. tf32: whether float32 is multiplied in TF32, for
-  // which Python is asked if nobody says it.
-  Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, bool dense, bool more,
-           std::optional<bool> tf32 = std::nullopt);
+  // weights: those of all directions, in the order of the operators. batch_sizes: of packed rows, else absent. more:
+  // whether the cell has more than the plain one. tf32: whether float32 is multiplied in TF32, for which Python is
+  // asked if nobody says it.
+  Question(const Array& x, const Array* weights, size_t count, i64 directions, bool back, const Array& batch_sizes,
+           bool more, std::optional<bool> tf32 = std::nullopt);
 };
 
 // Leaves calls to the other operators, as long as somebody wants plans of his own.

@@ -21,9 +21,9 @@ void triton_add(i64 index, Handle images, const std::vector<i64>& kernels, const
   add_device(int(index), Array(images), kernels, names, plans);
 }
 
-std::vector<i64> triton_plan(i64 index, bool back, i64 kind, i64 I, i64 H, i64 D, i64 B, bool dense) {
+std::vector<i64> triton_plan(i64 index, bool back, i64 kind, i64 I, i64 H, i64 D, i64 B) {
   const Device* device = device_of(int(index));
-  const Row* row = device ? device->plan({back, Kind(kind), I, H, D, B, dense}) : nullptr;
+  const Row* row = device ? device->plan({back, Kind(kind), I, H, D, B}) : nullptr;
   const i64* first = reinterpret_cast<const i64*>(row);
   return row ? std::vector<i64>(first, first + sizeof(Row) / sizeof(i64)) : std::vector<i64>();
 }

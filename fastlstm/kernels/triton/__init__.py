@@ -105,10 +105,11 @@ class TritonBackend(Backend):
         backward = config.backward_plan(problem, device)
         text = f"forward {forward} ({forward.reason}); backward {backward}"
         if _ahead_problem() is None:
-            from .ahead.library import passes
+            from .ahead import library
 
-            ahead = passes(x.device.index or 0, _kind(x.dtype), spec, B)
-            return "; ".join(filter(None, (text, ahead, config.no_room(problem, device))))
+            ahead = library.missing(x.device.index or 0, _kind(x.dtype), spec, B)
+            who = ahead or "compiled ahead", config.no_room(problem, device)
+            return "; ".join(filter(None, (text, *who)))
         missing = config.missing(problem, device)
         return f"{text}; not with the {missing}: {_no_gluon()}" if missing else text
 

@@ -8,6 +8,9 @@ results repeat to the bit. All gates' gradients instead would be twice as many b
 
 Two buffers are enough: a block sends what it has of step t - 1 only after it has received step t
 from everybody, so everybody has read what it was sent of step t + 1.
+
+All blocks take as many steps as the longest of the N sequences has; a sequence that has no such
+step keeps its gradients of h and c meanwhile.
 """
 
 from collections.abc import Sequence
@@ -20,12 +23,24 @@ from .call import Call, cluster_arguments, weight_arguments
 from .gluon import cluster, gl, gluon, mbarrier
 from .launch import is_fast, launch
 from .plan import Plan
-from .register_tiles import beside, given
+from .register_tiles import (
+    at_step,
+    beside,
+    elements,
+    first_row,
+    flags,
+    given,
+    load_lengths,
+    longest,
+    only,
+)
 
 
 @gluon.jit(
     do_not_specialize=["rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"],
-    do_not_specialize_on_alignment=["c0", "dc_all", "dh_n", "dc_n"],
+    do_not_specialize_on_alignment=[
+        *("c0", "offsets", "lengths", "reset", "dc_all", "dh_n", "dc_n"),
+    ],
 )
 def lstm_bwd_cluster_kernel(
     gates,  # [D, rows, H, 4]: with KEPT after activation; else float32, before it, without biases
@@ -37,6 +52,9 @@ def lstm_bwd_cluster_kernel(
     b_hh_reverse,  # [4H] or None
     c0,  # [D, B, H] or None
     c_all,  # float32 [rows, D*H]
+    offsets,  # int64 [T], the first row of each step of packed rows; None for [T, B]
+    lengths,  # int64 [B] or None
+    reset,  # uint8 [T, B] or None
     dy,  # [rows, D*H] of strides dy_t, dy_b, or None
     dc_all,  # [rows, D*H] of strides dc_t, dc_b, or None
     dh_n,  # [D, B, H] or None
@@ -44,12 +62,12 @@ def lstm_bwd_cluster_kernel(
     dgates,  # [D, rows, H, 4], written: gradients of the gates before activation
     dh0,  # [D, B, H] or None, written
     dc0,  # [D, B, H] or None, written
-    rows,
+    rows,  # how many rows there are, padding included
     T,
     B,
-    dy_t,  # DY_UNIT elements of dy from a step to the next
+    dy_t,  # DY_UNIT elements of dy from a step to the next; with offsets from a row to the next
     dy_b,  # DY_UNIT elements of dy from a sequence to the next
-    dc_t,  # elements of dc_all from a step to the next
+    dc_t,  # elements of dc_all from a step to the next; with offsets from a row to the next
     dc_b,  # elements of dc_all from a sequence to the next
     H: gl.constexpr,
     D: gl.constexpr,
@@ -80,8 +98,8 @@ def lstm_bwd_cluster_kernel(
     unit = gl.arange(0, UNITS, gl.SliceLayout(1, cells))
     own = gl.arange(0, N, gl.SliceLayout(0, cells))
     gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells4)))
-    real = (first + own < B)[None, :] & (unit < H)[:, None]
-    real4 = gl.convert_layout(real, flat, assert_trivial=True)[:, :, None]
+    n = first + own
+    real = (n < B)[None, :] & (unit < H)[:, None]
     bias = 0.0
     if not KEPT:
         if b_ih is not None:
@@ -90,7 +108,7 @@ def lstm_bwd_cluster_kernel(
             has = (unit4 < H) & given(b_ih, H)
             bias = gl.load(b_ih + b_at, has, 0).to(gl.float32)
             bias += gl.load(b_hh + b_at, has, 0).to(gl.float32)
-    state_at = (direction * B + first + own)[None, :] * H + unit[:, None]
+    state_at = (direction * B + n)[None, :] * H + unit[:, None]
     dh, dc, c_start = zero, zero, 0.0
     if dh_n is not None:
         dh = gl.load(dh_n + state_at, real & given(dh_n, H), 0).to(gl.float32)
@@ -99,46 +117,77 @@ def lstm_bwd_cluster_kernel(
     if c0 is not None:
         c_start = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
 
-    # Offsets within the tile, where it lies at the last step, and how far it is to the next.
+    # Offsets within the tile, where it lies at step 0, and how far it is to the next step.
     at = own[None, :] * (D * H) + unit[:, None]
     at4 = (own[None, :] * H + unit[:, None]) * 4
     at4 = gl.convert_layout(at4, flat, assert_trivial=True)[:, :, None] + gate[None, None, :]
-    last = ((T - 1) * (1 - direction)).to(gl.int64)
-    forth = 2 * direction - 1
-    c_step, g_step = B.to(gl.int64) * (D * H), B.to(gl.int64) * (4 * H)
-    corner4 = (direction * rows.to(gl.int64) + first) * (4 * H) + last * g_step
-    c_at = c_all + (first * (D * H) + direction * H + last * c_step)
+    corner4 = (direction * rows.to(gl.int64) + first) * (4 * H)
+    c_at = c_all + (first * (D * H) + direction * H)
     g_at, d_at = gates + corner4, dgates + corner4
-    c_step, g_step, dy_step, dca_step = c_step * forth, g_step * forth, 0, 0
+    c_step, g_step, dy_step, dca_step = D * H, 4 * H, 0, 0
     dy_at, dca_at, dy_off, dca_off = c_at, c_at, 0, 0
-    dy_now, dy_next, dca_now, dca_next = 0.0, 0.0, 0.0, 0.0
-    second = real & (T > 1)
+    if offsets is None:
+        c_step, g_step = B.to(gl.int64) * (D * H), B.to(gl.int64) * (4 * H)
     if dy is not None:
         dy_step, dy_b = dy_t.to(gl.int64) * DY_UNIT, dy_b.to(gl.int64) * DY_UNIT
         dy_off = own[None, :] * dy_b + unit[:, None]
-        dy_at = dy + (first * dy_b + direction * H + last * dy_step)
-        dy_step *= forth
-        dy_now = gl.load(dy_at + dy_off, real & given(dy, H), 0)
-        dy_next = gl.load(dy_at + dy_step + dy_off, second & given(dy, H), 0)
-        dy_at += 2 * dy_step
+        dy_at = dy + (first * dy_b + direction * H)
     if dc_all is not None:
         dca_step, dc_b = dc_t.to(gl.int64), dc_b.to(gl.int64)
         dca_off = own[None, :] * dc_b + unit[:, None]
-        dca_at = dc_all + (first * dc_b + direction * H + last * dca_step)
-        dca_step *= forth
-        dca_now = gl.load(dca_at + dca_off, real & given(dc_all, H), 0)
-        dca_next = gl.load(dca_at + dca_step + dca_off, second & given(dc_all, H), 0)
-        dca_at += 2 * dca_step
-    g_now = gl.load(g_at + at4, real4, 0)
-    g_next = gl.load(g_at + g_step + at4, real4 & (T > 1), 0)
-    c_now = gl.load(c_at + at, real, 0)
-    c = gl.load(c_at + c_step + at, second, 0)
-    c_before = gl.load(c_at + 2 * c_step + at, real & (T > 2), 0)
-    c_at += 3 * c_step
-    g_at += 2 * g_step
-    before = c
+        dca_at = dc_all + (first * dc_b + direction * H)
+
+    n = n.to(gl.int32)
+    steps, length = T, 0
+    if lengths is not None:
+        steps = longest(lengths, first, T, B, H, N)
+        length = load_lengths(lengths, n, T, B, H).to(gl.int32)
+    last = (steps - 1) * (1 - direction)
+    forth = 2 * direction - 1
+    row, row_1, row_2, row_3 = 0, 0, 0, 0
+    real_0, real_1, real_2 = real, real & (steps > 1), real & (steps > 2)
+    if lengths is not None:
+        real_0 = real & at_step(last, length)
+        real_1 = real & at_step(last + forth, length)
+        real_2 = real & at_step(last + 2 * forth, length)
+    # Where the first steps lie, and what they read.
+    at_0, at_1, at_2 = last, last + forth, last + 2 * forth
+    if offsets is not None:
+        at_0, at_1 = first_row(last, offsets, T), first_row(last + forth, offsets, T)
+        at_2 = first_row(last + 2 * forth, offsets, T)
+        row, row_1, row_2 = at_0, at_1, at_2
+        row_3 = first_row(last + 3 * forth, offsets, T)
+    g_0, g_1 = g_at + elements(at_0, g_step), g_at + elements(at_1, g_step)
+    dy_0, dy_1 = dy_at + elements(at_0, dy_step), dy_at + elements(at_1, dy_step)
+    dca_0, dca_1 = dca_at + elements(at_0, dca_step), dca_at + elements(at_1, dca_step)
+    c_0, c_1 = c_at + elements(at_0, c_step), c_at + elements(at_1, c_step)
+    c_2 = c_at + elements(at_2, c_step)
+    if lengths is None:
+        d_at += elements(last, g_step)
+        c_step, g_step = c_step * forth, g_step * forth
+        dy_step, dca_step = dy_step * forth, dca_step * forth
+        c_at, g_at, dy_at, dca_at = c_2 + c_step, g_1 + g_step, dy_1 + dy_step, dca_1 + dca_step
+    dy_now, dy_next, dca_now, dca_next, reset_now, reset_next = 0.0, 0.0, 0.0, 0.0, 0, 0
+    if dy is not None:
+        dy_now = gl.load(dy_0 + dy_off, real_0 & given(dy, H), 0)
+        dy_next = gl.load(dy_1 + dy_off, real_1 & given(dy, H), 0)
+    if dc_all is not None:
+        dca_now = gl.load(dca_0 + dca_off, real_0 & given(dc_all, H), 0)
+        dca_next = gl.load(dca_1 + dca_off, real_1 & given(dc_all, H), 0)
+    real4_0 = gl.convert_layout(real_0, flat, assert_trivial=True)[:, :, None]
+    real4_1 = gl.convert_layout(real_1, flat, assert_trivial=True)[:, :, None]
+    g_now, g_next = gl.load(g_0 + at4, real4_0, 0), gl.load(g_1 + at4, real4_1, 0)
+    c_now, c = gl.load(c_0 + at, real_0, 0), gl.load(c_1 + at, real_1, 0)
+    c_before, before = gl.load(c_2 + at, real_2, 0), c
     if c0 is not None:
-        before = gl.where(T > 1, c, c_start)
+        if lengths is None:
+            before = gl.where(steps > 1, c, c_start)
+        else:
+            before = gl.where(at_step(last + forth, length), c, c_start)
+    if reset is not None:
+        reset_now = flags(reset, 0, steps, last, n, length, lengths, B, H)
+        reset_next = flags(reset, 1, steps, last + forth, n, length, lengths, B, H)
+        before = only((reset_now == 0)[None, :], before)
     now = factors(g_now, bias, c_now, before, dtype, UNITS, N, KEPT, FAST)
 
     even = gl.allocate_shared_memory(dtype, [4 * UNITS, N], layout_of("own", UNITS, N, C, WIDE))
@@ -152,35 +201,45 @@ def lstm_bwd_cluster_kernel(
     mbarrier.expect(at_even, UNITS * N * 4)
     cluster.barrier()
 
-    for pair in range(T // 2):
-        dh, dc, now, dy_now, dca_now, c, c_before, g_next, dy_next, dca_next = cluster_step_back(
+    for pair in range(steps // 2):
+        s = 2 * pair
+        (
+            dh, dc, now, dy_now, dca_now, reset_now,
+            c, c_before, g_next, dy_next, dca_next, reset_next,
+            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
+        ) = cluster_step_back(
             even, buffers.index(0), at_even, at_odd, pair % 2, w_low, w_high, bias,
             dh, dc, now, dy_now, dca_now, c, c_before, c_start, g_next, dy_next, dca_next,
-            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            T - 1 - 2 * pair, c0, dy, dc_all, H, UNITS, N, C, KEPT, FAST,
+            reset_now, reset_next, real, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            c_step, g_step, dy_step, dca_step, row, row_1, row_2, row_3,
+            steps - 1 - s, steps, last + forth * s, forth, n, length,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, H, UNITS, N, C, KEPT, FAST,
         )  # fmt: skip
-        c_at += c_step
-        g_at += g_step
-        d_at += g_step
-        dy_at += dy_step
-        dca_at += dca_step
-        dh, dc, now, dy_now, dca_now, c, c_before, g_next, dy_next, dca_next = cluster_step_back(
+        s += 1
+        (
+            dh, dc, now, dy_now, dca_now, reset_now,
+            c, c_before, g_next, dy_next, dca_next, reset_next,
+            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
+        ) = cluster_step_back(
             odd, buffers.index(1), at_odd, at_even, pair % 2, w_low, w_high, bias,
             dh, dc, now, dy_now, dca_now, c, c_before, c_start, g_next, dy_next, dca_next,
-            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            T - 2 - 2 * pair, c0, dy, dc_all, H, UNITS, N, C, KEPT, FAST,
+            reset_now, reset_next, real, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            c_step, g_step, dy_step, dca_step, row, row_1, row_2, row_3,
+            steps - 1 - s, steps, last + forth * s, forth, n, length,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, H, UNITS, N, C, KEPT, FAST,
         )  # fmt: skip
-        c_at += c_step
-        g_at += g_step
-        d_at += g_step
-        dy_at += dy_step
-        dca_at += dca_step
-    if T % 2 == 1:
-        dh, dc, now, dy_now, dca_now, c, c_before, g_next, dy_next, dca_next = cluster_step_back(
-            even, buffers.index(0), at_even, at_odd, T // 2 % 2, w_low, w_high, bias,
+    if steps % 2 == 1:
+        (
+            dh, dc, now, dy_now, dca_now, reset_now,
+            c, c_before, g_next, dy_next, dca_next, reset_next,
+            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
+        ) = cluster_step_back(
+            even, buffers.index(0), at_even, at_odd, steps // 2 % 2, w_low, w_high, bias,
             dh, dc, now, dy_now, dca_now, c, c_before, c_start, g_next, dy_next, dca_next,
-            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            0, c0, dy, dc_all, H, UNITS, N, C, KEPT, FAST,
+            reset_now, reset_next, real, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
+            c_step, g_step, dy_step, dca_step, row, row_1, row_2, row_3,
+            0, steps, last + forth * (steps - 1), forth, n, length,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, H, UNITS, N, C, KEPT, FAST,
         )  # fmt: skip
     cluster.barrier()  # nobody leaves while others still send
     if dh0 is not None:
@@ -197,7 +256,7 @@ def launch_lstm_bwd_cluster(
     incoming: Incoming,
     gradients: Gradients,
 ) -> None:
-    """Write the gradients of one layer of dense rows; `then`: the weights of the forward pass."""
+    """Write the gradients of one layer; `then`: the weights of the forward pass."""
     by_unit = GatesByUnit.of(call, then, saved, gradients)
     launch(
         lstm_bwd_cluster_kernel,

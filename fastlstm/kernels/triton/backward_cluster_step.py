@@ -9,7 +9,20 @@ units has but two, ``[unit / 16, unit % 2, unit / 2 % 8]``.
 import math
 
 from .gluon import async_store, gl, gluon, mbarrier, mma_v2
-from .register_tiles import activated, apart, beside, fills, given, only, rounded, tanh
+from .register_tiles import (
+    activated,
+    apart,
+    at_step,
+    beside,
+    elements,
+    fills,
+    first_row,
+    flags,
+    given,
+    only,
+    rounded,
+    tanh,
+)
 
 
 @gluon.constexpr_function
@@ -126,21 +139,40 @@ def cluster_step_back(
     g_next,  # [UNITS, N, 4], of the next step
     dy_next,
     dca_next,
+    reset_now,  # [N]: the flags of this step, with a reset
+    reset_next,
     real,  # [UNITS, N]
-    real4,  # [UNITS, N, 4]
     at,  # [UNITS, N]: offsets within the tile
     at4,  # [UNITS, N, 4]: the same
     dy_off,  # [UNITS, N], with dy
     dca_off,  # [UNITS, N], with dc_all
-    c_at,  # pointer to c three steps on
+    c_at,  # pointer to c three steps on; with lengths at step 0, as all the following
     g_at,  # pointer to the gates two steps on
     d_at,  # pointer to the gradients of the gates of this step
     dy_at,  # pointer to dy two steps on, or to anything
     dca_at,  # pointer to dc_all two steps on, or to anything
+    c_step,
+    g_step,
+    dy_step,
+    dca_step,
+    row,  # the first row of this step and of the three that follow, with offsets
+    row_1,
+    row_2,
+    row_3,
     left,  # how many steps follow
+    steps,
+    t,  # the step that this is
+    forth,
+    n,  # [N]
+    length,  # [N], with lengths
     c0,
+    offsets,
+    lengths,
+    reset,
     dy,
     dc_all,
+    T,
+    B,
     H: gl.constexpr,
     UNITS: gl.constexpr,
     N: gl.constexpr,
@@ -153,25 +185,51 @@ def cluster_step_back(
     What does not depend on the other blocks is computed while their parts travel.
     """
     cells: gl.constexpr = dc.type.layout
+    flat: gl.constexpr = gl.SliceLayout(2, at4.type.layout)
     WIDE: gl.constexpr = 128 // to.dtype.primitive_bitwidth
     tile: gl.constexpr = layout_of("tile", UNITS, N, C, WIDE)
     right: gl.constexpr = gl.DotOperandLayout(1, tile, w_low.type.layout.k_width)
     TILES: gl.constexpr = 1 if UNITS == 128 else 2
     U: gl.constexpr = UNITS // C
     # What the steps that follow will read is asked for now.
-    g_later = gl.load(g_at + at4, real4 & (left > 1), 0)
-    c_later = gl.load(c_at + at, real & (left > 2), 0)
-    dy_later, dca_later = dy_next, dca_next
+    if lengths is None:
+        d_now, dy_2, dca_2, g_2, c_3 = d_at, dy_at, dca_at, g_at, c_at
+    else:
+        at_0, at_2, at_3 = row, row_2, row_3
+        if offsets is None:
+            at_0, at_2, at_3 = t, t + 2 * forth, t + 3 * forth
+        d_now, c_3 = d_at + elements(at_0, g_step), c_at + elements(at_3, c_step)
+        g_2, dy_2 = g_at + elements(at_2, g_step), dy_at + elements(at_2, dy_step)
+        dca_2 = dca_at + elements(at_2, dca_step)
+    real_now, real_2, real_3 = real, real & (left > 1), real & (left > 2)
+    if lengths is not None:
+        real_now = real & at_step(t, length)
+        real_2 = real & at_step(t + 2 * forth, length)
+        real_3 = real & at_step(t + 3 * forth, length)
+    real4 = gl.convert_layout(real_now, flat, assert_trivial=True)[:, :, None]
+    real4_2 = gl.convert_layout(real_2, flat, assert_trivial=True)[:, :, None]
+    g_later = gl.load(g_2 + at4, real4_2, 0)
+    c_later = gl.load(c_3 + at, real_3, 0)
+    dy_later, dca_later, reset_later = dy_next, dca_next, reset_next
+    dh_new, dc_new = dh, dc
     if dy is not None:
-        dy_later = gl.load(dy_at + dy_off, real & given(dy, H) & (left > 1), 0)
-        dh += dy_now.to(gl.float32)
+        dy_later = gl.load(dy_2 + dy_off, real_2 & given(dy, H), 0)
+        dh_new += dy_now.to(gl.float32)
     if dc_all is not None:
-        dca_later = gl.load(dca_at + dca_off, real & given(dc_all, H) & (left > 1), 0)
-        dc += dca_now.to(gl.float32)
+        dca_later = gl.load(dca_2 + dca_off, real_2 & given(dc_all, H), 0)
+        dc_new += dca_now.to(gl.float32)
+    if reset is not None:
+        reset_later = flags(
+            reset, steps - left + 1, steps, t + 2 * forth, n, length, lengths, B, H
+        )
     by_c, by_i, by_f, by_g, by_o, f = now
-    dc += dh * by_c
-    d_i, d_f, d_g, d_o = dc * by_i, dc * by_f, dc * by_g, dh * by_o
-    dc = dc * f
+    dc_new += dh_new * by_c
+    d_i, d_f, d_g, d_o = dc_new * by_i, dc_new * by_f, dc_new * by_g, dh_new * by_o
+    dc_new = dc_new * f
+    if reset is not None:
+        dc_new = only((reset_now == 0)[None, :], dc_new)
+    if lengths is not None:
+        dc_new = gl.where(at_step(t, length), dc_new, dc)
     if not fills(H, UNITS):  # as in forward
         unit = gl.arange(0, UNITS, gl.SliceLayout(1, cells))
         inside = (unit < H)[:, None]
@@ -183,7 +241,7 @@ def cluster_step_back(
         )
     d_gates = beside(d_i, d_f, d_g, d_o, UNITS, N).to(to.dtype)
     to.store(gl.reshape(gl.permute(rounded(d_gates), [0, 2, 1]), [4 * UNITS, N]))
-    mbarrier.expect(arrives_next, UNITS * N * 4, left > 0)  # at a barrier of all warps anyway
+    mbarrier.expect(arrives_next, UNITS * N * 4)  # at a barrier of all warps anyway
     here = to.reinterpret(to.dtype, [4 * U, N], layout_of("here", UNITS, N, C, WIDE))
     zero = gl.zeros([C * UNITS, N], gl.float32, tile)
     part = mma_v2(w_low, here.slice(0, 2 * U).load(right), zero, "tf32")
@@ -195,12 +253,33 @@ def cluster_step_back(
         gl.reshape(part, [C, UNITS // (128 * TILES), TILES, 8, 2, 8, N]), [0, 1, 3, 5, 2, 4, 6]
     )
     async_store(there, gl.reshape(parts, [C, UNITS, N]), arrived)
-    gl.store(d_at + at4, d_gates, real4)
+    gl.store(d_now + at4, d_gates, real4)
     before = c_before
     if c0 is not None:
-        before = gl.where(left > 1, c_before, c_start)
+        if lengths is None:
+            before = gl.where(left > 1, c_before, c_start)
+        else:
+            before = gl.where(at_step(t + 2 * forth, length), c_before, c_start)
+    if reset is not None:
+        before = only((reset_next == 0)[None, :], before)
     now = factors(g_next, bias, c, before, to.dtype, UNITS, N, KEPT, FAST)
     mbarrier.wait(arrived, phase)
-    dh = gl.sum(there.load(layout_of("parts", UNITS, N, C, WIDE)), 0)
-    dh = gl.convert_layout(dh, cells, assert_trivial=True)
-    return dh, dc, now, dy_next, dca_next, c_before, c_later, g_later, dy_later, dca_later
+    dh_new = gl.sum(there.load(layout_of("parts", UNITS, N, C, WIDE)), 0)
+    dh_new = gl.convert_layout(dh_new, cells, assert_trivial=True)
+    if reset is not None:
+        dh_new = only((reset_now == 0)[None, :], dh_new)
+    if lengths is not None:
+        dh_new = gl.where(at_step(t, length), dh_new, dh)
+    if offsets is not None:
+        row, row_1, row_2, row_3 = row_1, row_2, row_3, first_row(t + 4 * forth, offsets, T)
+    elif lengths is None:
+        c_at += c_step
+        g_at += g_step
+        d_at += g_step
+        dy_at += dy_step
+        dca_at += dca_step
+    return (
+        dh_new, dc_new, now, dy_next, dca_next, reset_next,
+        c_before, c_later, g_later, dy_later, dca_later, reset_later,
+        c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
+    )  # fmt: skip

@@ -62,11 +62,8 @@ def row_arguments(call: Call, plan: Plan) -> dict[str, Any]:
 
 
 def cluster_arguments(call: Call, plan: Plan) -> dict[str, Any]:
-    """Return what a kernel of a cluster is told of dense rows, the sizes and its tile."""
-    known = _rows_and_sizes(call, plan)
-    for name in ("offsets", "lengths", "reset"):
-        del known[name]
-    return {**known, "UNITS": plan.units, "C": plan.blocks}
+    """Return what a kernel of a cluster is told of the rows, the sizes and its tile."""
+    return {**_rows_and_sizes(call, plan), "UNITS": plan.units, "C": plan.blocks}
 
 
 def _rows_and_sizes(call: Call, plan: Plan) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Five regimes:
   plain cell in its registers. Wherever it fits, and Triton has Gluon.
 - ``sequence``: the same with W_hh in shared memory. Wherever it fits.
 - ``cluster``: the units are spread over a cluster of a Hopper GPU, whose blocks send each other
-  h and its gradients; for dense rows. Wherever the clusters have room on the GPU in a few turns.
+  h and its gradients. Wherever the clusters have room on the GPU in a few turns.
 - ``persistent``: the units are spread over programs that are on the GPU together and exchange
   every step through L2; one launch for all steps.
 - ``steps``: the same kernel, one launch for every step.

@@ -5,146 +5,60 @@ its part of h into the shared memory of all blocks (``async_store``), and a barr
 counts the bytes that arrive. Two buffers are enough: a block sends h of step t + 1 only after it
 has received h of step t from everybody, so everybody has read h of step t - 1.
 
-Rows of the stacked tile are ``[block, unit / 4, gate % 2, gate / 2, unit % 4]``: a warp has the 16
-rows of four units, and two shuffles give each thread the four gates of one cell. The product is
-made in four chains of matrix instructions, a quarter of H each. A warp sends h of all units of its
-block to one other block, or to two, in one piece: what goes through a cluster are messages, and
-more of them take longer.
+All blocks take as many steps as the longest of the N sequences has. A sequence that has ended, or
+has not begun, keeps its h and c meanwhile, and its h is sent as it is.
 """
-
-import math
 
 from fastlstm.spec import Outputs
 
 from .call import Call, cluster_arguments, weight_arguments
+from .forward_cluster_step import cluster_step, gates_and_units, layout_of
 from .forward_registers import products_by_unit
-from .gluon import async_store, cluster, gl, gluon, mbarrier, mma_v2
+from .gluon import cluster, gl, gluon, mbarrier
 from .launch import is_fast, launch
 from .plan import Plan
-from .register_tiles import activated, beside, fills, given, only, rounded, tanh
+from .register_tiles import (
+    at_step,
+    beside,
+    elements,
+    first_row,
+    flags,
+    given,
+    load_lengths,
+    longest,
+    only,
+    rounded,
+)
 
 
 @gluon.jit
-def gates_and_units(row, U: gl.constexpr):
-    """Return the gates and the units of rows of the stacked tile."""
-    own = row % (4 * U)
-    return own % 16 // 8 + own % 8 // 4 * 2, row // (4 * U) * U + own // 16 * 4 + own % 4
-
-
-@gluon.constexpr_function
-def layout_of(what, UNITS, N, C, WIDE):
-    """Return where numbers lie in a cluster of C blocks; `what` is a name in the kernel.
-
-    16 bytes have WIDE of the numbers that are multiplied.
-    """
-    U = UNITS // C
-    warps = U // 4
-    block_bits, warp_bits = range(int(math.log2(C))), range(int(math.log2(warps)))
-    rows = [[1 << b, 0] for b in block_bits]
-    blocks = [[U << b, 0] for b in block_bits]
-    same = [[0, 0] for _ in block_bits]
-    across = [[4 << b, 0] for b in warp_bits]
-    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [0, 1]]
-    own = [[0, 1 << b, 0] for b in range(int(math.log2(U)))]
-    vector = int(math.log2(WIDE))
-    rest = own[vector + 2 :] + [[1 << b, 0, 0] for b in block_bits]
-    tall = min(UNITS // WIDE, 32)
-    found = {
-        "tile": gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8], cga_layout=rows),
-        "wide": gl.BlockedLayout([1, WIDE], [8, 4], [warps, 1], [1, 0], cga_layout=rows),
-        "cells": gl.DistributedLinearLayout([], lanes, across, blocks, [UNITS, N]),
-        "pairs": gl.DistributedLinearLayout(
-            [[0, 0, 1]],
-            *([[*base, 0] for base in bases] for bases in (lanes, across, blocks)),
-            [UNITS, N, 2],
-        ),
-        # A thread stores 16 bytes, a warp into one block at a time.
-        "send": gl.DistributedLinearLayout(
-            own[:vector] + rest[len(warp_bits) :],
-            [*own[vector : vector + 2], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
-            rest[: len(warp_bits)],
-            [[0, *base] for base in blocks],
-            [C, UNITS, N],
-        ),
-        "whole": gl.BlockedLayout(
-            [WIDE, 1], [tall, 32 // tall], [1, warps], [0, 1], cga_layout=same
-        ),
-        # A column begins in the same bank as all others: see state_layout.
-        "shared": gl.SwizzledSharedLayout(WIDE, 1, 8, [0, 1], cga_layout=same),
-        "copies": gl.SwizzledSharedLayout(
-            WIDE, 1, 8, [1, 2, 0], cga_layout=[[1 << b, 0, 0] for b in block_bits]
-        ),
-    }
-    return found[what]
-
-
-@gluon.jit
-def cluster_step(
-    h,  # buffer [UNITS, N], this block's copy of all h
-    there,  # buffers [C, UNITS, N], one in each block, written
-    arrived,  # the barrier that counts the bytes of them
-    w0,  # [4 UNITS, UNITS / 4]
-    w1,
-    w2,
-    w3,
-    zero,  # [4 UNITS, N]
-    c,  # [UNITS, N]
-    x_now,  # [4 UNITS, N]: what x adds to the gates, biases included
+def own_weights(
+    w,  # [4H, H]
     H: gl.constexpr,
     UNITS: gl.constexpr,
-    N: gl.constexpr,
     C: gl.constexpr,
-    right: gl.constexpr,
-    pairs: gl.constexpr,
-    cells: gl.constexpr,
-    send: gl.constexpr,
-    FAST: gl.constexpr,
+    wide: gl.constexpr,
+    left: gl.constexpr,
 ):
-    """Take one step; return the gates, c and h."""
+    """Load what all gates have of each quarter of the units.
+
+    Four operands ``[4 UNITS, UNITS / 4]``.
+    """
     K: gl.constexpr = UNITS // 4
-    first = mma_v2(w0, h.slice(0, K).load(right), x_now, "tf32")
-    second = mma_v2(w1, h.slice(K, K).load(right), zero, "tf32")
-    third = mma_v2(w2, h.slice(2 * K, K).load(right), zero, "tf32")
-    fourth = mma_v2(w3, h.slice(3 * K, K).load(right), zero, "tf32")
-    gates = (first + second) + (third + fourth)
-    parts = gl.permute(gl.reshape(gates, [C, UNITS // C // 4, 2, 2, 4, N]), [0, 1, 4, 5, 3, 2])
-    i_g, f_o = gl.split(gl.reshape(parts, [UNITS, N, 2, 2]))
-    i, g = gl.split(gl.convert_layout(i_g, pairs))  # a shuffle each
-    f, o = gl.split(gl.convert_layout(f_o, pairs))
-    i = gl.convert_layout(i, cells, assert_trivial=True)
-    f = gl.convert_layout(f, cells, assert_trivial=True)
-    g = gl.convert_layout(g, cells, assert_trivial=True)
-    o = gl.convert_layout(o, cells, assert_trivial=True)
-    i, f, g, o = activated(i, f, g, o, there.dtype, FAST)
-    c = f * c + i * g
-    out = (o * tanh(c, FAST)).to(there.dtype)
-    if not fills(H, UNITS):  # as in forward_registers.py
-        unit = gl.arange(0, UNITS, gl.SliceLayout(1, cells))
-        out = only((unit < H)[:, None], out)
-    one = gl.expand_dims(gl.convert_layout(rounded(out), gl.SliceLayout(0, send)), 0)
-    copies, _ = gl.broadcast(
-        gl.convert_layout(one, send), gl.full([C, UNITS, N], 0, gl.int1, send)
-    )
-    async_store(there, copies, arrived)
-    return i, f, g, o, c, out
-
-
-@gluon.jit
-def keep(
-    y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H: gl.constexpr
-):  # fmt: skip
-    """Store y, and where they are wanted c and the gates."""
-    gl.store(y_at, y_n, real)
-    if c_all is not None:
-        gl.store(c_at, c, real & given(c_all, H))
-    if gates is not None:
-        together = beside(i, f, g, o, real.shape[0], real.shape[1])
-        gl.store(g_at, together.to(gates.dtype.element_ty), real4 & given(gates, H))
+    gate, unit = gates_and_units(gl.arange(0, 4 * UNITS, gl.SliceLayout(1, wide)), UNITS // C)
+    k = gl.arange(0, K, gl.SliceLayout(0, wide))
+    at = w + (gate * H + unit)[:, None] * H + k[None, :]
+    has = (unit < H)[:, None]
+    w0 = gl.convert_layout(rounded(gl.load(at, has & (k < H)[None, :], 0)), left)
+    w1 = gl.convert_layout(rounded(gl.load(at + K, has & (k + K < H)[None, :], 0)), left)
+    w2 = gl.convert_layout(rounded(gl.load(at + 2 * K, has & (k + 2 * K < H)[None, :], 0)), left)
+    w3 = gl.convert_layout(rounded(gl.load(at + 3 * K, has & (k + 3 * K < H)[None, :], 0)), left)
+    return w0, w1, w2, w3
 
 
 @gluon.jit(
     do_not_specialize=["rows", "T", "B"],
-    do_not_specialize_on_alignment=["h0", "c0"],
+    do_not_specialize_on_alignment=["h0", "c0", "offsets", "lengths", "reset"],
 )
 def lstm_fwd_cluster_kernel(
     x,  # float32 [D, rows, H, 4]: the input products
@@ -156,12 +70,15 @@ def lstm_fwd_cluster_kernel(
     b_hh_reverse,  # [4H] or None
     h0,  # [D, B, H] or None
     c0,  # [D, B, H] or None
+    offsets,  # int64 [T], the first row of each step of packed rows; None for [T, B]
+    lengths,  # int64 [B] or None
+    reset,  # uint8 [T, B] or None
     y,  # [rows, D*H]
     h_n,  # [D, B, H]
     c_n,  # [D, B, H]
     c_all,  # float32 [rows, D*H] or None
     gates,  # [D, rows, H, 4] or None: after activation
-    rows,
+    rows,  # how many rows there are, padding included
     T,
     B,
     H: gl.constexpr,
@@ -177,14 +94,9 @@ def lstm_fwd_cluster_kernel(
     WIDE: gl.constexpr = 16 // BYTES
     tile: gl.constexpr = layout_of("tile", UNITS, N, C, WIDE)
     wide: gl.constexpr = layout_of("wide", UNITS, N, C, WIDE)
-    pairs: gl.constexpr = layout_of("pairs", UNITS, N, C, WIDE)
     cells: gl.constexpr = layout_of("cells", UNITS, N, C, WIDE)
-    send: gl.constexpr = layout_of("send", UNITS, N, C, WIDE)
     whole: gl.constexpr = layout_of("whole", UNITS, N, C, WIDE)
-    shared: gl.constexpr = layout_of("shared", UNITS, N, C, WIDE)
-    copies: gl.constexpr = layout_of("copies", UNITS, N, C, WIDE)
     left: gl.constexpr = gl.DotOperandLayout(0, tile, 4 // BYTES)
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, 4 // BYTES)
     direction = 0
     if D == 2:
         direction = gl.program_id(1)
@@ -192,123 +104,136 @@ def lstm_fwd_cluster_kernel(
             w_hh, b_ih, b_hh = w_hh_reverse, b_ih_reverse, b_hh_reverse
     forth = 1 - 2 * direction
     first = gl.program_id(0).to(gl.int64) * N
-    U: gl.constexpr = UNITS // C
-    K: gl.constexpr = UNITS // 4
+    w0, w1, w2, w3 = own_weights(w_hh, H, UNITS, C, wide, left)
 
-    gate, unit = gates_and_units(gl.arange(0, 4 * UNITS, gl.SliceLayout(1, wide)), U)
-    k = gl.arange(0, K, gl.SliceLayout(0, wide))
-    w_at = w_hh + (gate * H + unit)[:, None] * H + k[None, :]
-    has = (unit < H)[:, None]
-    w0 = gl.convert_layout(rounded(gl.load(w_at, has & (k < H)[None, :], 0)), left)
-    w1 = gl.convert_layout(rounded(gl.load(w_at + K, has & (k + K < H)[None, :], 0)), left)
-    w2 = gl.convert_layout(rounded(gl.load(w_at + 2 * K, has & (k + 2 * K < H)[None, :], 0)), left)
-    w3 = gl.convert_layout(rounded(gl.load(w_at + 3 * K, has & (k + 3 * K < H)[None, :], 0)), left)
-
-    gate, unit = gates_and_units(gl.arange(0, 4 * UNITS, gl.SliceLayout(1, tile)), U)
-    n = first + gl.arange(0, N, gl.SliceLayout(0, tile))
+    gate, unit = gates_and_units(gl.arange(0, 4 * UNITS, gl.SliceLayout(1, tile)), UNITS // C)
+    own = gl.arange(0, N, gl.SliceLayout(0, tile))
     bias = gl.zeros([4 * UNITS], gl.float32, gl.SliceLayout(1, tile))
     if b_ih is not None:
         of_bias = (unit < H) & given(b_ih, H)
         bias = gl.load(b_ih + gate * H + unit, of_bias, 0).to(gl.float32)
         bias += gl.load(b_hh + gate * H + unit, of_bias, 0).to(gl.float32)
-    corner = direction * rows.to(gl.int64)
-    x_at = x + (((corner + n)[None, :] * H + unit[:, None]) * 4 + gate[:, None])
-    x_real = (n < B)[None, :] & (unit < H)[:, None]
     bias = bias[:, None]
+    x_off = (own[None, :] * H + unit[:, None]) * 4 + gate[:, None]
+    x_real = (first + own < B)[None, :] & (unit < H)[:, None]
+    n_x = first + own
 
     unit = gl.arange(0, UNITS, gl.SliceLayout(1, cells))
-    n = first + gl.arange(0, N, gl.SliceLayout(0, cells))
+    own = gl.arange(0, N, gl.SliceLayout(0, cells))
+    n = first + own
     real = (n < B)[None, :] & (unit < H)[:, None]
     state_at = (direction * B + n)[None, :] * H + unit[:, None]
     c = gl.zeros([UNITS, N], gl.float32, cells)
+    h = gl.zeros([UNITS, N], dtype, cells)
     if c0 is not None:
         c = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
+    if h0 is not None:
+        if lengths is not None:
+            h = gl.load(h0 + state_at, real & given(h0, H), 0)
+    unit_w = gl.arange(0, UNITS, gl.SliceLayout(1, whole))
+    n_w = first + gl.arange(0, N, gl.SliceLayout(0, whole))
+    h_start = gl.zeros([UNITS, N], dtype, whole)
+    if h0 is not None:
+        h_at = h0 + ((direction * B + n_w)[None, :] * H + unit_w[:, None])
+        h_start = gl.load(h_at, (n_w < B)[None, :] & (unit_w < H)[:, None] & given(h0, H), 0)
+
+    # Offsets within the tile, where it lies at the first step, and how far it is to the next.
+    at = own[None, :] * (D * H) + unit[:, None]
     cells4: gl.constexpr = beside(c, c, c, c, UNITS, N).type.layout
-    real4 = gl.convert_layout(real, gl.SliceLayout(2, cells4), assert_trivial=True)[:, :, None]
-    y_at = y + (n[None, :] * (D * H) + direction * H + unit[:, None])
-    y_step, g_step = B.to(gl.int64) * (D * H * forth), B.to(gl.int64) * (4 * H * forth)
-    last = (T - 1) * direction
-    x_at += last.to(gl.int64) * g_step * forth
-    y_at += last.to(gl.int64) * y_step * forth
+    flat: gl.constexpr = gl.SliceLayout(2, cells4)
+    gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells4)))
+    at4 = gl.convert_layout((own[None, :] * H + unit[:, None]) * 4, flat, assert_trivial=True)
+    at4 = at4[:, :, None] + gate[None, None, :]
+    corner = first * (D * H) + direction * H
+    corner4 = (direction * rows.to(gl.int64) + first) * (4 * H)
+    x_at, y_at = x + corner4, y + corner
     c_at, g_at = y_at, y_at
     if c_all is not None:
-        c_at = c_all + (n[None, :] * (D * H) + direction * H + unit[:, None])
-        c_at += last.to(gl.int64) * y_step * forth
+        c_at = c_all + corner
     if gates is not None:
-        g_at = gates + (((corner + n)[None, :] * H + unit[:, None]) * 4)
-        g_at = gl.convert_layout(g_at, gl.SliceLayout(2, cells4), assert_trivial=True)[:, :, None]
-        gate = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, cells4)))
-        g_at += gate[None, None, :]
-        g_at += last.to(gl.int64) * g_step * forth
+        g_at = gates + corner4
+    y_step, g_step = B.to(gl.int64) * (D * H), B.to(gl.int64) * (4 * H)
+    steps, length, length_x = T, 0, 0
+    if lengths is not None:
+        steps = longest(lengths, first, T, B, H, N)
+        length = load_lengths(lengths, n, T, B, H).to(gl.int32)
+        length_x = load_lengths(lengths, n_x, T, B, H).to(gl.int32)
+    last = (steps - 1) * direction
+    starts, row, row_1 = 0, 0, 0
+    if offsets is None:
+        far = last.to(gl.int64)
+        x_at += far * g_step
+        y_at += far * y_step
+        c_at += far * y_step
+        g_at += far * g_step
+        y_step, g_step = y_step * forth, g_step * forth
+        x_first = x_at
+        x_at += g_step
+    else:
+        row = first_row(last, offsets, T)
+        row_1 = first_row(last + forth, offsets, T)
+        x_first = x_at + elements(row, 4 * H)
+    if reset is not None:
+        starts = flags(reset, 0, steps, last, n, length, lengths, B, H)
+        c, h = only((starts == 0)[None, :], c), only((starts == 0)[None, :], h)
+        length_w = 0
+        if lengths is not None:
+            length_w = load_lengths(lengths, n_w, T, B, H).to(gl.int32)
+        starts_w = flags(reset, 0, steps, last, n_w, length_w, lengths, B, H)
+        h_start = only((starts_w == 0)[None, :], h_start)
+        starts = flags(reset, 1, steps, last + forth, n, length, lengths, B, H)
+    real_0 = x_real
+    if lengths is not None:
+        real_0 = x_real & at_step(last, length_x)
+    x_now = gl.load(x_first + x_off, real_0, 0)
 
+    copies: gl.constexpr = layout_of("copies", UNITS, N, C, WIDE)
+    shared: gl.constexpr = layout_of("shared", UNITS, N, C, WIDE)
+    to_send = gl.allocate_shared_memory(dtype, [UNITS, N], layout_of("own", UNITS, N, C, WIDE))
     buffers = gl.allocate_shared_memory(dtype, [2, C, UNITS, N], copies)
-    even = buffers.index(0).reinterpret(dtype, [UNITS, N], shared)
-    odd = buffers.index(1).reinterpret(dtype, [UNITS, N], shared)
+    to_even, to_odd = buffers.index(0), buffers.index(1)
+    even = to_even.reinterpret(dtype, [UNITS, N], shared)
+    odd = to_odd.reinterpret(dtype, [UNITS, N], shared)
     arrived = mbarrier.allocate_mbarrier(batch=2)
     for which in gl.static_range(2):
         mbarrier.init(arrived.index(which), count=1)
-    h = gl.zeros([UNITS, N], dtype, whole)
-    if h0 is not None:
-        unit = gl.arange(0, UNITS, gl.SliceLayout(1, whole))
-        n = first + gl.arange(0, N, gl.SliceLayout(0, whole))
-        h_at = h0 + ((direction * B + n)[None, :] * H + unit[:, None])
-        h = gl.load(h_at, (n < B)[None, :] & (unit < H)[:, None] & given(h0, H), 0)
-    even.store(rounded(h))
-    odd.store(rounded(h))
+    at_even, at_odd = arrived.index(0), arrived.index(1)
+    mbarrier.expect(at_odd, UNITS * N * BYTES)
+    even.store(rounded(h_start))
     cluster.barrier()
 
-    zero = gl.zeros([4 * UNITS, N], gl.float32, tile)
-    y_n = gl.zeros([UNITS, N], dtype, cells)
-    x_now = gl.load(x_at, x_real, 0)
-    head = T % 2
-    if head == 1:
-        mbarrier.expect(arrived.index(0), UNITS * N * BYTES)
-        x_at += g_step
-        x_next = gl.load(x_at, x_real & (T > 1), 0)
-        i, f, g, o, c, y_n = cluster_step(
-            odd, buffers.index(0), arrived.index(0), w0, w1, w2, w3, zero, c, x_now + bias,
-            H, UNITS, N, C, right, pairs, cells, send, FAST,
+    for pair in range(steps // 2):
+        s = 2 * pair
+        c, h, x_now, starts, x_at, y_at, c_at, g_at, row, row_1 = cluster_step(
+            even, to_odd, to_send, at_odd, at_even, pair % 2, w0, w1, w2, w3, bias,
+            c, h, x_now, starts, real, x_real, x_off, at, at4, x_at, y_at, c_at, g_at,
+            y_step, g_step, row, row_1, True, s, steps, last + forth * s, forth,
+            n, length, length_x, offsets, lengths, reset, c_all, gates,
+            T, B, D, H, UNITS, N, C, FAST,
         )  # fmt: skip
-        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H)
-        x_now = x_next
-        y_at += y_step
-        c_at += y_step
-        g_at += g_step
-    for pair in range(T // 2):
-        if pair + head > 0:
-            mbarrier.wait(arrived.index(0), (pair + head - 1) % 2)
-        mbarrier.expect(arrived.index(1), UNITS * N * BYTES)
-        x_at += g_step
-        x_next = gl.load(x_at, x_real, 0)
-        i, f, g, o, c, y_n = cluster_step(
-            even, buffers.index(1), arrived.index(1), w0, w1, w2, w3, zero, c, x_now + bias,
-            H, UNITS, N, C, right, pairs, cells, send, FAST,
+        s += 1
+        c, h, x_now, starts, x_at, y_at, c_at, g_at, row, row_1 = cluster_step(
+            odd, to_even, to_send, at_even, at_odd, pair % 2, w0, w1, w2, w3, bias,
+            c, h, x_now, starts, real, x_real, x_off, at, at4, x_at, y_at, c_at, g_at,
+            y_step, g_step, row, row_1, s + 1 < steps, s, steps, last + forth * s, forth,
+            n, length, length_x, offsets, lengths, reset, c_all, gates,
+            T, B, D, H, UNITS, N, C, FAST,
         )  # fmt: skip
-        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H)
-        y_at += y_step
-        c_at += y_step
-        g_at += g_step
-        mbarrier.wait(arrived.index(1), pair % 2)
-        mbarrier.expect(arrived.index(0), UNITS * N * BYTES)
-        x_at += g_step
-        x_now = gl.load(x_at, x_real & (pair + 1 < T // 2), 0)
-        i, f, g, o, c, y_n = cluster_step(
-            odd, buffers.index(0), arrived.index(0), w0, w1, w2, w3, zero, c, x_next + bias,
-            H, UNITS, N, C, right, pairs, cells, send, FAST,
+    if steps % 2 == 1:
+        c, h, x_now, starts, x_at, y_at, c_at, g_at, row, row_1 = cluster_step(
+            even, to_odd, to_send, at_odd, at_even, steps // 2 % 2, w0, w1, w2, w3, bias,
+            c, h, x_now, starts, real, x_real, x_off, at, at4, x_at, y_at, c_at, g_at,
+            y_step, g_step, row, row_1, False, steps - 1, steps, last + forth * (steps - 1), forth,
+            n, length, length_x, offsets, lengths, reset, c_all, gates,
+            T, B, D, H, UNITS, N, C, FAST,
         )  # fmt: skip
-        keep(y_at, c_at, g_at, y_n, i, f, g, o, c, real, real4, c_all, gates, H)
-        y_at += y_step
-        c_at += y_step
-        g_at += g_step
-    # What was sent last has arrived before anybody leaves.
-    mbarrier.wait(arrived.index(0), (T // 2 + head - 1) % 2)
-    cluster.barrier()
-    gl.store(h_n + state_at, y_n, real)
+    cluster.barrier()  # nobody leaves while others still send
+    gl.store(h_n + state_at, h, real)
     gl.store(c_n + state_at, c.to(c_n.dtype.element_ty), real)
 
 
 def launch_lstm_fwd_cluster(call: Call, plan: Plan, outputs: Outputs) -> None:
-    """Write the outputs of one layer of dense rows."""
+    """Write the outputs of one layer; padding of y, c_all and gates is left as it is."""
     launch(
         lstm_fwd_cluster_kernel,
         (-(-call.rows.B // plan.batch), call.spec.directions),

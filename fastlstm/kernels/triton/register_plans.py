@@ -87,7 +87,7 @@ def backward_cluster(problem: Problem, device: Device) -> Plan | None:
 
 def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
     spec, units = problem.spec, padded(problem.spec.hidden_size)
-    plain = problem.cell == "plain" and not spec.proj_size and problem.dense
+    plain = problem.cell == "plain" and not spec.proj_size
     known = device.clusters and device.arch == 90
     known &= problem.precision != "ieee"  # which has no matrix instructions
     least, most = _UNITS_OF_A_CLUSTER.get(problem.element, (1, 0))

@@ -282,6 +282,15 @@ def load_lengths(lengths, n, T, B, H):
 
 
 @gluon.jit
+def longest(lengths, first, T, B, H, N: gl.constexpr):
+    """Return how many steps the longest of N sequences has, beginning with the first."""
+    found = 0
+    for k in gl.static_range(N):
+        found = gl.maximum(found, load_lengths(lengths, first + k, T, B, H).to(gl.int32))
+    return found
+
+
+@gluon.jit
 def first_row(step, offsets, T):
     """Return the packed row of sequence 0 at a step, of the nearest one if there is no such step.
 
@@ -299,7 +308,8 @@ def elements(row, stride):
 @gluon.jit
 def at_step(t, length):
     """Return which sequences ``[1, N]`` of these lengths ``[N]`` have step t."""
-    return ((t >= 0) & (t < length))[None, :]
+    # One comparison: before step 0 there are more than any length has.
+    return (t.to(gl.uint32, bitcast=True) < length.to(gl.uint32, bitcast=True))[None, :]
 
 
 @gluon.jit

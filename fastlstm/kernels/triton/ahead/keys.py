@@ -105,18 +105,18 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
 
 
 def _of_cluster(key: Key) -> Iterator[Key]:
-    """Yield the kernels of a cluster, which take dense rows alone.
+    """Yield the kernels of a cluster: for even sizes only those of dense rows.
 
-    Of those that go back "padded" ones have no more than gradients of c.
+    Back, dense rows of other sizes take those that also read lengths.
     """
-    key = key._replace(rows="dense")
-    if key.back:
-        yield key._replace(even=True)
-        key = key._replace(rows="padded")
-        yield key._replace(keeps=False)
-    else:
-        yield key._replace(keeps=False, even=True)
-    yield from (key._replace(even=True), key)
+    if not key.back:
+        for keeps, even in ((False, True), (True, True), (True, False)):
+            yield key._replace(rows="dense", keeps=keeps, even=even)
+        yield from (key._replace(rows=form) for form in ("padded", "packed"))
+        return
+    yield key._replace(rows="dense", even=True)
+    for form in ("padded", "packed"):
+        yield from (key._replace(rows=form, keeps=keeps) for keeps in (True, False))
 
 
 def _of_weights(row: Row) -> Iterator[Key]:

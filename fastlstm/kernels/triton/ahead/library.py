@@ -18,7 +18,7 @@ from fastlstm.spec import LayerSpec
 
 from .manifest import FOLDER, Manifest, ManifestError
 
-__all__ = ["ManifestError", "failed", "gpu", "load", "missing", "passes", "plan", "problem_of"]
+__all__ = ["ManifestError", "failed", "gpu", "load", "missing", "plan", "problem_of"]
 
 _COMPOSITE = "CompositeExplicitAutograd"
 _gpu = define_operator("triton_gpu", "(int device) -> int[]")
@@ -27,7 +27,7 @@ _add = define_operator(
 )
 _plan = define_operator(
     "triton_plan",
-    "(int device, bool back, int kind, int I, int H, int D, int B, bool dense) -> int[]",
+    "(int device, bool back, int kind, int I, int H, int D, int B) -> int[]",
 )
 _clusters = define_operator("triton_clusters", "(int device) -> int[]")
 failed = define_operator("triton_failed", "(str why) -> ()")
@@ -35,7 +35,7 @@ _pause = define_operator("triton_pause", "(bool paused) -> ()")
 _prepare = define_operator("triton_prepare", "(int device) -> str")
 _tf32 = define_operator("triton_tf32", "() -> bool")
 
-_PASSES = {"forward": False, "backward": True}  # and whether they go back
+_MANY = 1 << 30  # sequences: clusters of so many have no room
 _manifest: Manifest | None = None
 _problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
@@ -64,7 +64,7 @@ def problem_of(device: int) -> str | None:
     return _problems[device] or None
 
 
-def plan(device: int, back: bool, kind: int, spec: LayerSpec, B: int, dense: bool) -> list[int]:
+def plan(device: int, back: bool, kind: int, spec: LayerSpec, B: int) -> list[int]:
     """Return the row of :mod:`.plans` by which a layer is computed; empty if there is none.
 
     Args:
@@ -73,10 +73,9 @@ def plan(device: int, back: bool, kind: int, spec: LayerSpec, B: int, dense: boo
         kind: of numbers, an index of ``KINDS``.
         spec: a plain layer.
         B: sequences.
-        dense: whether all of them have all steps.
     """
     sizes = spec.input_size, spec.hidden_size, spec.directions
-    found: list[int] = _plan(device, back, kind, *sizes, B, dense)
+    found: list[int] = _plan(device, back, kind, *sizes, B)
     return found
 
 
@@ -88,29 +87,22 @@ def gpu(device: int) -> Device:
     return Device(arch, processors, clusters=any(together), together=together)
 
 
-def missing(device: int, kind: int | None, spec: LayerSpec) -> str | None:
-    """Say why kernels of all calls of a layer were not compiled ahead; None if they were."""
-    return problem_of(device) or (
-        None
-        if len(_passes(device, kind, spec, 1, dense=False)) == len(_PASSES)
-        else "no kernel for such a layer was compiled ahead"
-    )
+def missing(device: int, kind: int | None, spec: LayerSpec, B: int = _MANY) -> str | None:
+    """Say why kernels of all calls of a layer were not compiled ahead; None if they were.
+
+    With B: of all those of so many sequences.
+    """
+    found = problem_of(device)
+    if found is not None or _is_there(device, kind, spec, B):
+        return found
+    return "no kernel for such a layer was compiled ahead"
 
 
-def passes(device: int, kind: int | None, spec: LayerSpec, B: int) -> str:
-    """Say which passes over a call of dense rows were compiled ahead."""
-    found = missing(device, kind, spec)
-    if found is None:
-        return "compiled ahead"
-    able = [] if problem_of(device) else _passes(device, kind, spec, B, dense=True)
-    return f"{' and '.join(able)} of dense rows compiled ahead" if able else found
-
-
-def _passes(device: int, kind: int | None, spec: LayerSpec, B: int, dense: bool) -> list[str]:
-    """Name the passes over a call that were compiled ahead."""
+def _is_there(device: int, kind: int | None, spec: LayerSpec, B: int) -> bool:
+    """Return whether both passes over B sequences were compiled ahead."""
     if kind is None or not spec.is_lstm or spec.is_extended or spec.proj_size:
-        return []
-    return [name for name, back in _PASSES.items() if plan(device, back, kind, spec, B, dense)]
+        return False
+    return all(plan(device, back, kind, spec, B) for back in (False, True))
 
 
 def _find_problem(device: int) -> str:

@@ -1,9 +1,8 @@
 """The plans of a GPU as a table, which C++ looks up: what ``config`` answers, asked beforehand.
 
 A plan depends on H and I by the tiles that hold them, and on the batch by whether clusters, or
-programs of few sequences, have room on the GPU, for dense rows. So each answer is a row with the
-conditions under which it is given, and the first row whose conditions hold is the plan; what has
-room C++ knows.
+programs of few sequences, have room on the GPU. So each answer is a row with the conditions under
+which it is given, and the first row whose conditions hold is the plan; what has room C++ knows.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ class Row(NamedTuple):
     most_inputs: int  # I
     regime: int  # of REGIMES
     units: int
-    batch: int  # sequences of a program; of fewer than 8, dense rows that have room
+    batch: int  # sequences of a program; of fewer than 8, those that have room
     inputs: int  # the tile of I, if x goes through w_ih in the loop, else 0
     warps: int
-    blocks: int  # of a cluster, which takes dense rows alone, and so many sequences as have room
+    blocks: int  # of a cluster, which takes so many sequences as have room
 
 
 def element_and_precision(kind: str) -> tuple[int, str]:
