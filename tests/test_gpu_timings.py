@@ -1,18 +1,24 @@
 """The timings of `python -m benchmarks gpu`: who gets which time, and what the targets say."""
 
+import gc
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
+import torch
 from test_gpu_command import MACHINE, Inline, job
+from torch import nn
 
 from benchmarks.gpu import targets, timings
 from benchmarks.gpu.plan import GROUPS, plan_of_gpu
-from benchmarks.speed import floor
+from benchmarks.speed import floor, gpu_timing
 from benchmarks.speed import measure as rows_of
 from benchmarks.speed.cases import CASES, TASK_SHAPES
+from benchmarks.speed.contender import Contender
 from benchmarks.speed.job import Job
 from benchmarks.speed.results import Results
 from benchmarks.speed.worker import Failed
@@ -28,6 +34,19 @@ def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[rows_
         own,
         {**rows_of.describe_job(of, "torch", "cuda"), "ratio": ratio, "us_per_step": 9.0},
     ]
+
+
+def test_a_graph_keeps_the_weights_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(gpu_timing, "capture", lambda work: work() or graph)
+    lstm, x = nn.LSTM(3, 4), torch.zeros(2, 1, 3)
+    weight = ref(lstm.weight_hh_l0)
+    found = gpu_timing.captured(Contender(partial(lstm, x), lambda: {"y": lstm(x)[0].detach()}))
+    del lstm
+    gc.collect()
+    found.call()
+    assert weight() is not None
+    assert found.results().keys() == {"y"}
 
 
 def test_every_group_has_its_share_of_any_time() -> None:

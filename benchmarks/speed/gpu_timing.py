@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,4 +61,14 @@ def captured(contender: Contender) -> Contender:
         graph.replay()
         return found
 
-    return Contender(graph.replay, results)
+    return Contender(_Replay(graph, contender), results)
+
+
+class _Replay(NamedTuple):
+    """Replays a graph, and keeps its contender: the graph reads weights that belong to that."""
+
+    graph: torch.cuda.CUDAGraph
+    contender: Contender
+
+    def __call__(self) -> None:
+        self.graph.replay()
