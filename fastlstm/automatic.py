@@ -144,10 +144,11 @@ def in_order(
         return asked
     captured = x.is_cuda and is_captured()
     first = _first(name, x, specs, sequences, size, captured)
-    if captured and not all(backend.is_ready(specs, x) for backend in first):
+    if captured and not all(backend.is_ready(specs, x, size.batch) for backend in first):
         # A graph may refuse that something is compiled, but what the calls before it took, was.
         warm = _first(name, x, specs, sequences, size, False)
-        first = tuple(b for b in first if b in warm[:1] or b.is_ready(specs, x))
+        ready = (b for b in first if b in warm[:1] or b.is_ready(specs, x, size.batch))
+        first = tuple(ready)
     return (*first, *(backend for backend in asked if backend not in first)) if first else asked
 
 

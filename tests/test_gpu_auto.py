@@ -77,7 +77,7 @@ def test_auto_compiles_nothing_in_a_capture() -> None:
     x = torch.randn(28, 129, 28, device=DEVICE, dtype=torch.float16)
     found: Results = {}
     with torch.no_grad():
-        ready = get("triton").is_ready(lstm.specs(), x)
+        ready = get("triton").is_ready(lstm.specs(), x, x.shape[1])
         with compilations() if not ready else nullcontext([]) as compiled:
             graph = capture(lambda: found.update(y=lstm(x)[0]))
         graph.replay()

@@ -61,7 +61,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(launch, "device_of", lambda x: Device(90, 132, clusters=False))
     triton, cuda = get("triton"), get("cuda")
     monkeypatch.setattr(triton, "obstacle", lambda spec, x: found.missing)
-    monkeypatch.setattr(triton, "is_ready", lambda specs, x: found.ready)
+    monkeypatch.setattr(triton, "is_ready", lambda specs, x, batch: found.ready)
     monkeypatch.setattr(cuda, "obstacle", lambda spec, x: lacks(spec))
     lacks: Callable[[LayerSpec], str | None] = import_module("fastlstm.kernels.cuda").lacks
     before = choice.name

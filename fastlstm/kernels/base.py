@@ -160,7 +160,7 @@ class Backend:
         """
         return None
 
-    def is_ready(self, specs: Sequence[LayerSpec], x: Tensor) -> bool:
+    def is_ready(self, specs: Sequence[LayerSpec], x: Tensor, batch: int) -> bool:
         """Whether the first call of such layers compiles nothing: CUDA graphs may refuse that."""
         return True
 

@@ -120,14 +120,15 @@ class TritonBackend(Backend):
     def pace(self, specs: Sequence[LayerSpec], x: Tensor, use: Use) -> float | None:
         """Say how many times as long as it PyTorch's own kernels take for a call, at least."""
         regimes = self.regime(specs[0], use.steps, use.batch, x)
-        way = measured.READY if self.is_ready(specs, x) else measured.EAGER
+        way = measured.READY if self.is_ready(specs, x, use.batch) else measured.EAGER
         where = measured.capability(x.device), x.dtype
         way = measured.REPLAYED if use.captured else way
         return measured.pace(self.name, regimes, way, where, specs, use)
 
-    def is_ready(self, specs: Sequence[LayerSpec], x: Tensor) -> bool:
-        """Whether kernels of such layers were compiled ahead."""
-        return _ahead_problem() is None and all(_not_ahead(spec, x) is None for spec in specs)
+    def is_ready(self, specs: Sequence[LayerSpec], x: Tensor, batch: int) -> bool:
+        """Whether kernels of such layers, for so many sequences, were compiled ahead."""
+        found = _ahead_problem() is None
+        return found and all([_not_ahead(spec, x, batch) is None for spec in specs])
 
     def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Name the regimes of both passes."""
@@ -312,21 +313,24 @@ def _kind(dtype: torch.dtype) -> int | None:
     return _KINDS.get(measured.precision(dtype))
 
 
-def _not_ahead(spec: LayerSpec, x: Tensor) -> str | None:
+_ANY = 1 << 30  # sequences: clusters of so many have no room
+
+
+def _not_ahead(spec: LayerSpec, x: Tensor, B: int = _ANY) -> str | None:
     """Say why kernels of all calls of a layer were not compiled ahead; None if they were."""
-    return _layer_not_ahead(tuple(spec), x.device.index or 0, _kind(x.dtype))
+    return _layer_not_ahead(tuple(spec), x.device.index or 0, _kind(x.dtype), B)
 
 
 @constant
-def _layer_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None) -> str | None:
-    return _find_not_ahead(spec, gpu, kind)
+def _layer_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None, B: int) -> str | None:
+    return _find_not_ahead(spec, gpu, kind, B)
 
 
 @lru_cache(maxsize=1024)  # asked at every call
-def _find_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None) -> str | None:
+def _find_not_ahead(spec: tuple[Any, ...], gpu: int, kind: int | None, B: int) -> str | None:
     from .ahead import library
 
-    return _ahead_problem() or library.missing(gpu, kind, LayerSpec(*spec))
+    return _ahead_problem() or library.missing(gpu, kind, LayerSpec(*spec), B)
 
 
 def _cell_obstacle(spec: LayerSpec, x: Tensor) -> str | None:

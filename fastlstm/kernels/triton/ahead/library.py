@@ -35,7 +35,6 @@ _pause = define_operator("triton_pause", "(bool paused) -> ()")
 _prepare = define_operator("triton_prepare", "(int device) -> str")
 _tf32 = define_operator("triton_tf32", "() -> bool")
 
-_MANY = 1 << 30  # sequences: clusters of so many have no room
 _manifest: Manifest | None = None
 _problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
@@ -87,11 +86,8 @@ def gpu(device: int) -> Device:
     return Device(arch, processors, clusters=any(together), together=together)
 
 
-def missing(device: int, kind: int | None, spec: LayerSpec, B: int = _MANY) -> str | None:
-    """Say why kernels of all calls of a layer were not compiled ahead; None if they were.
-
-    With B: of all those of so many sequences.
-    """
+def missing(device: int, kind: int | None, spec: LayerSpec, B: int) -> str | None:
+    """Say why kernels of all calls of a layer of B sequences were not compiled ahead."""
     found = problem_of(device)
     if found is not None or _is_there(device, kind, spec, B):
         return found
