@@ -28,10 +28,8 @@ _WIDEST_FLOAT32 = 64  # some registers spill; in shared memory a step takes five
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
 _WIDEST_INPUT_OF_WIDE = 32  # of 128 units
 _WIDEST_INPUT_OF_FLOAT32 = 16
-# Units of a cluster, from and to, by bytes of a number. The registers would hold 256 of float32
-# too. But with these a training step that was replayed from a CUDA graph ended in an illegal
-# access on an H200. Calls of the same shape, memcheck and the emulator show nothing of it.
-_UNITS_OF_A_CLUSTER = {2: (256, 512), 4: (128, 128)}
+# From and to, by bytes of a number: what registers of 4 to 16 blocks hold.
+_UNITS_OF_A_CLUSTER = {2: (256, 512), 4: (128, 256)}
 _UNITS_OF_A_BLOCK = 32
 _MOST_WAVES = 6  # of clusters, one after the other: still better than a launch for each step
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
