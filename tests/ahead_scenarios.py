@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastlstm
+from benchmarks.speed.precision import PRECISIONS
 from fastlstm import extension
 from fastlstm.kernels import triton as backend
 from fastlstm.kernels.triton import config
@@ -89,6 +90,12 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
         projected = fastlstm.LSTM(28, 64, proj_size=8, dtype=torch.bfloat16)
         found["projected"] = said(lambda: projected(x))
         found["explained"] = str(fastlstm.explain(layer, x))
+        with PRECISIONS["exact"].applied():
+            exact = fastlstm.LSTM(28, 64)
+            launches()
+            exact(x.float())[0].sum().backward()
+            found["exact"] = launches()
+            found["exact explained"] = str(fastlstm.explain(exact, x.float()))
     found["backends"] = str(fastlstm.backends())
     found["operator"] = said(lambda: operator(*operands(layer, x.double())))
     spoiled = operands(layer, x)

@@ -81,9 +81,11 @@ class AheadRun(NamedTuple):
     precision: str
     arch: int
     library: Path | None = None  # csrc/triton on a stand-in for the driver: see ahead_host.py
+    processors: int = 132
 
     def __str__(self) -> str:
-        return f"sm_{self.arch}-{self.precision}-{self.case}"
+        size = f"-{self.processors}" if self.processors != 132 else ""
+        return f"sm_{self.arch}{size}-{self.precision}-{self.case}"
 
     def executed(self, edit: Callable[[str], str]) -> AbstractContextManager[Log]:
         """Serve the calls of this block."""
@@ -91,7 +93,7 @@ class AheadRun(NamedTuple):
 
         assert self.library is not None
         folder = self.library.parent / f"kernels_{self.arch}"
-        return executed(self.library, folder, self.arch, edit)
+        return executed(self.library, folder, self.arch, edit, self.processors)
 
 
 AnyRun = Run | CudaRun | AheadRun

@@ -29,7 +29,8 @@ struct Function {
 // Gets the image, the name of the function, a line of JSON, and pointers to the arguments, null after the last.
 using Runner = void (*)(const char* image, const char* name, const char* launch, void** arguments);
 
-int arch = 90, devices = 8, version = 12080, most_shared = 227 << 10, groups = 7;  // of 18 multiprocessors
+int arch = 90, devices = 8, version = 12080, most_shared = 227 << 10;
+int processors = 132, groups = 7;  // of 18 multiprocessors
 Runner runner = nullptr;
 std::string launches;
 int64_t launched = 0;
@@ -100,6 +101,7 @@ void stub_gpu(int of_arch, int shared, int of_version) {
 }
 // As if the GPU were one with so many groups of multiprocessors, each of which has room for a cluster of 16 blocks.
 void stub_groups(int given) { groups = given; }
+void stub_processors(int given) { processors = given; }
 void stub_runner(Runner given) { runner = given; }
 // Whether a stream is being captured: what is unsafe then is refused in threads that have not relaxed.
 void stub_capture(bool captures) { capturing = captures; }
@@ -123,7 +125,7 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
   switch (which) {
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = arch / 10; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = arch % 10; break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = processors; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = most_shared; break;
     default: return CUDA_ERROR_INVALID_VALUE;
   }

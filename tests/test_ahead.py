@@ -34,7 +34,7 @@ def first(
     spec = problem.spec
     for row in rows:
         fits = row.most_units >= spec.hidden_size and row.most_inputs >= spec.input_size
-        if row.blocks > 1 or row.batch < 8:
+        if row.blocks > 1 or row.batch < (4 if kind == "exact" else 8):
             room = device.processors * max(1, QUARTERS // row.warps)
             if row.blocks > 1:
                 room = MOST_WAVES * device.at_once(row.blocks)

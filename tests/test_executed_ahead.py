@@ -38,7 +38,7 @@ TIMEOUT = 600  # seconds for a case, which takes a few where the machine is not 
 WIDEST = {"bf16": 128, "fp16": 128, "tf32": 32}  # H of what is compiled ahead
 ARCHS = 80, 90
 Record = Callable[[str, object], None]
-Workers = Callable[[int], Worker]
+Workers = Callable[..., Worker]
 
 # More units than one multiprocessor holds; states given and absent; odd sizes; all kinds of rows.
 CLUSTERED = [
@@ -74,6 +74,22 @@ EVEN = [
     Case(T=5, B=2, I=28, H=128, reset=True),
     Case(T=5, B=27, I=28, H=32, directions=2, bias=False),
 ]
+# In exact float32 a program has 2 sequences, or on a small GPU 4, as it has where they end early.
+EXACT = [
+    AheadRun(case, "exact", arch, processors=processors)
+    for case, arch, processors in (
+        (Case(T=3, B=3, I=10, H=16, bias=False, hx=False), 90, 132),
+        (Case(T=4, B=5, I=28, H=64, directions=2), 80, 132),
+        (Case(T=3, B=2, I=5, H=33), 90, 132),
+        (Case(T=3, B=6, I=5, H=64), 90, 1),
+        (Case(T=4, B=7, I=70, H=20, directions=2, recompute=True), 80, 1),
+        (Case(T=2, B=9, I=10, H=5, hx=False, grad_layout="sliced"), 90, 1),
+        (Case(T=3, B=4, I=5, H=60, lengths=(2, 0, 1, 3), directions=2, recompute=True), 80, 132),
+        (Case(T=4, B=5, I=5, H=32, lengths=(2, 4, 1, 4, 3), packed=True), 90, 132),
+        (Case(T=3, B=3, I=5, H=64, lengths=(1, 3, 2), packed=True, recompute=True), 80, 132),
+        (Case(T=5, B=3, I=5, H=16, lengths=(0, 5, 3), reset=True, cell_states=True), 90, 132),
+    )
+]
 
 
 def runs() -> Iterator[AheadRun]:
@@ -96,13 +112,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     """A process for each GPU, in which Triton compiles."""
-    found: dict[int, Worker] = {}
+    found: dict[tuple[int, int], Worker] = {}
 
-    def worker(arch: int) -> Worker:
-        if arch not in found:
-            found[arch] = Worker(probe=int)
-            found[arch].__enter__()
-        return found[arch]
+    def worker(arch: int, processors: int = 132) -> Worker:
+        gpu = arch, processors
+        if gpu not in found:
+            found[gpu] = Worker(probe=int)
+            found[gpu].__enter__()
+        return found[gpu]
 
     with fresh_compiler():
         yield worker
@@ -110,12 +127,12 @@ def workers() -> Iterator[Workers]:
             each.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("run", [*runs()], ids=str)
+@pytest.mark.parametrize("run", [*runs(), *EXACT], ids=str)
 def test_error_is_that_of_pytorch(
     workers: Workers, library: Path, run: AheadRun, record_property: Record
 ) -> None:
-    run = run._replace(library=library)
-    verdict: Verdict = workers(run.arch).run(judged, run, timeout=TIMEOUT)
+    worker = workers(run.arch, run.processors)
+    verdict: Verdict = worker.run(judged, run._replace(library=library), timeout=TIMEOUT)
     record_property(f"executed in {run.precision}", verdict.ratio)
     assert not verdict.complaints, "\n".join([str(run), *verdict.complaints])
     assert not verdict.races, f"{run}: {sorted(verdict.races)}"
@@ -125,6 +142,10 @@ def test_error_is_that_of_pytorch(
     if dense and (not case.wrt or any(name.startswith(("weight", "bias")) for name in case.wrt)):
         passes |= {"lstm_bwd_parts", "lstm_bwd_sums"}
     assert {name.partition("-")[0] for name in verdict.kernels} == passes
+    if run.precision == "exact":
+        batch = 2 if dense and run.processors > 1 else 4
+        assert all("-exact-" in name for name in verdict.kernels)
+        assert all(f"n{batch}-" in name for name in verdict.kernels if "_registers-" in name)
 
 
 @pytest.mark.parametrize("run", CLUSTERED, ids=str)
@@ -165,6 +186,10 @@ def test_launches_ask_for_what_plans_say(seen: dict[str, Any]) -> None:
     assert (parts["z"], sums["y"]) == (2, 2)  # directions
     for launch in [*seen["inference"], *seen["compiled"], forward, backward]:
         assert {name: launch[name] for name in wanted} == wanted
+    shapes = [(launch["x"], launch["threads"]) for launch in seen["exact"]]
+    assert shapes[:2] == [(10, 128), (10, 128)] and len(shapes) == 4
+    assert "registers: 256 x 2 tiles" in seen["exact explained"]
+    assert "compiled ahead" in seen["exact explained"]
     assert seen["many"] == [66, 34]  # of 132 multiprocessors, for two directions
     assert seen["captured"] == (1, False)  # a kernel was loaded meanwhile, and nothing is left
     assert "compiled ahead" in seen["explained"]

@@ -265,6 +265,16 @@ def test_what_torch_lacks_is_ours_where_it_is_proven(
     assert taken(BF16, wide(hidden_size=256), RESET) == "cuda"
 
 
+def test_exact_float32_is_cudnns_until_somebody_measures_it(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it compiled ahead or not."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    for ready, units, (training, captured) in product((False, True), (5, 64), EVERY):
+        gpu.ready, gpu.captured = ready, captured
+        assert taken(FP32, wide(hidden_size=units), training=training) == "torch"
+
+
 # ---- the record goes before --------------------------------------------------------------------
 
 

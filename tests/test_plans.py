@@ -201,14 +201,16 @@ def test_few_sequences_take_two_columns_each(plan_of: PlanOf) -> None:
         (64, 128, 1, 2, 4),
         (64, 264, 1, 2, 4),
         (33, 265, 1, 4, 8),
-        (32, 133, 2, 4, 4),
-        (1, 1, 1, 2, 1),
+        (32, 264, 2, 2, 2),
+        (32, 265, 2, 4, 4),
+        (1, 1056, 1, 2, 1),
+        (1, 1057, 1, 4, 2),
     ],
 )
 def test_exact_numbers_rest_in_registers(
     plan_of: PlanOf, H: int, B: int, D: int, batch: int, warps: int
 ) -> None:
-    """As few sequences in a program as there are multiprocessors for; a thread for each cell."""
+    """Few sequences in a program, as long as its warps have quarters; a thread for each cell."""
     plan = plan_of(problem(H, B=B, D=D, element=4, precision="ieee"), HOPPER)
     assert (plan.regime, plan.batch, plan.warps) == ("registers", batch, warps)
     assert 32 * plan.warps == plan.units * plan.batch and not plan.fused

@@ -14,8 +14,11 @@ constexpr i64 kWidestInputs = 64;             // that go through their weights i
 constexpr i64 kParts = 2, kSums = 3;          // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
 constexpr i64 kPartsOfSums = 32;              // that are added at a time
 constexpr i64 kMostWaves = 6;                 // as in fastlstm/kernels/triton/register_plans.py
-constexpr i64 kSequences = 8, kQuarters = 4;  // the same
+constexpr i64 kQuarters = 4;                  // the same
 constexpr unsigned kPortableCluster = 8;      // blocks that every GPU with clusters takes
+
+// Of a program, unless there are few: as sequences() there.
+i64 most_sequences(const Row& row) { return Kind(row.kind) == Kind::exact ? 4 : 8; }
 
 int log2(i64 n) {
   int found = 0;
@@ -167,7 +170,7 @@ const Row* Device::plan(const Layer& layer) const {
   for (const Row& row : plans_) {
     if (row.back != i64(layer.back) || row.kind != i64(layer.kind)) continue;
     if (layer.H > row.most_units || layer.I > row.most_inputs) continue;
-    if (row.blocks == 1 && row.batch == kSequences) return &row;
+    if (row.blocks == 1 && row.batch == most_sequences(row)) return &row;
     const i64 programs = (layer.B + row.batch - 1) / row.batch * layer.D;
     if (programs <= room(row)) return &row;
   }
@@ -215,9 +218,9 @@ Kernel* Device::find(const Wish& wish) const {
       if (Kernel* found = find(wish, inputs, !odd)) return found;
   if (Kernel* found = wish.even ? find(wish, 0, true) : nullptr) return found;
   if (Kernel* found = find(wish, 0, false)) return found;
-  if (wish.row->batch == kSequences) return nullptr;
+  if (wish.row->batch == most_sequences(*wish.row)) return nullptr;
   Row more = *wish.row;
-  more.batch = kSequences;
+  more.batch = most_sequences(more);
   return find({&more, wish.rows, wish.keeps, wish.even, wish.even_x});
 }
 

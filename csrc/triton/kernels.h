@@ -39,7 +39,8 @@ struct Arguments {
   void set(Slot slot, i64 number, const char* what);
 };
 
-enum class Kind : int { bf16, f16, tf32 };
+enum class Kind : int { bf16, f16, tf32, exact };
+inline i64 bytes_of(Kind kind) { return kind == Kind::tf32 || kind == Kind::exact ? 4 : 2; }
 enum class RowsKind : int { dense, padded, packed };
 
 // A line of fastlstm/kernels/triton/ahead/plans.py.
@@ -59,7 +60,7 @@ constexpr i64 kInputsOfParts = 64;    // columns of a tile of inputs
 constexpr i64 kElementsOfSums = 128;  // of a program of the second kernel
 inline i64 gates_of_parts(i64 units) { return units <= 64 ? 64 : 128; }
 inline i64 states_of_parts(i64 units) { return units <= 128 ? units : 128; }  // columns of a tile of states
-inline i64 rows_of_parts(Kind kind) { return kind == Kind::tf32 ? 32 : 64; }
+inline i64 rows_of_parts(Kind kind) { return 128 / bytes_of(kind); }
 
 // What a call wants of a kernel. One that has more will do, except that kept gates differ from those that are not.
 struct Wish {

@@ -18,8 +18,8 @@ bool tf32() {
 std::optional<Kind> kind_of(int32_t dtype, std::optional<bool> in_tf32) {
   if (dtype == aoti_torch_dtype_bfloat16()) return Kind::bf16;
   if (dtype == aoti_torch_dtype_float16()) return Kind::f16;
-  if (dtype == aoti_torch_dtype_float32() && (in_tf32 ? *in_tf32 : tf32())) return Kind::tf32;
-  return std::nullopt;
+  if (dtype != aoti_torch_dtype_float32()) return std::nullopt;
+  return (in_tf32 ? *in_tf32 : tf32()) ? Kind::tf32 : Kind::exact;
 }
 
 // How many sequences a call has; 0 of one that is refused later.

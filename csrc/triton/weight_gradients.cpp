@@ -30,7 +30,7 @@ void set_targets(Arguments* a, const std::vector<Array>& dweights, const Questio
 
 bool takes_weights(const Question& asked, const Rows& rows, i64 D) {
   const double size = double(4 * asked.H) * double(asked.I + asked.H) * double(D);
-  const bool few = double(rows.count) * size * (asked.kind == Kind::tf32 ? 4 : 2) <= kMost;
+  const bool few = double(rows.count) * size * double(bytes_of(asked.kind)) <= kMost;
   return rows.kind(false) == RowsKind::dense && few && asked.I <= kMostInputs;
 }
 

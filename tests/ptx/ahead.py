@@ -61,7 +61,11 @@ def folder_of_names(folder: Path, arch: int) -> None:
 
 @contextmanager
 def executed(
-    library: Path, folder: Path, arch: int, edit: Callable[[str], str] = str
+    library: Path,
+    folder: Path,
+    arch: int,
+    edit: Callable[[str], str] = str,
+    processors: int = 132,
 ) -> Iterator[Log]:
     """Compute every call in this block by what was compiled ahead for a GPU of that architecture.
 
@@ -73,9 +77,11 @@ def executed(
         folder: for the kernels.
         arch: 80 or 90.
         edit: may change the PTX of a kernel, to see that what is broken shows.
+        processors: of the GPU. Where there are few, programs have more sequences.
     """
     stub = ctypes.CDLL(str(library.parent / "libcuda_stub.so"))
     stub.stub_gpu(arch, 227 << 10, 12080)
+    stub.stub_processors(processors)
     if not (folder / manifest.NAME).exists():
         folder_of_names(folder, arch)
     launches = _Launches(arch, edit)

@@ -33,7 +33,7 @@ _OLDEST = 3, 6  # of Triton: the compiler of 3.5 has not been tried
 _MOST_UNITS_WITHOUT_GATES = 128
 _UNITS_OF_A_PROGRAM = 64  # of a plain cell, whatever its numbers are
 _ON = "1", "on", "true", "yes", "y"  # as Triton reads a variable
-_KINDS = {"bf16": 0, "fp16": 1, "tf32": 2}  # indices of ahead.plans.KINDS
+_KINDS = {"bf16": 0, "fp16": 1, "tf32": 2, "exact": 3}  # indices of ahead.plans.KINDS
 _MODES = "auto", "ahead", "jit"  # of FASTLSTM_TRITON
 _OPERATORS = define("triton")
 _JIT_OPERATORS = define("triton_jit", rnn=False)  # of what was not compiled ahead
@@ -300,7 +300,7 @@ def _problem(spec: LayerSpec, B: int, x: Tensor) -> tuple[Any, Any]:
 
         index = x.device.index or 0
         if library.problem_of(index) is None or _jit_problem() is not None:
-            precision = "ieee" if _kind(x.dtype) is None else "tf32"
+            precision = "ieee" if measured.precision(x.dtype) == "exact" else "tf32"
             return Problem(spec, B, x.element_size(), precision), library.gpu(index)
     from .launch import device_of, precision_of
 
@@ -310,7 +310,7 @@ def _problem(spec: LayerSpec, B: int, x: Tensor) -> tuple[Any, Any]:
 @constant
 def _kind(dtype: torch.dtype) -> int | None:
     """Return which kind of number compiled kernels have, as in ahead/plans.py, or None."""
-    return _KINDS.get(measured.precision(dtype))
+    return _KINDS[measured.precision(dtype)] if dtype in _DTYPES else None
 
 
 _ANY = 1 << 30  # sequences: clusters of so many have no room

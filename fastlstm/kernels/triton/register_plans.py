@@ -6,8 +6,9 @@ it is activations, and from H = 32 on registers would spill; two programs of 8 o
 do the same work, and one goes on while the other waits at its barrier. Few sequences, which leave
 multiprocessors empty, take two columns each: programs of 4 have half of the activations.
 
-Exact float32 is multiplied a number at a time, which is most of a step then: a program has 4
-sequences or, where the GPU has a multiprocessor for each two, 2 (``exact_tiles.py``).
+Exact float32 is multiplied a number at a time, which is most of a step then. A thread has one
+cell, so that programs of 4 sequences have twice as many warps as those of 2, which are for few
+(``exact_tiles.py``).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from .sequence_plans import widest
 __all__ = [
     "SEQUENCES",
     *("backward_cluster", "backward_registers", "forward_cluster", "forward_registers"),
-    "fits_registers",
+    *("fits_registers", "sequences"),
 ]
 
-SEQUENCES = 8  # of a program
-_FEW_SEQUENCES = 4  # of dense rows, as long as no two warps share a quarter of a multiprocessor
+SEQUENCES = 8  # of a program over a cluster
+# Of others, by how float32 is multiplied: few, as long as no two warps share a quarter of a
+# multiprocessor, and many.
+_SEQUENCES = {"tf32": (4, 8), "ieee": (2, 4)}
 _QUARTERS = 4
 _WIDEST_FLOAT32 = 64  # some registers spill; in shared memory a step takes five times as long
 _WIDEST_INPUT = 64  # that goes through its weights in the loop
@@ -34,6 +37,11 @@ _UNITS_OF_A_BLOCK = 32
 _MOST_WAVES = 6  # of clusters, one after the other: still better than a launch for each step
 _ON_CHIP = "W_hh fits the registers of one multiprocessor"
 _IN_CLUSTER = "W_hh fits the registers of a cluster"
+
+
+def sequences(precision: str) -> tuple[int, int]:
+    """Return how many sequences a program has: where there are few of them, and otherwise."""
+    return _SEQUENCES[precision]
 
 
 def fits_registers(problem: Problem, device: Device) -> bool:
@@ -99,12 +107,12 @@ def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
 
 def _plan(problem: Problem, device: Device, fused: bool, reason: str) -> Plan:
     """Return the plan of a pass: a warp for each 16 units, or a thread for each exact cell."""
-    units = padded(problem.spec.hidden_size)
+    units, exact = padded(problem.spec.hidden_size), problem.precision == "ieee"
     warps = units // 16
-    few = _programs(problem, _FEW_SEQUENCES) <= device.processors * max(1, _QUARTERS // warps)
-    batch = _FEW_SEQUENCES if few and problem.dense else SEQUENCES
-    if problem.precision == "ieee":
-        batch = 2 if _programs(problem, 2) <= device.processors else 4
+    least, most = sequences(problem.precision)
+    few = _programs(problem, least) <= device.processors * max(1, _QUARTERS // warps)
+    batch = least if few and (problem.dense or exact) else most
+    if exact:
         warps = units * batch // 32
     return Plan("registers", units, batch, units, True, fused, warps, 1, reason)
 

@@ -122,7 +122,7 @@ def lstm_weight_parts_kernel(
     H_TILE: tl.constexpr,
     ROWS: tl.constexpr,  # that are multiplied at a time
     STAGES: tl.constexpr,  # of the pipeline that loads
-    PRECISION: tl.constexpr,  # of products: "tf32"
+    PRECISION: tl.constexpr,  # of products: "tf32" or "ieee"
 ):
     """A tile of the products of some rows of a direction, and the sums of the gradients."""
     gate = tl.program_id(0) * GATES + tl.arange(0, GATES)

@@ -26,7 +26,7 @@ _KERNELS = {
     (True, "parts"): ("weight_gradients", "lstm_weight_parts_kernel"),
     (True, "sums"): ("weight_gradients", "lstm_weight_sums_kernel"),
 }
-_POINTERS = {"bf16": "*bf16", "f16": "*fp16", "tf32": "*fp32"}
+_POINTERS = {"bf16": "*bf16", "f16": "*fp16", "tf32": "*fp32", "exact": "*fp32"}
 _FLOAT32 = ("c_all", "parts")
 _INTEGERS = {"offsets": "*i64", "lengths": "*i64", "reset": "*u8"}
 _AT_RUN_TIME = (
@@ -116,20 +116,21 @@ def _constants(key: Key) -> dict[str, Any]:
     if key.regime == "sums":
         return {"N": ELEMENTS, "SPLITS": PARTS}
     if key.regime == "parts":
-        cut = tiles(key.inputs, key.units, element_and_precision(key.kind)[0])
+        element, precision = element_and_precision(key.kind)
+        cut = tiles(key.inputs, key.units, element)
         of_parts: dict[str, Any] = {
             "BIAS": True,
             "GATES": cut.gates,
             "X_TILE": cut.x,
             "H_TILE": cut.h,
         }
-        return of_parts | {"ROWS": key.batch, "STAGES": cut.plan.stages, "PRECISION": "tf32"}
+        return of_parts | {"ROWS": key.batch, "STAGES": cut.plan.stages, "PRECISION": precision}
     found: dict[str, Any] = dict.fromkeys(_ABSENT[key.rows])
     found |= {"N": key.batch, "FAST": key.kind == "bf16"}
     if key.regime == "cluster":
         found |= {"UNITS": key.units, "C": key.blocks}
     else:
-        found |= {"U": key.units, "EXACT": False}
+        found |= {"U": key.units, "EXACT": key.kind == "exact"}
     if key.back:
         found |= {"KEPT": key.keeps, "DY_UNIT": 1}
         if key.keeps:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from math import log2
 from typing import NamedTuple
 
-from fastlstm.kernels.triton.register_plans import SEQUENCES
+from fastlstm.kernels.triton.register_plans import sequences
 from fastlstm.kernels.triton.weight_gradients import PARTS, tiles
 
 from .plans import ANY, KINDS, REGIMES, Row, element_and_precision
@@ -75,8 +75,8 @@ def keys(rows: list[Row]) -> list[Key]:
 
     Whatever has no kernel of its own takes one that can do more: a call of dense rows one that
     also reads lengths, of even sizes one for all sizes, of few inputs one for many, or one whose
-    products are made before, of few sequences one for 8. So only calls as they mostly are have the
-    one that is best for them.
+    products are made before, of few sequences one for many. So only calls as they mostly are have
+    the one that is best for them.
     """
     found = [key for row in rows for key in _keys(row, rows)]
     return list(dict.fromkeys([*found, *(key for row in rows for key in _of_weights(row))]))
@@ -89,11 +89,12 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
     if row.blocks > 1:
         yield from _of_cluster(key)
         return
-    even = key._replace(even=True)
+    exact = kind == "exact"  # whose threads read and write as much where sizes are even
+    even = key._replace(even=not exact)
     if not back:
         yield even._replace(rows="dense", keeps=False)
     yield even._replace(rows="dense")
-    if row.batch < SEQUENCES:
+    if row.batch < sequences(element_and_precision(kind)[1])[1]:
         return
     yield from (even._replace(rows=form) for form in ("padded", "packed"))
     if row.inputs and (row.inputs < _widest(row, rows) or row.units > _MOST_ODD_UNITS):

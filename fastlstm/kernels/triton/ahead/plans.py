@@ -18,7 +18,7 @@ from fastlstm.spec import LayerSpec
 __all__ = ["ANY", "KINDS", "REGIMES", "Row", "element_and_precision", "table"]
 
 ANY = 2**31 - 1
-KINDS = ("bf16", "f16", "tf32")  # of numbers: how they are stored and multiplied
+KINDS = ("bf16", "f16", "tf32", "exact")  # of numbers: how they are stored and multiplied
 REGIMES = ("registers", "cluster")  # that are compiled ahead
 _UNITS = (16, 32, 64, 128, 256, 512)
 _INPUTS = (16, 32, 64)
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     most_inputs: int  # I
     regime: int  # of REGIMES
     units: int
-    batch: int  # sequences of a program; of fewer than 8, those that have room
+    batch: int  # sequences of a program; the fewer of two numbers as long as they have room
     inputs: int  # the tile of I, if x goes through w_ih in the loop, else 0
     warps: int
     blocks: int  # of a cluster, which takes so many sequences as have room
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 def element_and_precision(kind: str) -> tuple[int, str]:
     """Return the bytes of a number of that kind, and how float32 is multiplied."""
-    return (4 if kind == "tf32" else 2), "tf32"
+    return (2 if kind in ("bf16", "f16") else 4), ("ieee" if kind == "exact" else "tf32")
 
 
 def table(arch: int) -> list[Row]:
