@@ -63,6 +63,7 @@ SOURCES = {
     "csrc/bindings/forward.cpp": [],
     "csrc/bindings/backward.cpp": [],
     "csrc/bindings/infer.cpp": [],
+    "csrc/bindings/training.cpp": [],
     "csrc/bindings/cell.cpp": [],
     "csrc/bindings/quantized.cpp": [],
     "csrc/bindings/plans.cpp": [],

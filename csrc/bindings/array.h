@@ -46,7 +46,7 @@ class Array {
   }
   // A new tensor, contiguous and uninitialised, on the CPU.
   static Array empty(std::initializer_list<i64> shape, int32_t dtype) {
-    i64 strides[3], step = 1;
+    i64 strides[4], step = 1;
     for (size_t k = shape.size(); k-- > 0; step *= std::max(shape.begin()[k], i64(1))) strides[k] = step;
     AtenTensorHandle handle;
     if (aoti_torch_empty_strided(i64(shape.size()), shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0,

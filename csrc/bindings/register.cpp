@@ -8,6 +8,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
   m.impl("lstm_fwd_cpu", TORCH_BOX(&Guarded<&lstm_fwd_cpu>::call));
   m.impl("lstm_bwd_cpu", TORCH_BOX(&Guarded<&lstm_bwd_cpu>::call));
   m.impl("lstm_infer_cpu", TORCH_BOX(&Guarded<&lstm_infer_cpu>::call));
+  m.impl("lstm_plain_fwd_cpu", TORCH_BOX(&Guarded<&lstm_plain_fwd_cpu>::call));
+  m.impl("lstm_plain_bwd_cpu", TORCH_BOX(&Guarded<&lstm_plain_bwd_cpu>::call));
   m.impl("lstm_cell_infer_cpu", TORCH_BOX(&Guarded<&lstm_cell_infer_cpu>::call));
   m.impl("lstm_cell_fwd_cpu", TORCH_BOX(&Guarded<&lstm_cell_fwd_cpu>::call));
   m.impl("lstm_cell_bwd_cpu", TORCH_BOX(&Guarded<&lstm_cell_bwd_cpu>::call));

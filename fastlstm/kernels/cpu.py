@@ -33,6 +33,7 @@ _LSTM_CELL_INFER = operators.define_operator(
     "lstm_cell_infer_cpu",
     f"(Tensor x, Tensor[] weights, {_STATES}, Tensor(a!)? cache) -> (Tensor, Tensor)",
 )
+_PLAIN_FWD, _PLAIN_BWD = operators.define_plain("cpu", "Tensor(a!)? cache")
 # A step of a cell in training. The forward operator also returns what the other one needs: the
 # gates and c, in one tensor [B, 5H] of the compute type. So is what the backward operator returns:
 # the gradients of x, h0 and c0, empty where they are not wanted, and those of the gate sums
@@ -95,6 +96,43 @@ class CpuBackend(Backend):
         if x.dtype not in _DTYPES:
             return f"the cpu kernels have no {x.dtype}"
         return self.error()
+
+    def takes_plain(self, spec: LayerSpec) -> bool:
+        """Whether the two methods that follow compute a layer."""
+        return spec.is_lstm and not spec.is_extended and self.error() is None
+
+    def lstm_plain_fwd(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        spec: LayerSpec,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        cache: Any,
+    ) -> Any:
+        """Compute a layer in training."""
+        packed = self.packed_weights(cache, "forward", weights, spec, (x.shape[0], x.shape[1]))
+        return _PLAIN_FWD(x, weights, spec.directions, h0, c0, packed)
+
+    def lstm_plain_bwd(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        spec: LayerSpec,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        cache: Any,
+        *rest: Any,
+    ) -> Any:
+        """Compute the gradients of a layer."""
+        packed = self.packed_weights(cache, "backward", weights, spec, (x.shape[0], x.shape[1]))
+        if x.element_size() > 2:
+            return _PLAIN_BWD(x, weights, spec.directions, h0, c0, *rest, packed)
+        *kept, dy, dh_n, dc_n, dx, dh0, dc0, dweights = rest
+        incoming = [None if t is None else t.float() for t in (dy, dh_n, dc_n)]
+        arguments = *kept, *incoming, dx, dh0, dc0, dweights
+        found = _PLAIN_BWD(x, weights, spec.directions, h0, c0, *arguments, packed)
+        return [t.to(x.dtype) for t in found]
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
         """Describe how the threads of this process would share a layer."""

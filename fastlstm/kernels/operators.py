@@ -135,6 +135,30 @@ def define_operator(name: str, schema: str) -> Any:
     return getattr(torch.ops.fastlstm, name).default
 
 
+def define_plain(backend: str, last: str) -> tuple[Any, Any]:
+    """Define what ``Backend.lstm_plain_fwd`` and ``lstm_plain_bwd`` of a backend call.
+
+    They have no fake kernel: compiled code has the operators of :func:`define`.
+
+    Args:
+        backend: its name.
+        last: an argument of its own, as in a schema.
+    """
+    inputs = "Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0"
+    kept = "Tensor y, Tensor c_all, Tensor gates"
+    incoming = "Tensor? dy, Tensor? dh_n, Tensor? dc_n"
+    wanted = "bool dx, bool dh0, bool dc0, bool dweights"
+    forward = define_operator(
+        f"lstm_plain_fwd_{backend}",
+        f"({inputs}, {last}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+    backward = define_operator(
+        f"lstm_plain_bwd_{backend}",
+        f"({inputs}, {kept}, {incoming}, {wanted}, {last}) -> Tensor[]",
+    )
+    return forward, backward
+
+
 def add_kernel(name: str, kernel: Callable[..., Any], key: str) -> None:
     """Let a function compute an operator.
 

@@ -97,7 +97,7 @@ def gradients(
     """
     x, h0, c0, *weights = inputs
     backend, spec = get(call.backend), call.spec
-    if call.short and not call.members:
+    if call.short and not (call.members or torch.compiler.is_compiling()):
         return _short_gradients(call, needed, inputs, kept, incoming)
     dtype = compute_dtype(x.dtype) if backend.wide else x.dtype
     arriving = [None if grad is None else _dense(_as(grad, dtype)) for grad in incoming]
