@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from fastlstm.spec import Gradients, Incoming, Saved, Weights
 
 from .backward_by_unit import GatesByUnit, incoming_arguments
-from .backward_registers_step import backward_step
+from .backward_registers_step import backward_step, prepared, read_at, steps_ahead
 from .call import Call, row_arguments, weight_arguments
-from .gluon import gl, gluon
+from .gluon import block_barrier, gl, gluon
 from .launch import is_fast, launch, precision_of
 from .plan import Plan
-from .register_products import biases, columns_of_gates, gate_buffers, layout_of_cells
+from .register_products import biases, columns_of_gates, gate_buffers, layout_of_cells, tanh_of
 from .register_tiles import (
     at_step,
     beside,
     elements,
     first_row,
-    flags,
     given,
     load_lengths,
 )
@@ -101,6 +100,7 @@ def lstm_bwd_registers_kernel(
     own = gl.arange(0, N, gl.SliceLayout(0, cells))
     own4 = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, fours)))
     at = own[None, :] * (D * H) + unit[:, None]
+    at1 = own[None, :] * H + unit[:, None]
     at4 = ((own4[None, :] * H + unit4[:, None]) * 4)[:, :, None] + gate[None, None, :]
     corner4 = (direction * rows.to(gl.int64) + first) * (4 * H)
     c_at = c_all + (first * (D * H) + direction * H)
@@ -128,12 +128,9 @@ def lstm_bwd_registers_kernel(
     forth = 2 * direction - 1
     last = (steps - 1) * (1 - direction)
     far = last.to(gl.int64)
-    row, row_1, row_2 = 0, 0, 0
-    real_0, real_1, real4_0 = real & (steps > 0), real & (steps > 1), real4 & (steps > 0)
-    if lengths is not None:
-        real_0 = real & at_step(last, length)
-        real_1 = real & at_step(last + forth, length)
-        real4_0 = real4 & at_step(last, length4)[:, :, None]
+    pair: gl.constexpr = 32 // dtype.primitive_bitwidth
+    AHEAD: gl.constexpr = steps_ahead(U, N, pair, reset is not None, EXACT)
+    first_rows = 0, 0, 0, 0
     if offsets is None:
         c_at += far * c_step
         g_at += far * g_step
@@ -142,62 +139,67 @@ def lstm_bwd_registers_kernel(
         dca_at += far * dca_step
         c_step, g_step = c_step * forth, g_step * forth
         dy_step, dca_step = dy_step * forth, dca_step * forth
-        c = gl.load(c_at + at, real_0, 0)
-        c_before = gl.load(c_at + c_step + at, real_1, 0)
-        g_now = gl.load(g_at + at4, real4_0, 0)
-        dy_0, dca_0 = dy_at, dca_at
-        c_at += 2 * c_step
-        g_at += g_step
-        dy_at += dy_step
-        dca_at += dca_step
     else:
         row = first_row(last, offsets, T)
         row_1 = first_row(last + forth, offsets, T)
         row_2 = first_row(last + 2 * forth, offsets, T)
-        c = gl.load(c_at + elements(row, c_step) + at, real_0, 0)
-        c_before = gl.load(c_at + elements(row_1, c_step) + at, real_1, 0)
-        g_now = gl.load(g_at + elements(row, g_step) + at4, real4_0, 0)
-        dy_0, dca_0 = dy_at + elements(row, dy_step), dca_at + elements(row, dca_step)
-    dy_now, dca_now, reset_now = 0.0, 0.0, 0
-    if dy is not None:
-        dy_now = gl.load(dy_0 + dy_off, real_0 & given(dy, H), 0)
-    if dc_all is not None:
-        dca_now = gl.load(dca_0 + dca_off, real_0 & given(dc_all, H), 0)
-    if reset is not None:
-        reset_now = flags(reset, 0, steps, last, n, length, lengths, B, H)
+        first_rows = row, row_1, row_2, 0
+        if AHEAD == 2:
+            first_rows = row, row_1, row_2, first_row(last + 3 * forth, offsets, T)
+    real_0 = real & (steps > 0)
+    if lengths is not None:
+        real_0 = real & at_step(last, length)
+    c_0 = c_at
+    if offsets is not None:
+        c_0 = c_at + elements(first_rows[0], c_step)
+    else:
+        c_at += c_step
+    tanh_c = tanh_of(gl.load(c_0 + at, real_0, 0), FAST, EXACT)
+    places, strides = (c_at, g_at, dy_at, dca_at), (c_step, g_step, dy_step, dca_step)
+    now = 0
+    read, places = read_at(
+        places, strides, 0, last, first_rows[0], first_rows[1], n, steps, forth,
+        real, real4, at, at1, at4, dy_off, dca_off, length, length4,
+        offsets, lengths, reset, dy, dc_all, B, H,
+    )  # fmt: skip
+    if AHEAD == 2:
+        now, tanh_c = prepared(
+            read, tanh_c, bias, c_start, 0, last, steps, forth, length,
+            c0, lengths, reset, dtype, U, N, KEPT, EXACT, FAST,
+        )  # fmt: skip
+        read, places = read_at(
+            places, strides, 1, last + forth, first_rows[1], first_rows[2], n, steps, forth,
+            real, real4, at, at1, at4, dy_off, dca_off, length, length4,
+            offsets, lengths, reset, dy, dc_all, B, H,
+        )  # fmt: skip
 
     even, odd = gate_buffers(dtype, U, N, EXACT), gate_buffers(dtype, U, N, EXACT)
+    block_barrier()  # else the loop has one more, for what shared memory held before
     if steps % 2 == 1:
         (
-            dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
-            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
+            dh, dc, tanh_c, now, read, places, d_at, first_rows,
         ) = backward_step(
-            odd, w, bias, dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now,
-            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            c_step, g_step, dy_step, dca_step,
-            row, row_1, row_2, 0, steps, last, forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, EXACT, FAST,
+            odd, w, bias, dh, dc, tanh_c, c_start, now, read, places, strides, d_at, g_step,
+            real, real4, at, at1, at4, dy_off, dca_off, first_rows,
+            0, steps, last, forth, n, length, length4,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, H, U, N, KEPT, EXACT, FAST, AHEAD,
         )  # fmt: skip
     for s in range(steps % 2, steps, 2):
         (
-            dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
-            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
+            dh, dc, tanh_c, now, read, places, d_at, first_rows,
         ) = backward_step(
-            even, w, bias, dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now,
-            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            c_step, g_step, dy_step, dca_step,
-            row, row_1, row_2, s, steps, last + forth * s, forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, EXACT, FAST,
+            even, w, bias, dh, dc, tanh_c, c_start, now, read, places, strides, d_at, g_step,
+            real, real4, at, at1, at4, dy_off, dca_off, first_rows,
+            s, steps, last + forth * s, forth, n, length, length4,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, H, U, N, KEPT, EXACT, FAST, AHEAD,
         )  # fmt: skip
         (
-            dh, dc, c, c_before, g_now, dy_now, dca_now, reset_now,
-            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
+            dh, dc, tanh_c, now, read, places, d_at, first_rows,
         ) = backward_step(
-            odd, w, bias, dh, dc, c, c_before, c_start, g_now, dy_now, dca_now, reset_now,
-            real, real4, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            c_step, g_step, dy_step, dca_step,
-            row, row_1, row_2, s + 1, steps, last + forth * (s + 1), forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, D, H, U, N, KEPT, EXACT, FAST,
+            odd, w, bias, dh, dc, tanh_c, c_start, now, read, places, strides, d_at, g_step,
+            real, real4, at, at1, at4, dy_off, dca_off, first_rows,
+            s + 1, steps, last + forth * (s + 1), forth, n, length, length4,
+            c0, offsets, lengths, reset, dy, dc_all, T, B, H, U, N, KEPT, EXACT, FAST, AHEAD,
         )  # fmt: skip
     if dh0 is not None:
         gl.store(dh0 + state_at, dh.to(dh0.dtype.element_ty), real & given(dh0, H))

@@ -1,8 +1,9 @@
-"""One step of the backward pass in the registers regime."""
+"""One step of the backward pass in the registers regime, and what it reads."""
 
 from .gluon import gl, gluon
 from .register_products import activate, gates_after, put_gates, state_gradient, tanh_of
 from .register_tiles import (
+    COLUMNS,
     apart,
     at_step,
     beside,
@@ -15,15 +16,139 @@ from .register_tiles import (
 )
 
 
+@gluon.constexpr_function
+def steps_ahead(U, N, pair, resets, EXACT):
+    """Return how many steps ahead a step reads: 1, or 2 where threads have registers left.
+
+    With 2 a step prepares the next one as well, while its own products are under way. Weights
+    take 2U / `pair` registers, and N = 4 has half the activations of N = 8; calls with resets
+    mostly have lengths and gradients of c too, which take more.
+    """
+    widest = 16 * pair if resets else 32 * pair
+    return 2 if not EXACT and (N < COLUMNS or widest >= U) else 1
+
+
 @gluon.jit
-def cell_gradient(dh, dc, i, f, g, o, tanh_c, c_before):
-    """Return the gradients of i, f, g, o before activation and of c_before."""
-    dc += dh * o * (1.0 - tanh_c * tanh_c)
-    d_o = dh * tanh_c * o * (1.0 - o)
-    d_i = dc * g * i * (1.0 - i)
-    d_f = dc * c_before * f * (1.0 - f)
-    d_g = dc * i * (1.0 - g * g)
-    return d_i, d_f, d_g, d_o, dc * f
+def read_at(
+    places,  # pointers to c of the step after, gates, dy and dc_all; with offsets at row 0
+    strides,  # of each from a step to the next, with offsets from a row
+    s,  # the step that is read: how many come before
+    t,  # which one it is
+    row,  # its first row and that of the step after, with offsets
+    row_1,
+    n,  # [N]
+    steps,
+    forth,
+    real,
+    real4,
+    at,
+    at1,
+    at4,
+    dy_off,
+    dca_off,
+    length,
+    length4,
+    offsets,
+    lengths,
+    reset,
+    dy,
+    dc_all,
+    B,
+    H: gl.constexpr,
+):
+    """Ask for what a step reads; return it and where the next one finds the same."""
+    c_at, g_at, dy_at, dca_at = places
+    c_step, g_step, dy_step, dca_step = strides
+    if lengths is None:
+        now, now4, after = real & (s < steps), real4 & (s < steps), real & (s + 1 < steps)
+    else:
+        now, after = real & at_step(t, length), real & at_step(t + forth, length)
+        now4 = real4 & at_step(t, length4)[:, :, None]
+    c_now, g_now, dy_now, dca_now = c_at, g_at, dy_at, dca_at
+    if offsets is not None:
+        c_now, g_now = c_at + elements(row_1, c_step), g_at + elements(row, g_step)
+        dy_now, dca_now = dy_at + elements(row, dy_step), dca_at + elements(row, dca_step)
+    # The four gates of a cell in one number: of parts of registers the loop would make copies.
+    if g_at.dtype.element_ty.primitive_bitwidth == 16:
+        g = gl.load(g_now.to(gl.pointer_type(gl.int64), bitcast=True) + at1, now, 0)
+    else:
+        g = gl.load(g_now + at4, now4, 0)
+    c = gl.load(c_now + at, after, 0)
+    d, dca, starts = 0.0, 0.0, 0
+    if dy is not None:
+        d = gl.load(dy_now + dy_off, now & given(dy, H), 0)
+    if dc_all is not None:
+        dca = gl.load(dca_now + dca_off, now & given(dc_all, H), 0)
+    if reset is not None:
+        starts = flags(reset, s, steps, t, n, length, lengths, B, H)
+    if offsets is None:
+        c_at += c_step
+        g_at += g_step
+        dy_at += dy_step
+        dca_at += dca_step
+    return (g, c, d, dca, starts), (c_at, g_at, dy_at, dca_at)
+
+
+@gluon.jit
+def kept_gates(g_now, dtype: gl.constexpr, U: gl.constexpr, N: gl.constexpr, cells: gl.constexpr):
+    """Return i, f, g, o ``[U, N]`` in float32, of what was read of them."""
+    if g_now.dtype == gl.int64:
+        i_f, g_o = g_now.to(gl.int32), (g_now >> 32).to(gl.int32)
+        i, f = i_f.to(gl.int16), (i_f >> 16).to(gl.int16)
+        g, o = g_o.to(gl.int16), (g_o >> 16).to(gl.int16)
+        i, f = i.to(dtype, bitcast=True).to(gl.float32), f.to(dtype, bitcast=True).to(gl.float32)
+        g, o = g.to(dtype, bitcast=True).to(gl.float32), o.to(dtype, bitcast=True).to(gl.float32)
+    else:
+        i, f, g, o = apart(g_now.to(gl.float32), U, N, cells)
+    return i, f, g, o
+
+
+@gluon.jit
+def prepared(
+    read,  # of read_at
+    tanh_c,  # [U, N]
+    bias,  # of biases, without KEPT
+    c_start,  # [U, N], with c0
+    s,
+    t,
+    steps,
+    forth,
+    length,
+    c0,
+    lengths,
+    reset,
+    dtype: gl.constexpr,
+    U: gl.constexpr,
+    N: gl.constexpr,
+    KEPT: gl.constexpr,
+    EXACT: gl.constexpr,
+    FAST: gl.constexpr,
+):
+    """Return all of a step that does not depend on those after it, and tanh of c before it.
+
+    What the gradient of h adds to that of c, what that of c makes of those of the gates i, f and
+    g, the gradient of h of that of o; f; what dy and dc_all add; the flags of a reset.
+    """
+    cells: gl.constexpr = tanh_c.type.layout
+    g_now, c_before, dy_now, dca_now, starts = read
+    before = c_before
+    if c0 is not None:
+        if lengths is None:
+            before = gl.where(s + 1 < steps, c_before, c_start)
+        else:
+            before = gl.where(at_step(t + forth, length), c_before, c_start)
+    if reset is not None:
+        before = only((starts == 0)[None, :], before)
+    if KEPT:
+        i, f, g, o = kept_gates(g_now, dtype, U, N, cells)
+    else:
+        i, f, g, o = gates_after(g_now, bias, U, N, EXACT)
+        i, f, g, o = activate(i, f, g, o, dtype, FAST, EXACT)
+    to_c = o * (1.0 - tanh_c * tanh_c)
+    to_i, to_f = g * i * (1.0 - i), before * f * (1.0 - f)
+    to_g, to_o = i * (1.0 - g * g), tanh_c * o * (1.0 - o)
+    added = dy_now.to(gl.float32), dca_now.to(gl.float32), starts
+    return (to_c, to_i, to_f, to_g, to_o, f, added), tanh_of(c_before, FAST, EXACT)
 
 
 @gluon.jit
@@ -33,31 +158,22 @@ def backward_step(
     bias,  # of biases, without KEPT
     dh,  # [U, N]: the gradients that come from the steps after
     dc,
-    c,  # [U, N]
-    c_before,  # [U, N], or what c0 does not say of it
+    tanh_c,  # [U, N]: of this step, or of the next one if this is prepared
     c_start,  # [U, N], with c0
-    g_now,  # [U, N, 4]
-    dy_now,  # [U, N], with dy
-    dca_now,  # [U, N], with dc_all
-    reset_now,  # [N], with a reset
+    now,  # of prepared, AHEAD == 2
+    read,  # of read_at: this step, or the next one if this is prepared
+    places,  # for read_at
+    strides,
+    d_at,  # pointer to the gradients of the gates of this step; with offsets at row 0
+    g_step,
     real,  # [U, N]
     real4,  # [U, N, 4]
     at,  # [U, N]: offsets within the tile
-    at4,  # [U, N, 4]: the same
+    at1,  # [U, N]: the same in cells of a step
+    at4,  # [U, N, 4]: the same in their gates
     dy_off,  # [U, N], with dy
     dca_off,  # [U, N], with dc_all
-    c_at,  # pointer to c two steps on; with offsets at row 0, as all the following
-    g_at,  # pointer to the gates of the next step
-    d_at,  # pointer to the gradients of the gates of this step
-    dy_at,  # pointer to dy of the next step, or to anything
-    dca_at,  # pointer to dc_all of the next step, or to anything
-    c_step,
-    g_step,
-    dy_step,
-    dca_step,
-    row,  # the first row of this step and of the two that follow, with offsets
-    row_1,
-    row_2,
+    rows,  # the first row of this step and of AHEAD + 1 that follow, with offsets; four numbers
     s,  # how many steps were taken
     steps,
     t,  # the step that this is
@@ -73,66 +189,37 @@ def backward_step(
     dc_all,
     T,
     B,
-    D: gl.constexpr,
     H: gl.constexpr,
     U: gl.constexpr,
     N: gl.constexpr,
     KEPT: gl.constexpr,
     EXACT: gl.constexpr,
     FAST: gl.constexpr,
+    AHEAD: gl.constexpr,  # of steps_ahead
 ):
     """Take one step back; return what the next one begins with."""
     cells: gl.constexpr = dc.type.layout
     dtype: gl.constexpr = d_at.dtype.element_ty
-    # What the steps that follow will read is asked for now.
-    next_real, later_real, next_real4 = real & (s + 1 < steps), real & (s + 2 < steps), real4
-    if lengths is not None:
-        next_real = real & at_step(t + forth, length)
-        later_real = real & at_step(t + 2 * forth, length)
-        next_real4 = real4 & at_step(t + forth, length4)[:, :, None]
-    else:
-        next_real4 = real4 & (s + 1 < steps)
-    if offsets is None:
-        g_next = gl.load(g_at + at4, next_real4, 0)
-        c_later = gl.load(c_at + at, later_real, 0)
-        d_now = d_at
-    else:
-        g_next = gl.load(g_at + elements(row_1, g_step) + at4, next_real4, 0)
-        c_later = gl.load(c_at + elements(row_2, c_step) + at, later_real, 0)
-        d_now = d_at + elements(row, g_step)
-    dy_next, dca_next, reset_next = dy_now, dca_now, reset_now
+    this = now
+    if AHEAD == 1:
+        this, tanh_c = prepared(
+            read, tanh_c, bias, c_start, s, t, steps, forth, length,
+            c0, lengths, reset, dtype, U, N, KEPT, EXACT, FAST,
+        )  # fmt: skip
+    follows, places = read_at(
+        places, strides, s + AHEAD, t + AHEAD * forth, rows[AHEAD], rows[AHEAD + 1], n, steps,
+        forth, real, real4, at, at1, at4, dy_off, dca_off, length, length4,
+        offsets, lengths, reset, dy, dc_all, B, H,
+    )  # fmt: skip
+    to_c, to_i, to_f, to_g, to_o, f, added = this
     dh_total, dc_total = dh, dc
     if dy is not None:
-        dy_real = next_real & given(dy, H)
-        dh_total += dy_now.to(gl.float32)
-        if offsets is None:
-            dy_next = gl.load(dy_at + dy_off, dy_real, 0)
-        else:
-            dy_next = gl.load(dy_at + elements(row_1, dy_step) + dy_off, dy_real, 0)
+        dh_total += added[0]
     if dc_all is not None:
-        dca_real = next_real & given(dc_all, H)
-        dc_total += dca_now.to(gl.float32)
-        if offsets is None:
-            dca_next = gl.load(dca_at + dca_off, dca_real, 0)
-        else:
-            dca_next = gl.load(dca_at + elements(row_1, dca_step) + dca_off, dca_real, 0)
-    before = c_before
-    if c0 is not None:
-        if lengths is None:
-            before = gl.where(s + 1 < steps, c_before, c_start)
-        else:
-            before = gl.where(at_step(t + forth, length), c_before, c_start)
-    if reset is not None:
-        before = only((reset_now == 0)[None, :], before)
-        reset_next = flags(reset, s + 1, steps, t + forth, n, length, lengths, B, H)
-
-    if KEPT:
-        i, f, g, o = apart(g_now.to(gl.float32), U, N, cells)
-    else:
-        i, f, g, o = gates_after(g_now, bias, U, N, EXACT)
-        i, f, g, o = activate(i, f, g, o, dtype, FAST, EXACT)
-    tanh_c = tanh_of(c, FAST, EXACT)
-    d_i, d_f, d_g, d_o, dc_new = cell_gradient(dh_total, dc_total, i, f, g, o, tanh_c, before)
+        dc_total += added[1]
+    dc_total += dh_total * to_c
+    d_i, d_f, d_g, d_o = dc_total * to_i, dc_total * to_f, dc_total * to_g, dh_total * to_o
+    dc_new = dc_total * f
     if not fills(H, U):  # as in forward
         unit = gl.arange(0, U, gl.SliceLayout(1, cells))
         inside = (unit < H)[:, None]
@@ -143,25 +230,30 @@ def backward_step(
             only(inside, d_o),
         )
     put_gates(to, d_i, d_f, d_g, d_o, U, N, EXACT)
+    d_now, store4 = d_at, real4
+    if offsets is not None:
+        d_now = d_at + elements(rows[0], g_step)
     if lengths is not None:
-        real4 = real4 & at_step(t, length4)[:, :, None]
-    gl.store(d_now + at4, beside(d_i, d_f, d_g, d_o, U, N).to(dtype), real4)
+        store4 = real4 & at_step(t, length4)[:, :, None]
+    gl.store(d_now + at4, beside(d_i, d_f, d_g, d_o, U, N).to(dtype), store4)
+    if AHEAD == 2:
+        now, tanh_c = prepared(
+            read, tanh_c, bias, c_start, s + 1, t + forth, steps, forth, length,
+            c0, lengths, reset, dtype, U, N, KEPT, EXACT, FAST,
+        )  # fmt: skip
     dh_new = state_gradient(w, to, U, N, EXACT)
     if reset is not None:
-        dh_new = only((reset_now == 0)[None, :], dh_new)
-        dc_new = only((reset_now == 0)[None, :], dc_new)
+        dh_new = only((added[2] == 0)[None, :], dh_new)
+        dc_new = only((added[2] == 0)[None, :], dc_new)
     if lengths is not None:
         active = at_step(t, length)
         dh_new, dc_new = gl.where(active, dh_new, dh), gl.where(active, dc_new, dc)
     if offsets is not None:
-        row, row_1, row_2 = row_1, row_2, first_row(t + 3 * forth, offsets, T)
+        later = first_row(t + (AHEAD + 2) * forth, offsets, T)
+        if AHEAD == 1:
+            rows = rows[1], rows[2], later, 0
+        else:
+            rows = rows[1], rows[2], rows[3], later
     else:
-        c_at += c_step
-        g_at += g_step
         d_at += g_step
-        dy_at += dy_step
-        dca_at += dca_step
-    return (
-        dh_new, dc_new, c_before, c_later, g_next, dy_next, dca_next, reset_next,
-        c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2,
-    )  # fmt: skip
+    return dh_new, dc_new, tanh_c, now, follows, places, d_at, rows

@@ -13,22 +13,24 @@ import triton
 
 __all__ = [
     *("CLUSTER_PROBLEM", "PROBLEM"),
-    *("async_store", "cluster", "gl", "gluon", "mbarrier", "mma_v2", "source_of"),
+    *("async_store", "block_barrier", "cluster", "gl", "gluon", "mbarrier", "mma_v2"),
+    "source_of",
 ]
 
 _HOME = "triton.experimental.gluon"
 _CLUSTERS = 3, 9  # 3.8 has all names, but its mbarriers never end
 
 
-def _load() -> tuple[Any, Any, Any, str | None]:
+def _load() -> tuple[Any, Any, Any, Any, str | None]:
     try:
         gluon = import_module(_HOME)
         language = import_module(f"{_HOME}.language")
         ampere = import_module(f"{_HOME}.language.nvidia.ampere")
-        found = gluon, language, ampere.mma_v2
+        wait = language.barrier if hasattr(language, "barrier") else language.thread_barrier
+        found = gluon, language, ampere.mma_v2, wait
     except (ImportError, AttributeError) as error:
         reason = f"Triton {triton.__version__} has no Gluon that the kernels can use: {error}"
-        return None, None, None, reason
+        return None, None, None, None, reason
     return (
         *found,
         "Triton's interpreter does not run Gluon" * triton.knobs.runtime.interpret or None,
@@ -47,7 +49,7 @@ def _load_hopper() -> tuple[Any, Any, Any, str | None]:
     return *found, None if known else f"Triton {triton.__version__} counts arrivals otherwise"
 
 
-gluon, gl, mma_v2, PROBLEM = _load()
+gluon, gl, mma_v2, block_barrier, PROBLEM = _load()
 async_store, cluster, mbarrier, CLUSTER_PROBLEM = _load_hopper()
 
 
