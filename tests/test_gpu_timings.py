@@ -39,10 +39,13 @@ def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[rows_
 def test_a_graph_keeps_the_weights_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = SimpleNamespace(replay=lambda: None)
     monkeypatch.setattr(gpu_timing, "capture", lambda work: work() or graph)
-    lstm, x = nn.LSTM(3, 4), torch.zeros(2, 1, 3)
-    weight = ref(lstm.weight_hh_l0)
-    found = gpu_timing.captured(Contender(partial(lstm, x), lambda: {"y": lstm(x)[0].detach()}))
-    del lstm
+
+    def captured() -> tuple[Contender, Any]:
+        lstm, x = nn.LSTM(3, 4), torch.zeros(2, 1, 3)
+        own = Contender(partial(lstm, x), lambda: {"y": lstm(x)[0].detach()})
+        return gpu_timing.captured(own), ref(lstm.weight_hh_l0)
+
+    found, weight = captured()
     gc.collect()
     found.call()
     assert weight() is not None
