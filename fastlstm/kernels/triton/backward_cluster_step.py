@@ -191,37 +191,11 @@ def cluster_step_back(
     right: gl.constexpr = gl.DotOperandLayout(1, tile, w_low.type.layout.k_width)
     TILES: gl.constexpr = 1 if UNITS == 128 else 2
     U: gl.constexpr = UNITS // C
-    # What the steps that follow will read is asked for now.
-    if lengths is None:
-        d_now, dy_2, dca_2, g_2, c_3 = d_at, dy_at, dca_at, g_at, c_at
-    else:
-        at_0, at_2, at_3 = row, row_2, row_3
-        if offsets is None:
-            at_0, at_2, at_3 = t, t + 2 * forth, t + 3 * forth
-        d_now, c_3 = d_at + elements(at_0, g_step), c_at + elements(at_3, c_step)
-        g_2, dy_2 = g_at + elements(at_2, g_step), dy_at + elements(at_2, dy_step)
-        dca_2 = dca_at + elements(at_2, dca_step)
-    real_now, real_2, real_3 = real, real & (left > 1), real & (left > 2)
-    if lengths is not None:
-        real_now = real & at_step(t, length)
-        real_2 = real & at_step(t + 2 * forth, length)
-        real_3 = real & at_step(t + 3 * forth, length)
-    real4 = gl.convert_layout(real_now, flat, assert_trivial=True)[:, :, None]
-    real4_2 = gl.convert_layout(real_2, flat, assert_trivial=True)[:, :, None]
-    g_later = gl.load(g_2 + at4, real4_2, 0)
-    c_later = gl.load(c_3 + at, real_3, 0)
-    dy_later, dca_later, reset_later = dy_next, dca_next, reset_next
     dh_new, dc_new = dh, dc
     if dy is not None:
-        dy_later = gl.load(dy_2 + dy_off, real_2 & given(dy, H), 0)
         dh_new += dy_now.to(gl.float32)
     if dc_all is not None:
-        dca_later = gl.load(dca_2 + dca_off, real_2 & given(dc_all, H), 0)
         dc_new += dca_now.to(gl.float32)
-    if reset is not None:
-        reset_later = flags(
-            reset, steps - left + 1, steps, t + 2 * forth, n, length, lengths, B, H
-        )
     by_c, by_i, by_f, by_g, by_o, f = now
     dc_new += dh_new * by_c
     d_i, d_f, d_g, d_o = dc_new * by_i, dc_new * by_f, dc_new * by_g, dh_new * by_o
@@ -253,7 +227,36 @@ def cluster_step_back(
         gl.reshape(part, [C, UNITS // (128 * TILES), TILES, 8, 2, 8, N]), [0, 1, 3, 5, 2, 4, 6]
     )
     async_store(there, gl.reshape(parts, [C, UNITS, N]), arrived)
+    # What the steps that follow will read is asked for when this one has sent what the others wait
+    # for. Where these loads come first, products may be made one after the other.
+    if lengths is None:
+        d_now, dy_2, dca_2, g_2, c_3 = d_at, dy_at, dca_at, g_at, c_at
+    else:
+        at_0, at_2, at_3 = row, row_2, row_3
+        if offsets is None:
+            at_0, at_2, at_3 = t, t + 2 * forth, t + 3 * forth
+        d_now, c_3 = d_at + elements(at_0, g_step), c_at + elements(at_3, c_step)
+        g_2, dy_2 = g_at + elements(at_2, g_step), dy_at + elements(at_2, dy_step)
+        dca_2 = dca_at + elements(at_2, dca_step)
+    real_now, real_2, real_3 = real, real & (left > 1), real & (left > 2)
+    if lengths is not None:
+        real_now = real & at_step(t, length)
+        real_2 = real & at_step(t + 2 * forth, length)
+        real_3 = real & at_step(t + 3 * forth, length)
+    real4 = gl.convert_layout(real_now, flat, assert_trivial=True)[:, :, None]
+    real4_2 = gl.convert_layout(real_2, flat, assert_trivial=True)[:, :, None]
     gl.store(d_now + at4, d_gates, real4)
+    g_later = gl.load(g_2 + at4, real4_2, 0)
+    c_later = gl.load(c_3 + at, real_3, 0)
+    dy_later, dca_later, reset_later = dy_next, dca_next, reset_next
+    if dy is not None:
+        dy_later = gl.load(dy_2 + dy_off, real_2 & given(dy, H), 0)
+    if dc_all is not None:
+        dca_later = gl.load(dca_2 + dca_off, real_2 & given(dc_all, H), 0)
+    if reset is not None:
+        reset_later = flags(
+            reset, steps - left + 1, steps, t + 2 * forth, n, length, lengths, B, H
+        )
     before = c_before
     if c0 is not None:
         if lengths is None:
