@@ -40,7 +40,7 @@ def no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.mark.parametrize(
     ("dtype", "H", "name"),
     [
-        (torch.float32, 128, "torch"),
+        (torch.float32, 512, "torch"),
         (torch.bfloat16, 64, "triton"),
         (torch.bfloat16, 128, "triton"),
         (torch.float64, 64, "torch"),

@@ -179,9 +179,12 @@ def test_wide_layers_are_tritons_where_clusters_compute_them(
     automatic._found.clear()
     assert taken(BF16, spec, training=training, shape=shape) == "triton"
     assert taken(FP16, spec, training=training, shape=shape) == "torch"  # nobody has timed it
-    assert taken(FP32, spec, training=training, shape=shape) == "torch"
-    name = "torch" if training and captured else "triton"
-    assert taken(FP32, wide(hidden_size=128), training=training, shape=(28, 128)) == name
+    name = "triton" if H <= 256 else "torch"
+    assert taken(FP32, spec, training=training, shape=shape) == name
+    assert taken(FP32, wide(hidden_size=128), training=training, shape=(28, 128)) == "triton"
+    packed = wide(input_size=80, hidden_size=H, directions=2)
+    name = "torch" if captured else name  # lengths would be a part of the graph
+    assert taken(BF16, packed, PACKED, training=training, shape=(500, 64)) == name
 
 
 @pytest.mark.parametrize(("training", "captured"), EVERY)
@@ -189,13 +192,13 @@ def test_wide_layers_are_tritons_where_clusters_compute_them(
 def test_float32_is_mostly_pytorchs(
     gpu: Gpu, training: bool, captured: bool, ready: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for TF32 by kernels that were compiled ahead, where training is not replayed."""
+    """But for TF32 by kernels that were compiled ahead."""
     gpu.captured, gpu.ready = captured, ready
-    ours = ready and not (training and captured)
     for H in (16, 64, 128, 512):
-        name = "triton" if ours and H <= 64 else "torch"
+        name = "triton" if ready and H <= 64 else "torch"
         assert taken(FP32, wide(hidden_size=H), training=training) == name
-    assert taken(FP32, shape=(128, 64), training=training) == "torch"
+    assert taken(FP32, shape=(128, 64), training=training) == ("triton" if ready else "torch")
+    assert taken(FP32, shape=(129, 64), training=training) == "torch"
     # float64 is not looked up.
     monkeypatch.setattr(automatic, "_faster", lambda *_: pytest.fail("it was looked up"))
     assert taken(torch.float64) == "torch"
@@ -265,14 +268,18 @@ def test_what_torch_lacks_is_ours_where_it_is_proven(
     assert taken(BF16, wide(hidden_size=256), RESET) == "cuda"
 
 
-def test_exact_float32_is_cudnns_until_somebody_measures_it(
+def test_exact_float32_is_cudnns_but_where_somebody_measured_it(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Be it compiled ahead or not."""
+    """Which needs kernels that were compiled ahead."""
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     for ready, units, (training, captured) in product((False, True), (5, 64), EVERY):
         gpu.ready, gpu.captured = ready, captured
+        automatic._found.clear()
         assert taken(FP32, wide(hidden_size=units), training=training) == "torch"
+        name = "triton" if ready and units == 64 else "torch"
+        spec = wide(input_size=64, hidden_size=units)
+        assert taken(FP32, spec, shape=(128, 64), training=training) == name
 
 
 # ---- the record goes before --------------------------------------------------------------------
@@ -413,7 +420,7 @@ def test_every_row_counts(row: measured.Row) -> None:
 
     def paces(units: int, rows: int, steps: int) -> list[float | None]:
         where, spec = (H200, DTYPES[row.precision]), LayerSpec("LSTM", 1, units)
-        uses = [Use(steps, rows, training, False) for training in (False, True)]
+        uses = [Use(steps, rows, trains, False, row.packed) for trains in (False, True)]
         call = row.backend, row.regimes or "steps/steps", row.way, where, (spec,)
         return [measured.pace(*call, use) for use in uses]
 
