@@ -237,7 +237,8 @@ def test_float16_outside_of_what_was_measured(gpu: Gpu) -> None:
 
 def test_a_wide_layer_is_ours_where_it_was_measured(gpu: Gpu) -> None:
     spec = wide(input_size=768, hidden_size=768)
-    for training in (False, True):
+    for training, captured in EVERY:
+        gpu.captured = captured
         assert taken(BF16, spec, training=training, **LONG) == "cuda"
 
 

@@ -95,7 +95,6 @@ _TABLE = (  # the first row that fits a call counts
     Row("triton", "bf16", REPLAYED, _C, (257, 512), 2.96, 2.97, (17, 64), **_WIDE),
     Row("triton", "bf16", REPLAYED, _C, (257, 512), 1.38, 1.71, (65, 256), **_WIDE),
     Row("triton", "bf16", EAGER, _S, (129, 1024), 0.39, 0.44),  # H = 768
-    Row("triton", "bf16", REPLAYED, _S, (512, 768), 1.09, 1.04, (16, 16), (1024, _ANY)),
     Row("triton", "fp16", EAGER, _R, (1, 128), 0.29, 0.54),  # to 0.5 and 0.7
     Row("triton", "fp16", READY, _R, (1, 64), 2.70, 1.37, inputs=64, **_FEW_STEPS),  # to 3.2, 2.5
     Row("triton", "fp16", READY, _R, (65, 128), 2.73, 2.04, inputs=32, **_FEW_STEPS),
