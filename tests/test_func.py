@@ -1,7 +1,7 @@
 """torch.func: vmap of data and of models, gradients of each sample, Jacobians, forward mode."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -113,18 +113,18 @@ def operator_calls() -> Iterator[list[tuple[int, ...]]]:
     calls: list[tuple[int, ...]] = []
 
     def counting(operator: Any) -> Any:
-        def count(*arguments: Any, **options: Any) -> None:
+        def count(*arguments: Any, **options: Any) -> Any:
             calls.append(tuple(arguments[0].shape))
-            operator(*arguments, **options)
+            return operator(*arguments, **options)
 
         return count
 
     cpu = get("cpu")
-    with (
-        fastlstm.backend("cpu"),
-        mock.patch.object(cpu, "lstm_fwd", counting(cpu.lstm_fwd)),
-        mock.patch.object(cpu, "lstm_bwd", counting(cpu.lstm_bwd)),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(fastlstm.backend("cpu"))
+        for name in ("lstm_fwd", "lstm_bwd", "lstm_plain_fwd", "lstm_plain_bwd"):
+            operator = counting(getattr(cpu, name))
+            stack.enter_context(mock.patch.object(cpu, name, operator))
         yield calls
 
 

@@ -31,7 +31,8 @@ struct Layer {
     for (Array& w : to_arrays(weights_)) weights.push_back(contiguous(std::move(w)));
     FASTLSTM_CHECK(x.dim == 3, "fastlstm: expected input [T, B, I], got ", x.shape_text());
     FASTLSTM_CHECK(directions == 1 || directions == 2, "fastlstm: expected 1 or 2 directions, got ", directions);
-    FASTLSTM_CHECK(weights.size() > 1 && weights[1].dim == 2, "fastlstm: expected the weights of a layer");
+    FASTLSTM_CHECK(weights.size() > 1, "fastlstm: expected the weights of a layer");
+    FASTLSTM_CHECK(weights[1].dim == 2, "fastlstm: expected weight_hh [4 * H, H], got ", weights[1].shape_text());
     T = x.sizes[0];
     B = x.sizes[1];
     H = weights[1].sizes[0] / 4;

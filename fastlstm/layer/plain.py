@@ -69,12 +69,9 @@ def run_plain(
     if options.batch_first:
         x = x.transpose(0, 1)
     steps, batch, features = x.shape
-    if features != spec.input_size or not steps or len(weights) != plain.count:
+    if features != spec.input_size or not steps or not _are_like(x, weights):
         return None
-    calls = plain.calls(backend)
-    # Operators check the weights, those of plain layers their dtype and device too; PyTorch's
-    # operations may expand them instead.
-    if not (calls[0].short or _are_like(x, weights)):
+    if len(weights) != plain.count:
         return None
     if hx is not None:
         if type(hx) is not tuple or len(hx) != 1 + spec.is_lstm or not _are_like(x, hx):
@@ -84,13 +81,14 @@ def run_plain(
         for state, shape in zip(hx, shapes, strict=False):
             if type(state) is not Tensor or state.shape != shape:
                 return None
+    # Operators check the sizes of weights, PyTorch's operations may expand them instead.
     if backend.layer is not None or first_obstacle(backend, x, specs) is not None:
         return None
 
     whole = Input(x, steps, batch, False, False)
     try:
         if backend.stack is None:
-            y, final, _ = walk(backend, specs, whole, hx, weights, options, calls)
+            y, final, _ = walk(backend, specs, whole, hx, weights, options, plain.calls(backend))
         else:
             again = partial(_by_reference, specs, whole, options)
             y, final = compute_whole(backend, spec, x, hx, weights, options, again)
