@@ -99,8 +99,6 @@ def compiled(launch: Launch) -> int:
             ("x_t", B),
             ("dy_t", 2 * B),
             ("dc_t", B),
-            ("begin", 0),
-            ("end", T),
             ("step", T - 1),
             ("starts", B),
             ("splits", B),
@@ -119,7 +117,6 @@ for regime, H, dtype, cell in (
     ("sequence", 32, torch.bfloat16, True),
     ("steps", 256, torch.float32, False),
     ("steps", 256, torch.bfloat16, True),
-    ("persistent", 256, torch.bfloat16, False),
 ):
     with override(regime=regime):
         recorded = launches(H, 2, dtype, cell)

@@ -35,12 +35,6 @@ def small(case: Case) -> Case:
     return replace(case, T=T, B=B, lengths=lengths)
 
 
-def few(case: Case) -> Case:
-    """Still fewer: programs that wait for each other are all there at once."""
-    case = small(case)
-    return case if case.lengths else replace(case, B=min(case.B, 7))
-
-
 def runs(
     cases: Iterable[Case], first: str, archs: tuple[int, int], regime: str | None = None
 ) -> list[Run]:
@@ -56,8 +50,8 @@ def runs(
     return found
 
 
-def shrunk(cases: Iterable[Case], how: Callable[[Case], Case] = small) -> list[Case]:
-    return [how(case) for case in cases if case.H <= WIDEST]
+def shrunk(cases: Iterable[Case]) -> list[Case]:
+    return [small(case) for case in cases if case.H <= WIDEST]
 
 
 # The most telling case comes first: it is the sample of the short run.
@@ -127,7 +121,6 @@ RAGGED_CLUSTERS_OF_TF32 = [
 ]
 BOTH_CLUSTERS = {"lstm_fwd_cluster_kernel", "lstm_bwd_cluster_kernel"}
 SUMS = {"lstm_weight_parts_kernel", "lstm_weight_sums_kernel"}  # of the registers regime
-WIDE = Case(T=3, B=7, I=28, H=512, hx=False)
 
 
 def approximate(found: Iterable[Run]) -> list[Run]:
@@ -285,24 +278,3 @@ def test_blocks_of_a_cluster(
 ) -> None:
     kernels = check(worker, Run(case, name, 90, "cluster"), record_property).kernels
     assert kernels >= BOTH_CLUSTERS
-
-
-@pytest.mark.executed
-@pytest.mark.parametrize(
-    "run",
-    [
-        *runs(
-            shrunk(test_gpu_forced.PERSISTENT[1:] + test_gpu_forced.PERSISTENT, few),
-            "fp16",
-            (90, 80),
-            "persistent",
-        ),
-        Run(WIDE, "bf16", 90, "persistent"),
-    ],
-    ids=str,
-)
-def test_programs_that_wait_for_each_other(
-    worker: Worker, run: Run, record_property: Record
-) -> None:
-    kernels = check(worker, run, record_property).kernels
-    assert kernels and all("_step_" in name for name in kernels)

@@ -1,14 +1,10 @@
 """`python -m benchmarks gpu` as far as a machine without a GPU can tell: all but the figures."""
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cases
@@ -58,9 +54,6 @@ def test_grid_has_what_was_asked_for_and_the_tasks_first() -> None:
     assert len(set(jobs)) == len(jobs)
     assert {j.group for j in jobs} == set(GROUPS)
     assert [j.group for j in jobs] == sorted((j.group for j in jobs), key="tasks".__ne__)
-    assert [j.regime for j in jobs] == sorted(
-        (j.regime for j in jobs), key=bool
-    )  # risk comes last
     tasks = {(j.case, j.precision.name, j.mode, j.graph) for j in jobs if j.group == "tasks"}
     both = (False, True)
     assert tasks == {
@@ -228,32 +221,6 @@ def test_measures_in_another_process() -> None:
         rows = worker.run(rows_of.measure, *arguments, timeout=60)
     assert [row["provider"] for row in rows] == ["fastlstm", "torch"]
     assert not any("error" in row for row in rows)
-
-
-def test_a_forced_regime_holds_in_calls_and_in_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    regimes: list[str] = []
-
-    @contextmanager
-    def override(*, regime: str) -> Iterator[None]:
-        regimes.append(regime)
-        yield
-        regimes.pop()
-
-    name = "fastlstm.kernels.triton.config"
-    config = ModuleType(name)
-    config.override = override
-    monkeypatch.setitem(sys.modules, name, config)
-    seen = []
-    forward = fastlstm.LSTM.forward
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(list(regimes))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(fastlstm.LSTM, "forward", watched)
-    rows = measure(replace(job(), regime="x"))
-    assert [row["regime"] for row in rows] == ["x", "x"] and not regimes
-    assert len(seen) > 2 and all(inside == ["x"] for inside in seen)
 
 
 class Inline:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import testing
-from benchmarks.gpu.testing import GENERAL, Tests
+from benchmarks.gpu.testing import Tests
 
 FACTS = {"gpu": "one", "date": "today"}
 SOME_TESTS = "tests/test_gpu_some.py"
@@ -47,7 +47,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def some_tests(project: Path, **other: str) -> Tests:
-    return Tests(project, "triton", GENERAL, FACTS | other)
+    return Tests(project, "triton", FACTS | other)
 
 
 def test_a_run_goes_on_where_it_was_ended(project: Path) -> None:

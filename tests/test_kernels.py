@@ -4,7 +4,6 @@ Compiled for real, in processes of that command, though tests elsewhere interpre
 """
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,7 +73,7 @@ def brief(rows: list[Row]) -> list[Row]:
 def test_the_passes_of_one_layer() -> None:
     """A layer that is asked for twice is compiled once, a forced regime without room never."""
     layer = Layer("bfloat16", None, 28, 64, 1, 128, training=True)
-    crowded = Layer("bfloat16", None, 1024, 1024, 1, 4096, training=False, regime="persistent")
+    crowded = Layer("bfloat16", None, 1024, 1024, 1, 4096, training=False, regime="sequence")
     with kernels.fresh_compiler(), Worker(probe=int) as worker:
         found = worker.run(variants, [layer, layer, crowded], [90], timeout=60)
         rows = [worker.run(compile_variant, each, None, timeout=300) for each in found]
@@ -111,7 +110,7 @@ def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
             for way in ("fwd", "bwd")
             for kind, regime in (
                 *(("registers", "registers"), ("sequence", "sequence")),
-                *(("step", "persistent"), ("step", "steps")),
+                ("step", "steps"),
             )
             for arch in (80, 90)
         }
@@ -168,23 +167,20 @@ def test_products_are_matrix_instructions(compiled: Compiled) -> None:
 
 @pytest.mark.compiles
 def test_hopper_uses_its_own_matrix_instructions(compiled: Compiled) -> None:
-    """In both passes of the sequence regime from H = 64 and 16 sequences on, and in the
-    persistent forward pass whose weights stay on chip.
+    """In both passes of the sequence regime from H = 64 and 16 sequences on.
 
-    Not where a projection comes between (its transposed factor is in registers), nor where the
-    weights of a backward pass come in chunks.
+    Not where a projection comes between: its transposed factor is in registers.
     """
 
     def hopper(row: Row) -> bool:
         wide = row["arch"] == 90 and row["N"] >= 16 and row["dtype"] != "float32"
-        sequence = row["regime"] == "sequence" and row["H"] >= 64 and row["P"] == row["H"]
-        return wide and (sequence or (row["regime"] == "persistent" and row["resident"]))
+        whole = row["H"] >= 64 and row["P"] == row["H"]
+        return wide and row["regime"] == "sequence" and whole
 
     rows = compiled.where(hopper)
     assert {row["kernel"] for row in rows} >= {
         "lstm_fwd_sequence_kernel",
         "lstm_bwd_sequence_kernel",
-        "lstm_fwd_step_kernel",
     }
     assert brief([row for row in rows if row["wgmma_per_step"] != row["mma_per_step"]]) == []
 
@@ -247,40 +243,6 @@ def test_steps_of_the_registers_regime(compiled: Compiled) -> None:
         if tuple(row[name] for name in names) == (90, "bfloat16", "dense", False, I):
             bar = BARS.get((row["kernel"], row["training"]), {}).get(row["H"])
             assert bar is None or row["stall_per_step"] <= bar, brief([row])
-
-
-@pytest.mark.compiles
-@pytest.mark.parametrize("kernel", ["lstm_fwd_step_kernel", "lstm_bwd_step_kernel"])
-def test_persistent_programs_exchange_in_order(compiled: Compiled, kernel: str) -> None:
-    """Wait, barrier, read what others wrote, write, barrier, publish: nothing can move across."""
-    acquire = r"(ld|atom)\.global(\.\w+)*\.acquire|(ld|atom)(\.\w+)*\.acquire(\.\w+)*\.global"
-    release = r"(red|atom)\.global(\.\w+)*\.release|(red|atom)(\.\w+)*\.release(\.\w+)*\.global"
-    rows = compiled.where(lambda r: r["regime"] == "persistent" and r["kernel"] == kernel)
-    for row in rows:
-        ptx = (compiled.assembly / f"{row['asm']}.ptx").read_text().splitlines()
-        at = {
-            name: [i for i, line in enumerate(ptx) if re.search(pattern, line)]
-            for name, pattern in {
-                "acquire": acquire,
-                "release": release,
-                "gpu": r"\.gpu\b",
-                "barrier": r"\bbar\.sync\b",
-                "read": r"\bld\.global\.cg|\bcp\.async\.c[ag]",
-                "write": r"\bst\.global",
-            }.items()
-        }
-        (wait,), (publish,) = at["acquire"], at["release"]
-        assert {wait, publish} <= set(at["gpu"])
-        read = [i for i in at["read"] if i > wait]
-        assert read and wait < read[0] < read[-1] < publish
-        assert any(wait < i < read[0] for i in at["barrier"])
-        # The last store of what is exchanged; stores for later kernels may follow.
-        written = [i for i in at["write"] if read[-1] < i < publish]
-        assert written and any(written[-1] < i < publish for i in at["barrier"])
-        # Copies of fewer than 16 bytes go through L1: acquiring has to empty it.
-        sass = (compiled.assembly / f"{row['asm']}.sass").read_text()
-        steps = (r"STRONG\.GPU", r"CCTL\.IVALL", r"MEMBAR\.\w+\.GPU", r"RED\S*\.STRONG\.GPU")
-        assert re.search(".*".join(steps), sass, re.DOTALL)
 
 
 def test_a_loop_is_found_with_the_loops_in_it() -> None:

@@ -92,13 +92,13 @@ def test_every_layer_has_a_plan_that_fits(plan_of: PlanOf, device: Device) -> No
         assert plan.warps in (1, 2, 4, 8) and plan.stages in (1, 2, 3), context
         assert plan.reason and str(plan).startswith(f"{plan.regime}: {4 * plan.units} x"), context
         if plan.regime in ("registers", "sequence"):
-            assert plan.resident and plan.units >= spec.hidden_size, context
+            assert plan.units >= spec.hidden_size, context
             assert asked.precision != "ieee" or (exact and not plan.fused), context
         else:
             assert not plan.fused, context
         if plan.regime == "registers":
             assert asked.cell == "plain" and not spec.proj_size and device.arch >= 80, context
-        elif plan.resident and plan.blocks == 1:  # the weights, and what they are multiplied with
+        elif plan.regime == "sequence":  # the weights, and what they are multiplied with
             assert plan.chunk >= spec.state_size, context
             operands = asked.element * plan.chunk * (gates * plan.units + plan.batch)
             assert operands <= device.shared_bytes, context
@@ -110,23 +110,6 @@ def test_a_plan_depends_on_its_arguments_alone(plan_of: PlanOf) -> None:
     for (asked, device), plan in reversed(seen.items()):
         spec, *rest = asked
         assert plan_of(Problem(LayerSpec(*spec), *rest), Device(*device)) == plan
-
-
-@PASSES
-def test_persistent_programs_are_on_the_gpu_together(plan_of: PlanOf) -> None:
-    found = 0
-    for asked, device in product(problems(), DEVICES):
-        try:
-            with override(regime="persistent"):
-                plan = plan_of(asked, device)
-        except ValueError:
-            continue
-        spec = asked.spec
-        tiles = -(-spec.hidden_size // plan.units) * -(-asked.B // plan.batch)
-        assert plan.regime == "persistent" and not spec.proj_size and asked.cell == "plain"
-        assert tiles * spec.directions <= device.processors, f"{asked} on {device}: {plan}"
-        found += 1
-    assert found
 
 
 def test_what_the_tasks_run() -> None:
@@ -268,8 +251,6 @@ def test_what_a_triton_without_gluon_misses() -> None:
 
 
 def test_regimes_without_an_rnn() -> None:
-    with override(regime="persistent"), pytest.raises(ValueError, match=r"no nn\.RNN"):
-        rnn_plan(problem(1024), HOPPER)
     with override(regime="registers"), pytest.raises(ValueError, match="no room"):
         rnn_plan(problem(64), HOPPER)
 
@@ -311,8 +292,6 @@ def test_an_overridden_regime_without_room_is_an_error(plan_of: PlanOf) -> None:
         ("registers", wide, r"the registers regime has no room for"),
         ("registers", projected, r"the registers regime has no room for"),
         ("sequence", wide, r"the sequence regime has no room for .* in 232,448 bytes"),
-        ("persistent", wide, r"the persistent regime has no room for .* on 132 multiprocessors"),
-        ("persistent", projected, r"the persistent regime has no room"),
     ):
         with override(regime=regime), pytest.raises(ValueError, match=message):
             plan_of(asked, HOPPER)

@@ -316,7 +316,6 @@ def worker() -> Iterator[Worker]:
 
 
 CASE = Case(T=4, B=16, I=32, H=32)
-PERSISTENT = Run(Case(T=3, B=7, I=10, H=160), "bf16", 80, "persistent")
 BARRIER = r"bar\.sync\s+0;"
 
 
@@ -342,16 +341,6 @@ def test_removed_barriers_are_seen(
     assert sum("race" in change.seen for change in found) >= len(found) - most
 
 
-# Triton puts a barrier of its own beside the kernel's: only without both does one publish early.
-BEFORE_RELEASE = rf"{BARRIER}(\s*\.loc[^\n]*\s*){BARRIER}(?=[^@]*@\S+\s+red\.)"
-
-
-@pytest.mark.executed
-def test_a_program_that_publishes_early_is_seen(worker: Worker) -> None:
-    found = changed(worker, PERSISTENT, BEFORE_RELEASE, r"\1")
-    assert all("publishes" in change.seen for change in found)
-
-
 @pytest.mark.executed
 def test_removed_waits_are_seen(worker: Worker) -> None:
     """All but the one after the loop, behind which nothing is read."""
@@ -371,16 +360,3 @@ def test_removed_waits_are_seen(worker: Worker) -> None:
 def test_wrong_fragments_are_seen(worker: Worker, pattern: str, instead: str) -> None:
     found = changed(worker, Run(CASE, "bf16", 80, "sequence"), pattern, instead)
     assert len(unseen(found)) <= len(found) // 8
-
-
-# The loop around an acquiring load: one thread hands what it saw to all through shared memory.
-LOOP = (
-    r"(ld\.shared\.b32\s+(%r\d+), \[global_smem[^;]*;\s*setp\.lt\.s32\s+(%p\d+), \2, %r\d+;"
-    r"(?:\s*\.loc[^\n]*)*)\s*@\3 bra\s+\S+;"
-)
-
-
-@pytest.mark.executed
-def test_programs_that_do_not_wait_are_seen(worker: Worker) -> None:
-    """In the persistent regime: what comes from another program is not there yet."""
-    assert not unseen(changed(worker, PERSISTENT, LOOP, r"\1"))

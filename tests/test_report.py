@@ -178,9 +178,9 @@ def test_the_small_table_leaves_out_what_was_not_measured(folder: Path) -> None:
 
 def test_a_gpu_has_a_line_for_both_ways_to_call(folder: Path) -> None:
     results = Results(None, {})
-    for graph, regime in ((False, None), (True, None), (True, "persistent")):
+    for graph in (False, True):
         for name, ratio in (("fastlstm", 1.0), ("torch", 0.5 if graph else 3.0)):
-            more = {"precision": "tf32", "graph": graph, "regime": regime}
+            more = {"precision": "tf32", "graph": graph}
             results.add([row(name, ratio, **more)])
     (line,) = gpu.table(results).splitlines()[2:]
     call = "| binary | 10, 32, 2, 1, 512, 20 | float32, TF32 | inference"

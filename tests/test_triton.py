@@ -94,7 +94,7 @@ def test_tiles_do_not_matter(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"units": 16}, {"batch": 32}, {"chunk": 16}, {"chunk": 64, "resident": True}],
+    [{"units": 16}, {"batch": 32}, {"chunk": 16}, {"chunk": 64}],
     ids=str,
 )
 def test_tiles_of_steps_do_not_matter(changes: dict[str, Any]) -> None:
@@ -275,13 +275,3 @@ def test_explains_its_plan() -> None:
     reason = "not with the weights in registers: Triton's interpreter does not run Gluon"
     bfloat16 = fastlstm.LSTM(28, 64, dtype=torch.bfloat16), torch.zeros(2, 3, 28).bfloat16()
     assert reason in fastlstm.explain(*bfloat16).plan[0]
-
-
-def test_persistent_regime_is_not_for_the_interpreter() -> None:
-    """Its programs wait for each other, the interpreter runs one after the other."""
-    lstm = fastlstm.LSTM(5, 150)
-    with (
-        override(regime="persistent"),
-        pytest.raises(RuntimeError, match="persistent regime cannot be interpreted"),
-    ):
-        lstm(torch.zeros(2, 3, 5))

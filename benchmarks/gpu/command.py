@@ -1,9 +1,9 @@
 """`python -m benchmarks gpu`: the kernels of a backend beside cuDNN, tested, recorded and timed.
 
-Two phases, which may be two calls. `--tests`: the tests that need a GPU, the cuDNN results that
-machines without one are tested against, and at last the tests of kernels that the library takes
-only on request, which could hang. `--timings`: the kernels beside cuDNN (timings.py). Without
-either, both. All of it is written as it comes; a call goes on where the one before was ended.
+Two phases, which may be two calls. `--tests`: the tests that need a GPU, and the cuDNN results
+that machines without one are tested against. `--timings`: the kernels beside cuDNN (timings.py).
+Without either, both. All of it is written as it comes; a call goes on where the one before was
+ended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,7 +23,7 @@ from ..speed.job import Job
 from ..speed.results import Results
 from . import targets
 from .plan import GROUPS, plan_of_gpu
-from .testing import FORCED, GENERAL, ROOT, Tests, run, worst
+from .testing import ROOT, Tests, run
 from .timings import Timings, pending
 
 DEVICE = "cuda"
@@ -32,7 +31,6 @@ BACKENDS = ("triton", "cuda", "reference")
 
 TESTS_SHARE = 0.5  # of the budget, at most, where timings follow
 RECORDING = 90  # seconds for the cuDNN results
-FORCED_SECONDS = 100  # for tests of kernels that could hang, at most
 SOURCES = ("fastlstm/kernels", "csrc", "tests")  # what outcomes of tests depend on
 SUFFIXES = (".py", ".cpp", ".h", ".cu")
 
@@ -90,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
     facts["commit"] = args.commit or facts["commit"]
     facts["source"] = digest(ROOT)
     print("\n".join(f"{name:16} {value}" for name, value in facts.items()), flush=True)
-    tests = {part: Tests(args.out, args.backend, part, facts) for part in parts_of(args.backend)}
+    tests = Tests(args.out, args.backend, facts)
     both = args.tests == args.timings
     failed = False
     if both or args.tests:
@@ -98,68 +96,47 @@ def main(args: argparse.Namespace) -> int:
         failed = not test(args, tests, limit)
     if both or args.timings:
         failed |= not time(args, facts, tests, start + args.budget)
-    overall = worst(part.status() for part in tests.values())
+    overall = tests.status()
     if overall != "passed":
         print(f"Not to be published: tests {overall}.")
     return int(failed or overall in ("failed", "unfinished"))
 
 
-def parts_of(backend: str) -> tuple[str, ...]:
-    """Return the parts of the tests: the CUDA kernels have no regime that has to be asked for."""
-    return (GENERAL, FORCED) if backend == "triton" else (GENERAL,)
-
-
-def test(args: argparse.Namespace, tests: Mapping[str, Tests], deadline: float) -> bool:
-    """Run the tests and record cuDNN's results, each part whatever became of the others.
+def test(args: argparse.Namespace, tests: Tests, deadline: float) -> bool:
+    """Run the tests, and record cuDNN's results whatever became of them.
 
     Returns whether the results were recorded.
     """
     if args.fresh:
-        for part in tests.values():
-            part.forget()
-    kept = FORCED_SECONDS if FORCED in tests else 0
-    left = deadline - monotonic()
-    tests[GENERAL].run(max(left - min(kept, left / 4), 1))
-    recorded = run_recorder(args.fixtures, args.out / "gpu-recording.log")
-    if FORCED in tests:
-        tests[FORCED].run(max(min(FORCED_SECONDS, deadline - monotonic()), 1))
-    return recorded
+        tests.forget()
+    tests.run(max(deadline - monotonic(), 1))
+    return run_recorder(args.fixtures, args.out / "gpu-recording.log")
 
 
-def time(
-    args: argparse.Namespace, facts: dict[str, Any], tests: Mapping[str, Tests], deadline: float
-) -> bool:
-    """Time what has not been timed yet; return whether no row of a chosen regime is an error."""
+def time(args: argparse.Namespace, facts: dict[str, Any], tests: Tests, deadline: float) -> bool:
+    """Time what has not been timed yet; return whether no row is an error."""
     results = Results(args.out / f"gpu-{args.backend}-speed.json", facts)
     if not args.fresh:
         resume(results)
     for row in results.rows:  # the tests may have gone on since
-        row["tests"] = outcome(tests, row["precision"], row["regime"])
+        row["tests"] = tests.status(row["precision"])
     jobs = [job for job in plan_of_gpu() if job.group in args.groups]
-    if FORCED not in tests:
-        jobs = [job for job in jobs if job.regime is None]
 
     def of_tests(job: Job) -> str:
-        return outcome(tests, job.precision.name, job.regime)
+        return tests.status(job.precision.name)
 
     timings = Timings(results, args.backend, DEVICE, of_tests, args.quick)
     left_out = timings.run(pending(jobs, results, DEVICE), deadline)
     results.add([])  # writes what the tests have become, too
     print(f"\nrows: {results.file}")
-    chosen = [job for job in jobs if job.regime is None]
-    print("\n".join(targets.verdicts(chosen, results.rows, targets.targets_of(args.backend))))
+    print("\n".join(targets.verdicts(jobs, results.rows, targets.targets_of(args.backend))))
     if left_out:
         print(f"left out, for want of time: {len(left_out)} of {len(jobs)} measurements:")
         print("\n".join(f"  {job}" for job in left_out))
-    failures = sum("error" in row and row["regime"] is None for row in results.rows)
+    failures = sum("error" in row for row in results.rows)
     if failures:
         print(f"{failures} rows are errors.")
     return failures == 0
-
-
-def outcome(tests: Mapping[str, Tests], precision: str, regime: str | None) -> str:
-    """Return how the tests of a row have ended."""
-    return tests[GENERAL if regime is None else FORCED].status(precision)
 
 
 def resume(results: Results) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from ..speed.cases import CASES, TASK_SHAPES, Case
 from ..speed.job import MODES, Job
 from ..speed.precision import PRECISIONS
 
-GROUPS = ("tasks", "steps", "flashrnn", "wide", "packed", "float32", "persistent")
+GROUPS = ("tasks", "steps", "flashrnn", "wide", "packed", "float32")
 WIDTHS, BATCHES = (256, 512, 1024), (1, 16, 64, 256)
 
 
 def plan_of_gpu() -> list[Job]:
     """Make every job of `gpu`. A short budget leaves out the last ones.
-
-    The wide shapes come again at the end, with the persistent kernels, which run only on request.
 
     Packed input is only timed eagerly: its lengths are on the CPU, so a graph would be one of
     these lengths and no others.
@@ -27,7 +24,7 @@ def plan_of_gpu() -> list[Job]:
     flashrnn = Case("FlashRNN's", 768, 768, 1, 1, 16, 1024)  # a shape whose times it publishes
     narrow = [Case(f"H={H}", H, H, 1, 1, 64, 128) for H in (64, 128, 256, 512)]
     both, eager = (False, True), (False,)
-    chosen = [
+    return [
         *_jobs("tasks", shapes, ("bf16", "fp16", "tf32", "exact"), both),
         *_jobs("steps", many_steps, ("bf16",), (True,), ("infer",)),
         *_jobs("flashrnn", [flashrnn], ("bf16",), both),
@@ -36,9 +33,6 @@ def plan_of_gpu() -> list[Job]:
         *_jobs("float32", narrow, ("tf32", "exact"), both),
         *_jobs("packed", [_packed(4000)], ("bf16", "tf32"), eager),
     ]
-    wide_again = [job for job in chosen if job.group == "wide"]
-    forced = [replace(job, group="persistent", regime="persistent") for job in wide_again]
-    return chosen + forced
 
 
 def _packed(longest: int) -> Case:

@@ -14,26 +14,24 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 14  # of the tests, at most: each one has a share of the GPU's memory
-FORCED_TESTS = "tests/test_gpu_forced.py"
 OK, NOTHING_LEFT = 0, 5  # exit statuses of pytest
-GENERAL, FORCED = "general", "forced"  # parts of the tests
 
 
 class Tests:
-    """The outcomes of a part of the tests. `facts` says what they are of: others start anew."""
+    """The outcomes of the tests. `facts` says what they are of: others start anew."""
 
     __test__ = False  # no test itself, whatever pytest makes of its name
 
-    def __init__(self, folder: Path, backend: str, part: str, facts: Mapping[str, Any]) -> None:
-        self.part, self.backend = part, backend
-        self.file = folder / f"gpu-{backend}-tests-{part}.jsonl"
+    def __init__(self, folder: Path, backend: str, facts: Mapping[str, Any]) -> None:
+        self.backend = backend
+        self.file = folder / f"gpu-{backend}-tests.jsonl"
         self.log = self.file.with_suffix(".log")
         self._facts = {name: value for name, value in facts.items() if name != "date"}
         self._facts = json.loads(json.dumps(self._facts))
@@ -51,8 +49,7 @@ class Tests:
         but_not = self.file.with_suffix(".passed")
         but_not.write_text("\n".join(done))
         files = ["--outcomes", str(self.file.resolve()), "--but-not", str(but_not.resolve())]
-        chosen = [FORCED_TESTS] if self.part == FORCED else general_tests()
-        selection = ["--backend", self.backend, *chosen]
+        selection = ["--backend", self.backend, *gpu_tests()]
         # The tests run deterministically, which cuBLAS refuses without a workspace of its own.
         command = [*pytest_command(), *files, *selection]
         run(command, self.log, timeout, CUBLAS_WORKSPACE_CONFIG=":4096:8")
@@ -63,7 +60,7 @@ class Tests:
         for name, why in self.failures().items():
             errors = [line for line in why.splitlines() if line.startswith("E ")]
             print(name, *(errors or why.splitlines())[-8:], sep="\n")
-        print(f"{self.part} tests: {status} ({found or 'none ran'}), log in {self.log}\n")
+        print(f"tests: {status} ({found or 'none ran'}), log in {self.log}\n")
         return status
 
     def outcomes(self) -> dict[str, str]:
@@ -112,10 +109,9 @@ def _about(outcomes: Mapping[str, str], precision: str | None) -> Iterator[str]:
             yield outcome
 
 
-def general_tests() -> list[str]:
-    """Return the files of tests but for the forced ones; other files may need other packages."""
-    files = (str(file.relative_to(ROOT)) for file in ROOT.glob("tests/test_gpu*.py"))
-    return sorted(file for file in files if file != FORCED_TESTS)
+def gpu_tests() -> list[str]:
+    """Return the files of tests for a GPU; others may need other packages."""
+    return sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/test_gpu*.py"))
 
 
 def pytest_command() -> list[str]:
@@ -149,8 +145,3 @@ def run(command: Sequence[str], log: Path, timeout: float, **variables: str) -> 
             process.wait()
             file.write(f"\nended after {timeout:.0f} s\n")
             return None
-
-
-def worst(statuses: Iterable[str]) -> str:
-    """Return the outcome of all: the worst of them."""
-    return max(statuses, key=("passed", "skipped", "unfinished", "failed").index)

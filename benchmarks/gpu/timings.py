@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from time import monotonic
 
 from ..speed import floor
 from ..speed.job import Job
@@ -21,7 +20,6 @@ from ..speed.worker import Failed, Worker
 
 PROVIDERS = ("fastlstm", "torch")
 MACHINE = 90  # seconds for the rates of the machine, the start of CUDA included
-FORCED_SHARE = 0.2  # of the time, kept for regimes that the library takes only on request
 SECONDS, ROUNDS = 0.4, 20  # of one measurement
 QUICKLY = 4  # --quick: so many times less of both
 
@@ -75,13 +73,7 @@ class Timings:
                 timed = partial(measure, backend=self.backend)
                 return worker.run(timed, job, *how, timeout=timeout)
 
-            chosen = spread(job for job in jobs if job.regime is None)
-            forced = [job for job in jobs if job.regime is not None]
-            left = deadline - monotonic()
-            chosen_until = deadline - (FORCED_SHARE * left if chosen and forced else 0)
-            chosen = self._work(chosen, perform, chosen_until)
-            forced = self._work(forced, perform, deadline)  # later: they could hang
-            return self._work(chosen, perform, deadline) + forced
+            return self._work(spread(jobs), perform, deadline)
 
     def _machine(self, worker: Worker) -> floor.Machine:
         try:

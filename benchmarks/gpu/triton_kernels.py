@@ -45,9 +45,8 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     if keep:
         keep.with_suffix(".ptx").write_text(compiled.asm["ptx"])
         keep.with_suffix(".sass").write_text(text)
-    # Without an `end` a launch is one step.
-    steps = variant.facts["regime"] != "steps" or "end" in names
-    loop = time_loop(text) if steps else instructions(text)
+    one_step = variant.facts["regime"] == "steps"
+    loop = instructions(text) if one_step else time_loop(text)
     return {
         **resources(text),
         "shared_bytes": compiled.metadata.shared,

@@ -99,7 +99,6 @@ def _examples(layer: Any) -> Iterator[Layer]:
     yield layer(28, 64, 1, 128, True, P=32)
     for training in (False, True):
         yield layer(28, 64, 1, 128, training, regime="sequence")
-    yield layer(256, 256, 1, 16, True, regime="persistent")
     yield layer(28, 64, 1, 128, True, cell="layer_norm+mask")
     yield layer(28, 64, 1, 128, True, states=True, cell="peephole+zoneout")
     yield layer(256, 256, 1, 16, True, cell="peephole+mask+zoneout")
@@ -119,8 +118,8 @@ def _everything(layer: Any) -> Iterator[Layer]:
     for H, training in product((64, 100, 256), both):
         yield layer(28, H, 2, 128, training, rows="packed")
         yield layer(28, H, 1, 128, training, P=H // 2)
-    for H, B, regime, training in product(WIDTHS, BATCHES, (None, "persistent"), both):
-        yield layer(H, H, 1, B, training, regime=regime)
+    for H, B, training in product(WIDTHS, BATCHES, both):
+        yield layer(H, H, 1, B, training)
     for H, training in product((16, 64, 100, 128, 256), both):
         cells = ("peephole", "mask", "expectation", "peephole+mask+zoneout", "layer_norm+mask")
         for cell in cells[: 4 if H > 128 else 5]:
@@ -130,9 +129,6 @@ def _everything(layer: Any) -> Iterator[Layer]:
         yield layer(28, H, 1, 1, training, cell=cell)
         yield layer(28, H, 1, 128, training, states=True, cell=cell)
         yield layer(28, H, 2, 128, training, rows="packed", cell=cell)
-    yield layer(256, 256, 1, 16, True, regime="persistent", states=True)
-    yield layer(256, 256, 2, 16, True, regime="persistent", rows="lengths")
-    yield layer(256, 256, 2, 16, True, regime="persistent", rows="packed")
 
 
 def variants(layers: Iterable[Layer], archs: Iterable[int]) -> list[Variant]:
@@ -197,7 +193,6 @@ def _variant(started: Any, layer: Layer, arch: int) -> Variant:
         "units": plan.units,
         "N": plan.batch,
         "chunk": plan.chunk,
-        "resident": plan.resident,
         "fused": plan.fused,
         "warps": plan.warps,
         "stages": plan.stages,

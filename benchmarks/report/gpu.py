@@ -18,12 +18,9 @@ _PRECISIONS = {
 
 
 def table(results: Results) -> str:
-    """Make the table of what the library takes by itself; a line has a call in both ways.
-
-    A kernel that it takes only on request has no line.
-    """
+    """Make the table; a line has a call in both ways."""
     calls: dict[tuple[Any, ...], dict[bool, Group]] = defaultdict(dict)
-    for group in groups(row for row in results.rows if row["regime"] is None):
+    for group in groups(results.rows):
         row = next(iter(group.values()))
         what = row["shape"].replace(",", ", "), _PRECISIONS[row["precision"]], MODES[row["mode"]]
         calls[(row["case"], *what)][row["graph"]] = group

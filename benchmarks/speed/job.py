@@ -15,7 +15,6 @@ MODES = ("infer", "train")
 class Job:
     """One measurement. `graph` replays a CUDA graph instead of calling the module.
 
-    `regime` overrides the choice of the Triton kernels' configuration; None leaves it alone.
     `threads` is the number of CPU threads; None is as many as torch has.
     `input_gradient` asks training for the gradient of x too.
     """
@@ -25,7 +24,6 @@ class Job:
     precision: Precision
     mode: str
     graph: bool = False
-    regime: str | None = None
     threads: int | None = None
     input_gradient: bool = False
 
@@ -44,7 +42,7 @@ def jobs_of(
 ) -> list[Job]:
     """Make the jobs of `speed`. By default cases of one step are streamed, others not."""
     return [
-        Job(case.group, case, precision, mode, graph, None, count, input_gradient)
+        Job(case.group, case, precision, mode, graph, count, input_gradient)
         for case in cases
         for count in threads
         for mode in modes or (("step",) if case.T == 1 else MODES)

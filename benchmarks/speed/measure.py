@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import import_module
 from time import monotonic
 from typing import Any
 
@@ -134,9 +133,6 @@ def _contender(
     contender = provider(name).contender(work)
     if backend and name == "fastlstm":
         contender = around(contender, partial(fastlstm.backend, backend))
-    if job.regime is not None and name == "fastlstm":
-        config = import_module("fastlstm.kernels.triton.config")
-        contender = around(contender, partial(config.override, regime=job.regime))
     if work.on_cpu:
         return contender
     return gpu_timing.on_events(gpu_timing.captured(contender) if job.graph else contender)
@@ -156,7 +152,6 @@ def describe_job(job: Job, name: str, device: str, backend: str | None = None) -
         "dtype": str(job.precision.dtype).removeprefix("torch."),
         "precision": job.precision.name,
         "graph": job.graph,
-        "regime": job.regime,
         "threads": job.threads or torch.get_num_threads(),
         "device": torch.device(device).type,
         "provider": name,
@@ -201,7 +196,6 @@ def work_through(
 def line(row: Row) -> str:
     """Return a row as a line of text."""
     how = f"{row['precision']:5} {row['mode']:5} {'graph' if row['graph'] else 'eager'}"
-    how += f" {row['regime']}" if row["regime"] else ""
     head = f"{row['case']:18} {row['shape']:20} {how} {row['provider']:14}"
     if "skipped" in row:
         return f"{head} {row['skipped']}"

@@ -27,14 +27,12 @@ from .launch import is_fast
 from .plan import Plan
 from .primitives import (
     activate,
-    arrive,
     first_row,
     load_bias,
     product,
     split_gates,
     stack_gates,
     stacked_rows,
-    wait_for,
 )
 from .projection import ProjectionGradient
 from .steps import launch_steps
@@ -48,7 +46,7 @@ def _add_to(at, value, mask):
 
 @triton.jit(
     do_not_specialize=[
-        *("begin", "end", "rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"),
+        *("step", "rows", "T", "B", "dy_t", "dy_b", "dc_t", "dc_b"),
         *("zoneout_c", "zoneout_h"),
     ],
     do_not_specialize_on_alignment=[
@@ -81,9 +79,7 @@ def lstm_bwd_step_kernel(
     seed,  # int64 [1] or None: of zoneout
     zoneout_c,  # None, or a probability, or an int32 threshold of hashes: see zone() in cells.py
     zoneout_h,  # as zoneout_c
-    arrived,  # int32 [D, tiles of N], zero: programs that have written their part of a step
-    begin,  # the first step, in the order of each direction's backward pass
-    end,  # the step after the last
+    step,  # its number in the order of each direction's backward pass
     rows,  # how many rows there are, padding included
     T,
     B,
@@ -96,20 +92,19 @@ def lstm_bwd_step_kernel(
     UNITS: tl.constexpr,  # units of a program
     N: tl.constexpr,  # sequences of a program
     K: tl.constexpr,  # terms of a product at a time
-    PERSISTENT: tl.constexpr,
     RECURRENT: tl.constexpr,
     ACTIVATED: tl.constexpr,
     STAGES: tl.constexpr,  # of the pipeline that loads
     PRECISION: tl.constexpr,  # of products, "tf32" or "ieee"
     FAST: tl.constexpr,  # whether activations are approximate
 ):
-    """U units of N sequences in one direction, for some steps from the last to the first.
+    """U units of N sequences in one direction, for a step; the first launch takes the last one.
 
-    Of a layer with a w_hr it takes one step without the product (not RECURRENT): then dy holds
-    all there is of the gradient of h before w_hr, and there is no dh_n.
+    Of a layer with a w_hr it leaves out the product (not RECURRENT): then dy holds all there is
+    of the gradient of h before w_hr, and there is no dh_n.
 
-    What a step needs of the step after it are all 4H gradients of the gates. They are exchanged
-    as h is in ``lstm_fwd_step_kernel``.
+    What a step needs of the step after it are all 4H gradients of the gates, which the launch
+    before has written.
     """
     direction = tl.program_id(2)
     if D == 2:
@@ -137,106 +132,92 @@ def lstm_bwd_step_kernel(
     state_at = (direction * B + n) * H + unit[:, None]
     d_cell = tl.load(dc + state_at, u_real, 0)
     length = tl.full([N], T, tl.int32)
-    steps = T
     if lengths is not None:
         length = tl.load(lengths + n, real, 0)
-        steps = tl.max(length, 0).to(tl.int32)
-    if PERSISTENT:
-        end = tl.minimum(end, steps)
-        counter = arrived + direction * tl.num_programs(1) + tl.program_id(1)
     backwards = direction == 1
 
-    for s in range(begin, end):
-        # A launch of one step serves rows of all lengths: those of T count from the end of T.
-        last = (steps if PERSISTENT else T) - 1
-        t = tl.where(backwards, s, last - s)
-        row = first_row(t, offsets, B)
-        active = real & (t < length)
-        u_active = u_inside[:, None] & active
-        g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
-        stacked = tl.load(gates + g_at, inside[:, None] & active, 0).to(tl.float32)
-        at = (row + n) * (D * H) + direction * H + unit[:, None]
-        c = tl.load(c_all + at, u_active, 0)
-        before = tl.where(backwards, t + 1, t - 1)
-        begins = tl.where(backwards, length - 1 - before, before) < 0
-        source = first_row(tl.maximum(tl.minimum(before, T - 1), 0), offsets, B)
-        c_before_at = (source + n) * (D * H) + direction * H + unit[:, None]
-        c_before = tl.load(c_all + c_before_at, u_active & (begins == 0), 0)
-        if c0 is not None:
-            c_before += tl.load(c0 + state_at, u_active & begins, 0).to(tl.float32)
-        if reset is not None:
-            keep = tl.load(reset + t.to(tl.int64) * B + n, active, 0) == 0
-            c_before = tl.where(keep, c_before, 0.0)
-        stride_at = row if offsets is not None else t.to(tl.int64)
-        dh = tl.zeros([UNITS, N], tl.float32)
-        if dy is not None:
-            dy_at = dy + stride_at * dy_t + n * dy_b + direction * H + unit[:, None]
-            dh += tl.load(dy_at, u_active, 0).to(tl.float32)
-        if dc_all is not None:
-            dc_at = dc_all + stride_at * dc_t + n * dc_b + direction * H
-            d_cell += tl.load(dc_at + unit[:, None], u_active, 0).to(tl.float32)
-        ends = tl.where(backwards, t, length - 1 - t) == 0
-        if dh_n is not None:
-            dh += tl.load(dh_n + state_at, u_active & ends, 0).to(tl.float32)
+    t = tl.where(backwards, step, T - 1 - step)
+    row = first_row(t, offsets, B)
+    active = real & (t < length)
+    u_active = u_inside[:, None] & active
+    g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
+    stacked = tl.load(gates + g_at, inside[:, None] & active, 0).to(tl.float32)
+    at = (row + n) * (D * H) + direction * H + unit[:, None]
+    c = tl.load(c_all + at, u_active, 0)
+    before = tl.where(backwards, t + 1, t - 1)
+    begins = tl.where(backwards, length - 1 - before, before) < 0
+    source = first_row(tl.maximum(tl.minimum(before, T - 1), 0), offsets, B)
+    c_before_at = (source + n) * (D * H) + direction * H + unit[:, None]
+    c_before = tl.load(c_all + c_before_at, u_active & (begins == 0), 0)
+    if c0 is not None:
+        c_before += tl.load(c0 + state_at, u_active & begins, 0).to(tl.float32)
+    if reset is not None:
+        keep = tl.load(reset + t.to(tl.int64) * B + n, active, 0) == 0
+        c_before = tl.where(keep, c_before, 0.0)
+    stride_at = row if offsets is not None else t.to(tl.int64)
+    dh = tl.zeros([UNITS, N], tl.float32)
+    if dy is not None:
+        dy_at = dy + stride_at * dy_t + n * dy_b + direction * H + unit[:, None]
+        dh += tl.load(dy_at, u_active, 0).to(tl.float32)
+    if dc_all is not None:
+        dc_at = dc_all + stride_at * dc_t + n * dc_b + direction * H
+        d_cell += tl.load(dc_at + unit[:, None], u_active, 0).to(tl.float32)
+    ends = tl.where(backwards, t, length - 1 - t) == 0
+    if dh_n is not None:
+        dh += tl.load(dh_n + state_at, u_active & ends, 0).to(tl.float32)
 
-        if RECURRENT:
-            # through w_hh from the step after, unless the sequence ends here or is reset there
-            after = tl.where(backwards, tl.maximum(t - 1, 0), tl.minimum(t + 1, T - 1))
-            follows = active & (ends == 0)
-            if reset is not None:
-                follows = follows & (tl.load(reset + after.to(tl.int64) * B + n, follows, 0) == 0)
-            after_row = direction.to(tl.int64) * rows + first_row(after, offsets, B)
-            d_tile = dgates + (after_row + n) * (4 * H) + k[:, None]
-            if PERSISTENT:
-                wait_for(counter, s * tl.num_programs(0))
-            total = product(
-                None, w_tile, u_inside, d_tile, follows, H, 4 * H, K, False, STAGES, PRECISION
+    if RECURRENT:
+        # through w_hh from the step after, unless the sequence ends here or is reset there
+        after = tl.where(backwards, tl.maximum(t - 1, 0), tl.minimum(t + 1, T - 1))
+        follows = active & (ends == 0)
+        if reset is not None:
+            follows = follows & (tl.load(reset + after.to(tl.int64) * B + n, follows, 0) == 0)
+        after_row = direction.to(tl.int64) * rows + first_row(after, offsets, B)
+        d_tile = dgates + (after_row + n) * (4 * H) + k[:, None]
+        total = product(w_tile, u_inside, d_tile, follows, H, 4 * H, K, STAGES, PRECISION)
+        if h_mask is not None:
+            total *= tl.load(h_mask + state_at, u_real, 0)
+        dh += total
+
+    if not ACTIVATED:
+        if w_ch is None:
+            stacked = activate(stacked + bias, is_cell, FAST)
+        else:
+            i, f, g, o, _ = gates_and_cell(
+                stacked + bias, is_cell, peep_i, peep_f, peep_o, c_before, UNITS, N, FAST
             )
-            if h_mask is not None:
-                total *= tl.load(h_mask + state_at, u_real, 0)
-            dh += total
-
-        if not ACTIVATED:
-            if w_ch is None:
-                stacked = activate(stacked + bias, is_cell, FAST)
-            else:
-                i, f, g, o, _ = gates_and_cell(
-                    stacked + bias, is_cell, peep_i, peep_f, peep_o, c_before, UNITS, N, FAST
-                )
-                stacked = stack_gates(i, f, g, o, UNITS, N)
-        i, f, g, o = split_gates(stacked, UNITS, N)
-        keys = None
-        if seed is not None:
-            keys = zoneout_rows(base, t, n)
-        if zoneout_h is not None:
-            dh += tl.load(dh_kept + state_at, u_active, 0)
-            kept, dh = zone_gradient(dh, zoneout_h, keys, units_h)
-            if reset is not None:
-                kept = tl.where(keep, kept, 0.0)
-            tl.store(dh_kept + state_at, kept, u_active)
-        d_after = d_cell
-        if zoneout_c is not None:
-            dc_stays, d_after = zone_gradient(d_cell, zoneout_c, keys, units_c)
-            c = f * c_before + i * g
-        d_i, d_f, d_g, d_o, d_before, tanh_c, _, _ = cell_gradients(
-            i, f, g, o, c, c_before, dh, d_after, peep_i, peep_f, peep_o, None, None, unit, H, FAST
-        )
-        if zoneout_c is not None:
-            d_before += dc_stays
-        if dw_ch is not None:
-            w_ch_at = dw_ch + (direction * B + n) * (3 * H) + unit[:, None]
-            _add_to(w_ch_at, d_i * c_before, u_active)
-            _add_to(w_ch_at + H, d_f * c_before, u_active)
-            _add_to(w_ch_at + 2 * H, d_o * c, u_active)
-        stacked = stack_gates(d_i, d_f, d_g, d_o, UNITS, N).to(dtype)
-        tl.store(dgates + g_at, stacked, inside[:, None] & active)
-        if hidden is not None:
-            tl.store(hidden + at, (o * tanh_c).to(dtype), u_active)
-        if PERSISTENT:
-            arrive(counter)
+            stacked = stack_gates(i, f, g, o, UNITS, N)
+    i, f, g, o = split_gates(stacked, UNITS, N)
+    keys = None
+    if seed is not None:
+        keys = zoneout_rows(base, t, n)
+    if zoneout_h is not None:
+        dh += tl.load(dh_kept + state_at, u_active, 0)
+        kept, dh = zone_gradient(dh, zoneout_h, keys, units_h)
         if reset is not None:
-            d_before = tl.where(keep, d_before, 0.0)
-        d_cell = tl.where(active, d_before, d_cell)
+            kept = tl.where(keep, kept, 0.0)
+        tl.store(dh_kept + state_at, kept, u_active)
+    d_after = d_cell
+    if zoneout_c is not None:
+        dc_stays, d_after = zone_gradient(d_cell, zoneout_c, keys, units_c)
+        c = f * c_before + i * g
+    d_i, d_f, d_g, d_o, d_before, tanh_c, _, _ = cell_gradients(
+        i, f, g, o, c, c_before, dh, d_after, peep_i, peep_f, peep_o, None, None, unit, H, FAST
+    )
+    if zoneout_c is not None:
+        d_before += dc_stays
+    if dw_ch is not None:
+        w_ch_at = dw_ch + (direction * B + n) * (3 * H) + unit[:, None]
+        _add_to(w_ch_at, d_i * c_before, u_active)
+        _add_to(w_ch_at + H, d_f * c_before, u_active)
+        _add_to(w_ch_at + 2 * H, d_o * c, u_active)
+    stacked = stack_gates(d_i, d_f, d_g, d_o, UNITS, N).to(dtype)
+    tl.store(dgates + g_at, stacked, inside[:, None] & active)
+    if hidden is not None:
+        tl.store(hidden + at, (o * tanh_c).to(dtype), u_active)
+    if reset is not None:
+        d_before = tl.where(keep, d_before, 0.0)
+    d_cell = tl.where(active, d_before, d_cell)
     tl.store(dc + state_at, d_cell, u_real)
 
 

@@ -1,15 +1,13 @@
 """Which kernel computes a layer, in which tiles: a pure function of the layer and the GPU.
 
-Five regimes:
+Four regimes:
 
 - ``registers``: one program per direction and tile of sequences takes all steps, the weights of a
   plain cell in its registers. Wherever it fits, and Triton has Gluon.
 - ``sequence``: the same with W_hh in shared memory. Wherever it fits.
 - ``cluster``: the units are spread over a cluster of a Hopper GPU, whose blocks send each other
   h and its gradients. Wherever the clusters have room on the GPU in a few turns.
-- ``persistent``: the units are spread over programs that are on the GPU together and exchange
-  every step through L2; one launch for all steps.
-- ``steps``: the same kernel, one launch for every step.
+- ``steps``: the units are spread over programs, one launch for every step. Everywhere else.
 
 The choices follow from what compiling ahead of time shows (``python -m benchmarks kernels``:
 registers, spills, shared memory, barriers), and from what an H200 showed of ``registers``.
@@ -48,7 +46,7 @@ __all__ = [
     "watch",
 ]
 
-_REGIMES = "registers", "sequence", "cluster", "persistent", "steps"
+_REGIMES = "registers", "sequence", "cluster", "steps"
 # Told whether plans are overridden: kernels that were compiled ahead know none but their own.
 _watchers: list[Callable[[bool], Any]] = []
 # For the whole process: autograd runs backward in a thread of its own.
@@ -125,11 +123,7 @@ def _plan(makers: Any, problem: Problem, device: Device) -> Plan:
     if not _changes:
         return _choose(makers, problem, device, None)
     changes = dict(_changes)
-    plan = replace(_choose(makers, problem, device, changes.pop("regime", None)), **changes)
-    P = problem.spec.state_size
-    if plan.resident and plan.chunk < P:
-        raise ValueError(f"override(): weights on chip need a chunk of {P}, got {plan.chunk}")
-    return plan
+    return replace(_choose(makers, problem, device, changes.pop("regime", None)), **changes)
 
 
 @lru_cache(maxsize=1024)  # looked up at every launch, by the few layers of a program
@@ -143,7 +137,7 @@ def _choose(makers: Any, problem: Problem, device: Device, regime: str | None) -
             raise ValueError(
                 f"the {name} regime has no room for {problem} in {device.shared_bytes:,} bytes"
             )
-    return spread(problem, device, regime)
+    return spread(problem, device)
 
 
 def _none(problem: Problem, device: Device) -> None:

@@ -27,23 +27,20 @@ from .launch import is_fast
 from .plan import Plan
 from .primitives import (
     activate,
-    arrive,
     first_row,
     load_bias,
-    operand,
     product,
     split_gates,
     stack_gates,
     stacked_rows,
     tanh,
-    wait_for,
 )
 from .projection import Projection
 from .steps import launch_steps
 
 
 @triton.jit(
-    do_not_specialize=["begin", "end", "rows", "T", "B", "zoneout_c", "zoneout_h"],
+    do_not_specialize=["step", "rows", "T", "B", "zoneout_c", "zoneout_h"],
     do_not_specialize_on_alignment=["offsets", "lengths", "reset", "h0", "h_mask", "seed"],
 )
 def lstm_fwd_step_kernel(
@@ -69,9 +66,7 @@ def lstm_fwd_step_kernel(
     seed,  # int64 [1] or None: of zoneout
     zoneout_c,  # None, or a probability, or an int32 threshold of hashes: see zone() in cells.py
     zoneout_h,  # as zoneout_c
-    arrived,  # int32 [D, tiles of N], zero: programs that have written their part of a step
-    begin,  # the first step, in the order of each direction
-    end,  # the step after the last
+    step,  # its number in the order of each direction
     rows,  # how many rows there are, padding included
     T,
     B,
@@ -81,18 +76,13 @@ def lstm_fwd_step_kernel(
     UNITS: tl.constexpr,  # units of a program
     N: tl.constexpr,  # sequences of a program
     K: tl.constexpr,  # terms of a product at a time
-    RESIDENT: tl.constexpr,
-    PERSISTENT: tl.constexpr,
     STAGES: tl.constexpr,  # of the pipeline that loads
     PRECISION: tl.constexpr,  # of products, "tf32" or "ieee"
     FAST: tl.constexpr,  # whether activations are approximate
 ):
-    """U units of N sequences in one direction, for some steps.
+    """U units of N sequences in one direction, for a step; the next launch sees what it wrote.
 
-    RESIDENT keeps the weights of these units on chip (K covers P); else they stream through in
-    chunks of K. With PERSISTENT all programs are on the GPU together and take many steps,
-    exchanging h through global memory; else a launch takes one step, and the next launch sees
-    what it wrote.
+    The weights stream through in chunks of K.
     """
     direction = tl.program_id(2)
     if D == 2:
@@ -105,9 +95,6 @@ def lstm_fwd_step_kernel(
     w_row, inside, is_cell = stacked_rows(tl.program_id(0) * UNITS, UNITS, H)
     k = tl.arange(0, K)
     w_tile = w_hh + w_row[:, None].to(tl.int64) * P + k
-    w = w_tile
-    if RESIDENT:
-        w = operand(tl.load(w_tile, inside[:, None] & (k < P), 0), dtype, PRECISION)
     bias = load_bias(b_ih, b_hh, w_row, inside)[:, None]
 
     peep_i, peep_f, peep_o = None, None, None
@@ -122,75 +109,63 @@ def lstm_fwd_step_kernel(
     state_at = (direction * B + n) * H + unit[:, None]
     cell = tl.load(c + state_at, u_real, 0)
     length = tl.full([N], T, tl.int32)
-    steps = T
     if lengths is not None:
         length = tl.load(lengths + n, real, 0)
-        steps = tl.max(length, 0).to(tl.int32)
-    if PERSISTENT:
-        end = tl.minimum(end, steps)
-        counter = arrived + direction * tl.num_programs(1) + tl.program_id(1)
     backwards = direction == 1
 
-    for s in range(begin, end):
-        # A launch of one step serves rows of all lengths: those of T count from the end of T.
-        last = (steps if PERSISTENT else T) - 1
-        t = tl.where(backwards, last - s, s)
-        row = first_row(t, offsets, B)
-        active = real & (t < length)
+    t = tl.where(backwards, T - 1 - step, step)
+    row = first_row(t, offsets, B)
+    active = real & (t < length)
 
-        # h of the step before: 0 where the sequence begins or is reset
-        before = tl.where(backwards, t + 1, t - 1)
-        begins = tl.where(backwards, length - 1 - before, before) < 0
-        source = tl.maximum(tl.minimum(before, T - 1), 0)
-        h_tile = h_all + (first_row(source, offsets, B) + n) * (D * P) + direction * P + k[:, None]
-        known = active & (begins == 0)
-        if reset is not None:
-            keep = tl.load(reset + t.to(tl.int64) * B + n, active, 0) == 0
-            known = known & keep
-            cell = tl.where(keep, cell, 0.0)
-        if PERSISTENT:
-            wait_for(counter, s * tl.num_programs(0))
-        stacked = product(w, w_tile, inside, h_tile, known, 1, P, K, RESIDENT, STAGES, PRECISION)
-        # Loaded now and not before the product, which needs the registers.
-        g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
-        stacked += tl.load(products + g_at, inside[:, None] & active, 0) + bias
-        if w_ch is None:
-            stacked = activate(stacked, is_cell, FAST)
-        else:
-            i, f, g, o, _ = gates_and_cell(
-                stacked, is_cell, peep_i, peep_f, peep_o, cell, UNITS, N, FAST
-            )
-            stacked = stack_gates(i, f, g, o, UNITS, N)
-        if gates is not None:
-            tl.store(gates + g_at, stacked.to(gates.dtype.element_ty), inside[:, None] & active)
-        i, f, g, o = split_gates(stacked, UNITS, N)
-        c_new = f * cell + i * g
-        h_new = (o * tanh(c_new, FAST)).to(dtype)
-        at = (row + n) * (D * H) + direction * H + unit[:, None]
-        u_active = (unit < H)[:, None] & active
-        keys = None
-        if seed is not None:
-            keys = zoneout_rows(base, t, n)
-        if zoneout_h is not None:
-            before_at = (first_row(source, offsets, B) + n) * (D * H) + direction * H
-            h = tl.load(out + before_at + unit[:, None], u_active & known, 0)
-            if h0 is not None:
-                starts = active & begins
-                if reset is not None:
-                    starts = starts & keep
-                h += tl.load(h0 + state_at, u_active & starts, 0)
-            h_new = zone(h, h_new, zoneout_h, keys, units_h).to(dtype)
-        if zoneout_c is not None:
-            c_new = zone(cell, c_new, zoneout_c, keys, units_c)
-        tl.store(out + at, h_new, u_active)
-        if h_mask is not None:
-            mask = tl.load(h_mask + state_at, u_real, 0)
-            tl.store(h_all + at, (h_new * mask).to(dtype), u_active)
-        if PERSISTENT:
-            arrive(counter)
-        if c_all is not None:
-            tl.store(c_all + at, c_new, u_active)
-        cell = tl.where(active, c_new, cell)
+    # h of the step before: 0 where the sequence begins or is reset
+    before = tl.where(backwards, t + 1, t - 1)
+    begins = tl.where(backwards, length - 1 - before, before) < 0
+    source = tl.maximum(tl.minimum(before, T - 1), 0)
+    h_tile = h_all + (first_row(source, offsets, B) + n) * (D * P) + direction * P + k[:, None]
+    known = active & (begins == 0)
+    if reset is not None:
+        keep = tl.load(reset + t.to(tl.int64) * B + n, active, 0) == 0
+        known = known & keep
+        cell = tl.where(keep, cell, 0.0)
+    stacked = product(w_tile, inside, h_tile, known, 1, P, K, STAGES, PRECISION)
+    # Loaded now and not before the product, which needs the registers.
+    g_at = (direction.to(tl.int64) * rows + row) * (4 * H) + w_row[:, None] + n * (4 * H)
+    stacked += tl.load(products + g_at, inside[:, None] & active, 0) + bias
+    if w_ch is None:
+        stacked = activate(stacked, is_cell, FAST)
+    else:
+        i, f, g, o, _ = gates_and_cell(
+            stacked, is_cell, peep_i, peep_f, peep_o, cell, UNITS, N, FAST
+        )
+        stacked = stack_gates(i, f, g, o, UNITS, N)
+    if gates is not None:
+        tl.store(gates + g_at, stacked.to(gates.dtype.element_ty), inside[:, None] & active)
+    i, f, g, o = split_gates(stacked, UNITS, N)
+    c_new = f * cell + i * g
+    h_new = (o * tanh(c_new, FAST)).to(dtype)
+    at = (row + n) * (D * H) + direction * H + unit[:, None]
+    u_active = (unit < H)[:, None] & active
+    keys = None
+    if seed is not None:
+        keys = zoneout_rows(base, t, n)
+    if zoneout_h is not None:
+        before_at = (first_row(source, offsets, B) + n) * (D * H) + direction * H
+        h = tl.load(out + before_at + unit[:, None], u_active & known, 0)
+        if h0 is not None:
+            starts = active & begins
+            if reset is not None:
+                starts = starts & keep
+            h += tl.load(h0 + state_at, u_active & starts, 0)
+        h_new = zone(h, h_new, zoneout_h, keys, units_h).to(dtype)
+    if zoneout_c is not None:
+        c_new = zone(cell, c_new, zoneout_c, keys, units_c)
+    tl.store(out + at, h_new, u_active)
+    if h_mask is not None:
+        mask = tl.load(h_mask + state_at, u_real, 0)
+        tl.store(h_all + at, (h_new * mask).to(dtype), u_active)
+    if c_all is not None:
+        tl.store(c_all + at, c_new, u_active)
+    cell = tl.where(active, c_new, cell)
     tl.store(c + state_at, cell, u_real)
 
 
@@ -226,7 +201,6 @@ def launch_lstm_fwd_steps(call: Call, plan: Plan, outputs: Outputs) -> None:
         **call_arguments(call, plan),
         "P": P,
         "K": plan.chunk,
-        "RESIDENT": plan.resident,
         "FAST": is_fast(call.x),
     }
     if spec.proj_size:

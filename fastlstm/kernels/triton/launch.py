@@ -66,21 +66,10 @@ def record(device: Device, precision: str) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], plan: Plan, **arguments: Any) -> None:
-    """Start `kernel` on the current device with the warps and stages of the plan.
-
-    Raises:
-        RuntimeError: a persistent kernel is to be interpreted.
-    """
+    """Start `kernel` on the current device with the warps and stages of the plan."""
     options = compiler_options(plan.regime, plan.warps, plan.stages, plan.blocks)
-    if plan.regime == "persistent":
-        options["launch_cooperative_grid"] = True
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, arguments, options, plan))
-    elif INTERPRETED and plan.regime == "persistent":
-        raise RuntimeError(
-            "the persistent regime cannot be interpreted: its programs wait for each other, and "
-            "the interpreter runs one after the other"
-        )
     elif INTERPRETED:
         with _interpreter:
             kernel[grid](**arguments, **options)

@@ -76,11 +76,10 @@ class Problem(NamedTuple):
 class Plan:
     """A regime and its tiles."""
 
-    regime: str  # "registers", "sequence", "cluster", "persistent", "steps"; "weights": gradients
+    regime: str  # "registers", "sequence", "cluster", "steps"; "weights": gradients
     units: int  # units of a program: the tile is four times as high; 16 or more
     batch: int  # sequences of a program
     chunk: int  # terms of the product loaded at a time; covers P where the weights stay on chip
-    resident: bool  # whether they do
     fused: bool  # x goes through w_ih in the loop, and not in one product ahead of it
     warps: int
     stages: int  # of the pipeline that loads
@@ -93,7 +92,9 @@ class Plan:
     def described(self, gates: int) -> str:
         """Describe the plan in a line, for units of so many gates."""
         tile = f"{self.regime}: {gates * self.units} x {self.batch} tiles, {self.warps} warps"
-        where = "weights on chip" if self.resident else f"weights in chunks of {self.chunk}"
+        where = "weights on chip"
+        if self.regime == "steps":
+            where = f"weights in chunks of {self.chunk}"
         if self.regime == "registers":
             where = "weights in registers"
         if self.blocks > 1:

@@ -1,4 +1,4 @@
-"""What all kernels are made of: how gates lie in a tile, activations, products, exchange.
+"""What all kernels are made of: how gates lie in a tile, activations, products.
 
 Tiles are transposed: ``[units, N]`` for N sequences, and the four gates of U units stacked in one
 tile ``[4U, N]``, the result of one matrix product. Its row order (:func:`stacked_rows`) puts the
@@ -160,19 +160,17 @@ def load_bias(b_ih, b_hh, row, inside):
 
 @triton.jit
 def product(
-    w,  # [M, K], with RESIDENT
-    w_tile,  # pointers [M, K] to its first columns, without; W_STRIDE from one to the next
+    w_tile,  # pointers [M, K] to the first columns of w; W_STRIDE from one to the next
     w_real,  # [M]: rows that there are
     h_tile,  # pointers [K, N] to the first K rows of the other factor
     h_real,  # [N]: columns that there are
     W_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     K: tl.constexpr,
-    RESIDENT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """w h ``[M, N]`` over SIZE terms, at once or in chunks of K.
+    """w h ``[M, N]`` over SIZE terms, in chunks of K.
 
     The sum starts from zero, and what it is added to comes last: exact float32 products are one
     chain of additions, and each of them would be rounded at the size of where the chain begins.
@@ -180,43 +178,11 @@ def product(
     k = tl.arange(0, K)
     dtype: tl.constexpr = h_tile.dtype.element_ty
     total = tl.zeros([w_tile.shape[0], h_tile.shape[1]], tl.float32)
-    if RESIDENT:
-        h = tl.load(h_tile, (k < SIZE)[:, None] & h_real, 0, cache_modifier=".cg")
-        total = tl.dot(w, operand(h, dtype, PRECISION), total, PRECISION)
-    else:
-        for start in tl.range(0, SIZE, K, num_stages=STAGES):
-            k_real = start + k < SIZE
-            chunk = tl.load(w_tile + start * W_STRIDE, w_real[:, None] & k_real, 0)
-            h_real_chunk = k_real[:, None] & h_real
-            h = tl.load(h_tile + start, h_real_chunk, 0, cache_modifier=".cg")
-            total = tl.dot(
-                operand(chunk, dtype, PRECISION), operand(h, dtype, PRECISION), total, PRECISION
-            )
+    for start in tl.range(0, SIZE, K, num_stages=STAGES):
+        k_real = start + k < SIZE
+        chunk = tl.load(w_tile + start * W_STRIDE, w_real[:, None] & k_real, 0)
+        h = tl.load(h_tile + start, k_real[:, None] & h_real, 0, cache_modifier=".cg")
+        total = tl.dot(
+            operand(chunk, dtype, PRECISION), operand(h, dtype, PRECISION), total, PRECISION
+        )
     return total
-
-
-# How the programs of a persistent launch exchange what they computed.
-#
-# Programs of one direction and one tile of sequences depend on each other and on no others, so
-# each such group has one counter. A program stores its part of a step, waits for all its threads
-# (barrier), then adds 1 to the counter with release semantics. Before step s it reads the counter
-# with acquire semantics until every program of the group has added its 1 for each of the s steps
-# before, then lets its threads go on (barrier). Release and acquire at GPU scope, extended to the
-# other threads of both programs by the barriers, order every store of the exchanged values before
-# every load of them; these loads go to L2 (.cg), since L1 is not coherent. Every step writes rows
-# of its own, so nothing is overwritten while it may still be read.
-
-
-@triton.jit
-def arrive(counter):
-    """Publish what this program has stored so far."""
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def wait_for(counter, count):
-    """Wait for `count` arrivals; what the arrived had stored can be loaded afterwards."""
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < count:
-        pass
-    tl.debug_barrier()

@@ -101,7 +101,7 @@ def _cluster(problem: Problem, device: Device, reason: str) -> Plan | None:
         return None
     blocks = units // _UNITS_OF_A_BLOCK
     clusters = _programs(problem, SEQUENCES)
-    plan = Plan("cluster", units, SEQUENCES, units, True, False, 8, 1, reason, blocks)
+    plan = Plan("cluster", units, SEQUENCES, units, False, 8, 1, reason, blocks)
     return plan if clusters <= _MOST_WAVES * device.at_once(blocks) else None
 
 
@@ -114,7 +114,7 @@ def _plan(problem: Problem, device: Device, fused: bool, reason: str) -> Plan:
     batch = least if few and (problem.dense or exact) else most
     if exact:
         warps = units * batch // 32
-    return Plan("registers", units, batch, units, True, fused, warps, 1, reason)
+    return Plan("registers", units, batch, units, fused, warps, 1, reason)
 
 
 def _programs(problem: Problem, batch: int) -> int:

@@ -166,7 +166,7 @@ def rnn_bwd_step_kernel(
     after_row = direction.to(tl.int64) * rows + first_row(after, offsets, B)
     d_tile = d_total + (after_row + n) * H + k[:, None]
     w_tile = w_hh + k[None, :].to(tl.int64) * H + unit[:, None]
-    d += product(None, w_tile, inside, d_tile, follows, H, H, K, False, STAGES, PRECISION)
+    d += product(w_tile, inside, d_tile, follows, H, H, K, STAGES, PRECISION)
     d = act_gradient(d, h, RELU).to(d_total.dtype.element_ty)
     d_at = (direction.to(tl.int64) * rows + row + n) * H + unit[:, None]
     tl.store(d_total + d_at, d, u_active)

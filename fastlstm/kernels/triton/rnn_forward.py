@@ -152,7 +152,7 @@ def rnn_fwd_step_kernel(
     source = first_row(tl.maximum(tl.minimum(before, T - 1), 0), offsets, B)
     h_tile = y + (source + n) * (D * H) + direction * H + k[:, None]
     w_tile = w_hh + unit[:, None].to(tl.int64) * H + k
-    total += product(None, w_tile, inside, h_tile, known, 1, H, K, False, STAGES, PRECISION)
+    total += product(w_tile, inside, h_tile, known, 1, H, K, STAGES, PRECISION)
     at = (row + n) * (D * H) + direction * H + unit[:, None]
     h = act(total, RELU, FAST).to(y.dtype.element_ty)
     tl.store(y + at, h, inside[:, None] & active)

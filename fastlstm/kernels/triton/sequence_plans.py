@@ -81,7 +81,7 @@ def forward_sequence(problem: Problem, device: Device) -> Plan | None:
         if _weight_bytes(problem, units) + room <= device.shared_bytes:
             where = "so do its input weights" if fused else "its input products are made before"
             reason = f"{_ON_CHIP}, {where}"
-            return Plan("sequence", units, batch, states, True, fused, warps, stages, reason)
+            return Plan("sequence", units, batch, states, fused, warps, stages, reason)
     return None
 
 
@@ -106,7 +106,7 @@ def backward_sequence(problem: Problem, device: Device) -> Plan | None:
         each = batch * (4 * 6 * units + element * states)
         room = batch * 4 * units * element + each * (stages - 1)
         if _weight_bytes(problem, units) + room <= device.shared_bytes:
-            return Plan("sequence", units, batch, states, True, False, warps, stages, _ON_CHIP)
+            return Plan("sequence", units, batch, states, False, warps, stages, _ON_CHIP)
     return None
 
 
@@ -121,5 +121,5 @@ def rnn_sequence(problem: Problem, device: Device) -> Plan | None:
         # h as an operand, y on its way out; of each stage x, or y and its gradient
         room = batch * units * (2 * element + 8 * (stages - 1))
         if element * units * units + room <= device.shared_bytes:
-            return Plan("sequence", units, batch, units, True, False, warps, stages, _ON_CHIP)
+            return Plan("sequence", units, batch, units, False, warps, stages, _ON_CHIP)
     return None

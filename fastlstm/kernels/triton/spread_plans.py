@@ -1,16 +1,12 @@
-"""Plans of the regimes persistent and steps: the units of a layer are spread over programs."""
+"""Plans of the regime steps: the units of a layer are spread over programs."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from .plan import Device, Plan, Problem, padded
+from .plan import Device, Plan, Problem
 
-__all__ = ["PERSISTENT_BY_DEFAULT", "backward_spread", "forward_spread", "rnn_spread"]
-
-# The exchange of a persistent launch cannot be tested without a GPU: until it has been, it is
-# chosen only by `override(regime="persistent")`, which the GPU tests and benchmarks use.
-PERSISTENT_BY_DEFAULT = False
+__all__ = ["backward_spread", "forward_spread", "rnn_spread"]
 
 _STAGES = 3
 _SPREAD = "W_hh is spread over programs"
@@ -25,45 +21,26 @@ class _Tile(NamedTuple):
     warps: int
 
 
-def forward_spread(problem: Problem, device: Device, regime: str | None) -> Plan:
-    """Return the plan of the forward pass of an LSTM, in the regime if one is asked for.
-
-    Raises:
-        ValueError: the persistent regime, which was asked for, has no room.
-    """
-    chosen, tile = _choose(problem, device, regime, _forward_tiles(problem, device))
-    if chosen == "persistent" and problem.element == 2:
-        on_chip = _on_chip(problem, device)
-        if on_chip is not None:
-            return _plan(chosen, on_chip, f"{_SPREAD} and stays there", resident=True)
-    return _plan(chosen, tile)
+def forward_spread(problem: Problem, device: Device) -> Plan:
+    """Return the plan of the forward pass of an LSTM."""
+    return _plan(_choose(problem, device, _forward_tiles(problem, device)))
 
 
-def backward_spread(problem: Problem, device: Device, regime: str | None) -> Plan:
-    """Return the plan of the backward pass of an LSTM, in the regime if one is asked for.
-
-    Raises:
-        ValueError: the persistent regime, which was asked for, has no room.
-    """
-    return _plan(*_choose(problem, device, regime, _backward_tiles(problem, device)))
+def backward_spread(problem: Problem, device: Device) -> Plan:
+    """Return the plan of the backward pass of an LSTM."""
+    return _plan(_choose(problem, device, _backward_tiles(problem, device)))
 
 
-def rnn_spread(problem: Problem, device: Device, regime: str | None) -> Plan:
-    """Return the plan of both passes of an ``nn.RNN``, in the regime if one is asked for.
-
-    Raises:
-        ValueError: the persistent regime was asked for.
-    """
-    if regime == "persistent":
-        raise ValueError("the persistent regime has no nn.RNN")
+def rnn_spread(problem: Problem, device: Device) -> Plan:
+    """Return the plan of both passes of an ``nn.RNN``."""
     if problem.precision == "ieee":
-        return _plan("steps", _Tile(64, 16, 16, 8))
-    return _plan("steps", _Tile(64, 16, 128 // problem.element, 4))
+        return _plan(_Tile(64, 16, 16, 8))
+    return _plan(_Tile(64, 16, 128 // problem.element, 4))
 
 
-def _plan(regime: str, tile: _Tile, reason: str = _SPREAD, resident: bool = False) -> Plan:
+def _plan(tile: _Tile) -> Plan:
     units, batch, chunk, warps = tile
-    return Plan(regime, units, batch, chunk, resident, False, warps, _STAGES, reason)
+    return Plan("steps", units, batch, chunk, False, warps, _STAGES, _SPREAD)
 
 
 def _forward_tiles(problem: Problem, device: Device) -> list[_Tile]:
@@ -97,42 +74,11 @@ def _backward_tiles(problem: Problem, device: Device) -> list[_Tile]:
     return [_Tile(32, 16, 128, 4), _Tile(32, 32, 64, 8), _Tile(64, 64, 64, 8)]
 
 
-def _choose(
-    problem: Problem, device: Device, regime: str | None, tiles: list[_Tile]
-) -> tuple[str, _Tile]:
-    """Return the regime, and the first of the tiles whose programs are on the GPU together.
-
-    Without one it is the last tile, of the steps regime.
-    """
-    wanted = regime or ("persistent" if PERSISTENT_BY_DEFAULT else "steps")
-    first = next((tile for tile in tiles if _together(problem, device, tile)), None)
-    # The cells of a projected layer need a second exchange in every step.
-    simple = not problem.spec.proj_size and problem.cell == "plain"
-    if wanted == "persistent" and simple and first is not None:
-        return "persistent", first
-    if regime == "persistent":
-        raise ValueError(
-            f"the persistent regime has no room for {problem} on {device.processors} "
-            "multiprocessors"
-        )
-    return "steps", first or tiles[-1]
-
-
-def _together(problem: Problem, device: Device, tile: _Tile) -> bool:
-    """Return whether all programs of a launch are on the GPU at the same time."""
+def _choose(problem: Problem, device: Device, tiles: list[_Tile]) -> _Tile:
+    """Return the first of the tiles whose programs are on the GPU together, else the last one."""
     spec = problem.spec
-    tiles = -(-spec.hidden_size // tile.units) * -(-problem.B // tile.batch)
-    return tiles * spec.directions <= device.processors
-
-
-def _on_chip(problem: Problem, device: Device) -> _Tile | None:
-    """Return the tile with which the 16-bit weights stay on chip; None if there is no room."""
-    states = padded(problem.spec.state_size)
-    for units, batch, warps in ((32, 16, 8), (32, 32, 8), (16, 16, 4)):
-        tile = _Tile(units, batch, states, warps)
-        # The weights of U units, h of N sequences, and the conversion between gates.
-        room = 2 * states * (4 * units + batch) + 4 * 4 * units * batch
-        fits = states <= 1024 // (units // 16) and room <= device.shared_bytes
-        if fits and _together(problem, device, tile):
+    for tile in tiles:
+        programs = -(-spec.hidden_size // tile.units) * -(-problem.B // tile.batch)
+        if programs * spec.directions <= device.processors:
             return tile
-    return None
+    return tiles[-1]

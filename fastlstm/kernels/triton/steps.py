@@ -1,11 +1,9 @@
-"""Launching a kernel for every step, or once for all steps."""
+"""Launching a kernel for every step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from .call import Call
 from .launch import launch
@@ -29,33 +27,20 @@ def launch_steps(
     before: Callable[[int], None] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Launch a kernel of an LSTM for every step; once for all steps in the persistent regime.
+    """Launch a kernel of an LSTM for every step.
 
     Args:
         kernel: a step kernel.
         call: the layer.
-        plan: of the regime steps or persistent.
+        plan: of the regime steps.
         arguments: those of the kernel that are alike in all launches.
-        before: called with the number of a step before its launch, in the steps regime.
+        before: called with the number of a step before its launch.
         after: called after its launch.
     """
-    grid, T = spread_grid(call, plan), call.rows.T
-    if plan.regime == "persistent":
-        arrived = torch.zeros(grid[2], grid[1], dtype=torch.int32, device=call.x.device)
-        launch(kernel, grid, plan, **arguments, arrived=arrived, begin=0, end=T, PERSISTENT=True)
-        return
-    for begin in range(T):
+    grid = spread_grid(call, plan)
+    for step in range(call.rows.T):
         if before is not None:
-            before(begin)
-        launch(
-            kernel,
-            grid,
-            plan,
-            **arguments,
-            arrived=None,
-            begin=begin,
-            end=begin + 1,
-            PERSISTENT=False,
-        )
+            before(step)
+        launch(kernel, grid, plan, **arguments, step=step)
         if after is not None:
-            after(begin)
+            after(step)

@@ -40,7 +40,7 @@ _MOST_INPUTS = 1024
 _WIDEST = 128  # tile: its sums take 64 registers of a thread
 ELEMENTS = 128  # of a program of the second kernel
 PARTS = 32  # that it loads at a time, each thread 8 times four
-_SUMS = Plan("weights", 16, PARTS, PARTS, False, False, 4, 1, "the sums of parts of products")
+_SUMS = Plan("weights", 16, PARTS, PARTS, False, 4, 1, "the sums of parts of products")
 
 
 class Tiles(NamedTuple):
@@ -63,7 +63,7 @@ def tiles(I: int, H: int, element: int) -> Tiles:
     high = min(4 * padded(H), 64 if H <= 64 else 128)
     rows = 128 // element
     reason = "the rows of the product are shared out over programs"
-    plan = Plan("weights", high // 4, rows, rows, False, False, high // 16, 3, reason)
+    plan = Plan("weights", high // 4, rows, rows, False, high // 16, 3, reason)
     return Tiles(high, min(padded(I), _WIDEST), min(padded(H), _WIDEST), plan)
 
 
