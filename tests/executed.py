@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
@@ -159,16 +159,14 @@ def wavefronts_unswizzled(run: Run) -> dict[tuple[str, str], Wavefronts]:
 
     For a process that has compiled nothing yet: a compiler does not look at this again.
     """
-    from fastlstm.kernels.triton import backward_registers, forward_registers
+    from fastlstm.kernels.triton import register_products
     from fastlstm.kernels.triton.gluon import gl, gluon
 
     @gluon.constexpr_function
     def plain(U: int, pair: int) -> object:
         return gl.SwizzledSharedLayout(4 * pair, 1, 1, [0, 1])
 
-    with ExitStack() as stack:
-        for module in (forward_registers, backward_registers):
-            stack.enter_context(mock.patch.object(module, "state_layout", plain))
+    with mock.patch.object(register_products, "state_layout", plain):
         return wavefronts(run)
 
 
