@@ -23,7 +23,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +89,12 @@ X86_SOURCES = {
     "csrc/cpu/isa/avx512.cpp": AVX512.split(),
     "csrc/cpu/quantized/avx512vnni.cpp": [*AVX512.split(), "-mavx512vnni"],
 }
-SOURCES |= X86_SOURCES
+ARM_SOURCES = {
+    "csrc/cpu/quantized/dotprod.cpp": ["-march=armv8.2-a+dotprod"],
+    "csrc/cpu/quantized/i8mm.cpp": ["-march=armv8.2-a+dotprod+i8mm"],
+}
+# What SOURCES lack of a machine.
+OF_MACHINE = {"x86_64": X86_SOURCES, "aarch64": ARM_SOURCES}
 # These start first, in this order: each takes as long as all the others together.
 SLOWEST = [f"csrc/cpu/isa/{isa}.cpp" for isa in ("avx512", "avx2", "portable")]
 
@@ -158,8 +163,10 @@ class Library(NamedTuple):
         run([*command, *link, "-o", target], recipe.advice)
 
 
-def of_host(sources: dict[str, list[str]]) -> Recipe:
-    """The recipe of C++ sources, each with flags of its own."""
+def of_host(
+    sources: dict[str, list[str]], of_machine: Mapping[str, dict[str, list[str]]] | None = None
+) -> Recipe:
+    """The recipe of C++ sources, each with flags of its own, and of those of the machine."""
     advice = "install g++ or clang++, or name one in the environment variable CXX"
     # On Windows clang too, because it has vector types; this driver takes the flags of the others.
     default = "clang++" if sys.platform == "win32" else "c++"
@@ -175,14 +182,14 @@ def of_host(sources: dict[str, list[str]]) -> Recipe:
     elif target.system == "windows":
         flags = [flag for flag in FLAGS if flag != "-fPIC"] + ["-D_CRT_SECURE_NO_WARNINGS"]
         link = ["-fuse-ld=lld"]
-    chosen = {name: own for name, own in sources.items() if target.x86 or name not in X86_SOURCES}
+    sources = sources | (of_machine or {}).get(target.machine, {})
     return Recipe(
-        compiler, {name: [*flags, *own] for name, own in chosen.items()}, link, strip, advice
+        compiler, {name: [*flags, *own] for name, own in sources.items()}, link, strip, advice
     )
 
 
 def cpu() -> Recipe:
-    recipe = of_host(SOURCES)
+    recipe = of_host(SOURCES, OF_MACHINE)
     if "-zdefs" in recipe.link:
         recipe.link.extend(["-Xlinker", "--version-script=csrc/old_glibc.map"])
     return recipe

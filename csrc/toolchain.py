@@ -36,7 +36,7 @@ class Target(NamedTuple):
     """What a compiler compiles for."""
 
     system: str  # "linux", "macos", "windows" or "other"
-    x86: bool
+    machine: str  # "x86_64", "aarch64" or "other"
 
 
 def torch_folder() -> Path:
@@ -76,7 +76,9 @@ def target_of(compiler: list[str], advice: str) -> Target:
     )
     systems = {"__linux__": "linux", "__APPLE__": "macos", "_WIN32": "windows"}
     system = next((name for macro, name in systems.items() if macro in macros), "other")
-    return Target(system, "__x86_64__" in macros)
+    machines = ("x86_64", "aarch64")
+    machine = next((name for name in machines if f"__{name}__" in macros), "other")
+    return Target(system, machine)
 
 
 def compile_changed(command: list[str], target: Path, advice: str) -> None:

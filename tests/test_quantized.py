@@ -105,6 +105,8 @@ def test_bits_of_strange_rows() -> None:
     assert got[0][:, [0, 1, 2, 3, 9]].isfinite().all()
 
 
+INSTRUCTION_SETS = ("portable", "avx2", "avxvnni", "avx512vnni", "dotprod", "i8mm")
+
 _EVERY = """
 import hashlib, torch, test_quantized as t
 digest = hashlib.sha256()
@@ -118,7 +120,7 @@ print(t.isa(), digest.hexdigest())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["portable", "avx2", "avxvnni", "avx512vnni"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_same_bits_from_every_instruction_set(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _EVERY],
@@ -139,7 +141,7 @@ def test_same_bits_from_every_instruction_set(name: str) -> None:
         for result in flat(module(torch.randn(T, B, module.input_size))):
             digest.update(result.numpy().tobytes())
     assert done.stdout.split() == [name, digest.hexdigest()]
-    assert isa() in ("portable", "avx2", "avxvnni", "avx512vnni")
+    assert isa() in INSTRUCTION_SETS
 
 
 # --- the same bits for every batch, layout and number of threads ----------------------------

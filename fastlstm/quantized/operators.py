@@ -50,7 +50,10 @@ def _allocate(
 
 
 def isa() -> str:
-    """Return the instruction set of these kernels: "avx512vnni", "avxvnni", "avx2", "portable"."""
+    """Return the instruction set of these kernels, as FASTLSTM_QUANTIZED_ISA names it.
+
+    On x86-64 "avx512vnni", "avxvnni" or "avx2", on ARM "i8mm" or "dotprod", else "portable".
+    """
     extension.load()
     return str(_ISA())
 

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/isa/arm.h"
 #include "cpu/isa/x86.h"
 #include "cpu/quantized/quantized.h"
 
@@ -13,6 +14,9 @@ namespace fastlstm {
 
 #ifdef FASTLSTM_X86
 extern const QuantizedKernels avx512vnni_quantized, avxvnni_quantized, avx2_quantized;
+#endif
+#ifdef FASTLSTM_ARM
+extern const QuantizedKernels i8mm_quantized, dotprod_quantized;
 #endif
 extern const QuantizedKernels portable_quantized;
 
@@ -30,15 +34,24 @@ bool supported(const QuantizedKernels& kernels) {
   if (&kernels == &avxvnni_quantized) return features.avx_vnni;
   if (&kernels == &avx2_quantized) return features.avx2;
 #endif
+#ifdef FASTLSTM_ARM
+  static const ArmFeatures features = arm_features();
+  if (&kernels == &i8mm_quantized) return features.i8mm;
+  if (&kernels == &dotprod_quantized) return features.dotprod;
+#endif
   return &kernels == &portable_quantized;
 }
 
 const QuantizedKernels& choose() {
   const Choice fastest_first[] = {
 #ifdef FASTLSTM_X86
-      {&avx512vnni_quantized, "avx512"},
-      {&avxvnni_quantized, "avx2"},
+      {&avx512vnni_quantized, "avx512"},  //
+      {&avxvnni_quantized, "avx2"},       //
       {&avx2_quantized, "avx2"},
+#endif
+#ifdef FASTLSTM_ARM
+      {&i8mm_quantized, "portable"},  //
+      {&dotprod_quantized, "portable"},
 #endif
       {&portable_quantized, "portable"}};
   const char *limit = std::getenv("FASTLSTM_ISA"), *wanted = std::getenv("FASTLSTM_QUANTIZED_ISA");

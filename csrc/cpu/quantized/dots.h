@@ -23,7 +23,7 @@ using Sums = int32_t[kColumns];
 #include "cpu/quantized/dots_avx512.h"
 #elif defined(__x86_64__) && defined(__AVX2__)
 #include "cpu/quantized/dots_avx2.h"
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include "cpu/quantized/dots_neon.h"
 #else
 #include "cpu/quantized/dots_generic.h"
