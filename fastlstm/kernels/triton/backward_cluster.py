@@ -201,47 +201,34 @@ def lstm_bwd_cluster_kernel(
     mbarrier.expect(at_even, UNITS * N * 4)
     cluster.barrier()
 
+    weights = w_low, w_high, bias
+    state, places, firsts = (dh, dc), (c_at, g_at, d_at, dy_at, dca_at), (row, row_1, row_2, row_3)
+    read = dy_now, dy_next, dca_now, dca_next, reset_now, reset_next, g_next, c, c_before
+    factor = now
+    strides, tile = (c_step, g_step, dy_step, dca_step), (real, at, at4, dy_off, dca_off)
+    order = steps, last, forth, n, length
+    call = c_start, c0, offsets, lengths, reset, dy, dc_all, T, B
     for pair in range(steps // 2):
         s = 2 * pair
-        (
-            dh, dc, now, dy_now, dca_now, reset_now,
-            c, c_before, g_next, dy_next, dca_next, reset_next,
-            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
-        ) = cluster_step_back(
-            even, buffers.index(0), at_even, at_odd, pair % 2, w_low, w_high, bias,
-            dh, dc, now, dy_now, dca_now, c, c_before, c_start, g_next, dy_next, dca_next,
-            reset_now, reset_next, real, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            c_step, g_step, dy_step, dca_step, row, row_1, row_2, row_3,
-            steps - 1 - s, steps, last + forth * s, forth, n, length,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, H, UNITS, N, C, KEPT, FAST,
+        state, places, firsts, read, factor = cluster_step_back(
+            even, buffers.index(0), at_even, at_odd, pair % 2, s, steps - 1 - s,
+            weights, state, places, firsts, read, factor, strides, tile, order, call,
+            H, UNITS, N, C, KEPT, FAST,
         )  # fmt: skip
         s += 1
-        (
-            dh, dc, now, dy_now, dca_now, reset_now,
-            c, c_before, g_next, dy_next, dca_next, reset_next,
-            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
-        ) = cluster_step_back(
-            odd, buffers.index(1), at_odd, at_even, pair % 2, w_low, w_high, bias,
-            dh, dc, now, dy_now, dca_now, c, c_before, c_start, g_next, dy_next, dca_next,
-            reset_now, reset_next, real, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            c_step, g_step, dy_step, dca_step, row, row_1, row_2, row_3,
-            steps - 1 - s, steps, last + forth * s, forth, n, length,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, H, UNITS, N, C, KEPT, FAST,
+        state, places, firsts, read, factor = cluster_step_back(
+            odd, buffers.index(1), at_odd, at_even, pair % 2, s, steps - 1 - s,
+            weights, state, places, firsts, read, factor, strides, tile, order, call,
+            H, UNITS, N, C, KEPT, FAST,
         )  # fmt: skip
     if steps % 2 == 1:
-        (
-            dh, dc, now, dy_now, dca_now, reset_now,
-            c, c_before, g_next, dy_next, dca_next, reset_next,
-            c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
-        ) = cluster_step_back(
-            even, buffers.index(0), at_even, at_odd, steps // 2 % 2, w_low, w_high, bias,
-            dh, dc, now, dy_now, dca_now, c, c_before, c_start, g_next, dy_next, dca_next,
-            reset_now, reset_next, real, at, at4, dy_off, dca_off, c_at, g_at, d_at, dy_at, dca_at,
-            c_step, g_step, dy_step, dca_step, row, row_1, row_2, row_3,
-            0, steps, last + forth * (steps - 1), forth, n, length,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, H, UNITS, N, C, KEPT, FAST,
+        state, places, firsts, read, factor = cluster_step_back(
+            even, buffers.index(0), at_even, at_odd, steps // 2 % 2, steps - 1, 0,
+            weights, state, places, firsts, read, factor, strides, tile, order, call,
+            H, UNITS, N, C, KEPT, FAST,
         )  # fmt: skip
     cluster.barrier()  # nobody leaves while others still send
+    dh, dc = state
     if dh0 is not None:
         gl.store(dh0 + state_at, dh.to(dh0.dtype.element_ty), real & given(dh0, H))
     if dc0 is not None:

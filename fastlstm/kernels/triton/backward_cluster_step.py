@@ -125,54 +125,20 @@ def cluster_step_back(
     arrived,  # the barrier that counts the bytes of them
     arrives_next,  # that of the next step
     phase,  # of that barrier
-    w_low,  # [C UNITS, 2 U]
-    w_high,
-    bias,  # [UNITS, 1, 4], without KEPT
-    dh,  # [UNITS, N]: the gradients that come from the steps after
-    dc,
-    now,  # factors of this step
-    dy_now,  # [UNITS, N], with dy
-    dca_now,  # [UNITS, N], with dc_all
-    c,  # [UNITS, N], of the next step
-    c_before,
-    c_start,  # [UNITS, N], with c0
-    g_next,  # [UNITS, N, 4], of the next step
-    dy_next,
-    dca_next,
-    reset_now,  # [N]: the flags of this step, with a reset
-    reset_next,
-    real,  # [UNITS, N]
-    at,  # [UNITS, N]: offsets within the tile
-    at4,  # [UNITS, N, 4]: the same
-    dy_off,  # [UNITS, N], with dy
-    dca_off,  # [UNITS, N], with dc_all
-    c_at,  # pointer to c three steps on; with lengths at step 0, as all the following
-    g_at,  # pointer to the gates two steps on
-    d_at,  # pointer to the gradients of the gates of this step
-    dy_at,  # pointer to dy two steps on, or to anything
-    dca_at,  # pointer to dc_all two steps on, or to anything
-    c_step,
-    g_step,
-    dy_step,
-    dca_step,
-    row,  # the first row of this step and of the three that follow, with offsets
-    row_1,
-    row_2,
-    row_3,
-    left,  # how many steps follow
-    steps,
-    t,  # the step that this is
-    forth,
-    n,  # [N]
-    length,  # [N], with lengths
-    c0,
-    offsets,
-    lengths,
-    reset,
-    dy,
-    dc_all,
-    T,
-    B,
+    s,  # how many steps were taken
+    left,  # how many follow
+    weights,  # two of own_weights, and without KEPT the bias [UNITS, 1, 4]
+    state,  # [UNITS, N]: the gradients of h and c that come from the steps after
+    places,  # pointers: c three steps on, gates two steps on, gradients of this step's gates, then
+    # dy and dc_all two steps on; with lengths all of them at step 0
+    firsts,  # the first row of this step and of the three that follow, with offsets
+    read,  # dy, dc_all and flags of a reset, each of this step and the next one; gates of the next
+    # one, its c and that before it
+    factor,  # of factors: this step
+    strides,  # of c, gates, dy and dc_all from a step to the next
+    tile,  # what is real of [UNITS, N]; offsets in c_all, gates, dy and dc_all
+    order,  # the number of steps, the first one, +1 or -1, n [N], lengths [N]
+    call,  # c0 as [UNITS, N]; c0, offsets, lengths, reset, dy, dc_all, T, B
     H: gl.constexpr,
     UNITS: gl.constexpr,
     N: gl.constexpr,
@@ -180,15 +146,26 @@ def cluster_step_back(
     KEPT: gl.constexpr,
     FAST: gl.constexpr,
 ):
-    """Take one step back; return what the next one begins with.
+    """Take one step back; return the next one's state, places, firsts, read and factor.
 
     What does not depend on the other blocks is computed while their parts travel.
     """
+    w_low, w_high, bias = weights
+    dh, dc = state
+    c_at, g_at, d_at, dy_at, dca_at = places
+    row, row_1, row_2, row_3 = firsts
+    dy_now, dy_next, dca_now, dca_next, reset_now, reset_next, g_next, c, c_before = read
+    by_c, by_i, by_f, by_g, by_o, f = factor
+    c_step, g_step, dy_step, dca_step = strides
+    real, at, at4, dy_off, dca_off = tile
+    steps, begin, forth, n, length = order
+    c_start, c0, offsets, lengths, reset, dy, dc_all, T, B = call
+    t = begin + forth * s
     cells: gl.constexpr = dc.type.layout
     flat: gl.constexpr = gl.SliceLayout(2, at4.type.layout)
     WIDE: gl.constexpr = 128 // to.dtype.primitive_bitwidth
-    tile: gl.constexpr = layout_of("tile", UNITS, N, C, WIDE)
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, w_low.type.layout.k_width)
+    stacked: gl.constexpr = layout_of("tile", UNITS, N, C, WIDE)
+    right: gl.constexpr = gl.DotOperandLayout(1, stacked, w_low.type.layout.k_width)
     TILES: gl.constexpr = 1 if UNITS == 128 else 2
     U: gl.constexpr = UNITS // C
     dh_new, dc_new = dh, dc
@@ -196,7 +173,6 @@ def cluster_step_back(
         dh_new += dy_now.to(gl.float32)
     if dc_all is not None:
         dc_new += dca_now.to(gl.float32)
-    by_c, by_i, by_f, by_g, by_o, f = now
     dc_new += dh_new * by_c
     d_i, d_f, d_g, d_o = dc_new * by_i, dc_new * by_f, dc_new * by_g, dh_new * by_o
     dc_new = dc_new * f
@@ -217,7 +193,7 @@ def cluster_step_back(
     to.store(gl.reshape(gl.permute(rounded(d_gates), [0, 2, 1]), [4 * UNITS, N]))
     mbarrier.expect(arrives_next, UNITS * N * 4)  # at a barrier of all warps anyway
     here = to.reinterpret(to.dtype, [4 * U, N], layout_of("here", UNITS, N, C, WIDE))
-    zero = gl.zeros([C * UNITS, N], gl.float32, tile)
+    zero = gl.zeros([C * UNITS, N], gl.float32, stacked)
     part = mma_v2(w_low, here.slice(0, 2 * U).load(right), zero, "tf32")
     if UNITS > 256:  # there are chains enough
         part = mma_v2(w_high, here.slice(2 * U, 2 * U).load(right), part, "tf32")
@@ -254,9 +230,7 @@ def cluster_step_back(
     if dc_all is not None:
         dca_later = gl.load(dca_2 + dca_off, real_2 & given(dc_all, H), 0)
     if reset is not None:
-        reset_later = flags(
-            reset, steps - left + 1, steps, t + 2 * forth, n, length, lengths, B, H
-        )
+        reset_later = flags(reset, s + 2, steps, t + 2 * forth, n, length, lengths, B, H)
     before = c_before
     if c0 is not None:
         if lengths is None:
@@ -265,7 +239,7 @@ def cluster_step_back(
             before = gl.where(at_step(t + 2 * forth, length), c_before, c_start)
     if reset is not None:
         before = only((reset_next == 0)[None, :], before)
-    now = factors(g_next, bias, c, before, to.dtype, UNITS, N, KEPT, FAST)
+    factor = factors(g_next, bias, c, before, to.dtype, UNITS, N, KEPT, FAST)
     mbarrier.wait(arrived, phase)
     dh_new = gl.sum(there.load(layout_of("parts", UNITS, N, C, WIDE)), 0)
     dh_new = gl.convert_layout(dh_new, cells, assert_trivial=True)
@@ -281,8 +255,9 @@ def cluster_step_back(
         d_at += g_step
         dy_at += dy_step
         dca_at += dca_step
-    return (
-        dh_new, dc_new, now, dy_next, dca_next, reset_next,
-        c_before, c_later, g_later, dy_later, dca_later, reset_later,
-        c_at, g_at, d_at, dy_at, dca_at, row, row_1, row_2, row_3,
+    places, firsts = (c_at, g_at, d_at, dy_at, dca_at), (row, row_1, row_2, row_3)
+    read = (
+        dy_next, dy_later, dca_next, dca_later, reset_next, reset_later,
+        g_later, c_before, c_later,
     )  # fmt: skip
+    return (dh_new, dc_new), places, firsts, read, factor

@@ -95,6 +95,7 @@ def lstm_bwd_registers_kernel(
         dc = gl.load(dc_n + state_at, real & given(dc_n, H), 0).to(gl.float32)
     if c0 is not None:
         c_start = gl.load(c0 + state_at, real & given(c0, H), 0).to(gl.float32)
+    weights, state = (w, bias), (dh, dc)
 
     # Offsets within the tile, where it lies at step 0, and how far it is to the next step.
     own = gl.arange(0, N, gl.SliceLayout(0, cells))
@@ -130,7 +131,7 @@ def lstm_bwd_registers_kernel(
     far = last.to(gl.int64)
     pair: gl.constexpr = 32 // dtype.primitive_bitwidth
     AHEAD: gl.constexpr = steps_ahead(U, N, pair, reset is not None, EXACT)
-    first_rows = 0, 0, 0, 0
+    firsts = 0, 0, 0, 0
     if offsets is None:
         c_at += far * c_step
         g_at += far * g_step
@@ -143,64 +144,49 @@ def lstm_bwd_registers_kernel(
         row = first_row(last, offsets, T)
         row_1 = first_row(last + forth, offsets, T)
         row_2 = first_row(last + 2 * forth, offsets, T)
-        first_rows = row, row_1, row_2, 0
+        firsts = row, row_1, row_2, 0
         if AHEAD == 2:
-            first_rows = row, row_1, row_2, first_row(last + 3 * forth, offsets, T)
+            firsts = row, row_1, row_2, first_row(last + 3 * forth, offsets, T)
     real_0 = real & (steps > 0)
     if lengths is not None:
         real_0 = real & at_step(last, length)
     c_0 = c_at
     if offsets is not None:
-        c_0 = c_at + elements(first_rows[0], c_step)
+        c_0 = c_at + elements(firsts[0], c_step)
     else:
         c_at += c_step
     tanh_c = tanh_of(gl.load(c_0 + at, real_0, 0), FAST, EXACT)
     places, strides = (c_at, g_at, dy_at, dca_at), (c_step, g_step, dy_step, dca_step)
+    tile = real, real4, at, at1, at4, dy_off, dca_off
+    order = steps, last, forth, n, length, length4
+    call = c_start, c0, offsets, lengths, reset, dy, dc_all, T, B
     now = 0
-    read, places = read_at(
-        places, strides, 0, last, first_rows[0], first_rows[1], n, steps, forth,
-        real, real4, at, at1, at4, dy_off, dca_off, length, length4,
-        offsets, lengths, reset, dy, dc_all, B, H,
-    )  # fmt: skip
+    read, places = read_at(places, strides, 0, last, firsts[0], firsts[1], tile, order, call, H)
     if AHEAD == 2:
         now, tanh_c = prepared(
-            read, tanh_c, bias, c_start, 0, last, steps, forth, length,
-            c0, lengths, reset, dtype, U, N, KEPT, EXACT, FAST,
-        )  # fmt: skip
+            read, tanh_c, bias, 0, last, order, call, dtype, U, N, KEPT, EXACT, FAST
+        )
         read, places = read_at(
-            places, strides, 1, last + forth, first_rows[1], first_rows[2], n, steps, forth,
-            real, real4, at, at1, at4, dy_off, dca_off, length, length4,
-            offsets, lengths, reset, dy, dc_all, B, H,
-        )  # fmt: skip
+            places, strides, 1, last + forth, firsts[1], firsts[2], tile, order, call, H
+        )
 
     even, odd = gate_buffers(dtype, U, N, EXACT), gate_buffers(dtype, U, N, EXACT)
     block_barrier()  # else the loop has one more, for what shared memory held before
     if steps % 2 == 1:
-        (
-            dh, dc, tanh_c, now, read, places, d_at, first_rows,
-        ) = backward_step(
-            odd, w, bias, dh, dc, tanh_c, c_start, now, read, places, strides, d_at, g_step,
-            real, real4, at, at1, at4, dy_off, dca_off, first_rows,
-            0, steps, last, forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, H, U, N, KEPT, EXACT, FAST, AHEAD,
+        state, d_at, firsts, tanh_c, places, now, read = backward_step(
+            odd, 0, weights, state, d_at, firsts, tanh_c, places, now, read,
+            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD,
         )  # fmt: skip
     for s in range(steps % 2, steps, 2):
-        (
-            dh, dc, tanh_c, now, read, places, d_at, first_rows,
-        ) = backward_step(
-            even, w, bias, dh, dc, tanh_c, c_start, now, read, places, strides, d_at, g_step,
-            real, real4, at, at1, at4, dy_off, dca_off, first_rows,
-            s, steps, last + forth * s, forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, H, U, N, KEPT, EXACT, FAST, AHEAD,
+        state, d_at, firsts, tanh_c, places, now, read = backward_step(
+            even, s, weights, state, d_at, firsts, tanh_c, places, now, read,
+            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD,
         )  # fmt: skip
-        (
-            dh, dc, tanh_c, now, read, places, d_at, first_rows,
-        ) = backward_step(
-            odd, w, bias, dh, dc, tanh_c, c_start, now, read, places, strides, d_at, g_step,
-            real, real4, at, at1, at4, dy_off, dca_off, first_rows,
-            s + 1, steps, last + forth * (s + 1), forth, n, length, length4,
-            c0, offsets, lengths, reset, dy, dc_all, T, B, H, U, N, KEPT, EXACT, FAST, AHEAD,
+        state, d_at, firsts, tanh_c, places, now, read = backward_step(
+            odd, s + 1, weights, state, d_at, firsts, tanh_c, places, now, read,
+            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD,
         )  # fmt: skip
+    dh, dc = state
     if dh0 is not None:
         gl.store(dh0 + state_at, dh.to(dh0.dtype.element_ty), real & given(dh0, H))
     if dc0 is not None:

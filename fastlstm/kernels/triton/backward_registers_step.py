@@ -36,29 +36,17 @@ def read_at(
     t,  # which one it is
     row,  # its first row and that of the step after, with offsets
     row_1,
-    n,  # [N]
-    steps,
-    forth,
-    real,
-    real4,
-    at,
-    at1,
-    at4,
-    dy_off,
-    dca_off,
-    length,
-    length4,
-    offsets,
-    lengths,
-    reset,
-    dy,
-    dc_all,
-    B,
+    tile,  # as in backward_step, as the two that follow
+    order,
+    call,
     H: gl.constexpr,
 ):
     """Ask for what a step reads; return it and where the next one finds the same."""
     c_at, g_at, dy_at, dca_at = places
     c_step, g_step, dy_step, dca_step = strides
+    real, real4, at, at1, at4, dy_off, dca_off = tile
+    steps, _, forth, n, length, length4 = order
+    _, _, offsets, lengths, reset, dy, dc_all, _, B = call
     if lengths is None:
         now, now4, after = real & (s < steps), real4 & (s < steps), real & (s + 1 < steps)
     else:
@@ -108,15 +96,10 @@ def prepared(
     read,  # of read_at
     tanh_c,  # [U, N]
     bias,  # of biases, without KEPT
-    c_start,  # [U, N], with c0
     s,
     t,
-    steps,
-    forth,
-    length,
-    c0,
-    lengths,
-    reset,
+    order,  # as in backward_step, as the next one
+    call,
     dtype: gl.constexpr,
     U: gl.constexpr,
     N: gl.constexpr,
@@ -130,6 +113,8 @@ def prepared(
     g, the gradient of h of that of o; f; what dy and dc_all add; the flags of a reset.
     """
     cells: gl.constexpr = tanh_c.type.layout
+    steps, _, forth, _, length, _ = order
+    c_start, c0, _, lengths, reset, _, _, _, _ = call
     g_now, c_before, dy_now, dca_now, starts = read
     before = c_before
     if c0 is not None:
@@ -154,41 +139,20 @@ def prepared(
 @gluon.jit
 def backward_step(
     to,  # of gate_buffers, written
-    w,  # of columns_of_gates
-    bias,  # of biases, without KEPT
-    dh,  # [U, N]: the gradients that come from the steps after
-    dc,
+    s,  # how many steps were taken
+    weights,  # of columns_of_gates, and without KEPT of biases
+    state,  # [U, N]: the gradients of h and c that come from the steps after
+    d_at,  # pointer to the gradients of the gates of this step; with offsets at row 0
+    firsts,  # the first row of this step and of AHEAD + 1 that follow, with offsets; four numbers
     tanh_c,  # [U, N]: of this step, or of the next one if this is prepared
-    c_start,  # [U, N], with c0
+    places,  # for read_at
     now,  # of prepared, AHEAD == 2
     read,  # of read_at: this step, or the next one if this is prepared
-    places,  # for read_at
-    strides,
-    d_at,  # pointer to the gradients of the gates of this step; with offsets at row 0
-    g_step,
-    real,  # [U, N]
-    real4,  # [U, N, 4]
-    at,  # [U, N]: offsets within the tile
-    at1,  # [U, N]: the same in cells of a step
-    at4,  # [U, N, 4]: the same in their gates
-    dy_off,  # [U, N], with dy
-    dca_off,  # [U, N], with dc_all
-    rows,  # the first row of this step and of AHEAD + 1 that follow, with offsets; four numbers
-    s,  # how many steps were taken
-    steps,
-    t,  # the step that this is
-    forth,
-    n,  # [N]
-    length,  # [N], with lengths
-    length4,  # the same for tiles [U, N, 4]
-    c0,
-    offsets,
-    lengths,
-    reset,
-    dy,
-    dc_all,
-    T,
-    B,
+    strides,  # of c, gates, dy and dc_all from a step to the next
+    tile,  # what is real of [U, N] and [U, N, 4]; offsets of c_all, of cells of a step, of their
+    # gates, of dy and dc_all
+    order,  # the number of steps, the first one, +1 or -1, n [N], lengths [N] and those of gates
+    call,  # c0 as [U, N]; c0, offsets, lengths, reset, dy, dc_all, T, B
     H: gl.constexpr,
     U: gl.constexpr,
     N: gl.constexpr,
@@ -197,20 +161,32 @@ def backward_step(
     FAST: gl.constexpr,
     AHEAD: gl.constexpr,  # of steps_ahead
 ):
-    """Take one step back; return what the next one begins with."""
+    """Take one step back; return what the next one begins with, from state to read."""
+    w, bias = weights
+    dh, dc = state
+    _, real4, _, _, at4, _, _ = tile
+    _, begin, forth, _, length, length4 = order
+    _, _, offsets, lengths, reset, dy, dc_all, T, _ = call
+    t = begin + forth * s
     cells: gl.constexpr = dc.type.layout
     dtype: gl.constexpr = d_at.dtype.element_ty
     this = now
     if AHEAD == 1:
         this, tanh_c = prepared(
-            read, tanh_c, bias, c_start, s, t, steps, forth, length,
-            c0, lengths, reset, dtype, U, N, KEPT, EXACT, FAST,
-        )  # fmt: skip
+            read, tanh_c, bias, s, t, order, call, dtype, U, N, KEPT, EXACT, FAST
+        )
     follows, places = read_at(
-        places, strides, s + AHEAD, t + AHEAD * forth, rows[AHEAD], rows[AHEAD + 1], n, steps,
-        forth, real, real4, at, at1, at4, dy_off, dca_off, length, length4,
-        offsets, lengths, reset, dy, dc_all, B, H,
-    )  # fmt: skip
+        places,
+        strides,
+        s + AHEAD,
+        t + AHEAD * forth,
+        firsts[AHEAD],
+        firsts[AHEAD + 1],
+        tile,
+        order,
+        call,
+        H,
+    )
     to_c, to_i, to_f, to_g, to_o, f, added = this
     dh_total, dc_total = dh, dc
     if dy is not None:
@@ -232,15 +208,14 @@ def backward_step(
     put_gates(to, d_i, d_f, d_g, d_o, U, N, EXACT)
     d_now, store4 = d_at, real4
     if offsets is not None:
-        d_now = d_at + elements(rows[0], g_step)
+        d_now = d_at + elements(firsts[0], strides[1])
     if lengths is not None:
         store4 = real4 & at_step(t, length4)[:, :, None]
     gl.store(d_now + at4, beside(d_i, d_f, d_g, d_o, U, N).to(dtype), store4)
     if AHEAD == 2:
         now, tanh_c = prepared(
-            read, tanh_c, bias, c_start, s + 1, t + forth, steps, forth, length,
-            c0, lengths, reset, dtype, U, N, KEPT, EXACT, FAST,
-        )  # fmt: skip
+            read, tanh_c, bias, s + 1, t + forth, order, call, dtype, U, N, KEPT, EXACT, FAST
+        )
     dh_new = state_gradient(w, to, U, N, EXACT)
     if reset is not None:
         dh_new = only((added[2] == 0)[None, :], dh_new)
@@ -251,9 +226,9 @@ def backward_step(
     if offsets is not None:
         later = first_row(t + (AHEAD + 2) * forth, offsets, T)
         if AHEAD == 1:
-            rows = rows[1], rows[2], later, 0
+            firsts = firsts[1], firsts[2], later, 0
         else:
-            rows = rows[1], rows[2], rows[3], later
+            firsts = firsts[1], firsts[2], firsts[3], later
     else:
-        d_at += g_step
-    return dh_new, dc_new, tanh_c, now, follows, places, d_at, rows
+        d_at += strides[1]
+    return (dh_new, dc_new), d_at, firsts, tanh_c, places, now, follows

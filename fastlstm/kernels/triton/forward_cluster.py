@@ -202,32 +202,29 @@ def lstm_fwd_cluster_kernel(
     even.store(rounded(h_start))
     cluster.barrier()
 
+    weights = w0, w1, w2, w3, bias
+    state, places = (c, h, x_now, starts), (x_at, y_at, c_at, g_at, row, row_1)
+    strides, of_tile = (y_step, g_step), (real, x_real, x_off, at, at4)
+    order = steps, last, forth, n, length, length_x
+    call = offsets, lengths, reset, c_all, gates, T, B
     for pair in range(steps // 2):
         s = 2 * pair
-        c, h, x_now, starts, x_at, y_at, c_at, g_at, row, row_1 = cluster_step(
-            even, to_odd, to_send, at_odd, at_even, pair % 2, w0, w1, w2, w3, bias,
-            c, h, x_now, starts, real, x_real, x_off, at, at4, x_at, y_at, c_at, g_at,
-            y_step, g_step, row, row_1, True, s, steps, last + forth * s, forth,
-            n, length, length_x, offsets, lengths, reset, c_all, gates,
-            T, B, D, H, UNITS, N, C, FAST,
+        state, places = cluster_step(
+            even, to_odd, to_send, at_odd, at_even, pair % 2, s, True,
+            weights, state, places, strides, of_tile, order, call, D, H, UNITS, N, C, FAST,
         )  # fmt: skip
         s += 1
-        c, h, x_now, starts, x_at, y_at, c_at, g_at, row, row_1 = cluster_step(
-            odd, to_even, to_send, at_even, at_odd, pair % 2, w0, w1, w2, w3, bias,
-            c, h, x_now, starts, real, x_real, x_off, at, at4, x_at, y_at, c_at, g_at,
-            y_step, g_step, row, row_1, s + 1 < steps, s, steps, last + forth * s, forth,
-            n, length, length_x, offsets, lengths, reset, c_all, gates,
-            T, B, D, H, UNITS, N, C, FAST,
+        state, places = cluster_step(
+            odd, to_even, to_send, at_even, at_odd, pair % 2, s, s + 1 < steps,
+            weights, state, places, strides, of_tile, order, call, D, H, UNITS, N, C, FAST,
         )  # fmt: skip
     if steps % 2 == 1:
-        c, h, x_now, starts, x_at, y_at, c_at, g_at, row, row_1 = cluster_step(
-            even, to_odd, to_send, at_odd, at_even, steps // 2 % 2, w0, w1, w2, w3, bias,
-            c, h, x_now, starts, real, x_real, x_off, at, at4, x_at, y_at, c_at, g_at,
-            y_step, g_step, row, row_1, False, steps - 1, steps, last + forth * (steps - 1), forth,
-            n, length, length_x, offsets, lengths, reset, c_all, gates,
-            T, B, D, H, UNITS, N, C, FAST,
+        state, places = cluster_step(
+            even, to_odd, to_send, at_odd, at_even, steps // 2 % 2, steps - 1, False,
+            weights, state, places, strides, of_tile, order, call, D, H, UNITS, N, C, FAST,
         )  # fmt: skip
     cluster.barrier()  # nobody leaves while others still send
+    c, h, _, _ = state
     gl.store(h_n + state_at, h, real)
     gl.store(c_n + state_at, c.to(c_n.dtype.element_ty), real)
 

@@ -92,43 +92,16 @@ def cluster_step(
     arrived,  # the barrier that counts the bytes of them
     arrives_next,  # that of the next step
     phase,  # of that barrier
-    w0,  # [4 UNITS, UNITS / 4]
-    w1,
-    w2,
-    w3,
-    bias,  # [4 UNITS, 1]
-    c,  # [UNITS, N]
-    h,  # [UNITS, N]
-    x_now,  # [4 UNITS, N]: what x adds to the gates
-    starts,  # [N]: the flags of the next step, with a reset
-    real,  # [UNITS, N]
-    x_real,  # [4 UNITS, N]
-    x_off,  # [4 UNITS, N]: offsets within the tile
-    at,  # [UNITS, N]: the same
-    at4,  # [UNITS, N, 4]: the same
-    x_at,  # pointer to the input of the next step; with offsets at row 0, as all the following
-    y_at,  # pointer
-    c_at,  # pointer, or to anything
-    g_at,  # pointer, or to anything
-    y_step,
-    g_step,
-    row,  # the first row of this step and of the next one, with offsets
-    row_1,
-    more,  # whether another step follows
     s,  # how many steps were taken
-    steps,
-    t,  # the step that this is
-    forth,
-    n,  # [N]
-    length,  # [N], with lengths
-    length_x,  # the same for the tile of x
-    offsets,
-    lengths,
-    reset,
-    c_all,
-    gates,
-    T,
-    B,
+    more,  # whether another step follows
+    weights,  # four of own_weights, and the bias [4 UNITS, 1]
+    state,  # c and h [UNITS, N], what x adds to the gates [4 UNITS, N], flags of the next step [N]
+    places,  # pointers to x of the next step, y, c_all and gates, at row 0 with offsets; then the
+    # first row of this step and that of the next one
+    strides,  # of y and c_all, and of x and gates, from a step to the next
+    tile,  # what is real of [UNITS, N] and of x's [4 UNITS, N], offsets in x, in y and in gates
+    order,  # the number of steps, the first one, +1 or -1, n [N], lengths for cells and for x
+    call,  # offsets, lengths, reset, c_all, gates, T, B
     D: gl.constexpr,
     H: gl.constexpr,
     UNITS: gl.constexpr,
@@ -136,15 +109,23 @@ def cluster_step(
     C: gl.constexpr,
     FAST: gl.constexpr,
 ):
-    """Take one step; return what the next one begins with, when all of its h is here."""
+    """Take one step; return the next one's state and places, when all of its h is here."""
+    w0, w1, w2, w3, bias = weights
+    c, h, x_now, starts = state
+    x_at, y_at, c_at, g_at, row, row_1 = places
+    y_step, g_step = strides
+    real, x_real, x_off, at, at4 = tile
+    steps, begin, forth, n, length, length_x = order
+    offsets, lengths, reset, c_all, gates, T, B = call
+    t = begin + forth * s
     BYTES: gl.constexpr = there.dtype.primitive_bitwidth // 8
     WIDE: gl.constexpr = 16 // BYTES
     K: gl.constexpr = UNITS // 4
     cells: gl.constexpr = c.type.layout
-    tile: gl.constexpr = x_now.type.layout
+    stacked: gl.constexpr = x_now.type.layout
     pairs: gl.constexpr = layout_of("pairs", UNITS, N, C, WIDE)
     send: gl.constexpr = layout_of("send", UNITS, N, C, WIDE)
-    right: gl.constexpr = gl.DotOperandLayout(1, tile, w0.type.layout.k_width)
+    right: gl.constexpr = gl.DotOperandLayout(1, stacked, w0.type.layout.k_width)
     if offsets is None:
         y_now, c_now, g_now, x_next = y_at, c_at, g_at, x_at
     else:
@@ -154,7 +135,7 @@ def cluster_step(
         x_later = gl.load(x_next + x_off, x_real & more, 0)
     else:
         x_later = gl.load(x_next + x_off, x_real & at_step(t + forth, length_x), 0)
-    zero = gl.zeros([4 * UNITS, N], gl.float32, tile)
+    zero = gl.zeros([4 * UNITS, N], gl.float32, stacked)
     first = mma_v2(w0, here.slice(0, K).load(right), x_now + bias, "tf32")
     second = mma_v2(w1, here.slice(K, K).load(right), zero, "tf32")
     third = mma_v2(w2, here.slice(2 * K, K).load(right), zero, "tf32")
@@ -205,4 +186,4 @@ def cluster_step(
         c_at += y_step
         g_at += g_step
     mbarrier.wait(arrived, phase)
-    return c_next, h_next, x_later, starts, x_at, y_at, c_at, g_at, row, row_1
+    return (c_next, h_next, x_later, starts), (x_at, y_at, c_at, g_at, row, row_1)

@@ -50,46 +50,17 @@ from .register_tiles import (
 def forward_step(
     here,  # buffer of h
     there,  # buffer, written
-    w,  # of rows_of_gates
-    w_x,  # [4U, I_TILE], with FUSED
-    start,  # of biases
-    ahead,  # as start: what x adds to the gates of this step
-    x_next,  # the input of the next step
-    x_else,  # what is read where there is none
-    c,  # [U, N]
-    h,  # [U, N]
-    starts,  # [N]: the flags of the next step, with a reset
-    real,  # [U, N]
-    real4,  # [U, N, 4]
-    x_real,
-    x_off,
-    x_at,  # pointers to the input two steps on; with offsets at row 0, as all the following
-    at,
-    at4,
-    y_at,  # pointers
-    c_at,  # pointers [U, N], with c_all
-    g_at,  # pointers [U, N, 4], with gates
-    x_step,
-    y_step,
-    g_step,
-    row,  # the first row of this step and of the two that follow, with offsets
-    row_1,
-    row_2,
     s,  # how many steps were taken
-    steps,
-    t,  # the step that this is
-    forth,
-    n,  # [N]
-    length,  # [N], with lengths
-    length_x,  # the same for tiles of x
-    length4,  # and for tiles [U, N, 4]
-    offsets,
-    lengths,
-    reset,
-    c_all,
-    gates,
-    T,
-    B,
+    weights,  # of rows_of_gates, [4U, I_TILE] with FUSED, of biases
+    state,  # c and h [U, N]
+    places,  # pointers to y, c_all, gates, and to the input two steps on; with offsets at row 0
+    firsts,  # the first row of this step and of the two that follow, with offsets
+    read,  # flags of the next step [N], the next input, what x adds to the gates of this step
+    strides,  # of x, of y and c_all, of gates, from a step to the next
+    tile,  # what is real of [U, N] and [U, N, 4], the offsets of both; what is real of the input,
+    # its offsets, what is read where there is none
+    order,  # the number of steps, the first one, +1 or -1, n [N], lengths for [N], input and gates
+    call,  # offsets, lengths, reset, c_all, gates, T, B
     D: gl.constexpr,
     H: gl.constexpr,
     U: gl.constexpr,
@@ -98,7 +69,17 @@ def forward_step(
     EXACT: gl.constexpr,
     FAST: gl.constexpr,
 ):
-    """Take one step; return what the next one begins with."""
+    """Take one step; return the next one's state, places, firsts and read."""
+    w, w_x, start = weights
+    c, h = state
+    y_at, c_at, g_at, x_at = places
+    row, row_1, row_2 = firsts
+    starts, x_next, ahead = read
+    x_step, y_step, g_step = strides
+    real, at, real4, at4, x_real, x_off, x_else = tile
+    steps, begin, forth, n, length, length_x, length4 = order
+    offsets, lengths, reset, c_all, gates, T, B = call
+    t = begin + forth * s
     cells: gl.constexpr = c.type.layout
     # The load comes first, though two steps ahead: a warp has six counters of what is outstanding,
     # so that what waits for tanh may wait for a load as well.
@@ -145,7 +126,8 @@ def forward_step(
         y_at += y_step
         c_at += y_step
         g_at += g_step
-    return ahead, x_later, c_next, h_next, starts, x_at, y_at, c_at, g_at, row, row_1, row_2
+    places, firsts = (y_at, c_at, g_at, x_at), (row, row_1, row_2)
+    return (c_next, h_next), places, firsts, (starts, x_later, ahead)
 
 
 @gluon.jit(
@@ -305,26 +287,26 @@ def lstm_fwd_registers_kernel(
         x_now = gl.load(x_at + elements(row, x_step) + x_off, x_0, x_else)
         x_next = gl.load(x_at + elements(row_1, x_step) + x_off, x_1, x_else)
     ahead = input_side(x_now, w_x, start, U, N, FUSED, EXACT)
+    weights, held, places = (w, w_x, start), (c, h), (y_at, c_at, g_at, x_at)
+    firsts, read, strides = (row, row_1, row_2), (starts, x_next, ahead), (x_step, y_step, g_step)
+    tile = real, at, real4, at4, x_real, x_off, x_else
+    order = steps, last, forth, n, length, length_x, length4
+    call = offsets, lengths, reset, c_all, gates, T, B
     if steps % 2 == 1:
-        ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
-            odd, even, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
-            x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
-            0, steps, last, forth, n, length, length_x, length4,
-            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, EXACT, FAST,
+        held, places, firsts, read = forward_step(
+            odd, even, 0, weights, held, places, firsts, read, strides, tile, order, call,
+            D, H, U, N, FUSED, EXACT, FAST,
         )  # fmt: skip
     for s in range(steps % 2, steps, 2):
-        ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
-            even, odd, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
-            x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
-            s, steps, last + forth * s, forth, n, length, length_x, length4,
-            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, EXACT, FAST,
+        held, places, firsts, read = forward_step(
+            even, odd, s, weights, held, places, firsts, read, strides, tile, order, call,
+            D, H, U, N, FUSED, EXACT, FAST,
         )  # fmt: skip
-        ahead, x_next, c, h, starts, x_at, y_at, c_at, g_at, row, row_1, row_2 = forward_step(
-            odd, even, w, w_x, start, ahead, x_next, x_else, c, h, starts, real, real4, x_real,
-            x_off, x_at, at, at4, y_at, c_at, g_at, x_step, y_step, g_step, row, row_1, row_2,
-            s + 1, steps, last + forth * (s + 1), forth, n, length, length_x, length4,
-            offsets, lengths, reset, c_all, gates, T, B, D, H, U, N, FUSED, EXACT, FAST,
+        held, places, firsts, read = forward_step(
+            odd, even, s + 1, weights, held, places, firsts, read, strides, tile, order, call,
+            D, H, U, N, FUSED, EXACT, FAST,
         )  # fmt: skip
+    c, h = held
     gl.store(h_n + state_at, h, real)
     gl.store(c_n + state_at, c.to(c_n.dtype.element_ty), real)
 
