@@ -117,14 +117,16 @@ def table(results: Results) -> str:
     found = {_about(row): row for row in results.rows}
     lines = ["| case | " + " | ".join(PLACES) + " |", "|---|" + "---:|" * len(PLACES)]
     for case in CASES:
-        cells = [case]
-        for place in PLACES:
-            two = found[place, case, "fastlstm", 2]["worst"]
-            share = two / found[place, case, "fastlstm", 1]["worst"]
-            times = two / found[place, case, "nn.LSTM", 2]["median"]
-            cells.append(f"{two:,.0f} ({share:.2f}, {times:,.{1 if times < 10 else 0}f}x)")
-        lines.append(f"| {' | '.join(cells)} |")
+        rows = [[found.get((place, case, *one)) for one in CONTENDERS] for place in PLACES]
+        lines.append(f"| {case} | " + " | ".join(_cell(*row) for row in rows) + " |")
     return "\n".join(lines)
+
+
+def _cell(peer: Row | None, one: Row | None, two: Row | None) -> str:
+    if not (peer and one and two):
+        return ""
+    share, times = two["worst"] / one["worst"], two["worst"] / peer["median"]
+    return f"{two['worst']:,.0f} ({share:.2f}, {times:,.{1 if times < 10 else 0}f}x)"
 
 
 def measure(
