@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .. import BenchmarkError
-from ..speed import quantized
+from ..speed import contention, quantized
 from ..speed.results import FOLDER, Results, Row, load
 from . import charts, gpu, tables
 from .overview import overview, speed_results
@@ -35,6 +35,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "gpu": gpu.table,
     "errors": quantized.error_table,
     "small": quantized.task_table,
+    "contention": contention.table,
 }
 TASK_SECTIONS: dict[str, Callable[[list[Row]], str]] = {  # from the records of training tasks
     "tasks": tables.tasks,

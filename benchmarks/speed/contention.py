@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="cases")
     add("--places", nargs="+", choices=PLACES, default=list(PLACES), metavar="NAME", help="places")
+    add("--modules", nargs="+", choices=MODULES, default=list(MODULES), help="whose")
     add("--seconds", type=float, default=4.0, help="time of one run (default: %(default)s)")
     add("--repeat", type=int, default=3, help="runs of each case (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="keep the rows; others may follow")
@@ -91,33 +92,57 @@ def main(args: argparse.Namespace) -> int:
     results.resume()
     print(f"{facts['cpu']}, {os.cpu_count()} cores; calls a second")
     for place in args.places:
-        rows = measure(place, args.cases, args.seconds, args.repeat)
-        for case in args.cases:
-            found = {(r["module"], r["asked"]): r for r in rows if r["case"] == case}
-            torch_rate = found["nn.LSTM", 2]["median"]
-            one, two = (found["fastlstm", n]["worst"] for n in (1, 2))
-            print(
-                f"{place:10}  {case:20} nn.LSTM {torch_rate:10,.1f}   "
-                f"one thread {one:10,.1f}   threads {two:10,.1f}"
-            )
+        rows = measure(place, args.cases, args.modules, args.seconds, args.repeat)
+        for row in rows:
+            print("{place:10}  {case:20} {module:9} {threads:2} threads".format(**row), end="")
+            print(f"   worst {row['worst']:10,.1f}   median {row['median']:10,.1f}")
         sys.stdout.flush()
-        anew = {(place, case) for case in args.cases}
-        results.rows = [r for r in results.rows if (r["place"], r["case"]) not in anew]
+        anew = {_about(row) for row in rows}
+        results.rows = [row for row in results.rows if _about(row) not in anew]
         results.add(rows)
     return 0
 
 
-def measure(place: str, cases: list[str], seconds: float, repeat: int) -> list[Row]:
+def _about(row: Row) -> tuple[str, str, str, int]:
+    """What a row is about, but for the machine."""
+    return row["place"], row["case"], row["module"], row["asked"]
+
+
+def table(results: Results) -> str:
+    """A line for each case, a column for each place.
+
+    A cell: calls a second of fastlstm on its threads, as a share of those on one thread in the
+    same place, and as a multiple of nn.LSTM's.
+    """
+    found = {_about(row): row for row in results.rows}
+    lines = ["| case | " + " | ".join(PLACES) + " |", "|---|" + "---:|" * len(PLACES)]
+    for case in CASES:
+        rows = [[found.get((place, case, *one)) for one in CONTENDERS] for place in PLACES]
+        lines.append(f"| {case} | " + " | ".join(_cell(*row) for row in rows) + " |")
+    return "\n".join(lines)
+
+
+def _cell(peer: Row | None, one: Row | None, two: Row | None) -> str:
+    if not (peer and one and two):
+        return ""
+    share, times = two["worst"] / one["worst"], two["worst"] / peer["median"]
+    return f"{two['worst']:,.0f} ({share:.2f}, {times:,.{1 if times < 10 else 0}f}x)"
+
+
+def measure(
+    place: str, cases: list[str], modules: list[str], seconds: float, repeat: int
+) -> list[Row]:
     """A row for each case and contender in one place."""
+    contenders = [one for one in CONTENDERS if one[0] in modules]
     where = PLACES[place]
     rates: dict[tuple[str, str, int], list[float]] = {}
-    spawn = multiprocessing.get_context("spawn")
+    processes = fresh_processes()
     with ExitStack() as stack:
         for _ in range(where.busy):
-            stack.enter_context(neighbour(spawn))
-        for name, asked in CONTENDERS * repeat:
+            stack.enter_context(neighbour(processes))
+        for name, asked in contenders * repeat:
             threads = where.threads or 2 if asked > 1 else 1
-            with spawn.Pool(where.workers) as workers:
+            with processes.Pool(where.workers) as workers:
                 task = (name, threads, cases, seconds)
                 for found in workers.starmap(run, [task] * where.workers, chunksize=1):
                     for case, rate in found.items():
@@ -138,10 +163,19 @@ def measure(place: str, cases: list[str], seconds: float, repeat: int) -> list[R
     ]
 
 
+def fresh_processes() -> Any:
+    """Where processes come from: copies of one that has imported all and computed nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload([__name__])
+    return found
+
+
 @contextmanager
-def neighbour(spawn: Any) -> Iterator[None]:
+def neighbour(processes: Any) -> Iterator[None]:
     """A process that is never idle."""
-    process = spawn.Process(target=spin, daemon=True)
+    process = processes.Process(target=spin, daemon=True)
     process.start()
     try:
         yield

@@ -12,9 +12,10 @@ int64_t now() {
 
 void Usefulness::record(int64_t saved, int threads, int late, int64_t time) {
   int64_t credit = credit_.load(std::memory_order_relaxed) + saved;
+  int64_t total = std::min(kTrust, saved_.load(std::memory_order_relaxed) + saved);
   if (credit >= kCredit) {
-    credit = kCredit;
     if (limited()) pause_until_.store(0, std::memory_order_relaxed);  // a trial has shown that threads help again
+    credit = std::min(credit, kCredit + std::max(int64_t(0), total) / kCreditOfSaved);
   } else if (credit < 0) {
     const int64_t wanted = std::max(2 * pause_.load(std::memory_order_relaxed), kPauseOfLoss * -saved);
     const int64_t pause = std::clamp(wanted, kShortestPause, kLongestPause);
@@ -22,13 +23,14 @@ void Usefulness::record(int64_t saved, int threads, int late, int64_t time) {
     pause_.store(pause, std::memory_order_relaxed);
     pause_until_.store(time + pause, std::memory_order_relaxed);
     failures_.fetch_add(1, std::memory_order_relaxed);
-    saved_.store(0, std::memory_order_relaxed);
     credit = kTrialCredit;
+    total = 0;
   }
-  if (failures_.load(std::memory_order_relaxed) && saved_.fetch_add(saved, std::memory_order_relaxed) > kTrust) {
+  if (total == kTrust && failures_.load(std::memory_order_relaxed)) {
     pause_.store(0, std::memory_order_relaxed);
     failures_.store(0, std::memory_order_relaxed);
   }
+  saved_.store(total, std::memory_order_relaxed);
   credit_.store(credit, std::memory_order_relaxed);
 }
 
