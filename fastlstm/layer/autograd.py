@@ -30,7 +30,7 @@ from fastlstm.layer.keeping import keep, recall, save, saved
 from fastlstm.layer.recorded import derive, forward, gradients, is_observed, is_recorded
 from fastlstm.layer.second import covers, second_derivatives
 
-__all__ = ["is_legacy_batch", "pull", "run"]
+__all__ = ["is_legacy_batch", "part", "pull", "run"]
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_transformed = torch._C._are_functorch_transforms_active
@@ -100,8 +100,24 @@ def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     if not torch.compiler.is_compiling() and all([grad is None for grad in incoming]):
         return None, *[None for _ in needed]
     call, inputs, kept, weights = recall(ctx)
-    rest = iter(pull(call, needed, inputs, kept, incoming[: count_results(call)], weights))
-    return None, *[next(rest) if need else None for need in needed]
+    incoming = incoming[: count_results(call)]
+    rest = iter(pull(call, needed, inputs, kept, incoming, weights))
+    found = [next(rest) if need else None for need in needed]
+    if call.spec.proj_size and incoming[0] is None and incoming[1] is None:
+        _leave_out_projection(call, inputs[0], found)
+    return None, *found
+
+
+def _leave_out_projection(call: Call, x: Tensor, found: list[Tensor | None]) -> None:
+    """Take the gradient of w_hr back, of a loss on c alone, where no step follows that reads h.
+
+    As with ``nn.LSTM``, an optimizer leaves a weight alone that the loss does not depend on.
+    """
+    sizes = call.sequences.batch_sizes
+    if (x if sizes is None else sizes).shape[0] == 1 and not torch.compiler.is_compiling():
+        each = call.spec.weights_per_direction
+        for k in range(call.spec.directions):
+            found[3 + k * each + 2 + 2 * call.spec.bias] = None
 
 
 def is_legacy_batch(grad: Tensor | None) -> bool:
@@ -129,6 +145,22 @@ class _Layer(torch.autograd.Function):
 
 # What is left of Function.apply without what it does for torch.func, which takes 2 µs.
 _apply: Any = super(torch.autograd.Function, _Layer).apply
+
+
+_OF_LAYER: Any = _Layer._backward_cls
+
+
+def part(y: Tensor, states: Tensors) -> None:
+    """Give final states nodes of their own in the graph, where they share that of a layer with y.
+
+    autograd calls a hook of a tensor whenever the node that made the tensor has its turn, and with
+    None if the loss does not depend on the tensor. The states of ``nn.LSTM`` have nodes of their
+    own: their hooks are not called then. (A view would have one too, but cannot be detached in
+    place.)
+    """
+    if not torch.compiler.is_compiling() and type(y.grad_fn) is _OF_LAYER:
+        for state in states:
+            state.transpose_(0, 0)
 
 
 class _RecordedLayer(_Layer):

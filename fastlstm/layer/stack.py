@@ -205,6 +205,7 @@ def walk(
         x, final, c_all = _compute(backend, call, x, states[k], own)
         finals.append(final)
     if L == 1:
+        autograd.part(x, finals[0])
         return x, finals[0], c_all
     return x, tuple(map(torch.cat, zip(*finals, strict=True))), c_all
 
