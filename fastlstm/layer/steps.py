@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from fastlstm.kernels.base import Backend, compute_dtype
 from fastlstm.layer.autograd import is_legacy_batch, pull
@@ -81,7 +82,7 @@ class Steps:
             if shared is None or not shared.covers(weights):
                 shared = SharedWeights(backend, self._spec, self._cache, weights)
                 self._shared = weakref.ref(shared)
-            return _Step.apply(x, h0, c0, shared.token, shared)
+            return _apply(*map(unwrap_if_dead, (x, h0, c0)), shared.token, shared)
         except (RuntimeError, ValueError, AttributeError):  # the last: a weight is no tensor
             return None
 
@@ -126,6 +127,18 @@ class SharedWeights:
         if not self.is_first or self.marks != _marks(weights):
             return False
         return all([w is own for w, own in zip(weights, self.weights, strict=True)])
+
+    def check(self) -> None:
+        """Check that nobody has edited the weights since the steps, which computes them again.
+
+        Raises:
+            RuntimeError: somebody has.
+        """
+        if self.marks[::2] != _marks(self.weights)[::2]:
+            raise RuntimeError(
+                "LSTMCell: a weight has been modified by an inplace operation since a step, which "
+                "these derivatives compute again"
+            )
 
     def packed(self, purpose: str, batch: int) -> Tensor | None:
         """The buffer for packed weights; see :meth:`Backend.packed_weights`."""
@@ -229,7 +242,9 @@ class _Step(torch.autograd.Function):
         packed = shared.packed("forward", x.shape[0])
         h, c, kept = shared.backend.lstm_cell_fwd(x, shared.weights, h0, c0, packed)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, kept, *shared.weights)
+        # As nn.LSTMCell: weights that no gradient depends on may be edited before backward.
+        reads = any(ctx.needs_input_grad[:2])
+        ctx.save_for_backward(x, h0, c0, kept, *(shared.weights if reads else ()))
         ctx.shared = shared
         return h, c
 
@@ -237,6 +252,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h0, c0, kept, *weights = ctx.saved_tensors
         needed, shared = ctx.needs_input_grad[:4], ctx.shared
+        weights = weights or shared.weights
         inputs = x, h0, c0, *weights
         if (
             torch.compiler.is_compiling()  # compiled autograd: no engine runs
@@ -245,6 +261,7 @@ class _Step(torch.autograd.Function):
             or is_legacy_batch(dh)
             or is_legacy_batch(dc)
         ):
+            shared.check()
             return *_by_layer(shared, needed, inputs, (dh, dc)), None
         dh, dc = (None if g is None else _dense(g, kept.dtype) for g in (dh, dc))
         packed = shared.packed("backward", x.shape[0])
@@ -255,6 +272,10 @@ class _Step(torch.autograd.Function):
             g.to(x.dtype) if need else None for g, need in zip(grads, needed, strict=False)
         )
         return dx, dh0, dc0, shared.leave(x, h0, dsums) if needed[3] else None, None
+
+
+# Without what Function.apply does for torch.func, as for layers.
+_apply: Any = super(torch.autograd.Function, _Step).apply
 
 
 def _dense(grad: Tensor, dtype: torch.dtype) -> Tensor:
