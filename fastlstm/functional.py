@@ -169,11 +169,12 @@ def rnn(
             where they have no meaning.
         RuntimeError: a wrong size, device or other dtype, T = 0, or a backend that was asked for
             and cannot compute the call.
-        TypeError: hx is no tensor, lengths are not integers or reset is not bool.
+        AttributeError: hx is no tensor, as with ``nn.RNN``.
+        TypeError: lengths are not integers or reset is not bool.
     """
     check_nonlinearity(nonlinearity)
     if hx is not None and not isinstance(hx, Tensor):
-        raise TypeError(f"RNN: hx must be a tensor, got {type(hx).__name__}")
+        raise AttributeError(f"RNN: hx must be a tensor, got {type(hx).__name__}")
     options = Options(
         f"RNN_{nonlinearity.upper()}",
         num_layers,

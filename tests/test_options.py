@@ -330,7 +330,7 @@ def test_rnn_is_nn_rnn(backend: str, nonlinearity: str, options: dict[str, Any])
         ),
         (
             (torch.zeros(T, B, I), (torch.zeros(1, B, H),) * 2),
-            TypeError,
+            AttributeError,
             "hx must be a tensor, got tuple",
         ),
         ((torch.zeros(0, B, I),), RuntimeError, "at least one time step"),

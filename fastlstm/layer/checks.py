@@ -246,7 +246,7 @@ def check_pair(hx: Any, dims: int | None) -> tuple[Tensor, Tensor]:
     """Return hx as two tensors; an LSTM wants them to have dims dimensions, None for a cell."""
     message = f"hx must be a pair of tensors (h_0, c_0), got {_describe(hx)}"
     try:  # as they do: nn.LSTM indexes hx, nn.LSTMCell walks it
-        found = [state.dim() for state in (hx if dims is None else (hx[0], hx[1]))]
+        found = [state.dim() for state in (hx if dims is None else (hx[k] for k in (0, 1)))]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise type(error)(message) from None
     if isinstance(hx, Tensor):
