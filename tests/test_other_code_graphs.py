@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastlstm
 
 T, B, I, H = 4, 3, 5, 8
+X = torch.linspace(-1, 1, H)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
     "double": ("LSTM", {"dtype": torch.float64}),
@@ -160,3 +161,39 @@ def test_deriving_twice_after_an_edit_of_the_weights_of_a_cell(backend: str) -> 
 def pair_of_cells() -> tuple[Any, Any]:
     theirs = nn.LSTMCell(I, H)
     return theirs, fastlstm.LSTMCell.from_torch(copy.deepcopy(theirs))
+
+
+# ---- batch_first --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "RNN"])
+def test_filling_one_buffer_again_and_again(backend: str, kind: str) -> None:
+    """As decoders do that write every output into the next input; nn has made a copy of it."""
+    found = []
+    first = torch.randn(B, 2, I)
+    for module in pair(kind, batch_first=True):
+        rows, total = torch.zeros(B, T, I), torch.zeros(())
+        rows[:, :2] = first
+        for t in range(2, T):
+            y, _ = module(rows[:, :t])
+            total = total + y.square().sum()
+            rows[:, t] = y[:, -1, :I].detach()
+        rows.zero_()
+        total.backward()
+        found.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([4, 2, 1])}], ids=str)
+def test_editing_what_a_frozen_layer_returned(backend: str, options: Any, mode: Any) -> None:
+    """A tensor that is nobody's view: it may be detached, and have a parameter added, in place."""
+    module, x, shift = fastlstm.LSTM(I, H, batch_first=True), torch.randn(B, T, I), nn.Parameter(X)
+    with mode():
+        y, _ = module(x, **options)
+        wanted = y + X
+        y.detach_()
+    if mode is torch.no_grad:
+        y += shift
+        y.sum().backward()
+        assert torch.equal(y, wanted) and torch.equal(shift.grad, torch.full((H,), float(B * T)))

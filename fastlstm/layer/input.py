@@ -12,7 +12,28 @@ from fastlstm.layer.checks import check_packed, size
 from fastlstm.layer.options import Options
 from fastlstm.layer.recorded import is_recorded
 
-__all__ = ["Input"]
+__all__ = ["Input", "batch_major", "time_major"]
+
+_is_transformed = torch._C._are_functorch_transforms_active
+
+
+def time_major(x: Tensor) -> Tensor:
+    """Return an input ``[B, T, I]`` as ``[T, B, I]``.
+
+    In training it is a copy, as that of ``nn.LSTM``, so that a caller may fill the same buffer
+    anew before backward. Kernels read it faster, which pays for it.
+    """
+    x = x.transpose(0, 1)
+    return x.contiguous() if torch.is_grad_enabled() else x
+
+
+def batch_major(y: Tensor) -> Tensor:
+    """Return a result ``[T, B, n]`` as ``[B, T, n]``; the tensor itself where no graph has it.
+
+    A view that was made without gradients may neither be detached in place nor take part in an
+    edit in place that has some.
+    """
+    return y.transpose(0, 1) if y.requires_grad else y.transpose_(0, 1)
 
 
 class Input(NamedTuple):
@@ -41,12 +62,18 @@ class Input(NamedTuple):
         steps, batch = batch, steps
         # One step of one sequence lies the same either way, but not in a graph, which may see
         # others.
-        if torch.compiler.is_compiling() or is_recorded() or steps != 1 or batch != 1:
+        if torch.compiler.is_compiling() or is_recorded():
             return cls(input.transpose(0, 1), steps, batch, False, True)
+        if steps != 1 or batch != 1:
+            return cls(time_major(input), steps, batch, False, True)
         return cls(input, steps, batch, False, False)
 
     def undo(self, t: Tensor) -> Tensor:
         """Lay a result ``[T, B, n]`` out as the caller's input."""
         if not (self.unbatched or self.swapped):
             return t
-        return t.squeeze(1) if self.unbatched else t.transpose(0, 1)
+        if self.unbatched:
+            return t.squeeze(1)
+        if torch.compiler.is_compiling() or is_recorded() or _is_transformed():
+            return t.transpose(0, 1)
+        return batch_major(t)

@@ -13,7 +13,7 @@ from fastlstm.automatic import first_obstacle
 from fastlstm.kernels.base import Backend
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.layer.call import Call
-from fastlstm.layer.input import Input
+from fastlstm.layer.input import Input, batch_major, time_major
 from fastlstm.layer.options import Options
 from fastlstm.layer.stack import Final, calls_of, walk
 from fastlstm.layer.whole import compute_whole
@@ -67,7 +67,7 @@ def run_plain(
         return None
     specs, options, spec = plain.specs, plain.options, plain.specs[0]
     if options.batch_first:
-        x = x.transpose(0, 1)
+        x = time_major(x)
     steps, batch, features = x.shape
     if features != spec.input_size or not steps or not _are_like(x, weights):
         return None
@@ -94,7 +94,7 @@ def run_plain(
             y, final = compute_whole(backend, spec, x, hx, weights, options, again)
     except (RuntimeError, ValueError):
         return None
-    return y.transpose(0, 1) if options.batch_first else y, final
+    return batch_major(y) if options.batch_first else y, final
 
 
 def _by_reference(

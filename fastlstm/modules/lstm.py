@@ -319,7 +319,7 @@ class LSTM(Layers):
         if result is None:
             return None
         y, h_n, c_n = result
-        return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
+        return y.transpose_(0, 1) if batch_first else y, (h_n, c_n)
 
     def _infer_plain(
         self, backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
@@ -334,7 +334,7 @@ class LSTM(Layers):
         if result is None:
             return None
         y, h_n, c_n = result
-        return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
+        return y.transpose_(0, 1) if batch_first else y, (h_n, c_n)
 
     @cached_property
     def _fast_settings(self) -> tuple[Any, fast_path.Layers, bool] | None:
