@@ -1,20 +1,33 @@
-"""A process that runs out of memory: python memory_limit.py BACKEND SIZE LAST STEP
+"""A process that runs out of memory: python memory_limit.py BACKEND SIZE LAST STEP [KIND]
 
-An LSTM(SIZE, SIZE) goes forward and backward with 0, STEP, ... LAST MB more than the process has.
-Each limit has a child of its own, which may die. The last line printed is JSON: how each ended.
+An LSTM(SIZE, SIZE), or another of KINDS, goes forward and backward with 0, STEP, ... LAST MB more
+than the process has. Each limit has a child of its own, which may die. The last line printed is
+JSON: how each ended.
 """
 
 import json
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 
 MB = 1 << 20
+KINDS = {
+    "LSTM": fastlstm.LSTM,
+    "packed": fastlstm.LSTM,
+    "bidirectional": partial(fastlstm.LSTM, bidirectional=True),
+    "recompute": partial(fastlstm.LSTM, recompute=True),
+    "projected": partial(fastlstm.LSTM, proj_size=64),
+    "batch first": partial(fastlstm.LSTM, batch_first=True, num_layers=2),
+    "RNN": fastlstm.RNN,
+    "cell": fastlstm.LSTMCell,
+}
 
 
 def address_space() -> int:
@@ -22,58 +35,70 @@ def address_space() -> int:
     return pages * resource.getpagesize()
 
 
-def limit(more: int | None) -> None:
-    """Allow the process so many bytes more than it has; None: no limit."""
+def limit(size: int | None) -> None:
+    """Allow the process to have so many bytes; None: no limit."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(
-        resource.RLIMIT_AS, (hard if more is None else address_space() + more, hard)
-    )
+    resource.setrlimit(resource.RLIMIT_AS, (hard if size is None else size, hard))
 
 
-def results(lstm: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+def results(lstm: torch.nn.Module, x: torch.Tensor, kind: str) -> list[torch.Tensor]:
     lstm.zero_grad()
-    y = lstm(x)[0]
+    if kind == "cell":
+        hx = None
+        for row in x:
+            hx = lstm(row, hx)
+        y = hx[0]
+    elif kind == "packed":
+        y = lstm(pack_padded_sequence(x, [4, 3, 2, 1]))[0].data
+    else:
+        y = lstm(x)[0]
     y.sum().backward()
     return [y.detach(), *(p.grad for p in lstm.parameters())]
 
 
-def ends(model: torch.nn.Module, x: torch.Tensor, want: list[torch.Tensor], more: int) -> str:
+def ends(
+    model: torch.nn.Module, x: torch.Tensor, want: list[torch.Tensor], more: int, kind: str
+) -> str:
     """What a call comes to that has `more` bytes, and whether the module is as it was after it."""
-    lstm = fastlstm.LSTM(x.shape[-1], x.shape[-1])  # one that has packed nothing yet
+    lstm = KINDS[kind](x.shape[-1], x.shape[-1])  # one that has packed nothing yet
     lstm.load_state_dict(model.state_dict())
     torch.set_num_threads(2)
-    results(fastlstm.LSTM(8, 8), torch.randn(2, 4, 8))  # starts the threads before the limit
-    outcome, sizes = "", []
-    limit(more)
+    # All threads start before the limit. One of OpenMP that finds no memory ends the process.
+    results(fastlstm.LSTM(8, 8), torch.randn(2, 4, 8), "LSTM")
+    torch.ones(1 << 20).mul_(2)
+    outcome, sizes, size = "", [], address_space() + more
     for _ in range(4):
+        limit(size)
         try:
-            results(lstm, x)
+            results(lstm, x, kind)
             outcome = "result"
-            break
         except (RuntimeError, MemoryError) as error:
+            limit(None)  # a message needs memory, too
             outcome = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        limit(None)
+        if outcome == "result":
+            break
         lstm.zero_grad()
         sizes.append(address_space())
-    limit(None)
     if len(sizes) > 2 and sizes[-1] > sizes[1] + 4 * MB:  # less than a matrix of such a layer
         return f"leak: {sizes}"
-    if not all(map(torch.equal, results(lstm, x), want)):
+    if not all(map(torch.equal, results(lstm, x, kind), want)):
         return "wrong"
     return outcome
 
 
-def main(backend: str, size: int, last: int, step: int) -> None:
+def main(backend: str, size: str, last: str, step: str, kind: str = "LSTM") -> None:
     torch.set_num_threads(1)  # starts no thread: children may start theirs
-    lstm, x = fastlstm.LSTM(size, size), torch.randn(4, 4, size)
+    lstm, x = KINDS[kind](int(size), int(size)), torch.randn(4, 4, int(size))
     ended = {}
     with fastlstm.backend(backend):
-        want = results(lstm, x)
+        want = results(lstm, x, kind)
         lstm.zero_grad()
-        for more in range(0, last + 1, step):
+        for more in range(0, int(last) + 1, int(step)):
             reader, writer = os.pipe()
             child = os.fork()
             if child == 0:
-                os.write(writer, ends(lstm, x, want, more * MB).encode())
+                os.write(writer, ends(lstm, x, want, more * MB, kind).encode())
                 os._exit(0)
             os.close(writer)
             with os.fdopen(reader) as pipe:
@@ -84,4 +109,4 @@ def main(backend: str, size: int, last: int, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*sys.argv[1:])
