@@ -12,19 +12,9 @@ from fastlstm.layer.checks import check_packed, size
 from fastlstm.layer.options import Options
 from fastlstm.layer.recorded import is_recorded
 
-__all__ = ["Input", "batch_major", "time_major"]
+__all__ = ["Input", "batch_major"]
 
 _is_transformed = torch._C._are_functorch_transforms_active
-
-
-def time_major(x: Tensor) -> Tensor:
-    """Return an input ``[B, T, I]`` as ``[T, B, I]``.
-
-    In training it is a copy, as that of ``nn.LSTM``, so that a caller may fill the same buffer
-    anew before backward. Kernels read it faster, which pays for it.
-    """
-    x = x.transpose(0, 1)
-    return x.contiguous() if torch.is_grad_enabled() else x
 
 
 def batch_major(y: Tensor) -> Tensor:
@@ -62,11 +52,21 @@ class Input(NamedTuple):
         steps, batch = batch, steps
         # One step of one sequence lies the same either way, but not in a graph, which may see
         # others.
-        if torch.compiler.is_compiling() or is_recorded():
+        if torch.compiler.is_compiling() or is_recorded() or steps != 1 or batch != 1:
             return cls(input.transpose(0, 1), steps, batch, False, True)
-        if steps != 1 or batch != 1:
-            return cls(time_major(input), steps, batch, False, True)
         return cls(input, steps, batch, False, False)
+
+    def for_kernels(self) -> Input:
+        """Return the same for a layer of kernels, which keep x for backward.
+
+        With ``batch_first`` that is a copy in training, as with ``nn.LSTM``: a caller may fill
+        the same buffer anew before backward. Kernels read it faster, which pays for it.
+        """
+        if not (self.swapped and torch.is_grad_enabled()):
+            return self
+        if torch.compiler.is_compiling() or is_recorded():
+            return self
+        return self._replace(x=self.x.contiguous())
 
     def undo(self, t: Tensor) -> Tensor:
         """Lay a result ``[T, B, n]`` out as the caller's input."""

@@ -13,7 +13,7 @@ from fastlstm.automatic import first_obstacle
 from fastlstm.kernels.base import Backend
 from fastlstm.kernels.reference import REFERENCE
 from fastlstm.layer.call import Call
-from fastlstm.layer.input import Input, batch_major, time_major
+from fastlstm.layer.input import Input, batch_major
 from fastlstm.layer.options import Options
 from fastlstm.layer.stack import Final, calls_of, walk
 from fastlstm.layer.whole import compute_whole
@@ -67,7 +67,7 @@ def run_plain(
         return None
     specs, options, spec = plain.specs, plain.options, plain.specs[0]
     if options.batch_first:
-        x = time_major(x)
+        x = x.transpose(0, 1)
     steps, batch, features = x.shape
     if features != spec.input_size or not steps or not _are_like(x, weights):
         return None
@@ -85,10 +85,11 @@ def run_plain(
     if backend.layer is not None or first_obstacle(backend, x, specs) is not None:
         return None
 
-    whole = Input(x, steps, batch, False, False)
+    whole = Input(x, steps, batch, False, options.batch_first)
     try:
         if backend.stack is None:
-            y, final, _ = walk(backend, specs, whole, hx, weights, options, plain.calls(backend))
+            whole, calls = whole.for_kernels(), plain.calls(backend)
+            y, final, _ = walk(backend, specs, whole, hx, weights, options, calls)
         else:
             again = partial(_by_reference, specs, whole, options)
             y, final = compute_whole(backend, spec, x, hx, weights, options, again)

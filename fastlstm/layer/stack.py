@@ -100,9 +100,9 @@ def run_stack(
     elif dtype:
         _, _, weights = cast(dtype, x, None, weights)
         with switched_off(x):
-            y, final, c_all = walk(backend, specs, whole, hx, weights, options)
+            y, final, c_all = walk(backend, specs, whole.for_kernels(), hx, weights, options)
     else:
-        y, final, c_all = walk(backend, specs, whole, hx, weights, options)
+        y, final, c_all = walk(backend, specs, whole.for_kernels(), hx, weights, options)
     if whole.unbatched:
         final = tuple(state.squeeze(1) for state in final)
     return whole.undo(y), final, None if c_all is None else whole.undo(c_all)
