@@ -7,6 +7,7 @@
 
 #ifndef _WIN32
 #include <pthread.h>
+#include <sys/mman.h>
 #endif
 
 #include "cpu/parallel.h"
@@ -49,11 +50,27 @@ std::atomic<uint32_t> forks{0};
 [[maybe_unused]] const int forks_are_counted = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
 #endif
 
+// Asks for huge pages, where the system gives them on demand: every step reads all weights, and those of a wide layer
+// lie in more small pages than a core keeps addresses of. Nothing is there yet, so the pages that it has may go.
+void prefer_huge_pages(char* begin, char* end) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;  // the smallest one of x86 and of ARM
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / kHugePage * kHugePage;
+  if (first >= last) return;
+  const auto at = reinterpret_cast<void*>(first);
+  if (madvise(at, last - first, MADV_HUGEPAGE) == 0) madvise(at, last - first, MADV_DONTNEED);
+#else
+  (void)begin, (void)end;
+#endif
+}
+
 }  // namespace
 
 struct PackedWeights::Header {
-  std::atomic<uint64_t> hash;  // of what was packed and how; 0: nothing yet
-  std::atomic<uint64_t> use;   // in the high half `forks`, in the low half calls in flight, or kPacking
+  std::atomic<uint64_t> hash;    // of what was packed and how; 0: nothing yet
+  std::atomic<uint64_t> use;     // in the high half `forks`, in the low half calls in flight, or kPacking
+  std::atomic<uint64_t> orders;  // in which orders it was packed; 0: never
 
   static constexpr uint32_t kPacking = ~0u;
   static uint64_t word(uint32_t readers) { return uint64_t(forks.load(std::memory_order_relaxed)) << 32 | readers; }
@@ -75,7 +92,7 @@ PackedWeights::PackedWeights(const Call& call, Orders orders, const Array& cache
   const size_t bytes = backward_bytes_ + (orders.forward ? kernels.forward_bytes(call.sizes, is_double) : 0);
   const bool fits = cache && cache.dtype == aoti_torch_dtype_uint8() && cache.dim == 1 &&
                     cache.sizes[0] >= i64(bytes) + kHeaderBytes && cache.contiguous();
-  if (fits && share(call, static_cast<char*>(cache.data), threads)) return;
+  if (fits && share(call, static_cast<char*>(cache.data), size_t(cache.sizes[0]), threads)) return;
   own_ = allocate(bytes);
   data_ = own_.get();
   pack(call, call.weights);
@@ -85,12 +102,15 @@ PackedWeights::~PackedWeights() {
   if (header_) header_->use.fetch_sub(1, std::memory_order_release);
 }
 
-// Whether the shared buffer now holds these weights, and keeps them as long as this object lives.
-bool PackedWeights::share(const Call& call, char* base, Threads& threads) {
+// Whether the shared buffer, of so many bytes, now holds these weights, and keeps them as long as this object lives.
+bool PackedWeights::share(const Call& call, char* base, size_t bytes, Threads& threads) {
   auto* header = reinterpret_cast<Header*>(base);
-  const uint64_t wanted = hash_weights(call, call.weights, threads);
+  const uint64_t orders = 1 + uint64_t(orders_.forward) + 2 * uint64_t(orders_.backward);
+  const uint64_t there = header->orders.load(std::memory_order_relaxed);
+  const bool turn = orders_.trains && there != 0 && there != orders;  // the other pass has packed what is there
+  const uint64_t wanted = turn ? 0 : hash_weights(call, call.weights, threads);
   uint64_t use = header->use.load(std::memory_order_acquire);
-  while (Header::readers(use) != Header::kPacking && header->hash.load(std::memory_order_acquire) == wanted)
+  while (!turn && Header::readers(use) != Header::kPacking && header->hash.load(std::memory_order_acquire) == wanted)
     if (header->use.compare_exchange_weak(use, Header::word(Header::readers(use) + 1), std::memory_order_acq_rel)) {
       // From here on nobody repacks; it may have happened just before.
       if (header->hash.load(std::memory_order_acquire) == wanted) {
@@ -107,8 +127,12 @@ bool PackedWeights::share(const Call& call, char* base, Threads& threads) {
   header_ = header;
   data_ = base + kHeaderBytes;
   header->hash.store(0, std::memory_order_release);
+  if (header->orders.exchange(orders, std::memory_order_relaxed) == 0) prefer_huge_pages(data_, base + bytes);
   try {
-    header->hash.store(pack_copy(call, threads), std::memory_order_release);
+    if (turn)
+      pack(call, call.weights);
+    else
+      header->hash.store(pack_copy(call, threads), std::memory_order_release);
   } catch (...) {
     header_ = nullptr;
     header->use.store(Header::word(0), std::memory_order_release);

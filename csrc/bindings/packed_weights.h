@@ -3,9 +3,14 @@
 //
 // An edit of weights through `.data` leaves no trace but the bytes, so a hash of all weights tells whether the buffer
 // is up to date (cpu/hash.h). What goes into the buffer is packed from a copy of the weights, and the hash is that of
-// the copy: whatever other threads and processes write in the meantime, the buffer holds what its hash says. Threads
-// may share a buffer. Its header counts the calls that read it. A call repacks it only if no call reads it; a call that
-// finds it busy with other weights packs into memory of its own.
+// the copy: whatever other threads and processes write in the meantime, the buffer holds what its hash says.
+//
+// In training the passes take turns, and each packs in its own order. A pass that finds the order of the other one
+// knows without any hash that it has to pack. It packs the weights themselves and leaves no hash, since nobody would
+// find its copy again.
+//
+// Threads may share a buffer. Its header counts the calls that read it. A call repacks it only if no call reads it; a
+// call that finds it busy with other weights packs into memory of its own.
 #pragma once
 
 #include <cstdlib>
@@ -20,9 +25,9 @@ class PackedWeights {
  public:
   static constexpr i64 kHeaderBytes = 64;
 
-  // In which orders a pass needs the weights.
+  // In which orders a pass needs the weights. trains: it belongs to a step of training, which has another pass.
   struct Orders {
-    bool forward, backward;
+    bool forward, backward, trains;
   };
 
   // cache: uint8 [bytes] as cpu_cache_bytes says, zero at first; or absent.
@@ -43,7 +48,7 @@ class PackedWeights {
   using Memory = std::unique_ptr<char, Free>;
 
   static Memory allocate(size_t bytes);
-  bool share(const Call& call, char* base, Threads& threads);
+  bool share(const Call& call, char* base, size_t bytes, Threads& threads);
   void pack(const Call& call, const DirectionWeights* weights) const;
   uint64_t pack_copy(const Call& call, Threads& threads) const;
   uint64_t hash_weights(const Call& call, const DirectionWeights* weights, Threads& threads) const;

@@ -109,7 +109,7 @@ Forward::Forward(Call&& call_, const Array& x, const Array& h0, const Array& y, 
 }
 
 PackedWeights::Orders Forward::orders() const {
-  return {!cpu_kernels().forward_reads_stored(call.sizes, call.dtype == Dtype::f64), false};
+  return {!cpu_kernels().forward_reads_stored(call.sizes, call.dtype == Dtype::f64), false, p.c_all.data != nullptr};
 }
 
 void Forward::run(const PackedWeights& packed, Threads& threads) {
@@ -177,7 +177,7 @@ PackedWeights::Orders Backward::orders() const {
   const bool computes_gates = !p.gates.data && call.sizes.G > 1;
   const Kernels& kernels = cpu_kernels();
   return {computes_gates && !kernels.forward_reads_stored(call.sizes, call.dtype == Dtype::f64),
-          !kernels.backward_reads_stored(call.sizes)};
+          !kernels.backward_reads_stored(call.sizes), true};
 }
 
 void Backward::run(const PackedWeights& packed, Threads& threads) {
