@@ -14,8 +14,9 @@ built with, and makes it an error if that fails; FASTLSTM_CUDA=0 leaves it out.
 Objects stay in build/objects. The next build compiles a source again if its command has changed,
 or any file that the compiler read.
 
-The libraries use the stable parts of LibTorch and nothing of CPython. So one wheel serves every
-Python and every torch that pyproject.toml allows.
+The libraries use the stable parts of LibTorch, and of CPython only what is handed to them at run
+time (csrc/bindings/python.h). So one wheel serves every Python and every torch that pyproject.toml
+allows.
 """
 
 import os
@@ -63,6 +64,7 @@ SOURCES = {
     "csrc/bindings/forward.cpp": [],
     "csrc/bindings/backward.cpp": [],
     "csrc/bindings/infer.cpp": [],
+    "csrc/bindings/direct.cpp": [],
     "csrc/bindings/training.cpp": [],
     "csrc/bindings/cell.cpp": [],
     "csrc/bindings/quantized.cpp": [],

@@ -54,6 +54,16 @@ class Array {
       throw OutOfMemory(size_t(step) * aoti_torch_dtype_element_size(dtype));
     return Array(handle);
   }
+  // Memory of somebody else, who has to outlive it; so have sizes and strides.
+  static Array view(void* data, i64 dim, const i64* sizes, const i64* strides, int32_t dtype) {
+    Array view;
+    view.data = data;
+    view.dim = dim;
+    view.sizes = sizes;
+    view.strides = strides;
+    view.dtype = dtype;
+    return view;
+  }
   explicit Array(std::optional<AtenTensorHandle> handle) : Array(handle ? Array(*handle) : Array()) {}
   Array(Array&& other) noexcept { *this = std::move(other); }
   Array& operator=(Array&& other) noexcept {
@@ -74,13 +84,8 @@ class Array {
 
   // What lies at k of the first dimension. It is a view: this array has to outlive it.
   Array at(i64 k) const {
-    Array view;
-    view.data = static_cast<char*>(data) + k * strides[0] * i64(aoti_torch_dtype_element_size(dtype));
-    view.dim = dim - 1;
-    view.sizes = sizes + 1;
-    view.strides = strides + 1;
-    view.dtype = dtype;
-    return view;
+    return view(static_cast<char*>(data) + k * strides[0] * i64(aoti_torch_dtype_element_size(dtype)), dim - 1,
+                sizes + 1, strides + 1, dtype);
   }
 
   // Null in a part of another tensor.

@@ -46,6 +46,9 @@ std::tuple<Output, Output, Output> lstm_infer_cpu(Handle x, const HandleList& we
 std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x, const HandleList& weights, OptionalHandle h0,
                                                OptionalHandle c0, OptionalHandle cache);
 
+// direct.cpp
+i64 cpu_direct(const std::vector<i64>& addresses);
+
 // training.cpp
 std::tuple<Output, Output, Output, Output, Output> lstm_plain_fwd_cpu(Handle x, const HandleList& weights,
                                                                       i64 directions, OptionalHandle h0,

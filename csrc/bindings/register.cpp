@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastlstm, CompositeExplicitAutograd, m) {
   m.impl("cpu_cache_bytes", TORCH_BOX(&cpu_cache_bytes));
+  m.impl("cpu_direct", TORCH_BOX(&cpu_direct));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("quantized_isa", TORCH_BOX(&quantized_isa));
   m.impl("cpu_plan", TORCH_BOX(&cpu_plan));

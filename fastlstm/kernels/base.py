@@ -75,6 +75,9 @@ class Backend:
     lstm_cell_infer: Any = None
     """The operators of plain calls without gradients, for latency; None where there are none."""
 
+    infer_directly: Any = None
+    """The same without an operator, or None: :func:`fastlstm.kernels.direct.infer_function`."""
+
     infers_on_cpu: bool = True
     """Whether those operators are for CPU tensors, and for no others; or the other way round."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlstm import extension
 from fastlstm.kernels import operators
 from fastlstm.kernels.base import Backend, constant, register
+from fastlstm.kernels.direct import infer_function
 from fastlstm.spec import LayerSpec
 
 __all__ = ["CPU", "plan"]
@@ -33,6 +34,7 @@ _LSTM_CELL_INFER = operators.define_operator(
     "lstm_cell_infer_cpu",
     f"(Tensor x, Tensor[] weights, {_STATES}, Tensor(a!)? cache) -> (Tensor, Tensor)",
 )
+_DIRECT = operators.define_operator("cpu_direct", "(int[] addresses) -> int")
 _PLAIN_FWD, _PLAIN_BWD = operators.define_plain("cpu", "Tensor(a!)? cache")
 # A step of a cell in training. The forward operator also returns what the other one needs: the
 # gates and c, in one tensor [B, 5H] of the compute type. So is what the backward operator returns:
@@ -80,6 +82,11 @@ class CpuBackend(Backend):
     def error(self) -> str | None:
         """Say why this machine does not have it; None once it is loaded."""
         return _error()
+
+    @cached_property
+    def infer_directly(self) -> Callable[..., Any] | None:
+        """What computes plain calls without an operator."""
+        return infer_function(_DIRECT) if self.error() is None else None
 
     def detail(self) -> str:
         """Describe in a line what is there."""

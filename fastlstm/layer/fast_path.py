@@ -18,6 +18,8 @@ __all__ = ["Layers", "fast_backend", "infer"]
 
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
+_is_function_mode = torch._C._is_torch_function_mode_enabled
+_is_profiled = torch._C._autograd._profiler_enabled
 
 
 def fast_backend(x: Tensor) -> Backend | None:
@@ -49,15 +51,17 @@ class Layers(NamedTuple):
     specs: tuple[LayerSpec, ...]
     caches: Sequence[Any]  # of each layer, for packed weights
     packs: dict[Any, list[bool]]  # for steps and dtype, which want packed weights; [] for none
+    depth: int  # how many layers; 0 for a cell
+    directions: int
+
+    @classmethod
+    def of(cls, specs: tuple[LayerSpec, ...], caches: Sequence[Any], cell: bool = False) -> Layers:
+        """Make it of what the layers are, or the cell is."""
+        return cls(specs, caches, {}, 0 if cell else len(specs), specs[0].directions)
 
 
 def infer(
-    backend: Backend,
-    x: Tensor,
-    hx: Any,
-    weights: Sequence[Tensor],
-    layers: Layers,
-    cell: bool = False,
+    backend: Backend, x: Tensor, hx: Any, weights: tuple[Tensor, ...], layers: Layers
 ) -> Any:
     """Compute a stack of plain layers or a cell, without gradients.
 
@@ -67,27 +71,36 @@ def infer(
         hx: what the user passed for ``(h_0, c_0)``.
         weights: those of all layers.
         layers: what is known of them.
-        cell: whether it is a cell.
 
     Returns:
-        ``(y, h_n, c_n)``, of a cell ``(h, c)``. What the operator checks itself is not checked
-        before: None stands for a call that it refused, which then takes the long way, to an answer
-        or a better message.
+        ``(y, (h_n, c_n))``, of a cell ``(h, c)``. What the kernels check themselves is not checked
+        before: None stands for a call that they refused, which then takes the long way, to an
+        answer or a better message.
     """
-    h0 = c0 = None
-    if hx is not None:
-        if type(hx) is not tuple or len(hx) != 2:
-            return None
-        h0, c0 = hx
-        if type(h0) is not Tensor or type(c0) is not Tensor:
-            return None
+    count, directions = layers.depth, layers.directions
+    direct = backend.infer_directly
+    if direct is not None and (_is_profiled() or _is_function_mode()):
+        direct = None  # they look for operators
+    if direct is not None:
+        found = direct(weights, x, hx, count, directions, ())
+        if found is not None:
+            return found
+    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
+        return None
+    h0, c0 = hx or (None, None)
+    if hx is not None and (type(h0) is not Tensor or type(c0) is not Tensor):
+        return None
     try:
-        packed = _packed(backend, layers, weights, 1 if cell else x.shape[0])
-        if cell:
+        packed = _packed(backend, layers, weights, x.shape[0] if count else 1)
+        if packed and direct is not None:
+            found = direct(weights, x, hx, count, directions, tuple(packed))
+            if found is not None:
+                return found
+        if not count:
             found = backend.lstm_cell_infer(x, weights, h0, c0, packed[0] if packed else None)
         else:
-            count, directions = len(layers.specs), layers.specs[0].directions
-            found = backend.lstm_infer(x, weights, count, directions, h0, c0, packed)
+            y, *states = backend.lstm_infer(x, weights, count, directions, h0, c0, packed)
+            found = y, tuple(states)
     except (RuntimeError, ValueError):
         return None
     return found if type(found[0]) is Tensor else None  # as it always is after the long way

@@ -98,7 +98,7 @@ class Layers(StandIn, nn.RNNBase):
         return tuple(state.index_select(1, order) for state in hx)
 
     def _run_plain(
-        self, x: Tensor, hx: Any, weights: Sequence[Tensor]
+        self, x: Tensor, hx: Any, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Compute a plain call where a backend takes it as it is; None where not.
 
@@ -121,7 +121,7 @@ class Layers(StandIn, nn.RNNBase):
         return run_plain(backend, x, hx, weights, plain)
 
     def _infer_plain(
-        self, backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
+        self, backend: Backend, x: Tensor, hx: Any, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """Compute a plain call without gradients by a backend's operator for that; None if not.
 
@@ -196,13 +196,13 @@ class Layers(StandIn, nn.RNNBase):
         self._read_settings()
 
 
-def tensors(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+def tensors(module: nn.Module, names: Sequence[str]) -> tuple[Tensor, ...]:
     """Return the parameters of these names, or what a parametrization makes of them."""
     parameters: dict[str, Any] = module._parameters
     try:  # an attribute takes ten times as long, but knows parametrizations and weight_norm
-        return list(map(parameters.__getitem__, names))
+        return tuple(map(parameters.__getitem__, names))
     except KeyError:
-        return [getattr(module, name) for name in names]
+        return tuple([getattr(module, name) for name in names])
 
 
 def is_by_sample(weights: Sequence[Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -88,7 +87,7 @@ class LSTMCell(StandIn, nn.RNNCellBase):
         cache = None if torch.compiler.is_compiling() else self._cache
         return lstm_cell(input, hx, weights, cache=cache)
 
-    def _step(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> State | None:
+    def _step(self, x: Tensor, hx: Any, weights: tuple[Tensor, ...]) -> State | None:
         """A plain step on the CPU, for latency; None for what `lstm_cell` has to look at."""
         backend = fast_backend(x)
         if backend is None or not backend.lstm_cell_infer:
@@ -98,11 +97,11 @@ class LSTMCell(StandIn, nn.RNNCellBase):
             return None
         if grad:
             return self._steps.run(backend, x, hx, weights)
-        return infer(backend, x, hx, weights, self._layers, cell=True)
+        return infer(backend, x, hx, weights, self._layers)
 
     @cached_property
     def _layers(self) -> Layers:
-        return Layers(self.specs(), [self._cache], {})
+        return Layers.of(self.specs(), [self._cache], cell=True)
 
     @cached_property
     def _steps(self) -> Steps:

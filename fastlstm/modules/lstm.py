@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal, overload
@@ -316,13 +315,13 @@ class LSTM(Layers):
         if batch_first:
             x = x.transpose(0, 1)
         result = fast_path.infer(backend, x, hx, weights, layers)
-        if result is None:
-            return None
-        y, h_n, c_n = result
-        return y.transpose_(0, 1) if batch_first else y, (h_n, c_n)
+        if batch_first and result is not None:
+            y, states = result
+            return y.transpose_(0, 1), states
+        return result
 
     def _infer_plain(
-        self, backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
+        self, backend: Backend, x: Tensor, hx: Any, weights: tuple[Tensor, ...]
     ) -> tuple[Tensor, State] | None:
         """The same on a backend that has been chosen."""
         if (settings := self._fast_settings) is None:
@@ -331,10 +330,10 @@ class LSTM(Layers):
         result = fast_path.infer(
             backend, x.transpose(0, 1) if batch_first else x, hx, weights, layers
         )
-        if result is None:
-            return None
-        y, h_n, c_n = result
-        return y.transpose_(0, 1) if batch_first else y, (h_n, c_n)
+        if batch_first and result is not None:
+            y, states = result
+            return y.transpose_(0, 1), states
+        return result
 
     @cached_property
     def _fast_settings(self) -> tuple[Any, fast_path.Layers, bool] | None:
@@ -345,7 +344,7 @@ class LSTM(Layers):
             return None
         take = itemgetter(*self._names)
         caches = self._caches[: self.num_layers]
-        return take, fast_path.Layers(self.specs(), caches, {}), self.batch_first
+        return take, fast_path.Layers.of(self.specs(), caches), self.batch_first
 
     def extra_repr(self) -> str:
         """The arguments of nn.LSTM, then those of this class that are not at their defaults."""

@@ -1,0 +1,243 @@
+// Plain calls in inference without an operator: a function that Python calls. An operator with that many tensors takes
+// 6 us before anything is computed, half of a step of a small layer in ONNX Runtime; this one takes 2.
+//
+// Nothing is kept from call to call: every tensor is read anew through DLPack's exchange, its memory, shape, strides
+// and dtype, so whatever has become of a weight is seen. What is not a plain tensor with memory on the CPU, or does not
+// fit, is refused: the function returns None, and the operator computes the call or says what is wrong.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "bindings/operators.h"
+#include "bindings/python.h"
+#include "bindings/stack.h"
+
+namespace fastlstm {
+namespace {
+
+using python::Object;
+using Shape = std::initializer_list<i64>;
+
+python::Api api;
+
+struct Refused {};
+
+// ---- arguments ----------------------------------------------------------------------------------------------
+
+int32_t number_of(python::Tensor::Dtype dtype) {
+  enum : uint8_t { kUnsigned = 1, kFloat = 2, kBfloat = 4 };
+  if (dtype.code == kFloat && dtype.bits == 32) return aoti_torch_dtype_float32();
+  if (dtype.code == kFloat && dtype.bits == 64) return aoti_torch_dtype_float64();
+  if (dtype.code == kFloat && dtype.bits == 16) return aoti_torch_dtype_float16();
+  if (dtype.code == kBfloat && dtype.bits == 16) return aoti_torch_dtype_bfloat16();
+  if (dtype.code == kUnsigned && dtype.bits == 8) return aoti_torch_dtype_uint8();
+  throw Refused();
+}
+
+python::Tensor::Dtype dtype_of_number(int32_t number) {
+  if (number == aoti_torch_dtype_float32()) return {2, 32, 1};
+  if (number == aoti_torch_dtype_float64()) return {2, 64, 1};
+  return {uint8_t(number == aoti_torch_dtype_bfloat16() ? 4 : 2), 16, 1};
+}
+
+// A subclass may mean something else by its operations; only Parameter does not.
+bool is_plain(Object* object) {
+  Object* const type = api.type_of(object);
+  api.drop(type);  // classes of living objects live
+  return type == api.tensor_type || type == api.parameter_type;
+}
+
+// Of a tensor whose storage has been freed the address is its offset there. Where memory really lies as low, calls take
+// the operator, which looks at the storage.
+constexpr uintptr_t kLowestAddress = uintptr_t(1) << 32;
+
+Array read(Object* object) {
+  python::Tensor t;
+  if (!is_plain(object) || api.exchange->read(object, &t) != 0 || t.device_type != python::kOnCpu) throw Refused();
+  // The imaginary part of a conjugate has other numbers than its memory, and a stride of 2.
+  if (t.dim > 0 && t.strides[t.dim - 1] != 1) throw Refused();
+  char* const data = static_cast<char*>(t.data) + t.byte_offset;
+  const bool empty = std::find(t.shape, t.shape + t.dim, 0) != t.shape + t.dim;
+  if (!empty && reinterpret_cast<uintptr_t>(data) < kLowestAddress) throw Refused();
+  return Array::view(data, t.dim, t.shape, t.strides, number_of(t.dtype));
+}
+
+Array read_optional(Object* object) { return object == api.none ? Array() : read(object); }
+
+std::vector<Array> read_all(Object* tuple) {
+  std::vector<Array> found;
+  const ptrdiff_t count = api.size(tuple);
+  if (count < 0) throw Refused();
+  found.reserve(size_t(count));
+  for (ptrdiff_t k = 0; k < count; ++k) found.push_back(read(api.item(tuple, k)));
+  return found;
+}
+
+// ---- results ------------------------------------------------------------------------------------------------
+
+// A new tensor, contiguous, in one block of memory with all that describes it: an empty tensor of torch, handed over by
+// DLPack, takes twice as long to make.
+class NewTensor {
+ public:
+  NewTensor() = default;
+  NewTensor(Shape shape, int32_t dtype) {
+    i64 elements = 1;
+    for (i64 n : shape) elements *= n;
+    const size_t bytes = size_t(elements) * aoti_torch_dtype_element_size(dtype);
+    void* const memory = std::malloc(sizeof(Block) + kAlignment + bytes);
+    if (!memory) throw OutOfMemory(bytes);
+    block_ = new (memory) Block{};
+    const i64 dim = i64(shape.size());
+    for (i64 k = dim, step = 1; k-- > 0; step *= std::max(shape.begin()[k], i64(1))) {
+      block_->shape[k] = shape.begin()[k];
+      block_->strides[k] = step;
+    }
+    const auto end = reinterpret_cast<uintptr_t>(block_ + 1);
+    void* const data = reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment);
+    block_->managed = {
+        python::kVersion,
+        nullptr,
+        [](python::Managed* m) { std::free(m); },
+        0,
+        {data, python::kOnCpu, 0, int32_t(dim), dtype_of_number(dtype), block_->shape, block_->strides, 0}};
+    array = Array::view(data, dim, block_->shape, block_->strides, dtype);
+  }
+  NewTensor(NewTensor&& other) noexcept { *this = std::move(other); }
+  NewTensor& operator=(NewTensor&& other) noexcept {
+    std::swap(block_, other.block_);
+    array = std::move(other.array);
+    return *this;
+  }
+  ~NewTensor() { std::free(block_); }
+
+  Object* to_python() {
+    void* object;
+    if (api.exchange->to_python(&block_->managed, &object) != 0) throw Refused();
+    block_ = nullptr;
+    return static_cast<Object*>(object);
+  }
+
+  Array array;
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Block {  // `managed` first: it is freed by its address
+    python::Managed managed;
+    i64 shape[3], strides[3];
+  };
+  Block* block_ = nullptr;
+};
+
+// An object that we own, until it is given away.
+class Owned {
+ public:
+  explicit Owned(Object* object) : object_(object) {
+    if (!object) throw Refused();
+  }
+  Owned(Owned&& other) noexcept : object_(other.release()) {}
+  ~Owned() {
+    if (object_) api.drop(object_);
+  }
+  Object* release() { return std::exchange(object_, nullptr); }
+
+ private:
+  Object* object_;
+};
+
+Owned pair(Owned a, Owned b) {
+  Object* const tuple = api.tuple(2);
+  Owned owned(tuple);
+  api.set_item(tuple, 0, a.release());
+  api.set_item(tuple, 1, b.release());
+  return owned;
+}
+
+// ---- the function -------------------------------------------------------------------------------------------
+
+// Lets other threads of Python run, in calls that are long enough for it.
+class Unlocked {
+ public:
+  explicit Unlocked(bool wanted) : state_(wanted ? api.unlock() : nullptr) {}
+  ~Unlocked() {
+    if (state_) api.lock(state_);
+  }
+  Unlocked(const Unlocked&) = delete;
+
+ private:
+  void* state_;
+};
+
+// Multiplications from which on a call lets them run, ~5 us.
+constexpr i64 kLong = 1 << 18;
+
+bool is_long(const Array& x, const std::vector<Array>& weights) {
+  i64 rows = 1, numbers = 0;
+  for (i64 k = 0; k + 1 < x.dim; ++k) rows *= x.sizes[k];
+  for (const Array& w : weights) numbers += w.dim == 2 ? w.sizes[0] * w.sizes[1] : 0;
+  return rows * numbers >= kLong;
+}
+
+// (weights, x, (h0, c0) or None, layers, directions, caches): of 0 layers, one step of a cell. Tuples of tensors.
+Object* infer(Object* const* given) {
+  const std::vector<Array> weights = read_all(given[0]), caches = read_all(given[5]);
+  const Array x = read(given[1]);
+  Array h0, c0;
+  if (given[2] != api.none) {
+    if (api.size(given[2]) != 2) throw Refused();
+    h0 = read_optional(api.item(given[2], 0));
+    c0 = read_optional(api.item(given[2], 1));
+    if (!h0 || !c0) throw Refused();
+  }
+  const StackArguments arguments{x, weights, api.to_long(given[3]), api.to_long(given[4]), h0, c0, caches};
+  NewTensor y, h, c;
+  {
+    const Unlocked unlocked(is_long(x, weights));
+    if (arguments.layers == 0) {
+      if (!infer_cell(arguments, false, [&](Shape of_h, Shape of_c) {
+            h = NewTensor(of_h, x.dtype);
+            c = NewTensor(of_c, x.dtype);
+            return std::make_pair(&h.array, &c.array);
+          }))
+        throw Refused();
+    } else if (!infer_stack(arguments, false, [&](Shape of_y, Shape of_h, Shape of_c) {
+                 y = NewTensor(of_y, x.dtype);
+                 h = NewTensor(of_h, x.dtype);
+                 c = NewTensor(of_c, x.dtype);
+                 return std::make_tuple(&y.array, &h.array, &c.array);
+               })) {
+      throw Refused();
+    }
+  }
+  Owned hidden(h.to_python()), cells(c.to_python());
+  Owned states = pair(std::move(hidden), std::move(cells));
+  return (arguments.layers == 0 ? std::move(states) : pair(Owned(y.to_python()), std::move(states))).release();
+}
+
+Object* call(Object*, Object* const* arguments, ptrdiff_t count) {
+  if (count == 6) try {
+      return infer(arguments);
+    } catch (...) {  // whatever it was, the operator finds it too
+      api.clear_error();
+    }
+  api.hold(api.none);
+  return api.none;
+}
+
+python::Method method{"infer", call, python::kFastCall, nullptr};
+
+}  // namespace
+
+// addresses: those of python::Api. Returns that of its PyMethodDef, or 0 where this torch exchanges tensors otherwise.
+i64 cpu_direct(const std::vector<i64>& addresses) {
+  static_assert(sizeof(python::Api) % sizeof(i64) == 0 && sizeof(void*) == sizeof(i64));
+  FASTLSTM_CHECK(addresses.size() * sizeof(i64) == sizeof api, "fastlstm: expected ", sizeof api / sizeof(i64),
+                 " addresses, got ", addresses.size());
+  std::memcpy(static_cast<void*>(&api), addresses.data(), sizeof api);
+  while (api.exchange && api.exchange->version.major != python::kVersion.major) api.exchange = api.exchange->older;
+  if (!api.exchange || !api.exchange->read) return 0;
+  return reinterpret_cast<i64>(&method);
+}
+
+}  // namespace fastlstm

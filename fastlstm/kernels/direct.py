@@ -1,0 +1,41 @@
+"""Plain calls of the CPU kernels without an operator: what csrc/bindings/direct.cpp needs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["infer_function"]
+
+# In the order of csrc/bindings/python.h.
+_FUNCTIONS = (
+    "PyTuple_New", "PyTuple_SetItem", "PyTuple_Size", "PyTuple_GetItem", "PyObject_Type",
+    "Py_IncRef", "Py_DecRef", "PyLong_AsLong", "PyErr_Clear", "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+)  # fmt: skip
+
+
+def infer_function(make: Any) -> Callable[..., Any] | None:
+    """Return what computes plain calls without an operator; None where Python or torch lack that.
+
+    It takes ``(weights, x, hx, layers, directions, caches)``: tuples of tensors, hx None for
+    zeros; of no layers it is a step of a cell. It returns ``(y, (h_n, c_n))``, of a cell ``(h,
+    c)``, and None for whatever it does not take, be that wrong or only unusual.
+
+    Args:
+        make: the operator that makes it, ``cpu_direct``.
+    """
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    api: Any = getattr(ctypes, "pythonapi", None)
+    if capsule is None or api is None:
+        return None
+    pointer, python = ctypes.c_void_p, ctypes.py_object
+    of_capsule = ctypes.PYFUNCTYPE(pointer, python, ctypes.c_char_p)
+    exchange = of_capsule(("PyCapsule_GetPointer", api))(capsule, b"dlpack_exchange_api")
+    addresses = [ctypes.cast(getattr(api, name), pointer).value for name in _FUNCTIONS]
+    method = make([*addresses, id(None), id(Tensor), id(nn.Parameter), exchange])
+    new_function = ctypes.PYFUNCTYPE(python, pointer, pointer, pointer)
+    return new_function(("PyCFunction_NewEx", api))(method, None, None) if method else None
