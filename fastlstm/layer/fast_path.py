@@ -16,6 +16,7 @@ from fastlstm.spec import LayerSpec
 
 __all__ = ["Layers", "fast_backend", "infer"]
 
+_is_compiling = torch.compiler.is_compiling  # looked up in every call
 _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
 _is_function_mode = torch._C._is_torch_function_mode_enabled
@@ -32,7 +33,7 @@ def fast_backend(x: Tensor) -> Backend | None:
     if (
         backend is None
         or x.is_cpu is not backend.infers_on_cpu
-        or torch.compiler.is_compiling()
+        or _is_compiling()
         or _is_transformed()
         or _is_autocast()
         or forward_ad._current_level >= 0
@@ -77,29 +78,31 @@ def infer(
         before: None stands for a call that they refused, which then takes the long way, to an
         answer or a better message.
     """
-    count, directions = layers.depth, layers.directions
+    depth, directions = layers.depth, layers.directions
     direct = backend.infer_directly
     if direct is not None and (_is_profiled() or _is_function_mode()):
         direct = None  # they look for operators
-    if direct is not None:
-        found = direct(weights, x, hx, count, directions, ())
+    if direct is not None and not layers.packs:  # no call has wanted packed weights so far
+        found = direct(weights, x, hx, depth, directions, ())
         if found is not None:
             return found
-    if hx is not None and (type(hx) is not tuple or len(hx) != 2):
-        return None
-    h0, c0 = hx or (None, None)
-    if hx is not None and (type(h0) is not Tensor or type(c0) is not Tensor):
-        return None
     try:
-        packed = _packed(backend, layers, weights, x.shape[0] if count else 1)
-        if packed and direct is not None:
-            found = direct(weights, x, hx, count, directions, tuple(packed))
+        packed = _packed(backend, layers, weights, x.shape[0] if depth else 1)
+        if direct is not None:
+            found = direct(weights, x, hx, depth, directions, tuple(packed))
             if found is not None:
                 return found
-        if not count:
+        h0 = c0 = None
+        if hx is not None:
+            if type(hx) is not tuple or len(hx) != 2:
+                return None
+            h0, c0 = hx
+            if type(h0) is not Tensor or type(c0) is not Tensor:
+                return None
+        if not depth:
             found = backend.lstm_cell_infer(x, weights, h0, c0, packed[0] if packed else None)
         else:
-            y, *states = backend.lstm_infer(x, weights, count, directions, h0, c0, packed)
+            y, *states = backend.lstm_infer(x, weights, depth, directions, h0, c0, packed)
             found = y, tuple(states)
     except (RuntimeError, ValueError):
         return None
