@@ -128,7 +128,7 @@ def _short_calls_differ(spec: LayerSpec, dtype: torch.dtype) -> bool:
     """As csrc/cpu/plan.h decides: by the vectors that a row of both matrices takes."""
     vector = {"avx512": 64, "avx2": 32}.get(extension.isa(), 16)
     lanes = vector // (8 if dtype is torch.float64 else 4)
-    return (spec.input_size + spec.state_size) // lanes >= 12
+    return (spec.input_size + spec.state_size) // lanes >= 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

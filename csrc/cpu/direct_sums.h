@@ -31,6 +31,12 @@ class DirectSums {
         const i64 n = units(tile, v);
         if (n <= 0) continue;
         S* bias = &bias_[tile * kPanel<S> + v * kLanes<S>];
+        if (element_bytes(dtype) == sizeof(S)) {
+          const S *ih = static_cast<const S*>(w.b_ih) + row(tile, v),
+                  *hh = static_cast<const S*>(w.b_hh) + row(tile, v);
+          store_n(bias, load_n(ih, n) + load_n(hh, n), n);
+          continue;
+        }
         convert_in(bias, w.b_ih, dtype, row(tile, v), n);
         convert_in(hidden, w.b_hh, dtype, row(tile, v), n);
         store_n(bias, load(bias) + load(hidden), n);

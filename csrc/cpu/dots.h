@@ -158,28 +158,31 @@ class Dots {
  private:
   template <int R, int most, int count>
   void tiles(const Stored<S> (&products)[count], i64 first, i64 rows, i64 N, S* out, i64 out_pitch, bool add) const {
-    const i64 groups = ceil_div(N, most);
-    for (i64 row = 0; row < rows; row += R) {
-      const i64 there = smaller(R, rows - row);
-      const S* tile[count];
-      S* wide = wide_.get();
-      for (int k = 0; k < count; ++k) {
-        const Stored<S>& of = products[k];
-        tile[k] = static_cast<const S*>(of.w) + (first + row) * of.K;
-        if (!wide) continue;  // 16-bit weights: as S they fit the nearest cache
-        convert_in(wide, of.w, of.dtype, (first + row) * of.K, there * of.K);
-        tile[k] = wide;
-        wide += R * of.K;
+    // Each group of rows of a takes all rows of w in turn, so that it stays in L1 while they come from L2. Rows of w
+    // that have to be widened serve all groups instead.
+    const i64 groups = ceil_div(N, most), turns = wide_ ? 1 : groups;
+    for (i64 turn = 0; turn < turns; ++turn)
+      for (i64 row = 0; row < rows; row += R) {
+        const i64 there = smaller(R, rows - row);
+        const S* tile[count];
+        S* wide = wide_.get();
+        for (int k = 0; k < count; ++k) {
+          const Stored<S>& of = products[k];
+          tile[k] = static_cast<const S*>(of.w) + (first + row) * of.K;
+          if (!wide) continue;  // 16-bit weights: as S they fit the nearest cache
+          convert_in(wide, of.w, of.dtype, (first + row) * of.K, there * of.K);
+          tile[k] = wide;
+          wide += R * of.K;
+        }
+        for (i64 group = turn; group < turn + groups / turns; ++group) {
+          const i64 begin = group * N / groups, end = (group + 1) * N / groups;
+          Factors<S> factors[count];
+          for (int k = 0; k < count; ++k) factors[k] = {tile[k], products[k].a + begin, products[k].K};
+          with_rows<most>(end - begin, [&](auto n) {
+            dot_tile<S, R, decltype(n)::value>(factors, count, there, out + begin * out_pitch + row, out_pitch, add);
+          });
+        }
       }
-      for (i64 group = 0; group < groups; ++group) {
-        const i64 begin = group * N / groups, end = (group + 1) * N / groups;
-        Factors<S> factors[count];
-        for (int k = 0; k < count; ++k) factors[k] = {tile[k], products[k].a + begin, products[k].K};
-        with_rows<most>(end - begin, [&](auto n) {
-          dot_tile<S, R, decltype(n)::value>(factors, count, there, out + begin * out_pitch + row, out_pitch, add);
-        });
-      }
-    }
   }
 
   Buffer<S> wide_;

@@ -92,7 +92,7 @@ i64 steps_ahead(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
 // of each are so many vectors that the sums over lanes at its end are a small part of it. Longer calls have packed
 // weights, which are up to a fifth faster for many rows.
 constexpr i64 kShortCall = 4;
-constexpr i64 kDotVectors = 12;
+constexpr i64 kDotVectors = 8;
 
 // Whether the forward pass reads the weights as they are stored. Its products then have other bits, so that this must
 // not depend on the batch or on threads.
