@@ -80,8 +80,8 @@ def infer(
     """
     depth, directions = layers.depth, layers.directions
     direct = backend.infer_directly
-    if direct is not None and (_is_profiled() or _is_function_mode()):
-        direct = None  # they look for operators
+    if direct is not None and (_is_profiled() or _is_function_mode() or not _has_memory(x)):
+        direct = None  # they look for operators, and an operator says what is wrong
     if direct is not None and not layers.packs:  # no call has wanted packed weights so far
         found = direct(weights, x, hx, depth, directions, ())
         if found is not None:
@@ -107,6 +107,15 @@ def infer(
     except (RuntimeError, ValueError):
         return None
     return found if type(found[0]) is Tensor else None  # as it always is after the long way
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether the storage of x, which others may share and shrink, has its numbers."""
+    try:
+        size: int = x.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return size >= (x.storage_offset() + x.numel()) * x.element_size()
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
