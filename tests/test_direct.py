@@ -120,6 +120,14 @@ def test_what_is_unusual_is_left_to_the_operator(
     assert call(lstm, x, hx) is None
 
 
+def test_a_conjugate_of_one_feature(backend: str) -> None:
+    """Its imaginary part has another sign than its memory, and a stride of 1."""
+    lstm = fastlstm.LSTM(1, 64)
+    x = torch.randn(3, 2, dtype=torch.complex64).conj().imag[..., None]
+    assert x.is_neg() and x.stride(-1) == 1
+    torch.testing.assert_close(lstm(x)[0], lstm(x.clone())[0], rtol=0, atol=0)
+
+
 EDITS: dict[str, Callable[[fastlstm.LSTM], object]] = {
     "data": lambda lstm: lstm.weight_hh_l0.data.mul_(2),
     "other data": lambda lstm: setattr(lstm.weight_hh_l0, "data", torch.rand(520, 130)),

@@ -55,11 +55,20 @@ bool is_plain(Object* object) {
 // the operator, which looks at the storage.
 constexpr uintptr_t kLowestAddress = uintptr_t(1) << 32;
 
+// The imaginary part of a conjugate has other numbers than its memory, and every second place of it.
+bool has_neighbours(const python::Tensor& t) {
+  i64 elements = 1;
+  for (i64 k = 0; k < t.dim; ++k) {
+    if (t.shape[k] > 1 && t.strides[k] == 1) return true;
+    elements *= t.shape[k];
+  }
+  return elements == 0;
+}
+
 Array read(Object* object) {
   python::Tensor t;
   if (!is_plain(object) || api.exchange->read(object, &t) != 0 || t.device_type != python::kOnCpu) throw Refused();
-  // The imaginary part of a conjugate has other numbers than its memory, and a stride of 2.
-  if (t.dim > 0 && t.strides[t.dim - 1] != 1) throw Refused();
+  if (t.dim > 0 && (t.strides[t.dim - 1] != 1 || !has_neighbours(t))) throw Refused();
   char* const data = static_cast<char*>(t.data) + t.byte_offset;
   const bool empty = std::find(t.shape, t.shape + t.dim, 0) != t.shape + t.dim;
   if (!empty && reinterpret_cast<uintptr_t>(data) < kLowestAddress) throw Refused();
