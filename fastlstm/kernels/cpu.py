@@ -35,7 +35,7 @@ _LSTM_CELL_INFER = operators.define_operator(
     f"(Tensor x, Tensor[] weights, {_STATES}, Tensor(a!)? cache) -> (Tensor, Tensor)",
 )
 _DIRECT = operators.define_operator("cpu_direct", "(int[] addresses) -> int")
-_PLAIN_FWD, _PLAIN_BWD = operators.define_plain("cpu", "Tensor(a!)? cache")
+_PLAIN_FWD, _PLAIN_BWD = operators.define_plain("cpu", "Tensor? batch_sizes, Tensor(a!)? cache")
 # A step of a cell in training. The forward operator also returns what the other one needs: the
 # gates and c, in one tensor [B, 5H] of the compute type. So is what the backward operator returns:
 # the gradients of x, h0 and c0, empty where they are not wanted, and those of the gate sums
@@ -104,7 +104,7 @@ class CpuBackend(Backend):
             return f"the cpu kernels have no {x.dtype}"
         return self.error()
 
-    def takes_plain(self, spec: LayerSpec) -> bool:
+    def takes_plain(self, spec: LayerSpec, packed: bool) -> bool:
         """Whether the two methods that follow compute a layer."""
         return spec.is_lstm and not spec.is_extended and self.error() is None
 
@@ -115,11 +115,13 @@ class CpuBackend(Backend):
         spec: LayerSpec,
         h0: Tensor | None,
         c0: Tensor | None,
+        batch_sizes: Tensor | None,
         cache: Any,
     ) -> Any:
         """Compute a layer in training."""
-        packed = self.packed_weights(cache, "forward", weights, spec, (x.shape[0], x.shape[1]))
-        return _PLAIN_FWD(x, weights, spec.directions, h0, c0, packed)
+        shape = _steps_and_batch(x, h0, batch_sizes)
+        packed = self.packed_weights(cache, "forward", weights, spec, shape)
+        return _PLAIN_FWD(x, weights, spec.directions, h0, c0, batch_sizes, packed)
 
     def lstm_plain_bwd(
         self,
@@ -128,17 +130,19 @@ class CpuBackend(Backend):
         spec: LayerSpec,
         h0: Tensor | None,
         c0: Tensor | None,
+        batch_sizes: Tensor | None,
         cache: Any,
         *rest: Any,
     ) -> Any:
         """Compute the gradients of a layer."""
-        packed = self.packed_weights(cache, "backward", weights, spec, (x.shape[0], x.shape[1]))
+        shape = _steps_and_batch(x, h0, batch_sizes)
+        packed = self.packed_weights(cache, "backward", weights, spec, shape)
         if x.element_size() > 2:
-            return _PLAIN_BWD(x, weights, spec.directions, h0, c0, *rest, packed)
+            return _PLAIN_BWD(x, weights, spec.directions, h0, c0, *rest, batch_sizes, packed)
         *kept, dy, dh_n, dc_n, dx, dh0, dc0, dweights = rest
         incoming = [None if t is None else t.float() for t in (dy, dh_n, dc_n)]
         arguments = *kept, *incoming, dx, dh0, dc0, dweights
-        found = _PLAIN_BWD(x, weights, spec.directions, h0, c0, *arguments, packed)
+        found = _PLAIN_BWD(x, weights, spec.directions, h0, c0, *arguments, batch_sizes, packed)
         return [t.to(x.dtype) for t in found]
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:
@@ -181,6 +185,13 @@ class CpuBackend(Backend):
                 return None
             cache["packed"] = buffer
         return buffer
+
+
+def _steps_and_batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> tuple[int, int]:
+    """Return T and B of dense rows, or of packed ones."""
+    if batch_sizes is None:
+        return x.shape[0], x.shape[1]
+    return batch_sizes.shape[0], int(batch_sizes[0]) if h0 is None else h0.shape[1]
 
 
 @lru_cache(maxsize=4096)  # looked up in every call

@@ -142,7 +142,7 @@ def define_plain(backend: str, last: str) -> tuple[Any, Any]:
 
     Args:
         backend: its name.
-        last: an argument of its own, as in a schema.
+        last: arguments of its own, as in a schema.
     """
     inputs = "Tensor x, Tensor[] weights, int directions, Tensor? h0, Tensor? c0"
     kept = "Tensor y, Tensor c_all, Tensor gates"

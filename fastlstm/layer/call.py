@@ -36,7 +36,7 @@ class Call(NamedTuple):
     cache: Any = None  # a dict for packed weights
     save: bool = True  # under torch.func: whether to return what backward needs
     members: int = 0  # E: all tensors but batch_sizes have a leading dimension, one for each model
-    short: bool = False  # whether the operators for plain layers of dense rows compute it
+    short: bool = False  # whether the operators for plain layers compute it
 
 
 def call_tensors(call: Call) -> tuple[Tensor | None, ...]:

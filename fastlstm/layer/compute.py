@@ -35,7 +35,9 @@ def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
     x, h0, c0, *weights = inputs
     backend, spec = get(call.backend), call.spec
     if save and call.short and not call.members:
-        found: Tensors = backend.lstm_plain_fwd(x, weights, spec, h0, c0, call.cache)
+        found: Tensors = backend.lstm_plain_fwd(
+            x, weights, spec, h0, c0, call.sequences.batch_sizes, call.cache
+        )
         return found
     packed = _packed_weights(call, "forward", inputs)
     found = outputs(call, inputs, save)
@@ -146,7 +148,16 @@ def _short_gradients(
     of_weights = needed[3:]
     wanted = *needed[:3], any(of_weights)
     found: list[Tensor] = get(call.backend).lstm_plain_bwd(
-        x, weights, call.spec, h0, c0, call.cache, *kept, *incoming, *wanted
+        x,
+        weights,
+        call.spec,
+        h0,
+        c0,
+        call.sequences.batch_sizes,
+        call.cache,
+        *kept,
+        *incoming,
+        *wanted,
     )
     if all(of_weights) or not wanted[3]:
         return tuple(found)

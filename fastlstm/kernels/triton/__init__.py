@@ -54,9 +54,10 @@ class TritonBackend(Backend):
         """The operator of a stack without gradients; None unless kernels were compiled ahead."""
         return plain.infer if _has_ahead() else None
 
-    def takes_plain(self, spec: LayerSpec) -> bool:
-        """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer."""
-        return spec.is_lstm and not (spec.is_extended or spec.proj_size) and _has_ahead()
+    def takes_plain(self, spec: LayerSpec, packed: bool) -> bool:
+        """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer, of such rows."""
+        beyond = packed or spec.is_extended or spec.proj_size
+        return spec.is_lstm and not beyond and _has_ahead()
 
     def error(self) -> str | None:
         """Say why this machine does not have it; None once it is loaded, which this does."""

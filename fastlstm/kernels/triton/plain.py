@@ -38,6 +38,7 @@ def forward(
     spec: LayerSpec,
     h0: Tensor | None,
     c0: Tensor | None,
+    batch_sizes: None,
     cache: Any,
 ) -> Any:
     """Compute a layer in training, as ``Backend.lstm_plain_fwd``."""
@@ -50,6 +51,7 @@ def backward(
     spec: LayerSpec,
     h0: Tensor | None,
     c0: Tensor | None,
+    batch_sizes: None,
     cache: Any,
     *rest: Any,
 ) -> Any:
