@@ -120,6 +120,36 @@ def test_what_is_unusual_is_left_to_the_operator(
     assert call(lstm, x, hx) is None
 
 
+def test_negative_views(backend: str) -> None:
+    """Their memory has the numbers without the sign."""
+    lstm = fastlstm.LSTM(64, 130)
+    x, hx = arguments(lstm, 1, 2)
+    expected = lstm(-x, (-hx[0], -hx[1]))
+    neg = torch._neg_view
+    torch.testing.assert_close(lstm(neg(x), (neg(hx[0]), neg(hx[1]))), expected, rtol=0, atol=0)
+    lstm.bias_ih_l0.data = neg(lstm.bias_ih_l0.data.clone())
+    after = lstm(x, hx)[0]
+    lstm.bias_ih_l0.data = lstm.bias_ih_l0.data.resolve_neg()
+    assert torch.equal(after, lstm(x, hx)[0])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("which", ["x", "a slice of x", "h0", "c0", "weight"])
+def test_storage_that_was_freed_or_shrunk(
+    backend: str, which: str, left: int, layers: int
+) -> None:
+    lstm = fastlstm.LSTM(64, 130, layers)
+    x, (h0, c0) = arguments(lstm, 1, 2)
+    if which == "a slice of x":
+        x, which = torch.randn(1, 2, 128)[..., 64:], "x"
+    lstm(x, (h0, c0))
+    given = {"x": x, "h0": h0, "c0": c0, "weight": lstm.weight_hh_l0}
+    given[which].untyped_storage().resize_(left)
+    with pytest.raises(RuntimeError, match="storage"):
+        lstm(x, (h0, c0))
+
+
 def test_a_conjugate_of_one_feature(backend: str) -> None:
     """Its imaginary part has another sign than its memory, and a stride of 1."""
     lstm = fastlstm.LSTM(1, 64)

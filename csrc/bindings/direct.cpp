@@ -4,8 +4,7 @@
 // Nothing is kept from call to call: every tensor is read anew through DLPack's exchange, its memory, shape, strides
 // and dtype, so whatever has become of a weight is seen. What is not a plain tensor with memory on the CPU, or does not
 // fit, is refused: the function returns None, and the operator computes the call or says what is wrong. The exchange
-// does not tell how large a storage is: fast_path.py looks at that of x, and of the others one that was freed is
-// noticed here.
+// does not tell how large a storage is, nor of negative views: fast_path.py looks at these.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>

@@ -42,8 +42,11 @@ bool infer_stack(const StackArguments& a, bool may_pack, const Make& make) {
       };
       if (!may_pack && caches.empty() && (packs(s) || (layers > 1 && packs(deeper)))) return false;
       const i64 rows = layers * s.D;
-      if (h0) h0.check_shape("h0", {rows, s.B, s.P});
-      if (c0) c0.check_shape("c0", {rows, s.B, s.H});
+      for (const auto& [name, state, units] : {std::tie("h0", h0, s.P), std::tie("c0", c0, s.H)}) {
+        if (!state) continue;
+        state.check_shape(name, {rows, s.B, units});
+        state.check_dtype(name, x.dtype);
+      }
       std::tie(y, h_n, c_n) = make({s.T, s.B, s.D * s.P}, {rows, s.B, s.P}, {rows, s.B, s.H});
     }
     const bool last = k + 1 == layers;

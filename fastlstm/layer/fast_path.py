@@ -21,6 +21,7 @@ _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
 _is_function_mode = torch._C._is_torch_function_mode_enabled
 _is_profiled = torch._C._autograd._profiler_enabled
+_address = Tensor.data_ptr
 
 
 def fast_backend(x: Tensor) -> Backend | None:
@@ -54,11 +55,12 @@ class Layers(NamedTuple):
     packs: dict[Any, list[bool]]  # for steps and dtype, which want packed weights; [] for none
     depth: int  # how many layers; 0 for a cell
     directions: int
+    known: list[int]  # where the weights lay when they were last looked at
 
     @classmethod
     def of(cls, specs: tuple[LayerSpec, ...], caches: Sequence[Any], cell: bool = False) -> Layers:
         """Make it of what the layers are, or the cell is."""
-        return cls(specs, caches, {}, 0 if cell else len(specs), specs[0].directions)
+        return cls(specs, caches, {}, 0 if cell else len(specs), specs[0].directions, [])
 
 
 def infer(
@@ -80,8 +82,12 @@ def infer(
     """
     depth, directions = layers.depth, layers.directions
     direct = backend.infer_directly
-    if direct is not None and (_is_profiled() or _is_function_mode() or not _has_memory(x)):
-        direct = None  # they look for operators, and an operator says what is wrong
+    if direct is not None and (
+        _is_profiled()  # these two look for operators
+        or _is_function_mode()
+        or not _are_as_they_lie(x, hx, weights, layers.known)
+    ):
+        direct = None  # the operator says what is wrong
     if direct is not None and not layers.packs:  # no call has wanted packed weights so far
         found = direct(weights, x, hx, depth, directions, ())
         if found is not None:
@@ -109,13 +115,37 @@ def infer(
     return found if type(found[0]) is Tensor else None  # as it always is after the long way
 
 
-def _has_memory(x: Tensor) -> bool:
-    """Whether the storage of x, which others may share and shrink, has its numbers."""
+def _are_as_they_lie(x: Tensor, hx: Any, weights: tuple[Tensor, ...], known: list[int]) -> bool:
+    """Whether the memory of all tensors has their numbers.
+
+    Negative views have others there, and whoever shares a storage may have shrunk it. Then it lies
+    elsewhere: weights that lie where they did in the call before have theirs.
+    """
     try:
-        size: int = x.untyped_storage().nbytes()
-    except (RuntimeError, NotImplementedError):
+        if not (_lies(x) and (hx is None or all(map(_lies, hx)))):
+            return False
+        places = list(map(_address, weights))
+        if places != known:
+            if not all(map(_lies, weights)):
+                return False
+            known[:] = places
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):  # unusual, or no tensor
         return False
-    return size >= (x.storage_offset() + x.numel()) * x.element_size()
+    return True
+
+
+def _lies(t: Tensor) -> bool:
+    """Whether the memory of a tensor has its numbers."""
+    if t.is_neg():
+        return False
+    size: int = t.untyped_storage().nbytes()
+    needed: int = t.nbytes
+    if not t.is_contiguous():  # and so not empty
+        reach = sum([(n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)])
+        needed = (1 + reach) * t.element_size()
+    elif size == needed:  # most
+        return True
+    return size >= needed + t.storage_offset() * t.element_size()
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
