@@ -32,6 +32,7 @@ PALETTE = {
 }
 LEAST = 2**20  # bytes worth a bar: pages are what is counted
 AXES = {"T": "time steps T", "B": "batch B", "H": "units H", "L": "layers L"}
+SWEEPS = [f"sweep-{letter}" for letter in AXES]
 
 
 def charts(results: Results) -> dict[str, tuple[list[Row], Draw]]:
@@ -39,7 +40,7 @@ def charts(results: Results) -> dict[str, tuple[list[Row], Draw]]:
     rows = [row for row in results.rows if "p50_us" in row]
     found = {
         "map": ([row for row in rows if row["group"] == "map"], heat_map),
-        "scaling": ([row for row in rows if row["group"].startswith("sweep-")], curves),
+        "scaling": ([row for row in rows if row["group"] in SWEEPS], curves),
         "memory": (
             [
                 row
