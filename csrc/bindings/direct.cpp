@@ -70,8 +70,6 @@ Array read(Object* object) {
   return Array::view(data, t.dim, t.shape, t.strides, number_of(t.dtype));
 }
 
-Array read_optional(Object* object) { return object == api.none ? Array() : read(object); }
-
 std::vector<Array> read_all(Object* tuple) {
   std::vector<Array> found;
   const ptrdiff_t count = api.size(tuple);
@@ -192,9 +190,8 @@ Object* infer(Object* const* given) {
   Array h0, c0;
   if (given[2] != api.none) {
     if (api.size(given[2]) != 2) throw Refused();
-    h0 = read_optional(api.item(given[2], 0));
-    c0 = read_optional(api.item(given[2], 1));
-    if (!h0 || !c0) throw Refused();
+    h0 = read(api.item(given[2], 0));
+    c0 = read(api.item(given[2], 1));
   }
   const StackArguments arguments{x, weights, api.to_long(given[3]), api.to_long(given[4]), h0, c0, caches};
   NewTensor y, h, c;
