@@ -263,6 +263,9 @@ inline void multiply_panel(i64 rows, const S* const* a, i64 K, const S* panel, S
 // out[r][0..n) = sum over k < K of a[r][k] * panel[k], for any number of rows and up to kPanel columns.
 template <class S>
 inline void multiply_panel(i64 rows, Matrix<const S> a, i64 K, const S* panel, Matrix<S> out, i64 n, const S* next) {
+  // A narrow panel, or the end of a wide one: what is beyond n costs nothing.
+  if (n <= kPanel<S> - kLanes<S>)
+    return multiply_rows<S>(rows, a.data, a.pitch, 1, K, panel, kPanel<S>, out.data, out.pitch, n, false);
   alignas(64) S sums[kPanelRows][kPanel<S>];
   const S* at[kPanelRows];
   const i64 groups = ceil_div(rows, kPanelRows);
