@@ -4,7 +4,8 @@
 // Nothing is kept from call to call: every tensor is read anew through DLPack's exchange, its memory, shape, strides
 // and dtype, so whatever has become of a weight is seen. What is not a plain tensor with memory on the CPU, or does not
 // fit, is refused: the function returns None, and the operator computes the call or says what is wrong. The exchange
-// does not tell how large a storage is, nor of negative views: fast_path.py looks at these.
+// does not tell how large a storage is. A part of one that has been freed is seen by its low address: its distance from
+// the beginning. Where memory may have such addresses, fast_path.py looks at the storages.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -60,22 +61,26 @@ bool has_neighbours(const python::Tensor& t) {
   return elements == 0;
 }
 
-Array read(Object* object) {
+// Below it is what has been freed.
+constexpr uintptr_t kLow = uintptr_t(1) << (sizeof(void*) == 8 ? 32 : 16);
+
+// low: whether memory may have low addresses.
+Array read(Object* object, bool low) {
   python::Tensor t;
   if (!is_plain(object) || api.exchange->read(object, &t) != 0 || t.device_type != python::kOnCpu) throw Refused();
   if (t.dim > 0 && (t.strides[t.dim - 1] != 1 || !has_neighbours(t))) throw Refused();
   char* const data = static_cast<char*>(t.data) + t.byte_offset;
   const bool empty = std::find(t.shape, t.shape + t.dim, 0) != t.shape + t.dim;
-  if (!empty && !t.data) throw Refused();
+  if (!empty && (!t.data || (!low && reinterpret_cast<uintptr_t>(data) < kLow))) throw Refused();
   return Array::view(data, t.dim, t.shape, t.strides, number_of(t.dtype));
 }
 
-std::vector<Array> read_all(Object* tuple) {
+std::vector<Array> read_all(Object* tuple, bool low) {
   std::vector<Array> found;
   const ptrdiff_t count = api.size(tuple);
   if (count < 0) throw Refused();
   found.reserve(size_t(count));
-  for (ptrdiff_t k = 0; k < count; ++k) found.push_back(read(api.item(tuple, k)));
+  for (ptrdiff_t k = 0; k < count; ++k) found.push_back(read(api.item(tuple, k), low));
   return found;
 }
 
@@ -183,15 +188,16 @@ bool is_long(const Array& x, const std::vector<Array>& weights) {
   return rows * numbers >= kLong;
 }
 
-// (weights, x, (h0, c0) or None, layers, directions, caches): of 0 layers, one step of a cell. Tuples of tensors.
+// (weights, x, (h0, c0) or None, layers, directions, caches, low): of 0 layers, one step of a cell. Tuples of tensors.
 Object* infer(Object* const* given) {
-  const std::vector<Array> weights = read_all(given[0]), caches = read_all(given[5]);
-  const Array x = read(given[1]);
+  const bool low = api.to_long(given[6]) != 0;
+  const std::vector<Array> weights = read_all(given[0], low), caches = read_all(given[5], true);
+  const Array x = read(given[1], low);
   Array h0, c0;
   if (given[2] != api.none) {
     if (api.size(given[2]) != 2) throw Refused();
-    h0 = read(api.item(given[2], 0));
-    c0 = read(api.item(given[2], 1));
+    h0 = read(api.item(given[2], 0), low);
+    c0 = read(api.item(given[2], 1), low);
   }
   const StackArguments arguments{x, weights, api.to_long(given[3]), api.to_long(given[4]), h0, c0, caches};
   NewTensor y, h, c;
@@ -219,7 +225,7 @@ Object* infer(Object* const* given) {
 }
 
 Object* call(Object*, Object* const* arguments, ptrdiff_t count) {
-  if (count == 6) try {
+  if (count == 7) try {
       return infer(arguments);
     } catch (...) {  // whatever it was, the operator finds it too
       api.clear_error();

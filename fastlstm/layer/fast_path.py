@@ -21,7 +21,9 @@ _is_autocast = torch._C._is_any_autocast_enabled
 _is_transformed = torch._C._are_functorch_transforms_active
 _is_function_mode = torch._C._is_torch_function_mode_enabled
 _is_profiled = torch._C._autograd._profiler_enabled
-_address = Tensor.data_ptr
+# Where memory may lie below 4 GB (some Pythons are linked so), an address does not tell a small
+# tensor from a part of a storage that has been freed, whose address is its distance from 0.
+_MEMORY_IS_LOW = torch.empty(1, device="cpu").data_ptr() < 1 << 32
 
 
 def fast_backend(x: Tensor) -> Backend | None:
@@ -55,12 +57,11 @@ class Layers(NamedTuple):
     packs: dict[Any, list[bool]]  # for steps and dtype, which want packed weights; [] for none
     depth: int  # how many layers; 0 for a cell
     directions: int
-    known: list[int]  # where the weights lay when they were last looked at
 
     @classmethod
     def of(cls, specs: tuple[LayerSpec, ...], caches: Sequence[Any], cell: bool = False) -> Layers:
         """Make it of what the layers are, or the cell is."""
-        return cls(specs, caches, {}, 0 if cell else len(specs), specs[0].directions, [])
+        return cls(specs, caches, {}, 0 if cell else len(specs), specs[0].directions)
 
 
 def infer(
@@ -82,20 +83,17 @@ def infer(
     """
     depth, directions = layers.depth, layers.directions
     direct = backend.infer_directly
-    if direct is not None and (
-        _is_profiled()  # these two look for operators
-        or _is_function_mode()
-        or not _are_as_they_lie(x, hx, weights, layers.known)
-    ):
-        direct = None  # the operator says what is wrong
+    if _is_profiled() or _is_function_mode():  # these two look for operators
+        direct = None
+    low = direct is not None and _MEMORY_IS_LOW and _are_there(x, hx, weights)
     if direct is not None and not layers.packs:  # no call has wanted packed weights so far
-        found = direct(weights, x, hx, depth, directions, ())
+        found = direct(weights, x, hx, depth, directions, (), low)
         if found is not None:
             return found
     try:
         packed = _packed(backend, layers, weights, x.shape[0] if depth else 1)
         if direct is not None:
-            found = direct(weights, x, hx, depth, directions, tuple(packed))
+            found = direct(weights, x, hx, depth, directions, tuple(packed), low)
             if found is not None:
                 return found
         h0 = c0 = None
@@ -115,37 +113,12 @@ def infer(
     return found if type(found[0]) is Tensor else None  # as it always is after the long way
 
 
-def _are_as_they_lie(x: Tensor, hx: Any, weights: tuple[Tensor, ...], known: list[int]) -> bool:
-    """Whether the memory of all tensors has their numbers.
-
-    Negative views have others there, and whoever shares a storage may have shrunk it. Then it lies
-    elsewhere: weights that lie where they did in the call before have theirs.
-    """
+def _are_there(x: Tensor, hx: Any, weights: tuple[Tensor, ...]) -> bool:
+    """Whether the storage of every tensor has memory."""
     try:
-        if not (_lies(x) and (hx is None or all(map(_lies, hx)))):
-            return False
-        places = list(map(_address, weights))
-        if places != known:
-            if not all(map(_lies, weights)):
-                return False
-            known[:] = places
+        return all([t.untyped_storage().data_ptr() for t in (x, *(hx or ()), *weights)])
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):  # unusual, or no tensor
         return False
-    return True
-
-
-def _lies(t: Tensor) -> bool:
-    """Whether the memory of a tensor has its numbers."""
-    if t.is_neg():
-        return False
-    size: int = t.untyped_storage().nbytes()
-    needed: int = t.nbytes
-    if not t.is_contiguous():  # and so not empty
-        reach = sum([(n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)])
-        needed = (1 + reach) * t.element_size()
-    elif size == needed:  # most
-        return True
-    return size >= needed + t.storage_offset() * t.element_size()
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
