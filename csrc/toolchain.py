@@ -37,6 +37,7 @@ class Target(NamedTuple):
 
     system: str  # "linux", "macos", "windows" or "other"
     machine: str  # "x86_64", "aarch64" or "other"
+    gcc: bool  # whether the compiler is GCC, not one that says so too
 
 
 def torch_folder() -> Path:
@@ -78,7 +79,7 @@ def target_of(compiler: list[str], advice: str) -> Target:
     system = next((name for macro, name in systems.items() if macro in macros), "other")
     machines = ("x86_64", "aarch64")
     machine = next((name for name in machines if f"__{name}__" in macros), "other")
-    return Target(system, machine)
+    return Target(system, machine, "__GNUC__" in macros and "__clang__" not in macros)
 
 
 def compile_changed(command: list[str], target: Path, advice: str) -> None:
