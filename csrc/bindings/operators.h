@@ -53,12 +53,13 @@ i64 cpu_direct(const std::vector<i64>& addresses);
 std::tuple<Output, Output, Output, Output, Output> lstm_plain_fwd_cpu(Handle x, const HandleList& weights,
                                                                       i64 directions, OptionalHandle h0,
                                                                       OptionalHandle c0, OptionalHandle batch_sizes,
+                                                                      OptionalHandle lengths, OptionalHandle reset,
                                                                       OptionalHandle cache);
 std::vector<Output> lstm_plain_bwd_cpu(Handle x, const HandleList& weights, i64 directions, OptionalHandle h0,
                                        OptionalHandle c0, Handle y, Handle c_all, Handle gates, OptionalHandle dy,
                                        OptionalHandle dh_n, OptionalHandle dc_n, bool wants_dx, bool wants_dh0,
                                        bool wants_dc0, bool wants_dweights, OptionalHandle batch_sizes,
-                                       OptionalHandle cache);
+                                       OptionalHandle lengths, OptionalHandle reset, OptionalHandle cache);
 
 // cell.cpp
 std::tuple<Output, Output, Output> lstm_cell_fwd_cpu(Handle x, const HandleList& weights, Handle h0, Handle c0,

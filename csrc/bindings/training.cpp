@@ -1,5 +1,4 @@
-// The operators for latency in training: a plain LSTM layer of dense or packed rows, each pass one operator that makes
-// its outputs.
+// The operators for latency in training: a plain LSTM layer, each pass one operator that makes its outputs.
 #include <cstring>
 
 #include "bindings/members.h"
@@ -20,15 +19,15 @@ Array last_dense(Array t) { return !t || t.last_dense() ? std::move(t) : contigu
 
 // The tensors that both passes read.
 struct Layer {
-  Array x, h0, c0, batch_sizes, cache;
+  Array x, h0, c0, batch_sizes, lengths, reset, cache;
   std::vector<Array> weights;
   i64 B, H, P, D, each;
   int32_t compute_type;
 
   Layer(Handle x_, const HandleList& weights_, i64 directions, OptionalHandle h0_, OptionalHandle c0_,
-        OptionalHandle batch_sizes_, OptionalHandle cache_)
+        OptionalHandle batch_sizes_, OptionalHandle lengths_, OptionalHandle reset_, OptionalHandle cache_)
       : x(last_dense(Array(x_))), h0(last_dense(Array(h0_))), c0(last_dense(Array(c0_))), batch_sizes(batch_sizes_),
-        cache(cache_), D(directions) {
+        lengths(lengths_), reset(reset_), cache(cache_), D(directions) {
     for (Array& w : to_arrays(weights_)) weights.push_back(contiguous(std::move(w)));
     FASTLSTM_CHECK(x.dim == (batch_sizes ? 2 : 3), "fastlstm: expected input ", batch_sizes ? "[N, I]" : "[T, B, I]",
                    ", got ", x.shape_text());
@@ -67,15 +66,16 @@ struct Layer {
 std::tuple<Output, Output, Output, Output, Output> lstm_plain_fwd_cpu(Handle x_, const HandleList& weights_,
                                                                       i64 directions, OptionalHandle h0_,
                                                                       OptionalHandle c0_, OptionalHandle batch_sizes_,
+                                                                      OptionalHandle lengths_, OptionalHandle reset_,
                                                                       OptionalHandle cache_) {
-  const Layer layer(x_, weights_, directions, h0_, c0_, batch_sizes_, cache_);
-  const auto& [x, h0, c0, batch_sizes, cache, weights, B, H, P, D, each, compute_type] = layer;
+  const Layer layer(x_, weights_, directions, h0_, c0_, batch_sizes_, lengths_, reset_, cache_);
+  const auto& [x, h0, c0, batch_sizes, lengths, reset, cache, weights, B, H, P, D, each, compute_type] = layer;
   const Array none;
   Array y = layer.rows(D * P, x.dtype), h_n = Array::empty({D, B, P}, x.dtype);
   Array c_n = Array::empty({D, B, H}, x.dtype), c_all = layer.rows(D * H, compute_type);
   Array gates = layer.rows_of_directions(4 * H, compute_type);
-  run_pass<Forward>(0, cache, x, weights, D, h0, c0, batch_sizes, none, none, y, h_n, c_n, c_all, gates, false, false,
-                    none, 0.0, 0.0, none);
+  run_pass<Forward>(0, cache, x, weights, D, h0, c0, batch_sizes, lengths, reset, y, h_n, c_n, c_all, gates, false,
+                    false, none, 0.0, 0.0, none);
   return {y.release(), h_n.release(), c_n.release(), c_all.release(), gates.release()};
 }
 
@@ -83,9 +83,9 @@ std::vector<Output> lstm_plain_bwd_cpu(Handle x_, const HandleList& weights_, i6
                                        OptionalHandle c0_, Handle y_, Handle c_all_, Handle gates_, OptionalHandle dy_,
                                        OptionalHandle dh_n_, OptionalHandle dc_n_, bool wants_dx, bool wants_dh0,
                                        bool wants_dc0, bool wants_dweights, OptionalHandle batch_sizes_,
-                                       OptionalHandle cache_) {
-  const Layer layer(x_, weights_, directions, h0_, c0_, batch_sizes_, cache_);
-  const auto& [x, h0, c0, batch_sizes, cache, weights, B, H, P, D, each, compute_type] = layer;
+                                       OptionalHandle lengths_, OptionalHandle reset_, OptionalHandle cache_) {
+  const Layer layer(x_, weights_, directions, h0_, c0_, batch_sizes_, lengths_, reset_, cache_);
+  const auto& [x, h0, c0, batch_sizes, lengths, reset, cache, weights, B, H, P, D, each, compute_type] = layer;
   const Array y(y_), c_all(c_all_), gates(gates_), none;
   const Array dy = last_dense(Array(dy_)), dh_n = last_dense(Array(dh_n_)), dc_n = last_dense(Array(dc_n_));
   Array dx = wants_dx ? layer.rows(x.last(), compute_type) : Array();
@@ -99,8 +99,8 @@ std::vector<Output> lstm_plain_bwd_cpu(Handle x_, const HandleList& weights_, i6
     dweights.push_back(w.dim == 2 ? Array::empty({w.sizes[0], w.sizes[1]}, compute_type)
                                   : Array::empty({w.sizes[0]}, compute_type));
   }
-  run_pass<Backward>(0, cache, x, weights, D, h0, c0, batch_sizes, none, none, y, c_all, gates, dy, dh_n, dc_n, none,
-                     dx, dh0, dc0, dweights, false, false, none, 0.0, 0.0, none);
+  run_pass<Backward>(0, cache, x, weights, D, h0, c0, batch_sizes, lengths, reset, y, c_all, gates, dy, dh_n, dc_n,
+                     none, dx, dh0, dc0, dweights, false, false, none, 0.0, 0.0, none);
   std::vector<Output> found;
   for (Array* t : {&dx, &dh0, &dc0})
     if (*t) found.push_back(t->release());

@@ -65,12 +65,11 @@ class Backend:
 
     lstm_plain_fwd: Any = None
     lstm_plain_bwd: Any = None
-    """The same of dense or packed rows in training, of layers that :meth:`takes_plain`: for
-    latency, since they make their outputs. ``lstm_plain_fwd(x, weights, spec, h0, c0, batch_sizes,
-    cache)`` returns ``(y, h_n, c_n, c_all, gates)``; cache is that of :meth:`packed_weights`.
-    ``lstm_plain_bwd`` takes the same, then y, c_all and gates, dy, dh_n and dc_n, and whether the
-    gradients of x, h0, c0 and the weights are wanted. It returns those in a list, of every weight
-    one of its own."""
+    """The same in training, of layers that :meth:`takes_plain`: for latency, since they make
+    their outputs. ``lstm_plain_fwd(x, weights, spec, h0, c0, sequences, cache)`` returns ``(y,
+    h_n, c_n, c_all, gates)``; cache is that of :meth:`packed_weights`. ``lstm_plain_bwd`` takes
+    the same, then y, c_all and gates, dy, dh_n and dc_n, and whether the gradients of x, h0, c0
+    and the weights are wanted. It returns those in a list, of every weight one of its own."""
 
     lstm_infer: Any = None
     lstm_cell_infer: Any = None
@@ -109,8 +108,8 @@ class Backend:
     """Whether its backward operators find the weights of the forward pass in `cache`, to compute
     gates again. Any other backend computes the forward pass again, if the weights have changed."""
 
-    def takes_plain(self, spec: LayerSpec, packed: bool) -> bool:
-        """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer, of such rows."""
+    def takes_plain(self, spec: LayerSpec, sequences: Sequences) -> bool:
+        """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer of such sequences."""
         return False
 
     def error(self) -> str | None:

@@ -14,7 +14,7 @@ from fastlstm import extension
 from fastlstm.kernels import operators
 from fastlstm.kernels.base import Backend, constant, register
 from fastlstm.kernels.direct import infer_function
-from fastlstm.spec import LayerSpec
+from fastlstm.spec import LayerSpec, Sequences
 
 __all__ = ["CPU", "plan"]
 
@@ -35,7 +35,9 @@ _LSTM_CELL_INFER = operators.define_operator(
     f"(Tensor x, Tensor[] weights, {_STATES}, Tensor(a!)? cache) -> (Tensor, Tensor)",
 )
 _DIRECT = operators.define_operator("cpu_direct", "(int[] addresses) -> int")
-_PLAIN_FWD, _PLAIN_BWD = operators.define_plain("cpu", "Tensor? batch_sizes, Tensor(a!)? cache")
+_PLAIN_FWD, _PLAIN_BWD = operators.define_plain(
+    "cpu", "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor(a!)? cache"
+)
 # A step of a cell in training. The forward operator also returns what the other one needs: the
 # gates and c, in one tensor [B, 5H] of the compute type. So is what the backward operator returns:
 # the gradients of x, h0 and c0, empty where they are not wanted, and those of the gate sums
@@ -104,7 +106,7 @@ class CpuBackend(Backend):
             return f"the cpu kernels have no {x.dtype}"
         return self.error()
 
-    def takes_plain(self, spec: LayerSpec, packed: bool) -> bool:
+    def takes_plain(self, spec: LayerSpec, sequences: Sequences) -> bool:
         """Whether the two methods that follow compute a layer."""
         return spec.is_lstm and not spec.is_extended and self.error() is None
 
@@ -115,13 +117,13 @@ class CpuBackend(Backend):
         spec: LayerSpec,
         h0: Tensor | None,
         c0: Tensor | None,
-        batch_sizes: Tensor | None,
+        sequences: Sequences,
         cache: Any,
     ) -> Any:
         """Compute a layer in training."""
-        shape = _steps_and_batch(x, h0, batch_sizes)
+        shape = _steps_and_batch(x, h0, sequences.batch_sizes)
         packed = self.packed_weights(cache, "forward", weights, spec, shape)
-        return _PLAIN_FWD(x, weights, spec.directions, h0, c0, batch_sizes, packed)
+        return _PLAIN_FWD(x, weights, spec.directions, h0, c0, *sequences, packed)
 
     def lstm_plain_bwd(
         self,
@@ -130,19 +132,19 @@ class CpuBackend(Backend):
         spec: LayerSpec,
         h0: Tensor | None,
         c0: Tensor | None,
-        batch_sizes: Tensor | None,
+        sequences: Sequences,
         cache: Any,
         *rest: Any,
     ) -> Any:
         """Compute the gradients of a layer."""
-        shape = _steps_and_batch(x, h0, batch_sizes)
+        shape = _steps_and_batch(x, h0, sequences.batch_sizes)
         packed = self.packed_weights(cache, "backward", weights, spec, shape)
         if x.element_size() > 2:
-            return _PLAIN_BWD(x, weights, spec.directions, h0, c0, *rest, batch_sizes, packed)
+            return _PLAIN_BWD(x, weights, spec.directions, h0, c0, *rest, *sequences, packed)
         *kept, dy, dh_n, dc_n, dx, dh0, dc0, dweights = rest
         incoming = [None if t is None else t.float() for t in (dy, dh_n, dc_n)]
         arguments = *kept, *incoming, dx, dh0, dc0, dweights
-        found = _PLAIN_BWD(x, weights, spec.directions, h0, c0, *arguments, batch_sizes, packed)
+        found = _PLAIN_BWD(x, weights, spec.directions, h0, c0, *arguments, *sequences, packed)
         return [t.to(x.dtype) for t in found]
 
     def describe(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:

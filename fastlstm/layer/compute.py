@@ -36,7 +36,7 @@ def forward(call: Call, inputs: MaybeTensors, save: bool) -> Tensors:
     backend, spec = get(call.backend), call.spec
     if save and call.short and not call.members:
         found: Tensors = backend.lstm_plain_fwd(
-            x, weights, spec, h0, c0, call.sequences.batch_sizes, call.cache
+            x, weights, spec, h0, c0, call.sequences, call.cache
         )
         return found
     packed = _packed_weights(call, "forward", inputs)
@@ -153,7 +153,7 @@ def _short_gradients(
         call.spec,
         h0,
         c0,
-        call.sequences.batch_sizes,
+        call.sequences,
         call.cache,
         *kept,
         *incoming,

@@ -136,12 +136,10 @@ def calls_of(backend: Backend, specs: Sequence[LayerSpec], options: Options) -> 
         options: everything else.
     """
     L = options.num_layers
-    sizes, *others = options.sequences
     short = (
-        others == [None, None]
-        and not (options.recompute or options.return_cell_states)
+        not (options.recompute or options.return_cell_states)
         and not torch.compiler.is_compiling()
-        and backend.takes_plain(specs[0], sizes is not None)
+        and backend.takes_plain(specs[0], options.sequences)
     )
     return tuple(
         [

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastlstm.kernels import measured
 from fastlstm.kernels.base import Backend, Use, constant, register
 from fastlstm.kernels.operators import define, load_on_first_use
-from fastlstm.spec import LayerSpec
+from fastlstm.spec import DENSE, LayerSpec, Sequences
 
 from . import plain
 
@@ -54,9 +54,9 @@ class TritonBackend(Backend):
         """The operator of a stack without gradients; None unless kernels were compiled ahead."""
         return plain.infer if _has_ahead() else None
 
-    def takes_plain(self, spec: LayerSpec, packed: bool) -> bool:
-        """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer, of such rows."""
-        beyond = packed or spec.is_extended or spec.proj_size
+    def takes_plain(self, spec: LayerSpec, sequences: Sequences) -> bool:
+        """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer of such sequences."""
+        beyond = spec.is_extended or spec.proj_size or sequences is not DENSE
         return spec.is_lstm and not beyond and _has_ahead()
 
     def error(self) -> str | None:

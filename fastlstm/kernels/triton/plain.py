@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlstm.kernels.base import constant
 from fastlstm.kernels.measured import precision
 from fastlstm.kernels.operators import define_operator, define_plain
-from fastlstm.spec import LayerSpec
+from fastlstm.spec import LayerSpec, Sequences
 
 __all__ = ["backward", "forward", "infer"]
 
@@ -38,7 +38,7 @@ def forward(
     spec: LayerSpec,
     h0: Tensor | None,
     c0: Tensor | None,
-    batch_sizes: None,
+    sequences: Sequences,
     cache: Any,
 ) -> Any:
     """Compute a layer in training, as ``Backend.lstm_plain_fwd``."""
@@ -51,7 +51,7 @@ def backward(
     spec: LayerSpec,
     h0: Tensor | None,
     c0: Tensor | None,
-    batch_sizes: None,
+    sequences: Sequences,
     cache: Any,
     *rest: Any,
 ) -> Any:
