@@ -98,6 +98,7 @@ class BackwardDirection {
   void find_sources(Sources& from, i64 row_begin, i64 n) const;
   void recompute_sums(const Sources& from, i64 row_begin, i64 n) const;
   void recompute_direct_sums(const Sources& from, i64 row_begin, i64 n) const;
+  void put_sums(const Buffer<S>& to, i64 first, i64 rows, i64 tile, const S (*sums)[kPanel<S>]) const;
   void activate_sums(const Sources& from, i64 row_begin, i64 n) const;
   void activate_normalised_sums(const Sources& from, i64 row_begin, i64 row_end) const;
 

@@ -22,6 +22,7 @@ constexpr i64 kChunkRows = 512;       // rows that are worth one pass over the w
 // With layer normalisation a row has several times as many numbers. Its chunks have a share of the rows, so that their
 // memory is used again instead of being paged in anew.
 constexpr i64 kNormalisedShare = 8;
+constexpr i64 kLeastRows = 16;  // of a thread's part of a chunk: fewer are not worth a reading of the weights
 
 // Steps of a full chunk.
 template <class S>
@@ -67,11 +68,13 @@ class BackwardLayer {
   }
 
  private:
-  // work(direction, begin, end) over the rows of a chunk of each direction, at most kProductRows at once.
+  // work(direction, begin, end) over the rows of a chunk of each direction, at most kProductRows at once, in as many
+  // parts as there are threads if there are rows enough.
   template <class Work>
   void by_rows(const Work& work) const {
     for (i64 d = 0; d < s_.D; ++d) {
-      const i64 rows = directions_[d]->chunk_rows(), groups = ceil_div(rows, kProductRows);
+      const i64 rows = directions_[d]->chunk_rows(), shares = smaller(p_.threads->count(), rows / kLeastRows);
+      const i64 groups = larger(ceil_div(rows, kProductRows), shares);
       parallel(*p_.threads, groups,
                [&](i64 group) { work(*directions_[d], group * rows / groups, (group + 1) * rows / groups); });
     }

@@ -16,7 +16,7 @@ inline void BackwardDirection<S>::recompute(i64 row_begin, i64 row_end) const {
   p_.packed_forward ? recompute_sums(from, row_begin, n) : recompute_direct_sums(from, row_begin, n);
   if (s_.layer_norm)
     activate_normalised_sums(from, row_begin, row_end);
-  else
+  else if (extended_)
     activate_sums(from, row_begin, n);
 }
 
@@ -37,37 +37,37 @@ inline void BackwardDirection<S>::find_sources(Sources& from, i64 row_begin, i64
   }
 }
 
-// Gate sums into chunk.gates; with layer normalisation its two products into chunk.inputs and chunk.recurrent.
+// Gate sums into chunk.gates, those of a plain LSTM activated while they are in L1; with layer normalisation its two
+// products into chunk.inputs and chunk.recurrent.
 template <class S>
 inline void BackwardDirection<S>::recompute_sums(const Sources& from, i64 row_begin, i64 n) const {
   const ForwardPack<S> at(s_);
-  const GateSums<S> sums{s_, at, static_cast<const S*>(p_.packed_forward) + all_.direction * at.size};
-  for (i64 tile = 0; tile < at.tiles; ++tile) {
-    const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
-    for_row_tiles<kPanelVectors>(n, [&](i64 first, auto height) {
-      constexpr int R = decltype(height)::value;
-      Vec<S> acc[R][kPanelVectors];
-      const S *x[R], *h[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        x[r] = from.x[first + r];
-        h[r] = from.h[first + r];
+  const GateSums<S> of{s_, at, static_cast<const S*>(p_.packed_forward) + all_.direction * at.size};
+  alignas(64) S sums[kPanelRows][kPanel<S>];
+  const i64 groups = ceil_div(n, kPanelRows);
+  for (i64 tile = 0; tile < at.tiles; ++tile)
+    for (i64 group = 0; group < groups; ++group) {
+      const i64 first = group * n / groups, rows = (group + 1) * n / groups - first;
+      const S* after = of.input_panel(group + 1 < groups ? tile : smaller(tile + 1, at.tiles - 1));
+      of.start(rows, &from.x[first], tile, sums, of.hidden_panel(tile));
+      if (s_.layer_norm) {
+        put_sums(chunk.inputs, row_begin + first, rows, tile, sums);
+        std::memset(sums, 0, size_t(rows) * sizeof sums[0]);
       }
-      const auto put = [&](const Buffer<S>& rows) {  // whole vectors in this order: see ForwardLane::gate_step
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-          for (int v = 0; v < kPanelVectors; ++v) {
-            store(&rows[(row_begin + first + r) * chunk.gate_pitch + 4 * unit + v * width], acc[r][v]);
-            if (s_.layer_norm) acc[r][v] = Vec<S>{};
-          }
-      };
-      sums.template start<R, 1>(acc, x, tile);
-      if (s_.layer_norm) put(chunk.inputs);
-      sums.template add_hidden<R, 1>(acc, h, tile);
-      put(s_.layer_norm ? chunk.recurrent : chunk.gates);
-    });
-  }
+      of.add_hidden(rows, &from.h[first], tile, sums, after);
+      for (i64 r = 0; r < rows && !extended_; ++r) activate(sums[r], kLanes<S>);
+      put_sums(s_.layer_norm ? chunk.recurrent : chunk.gates, row_begin + first, rows, tile, sums);
+    }
+}
+
+// Stores the sums of a tile; whole vectors in this order: see ForwardLane::gate_step.
+template <class S>
+inline void BackwardDirection<S>::put_sums(const Buffer<S>& to, i64 first, i64 rows, i64 tile,
+                                           const S (*sums)[kPanel<S>]) const {
+  const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
+  for (i64 r = 0; r < rows; ++r)
+    for (i64 v = 0; v < kPanelVectors; ++v)
+      store(&to[(first + r) * chunk.gate_pitch + 4 * unit + v * width], load(&sums[r][v * kLanes<S>]));
 }
 
 // The same from stored weights.
@@ -80,13 +80,7 @@ inline void BackwardDirection<S>::recompute_direct_sums(const Sources& from, i64
   for (i64 first = 0; first < n; first += kRowGroup) {
     const i64 count = smaller(kRowGroup, n - first);
     for (i64 tile = 0; tile < tiles; ++tile) {
-      const i64 unit = tile * kLanes<S>, width = smaller(kLanes<S>, s_.H - unit);
-      const auto put = [&](const Buffer<S>& rows) {  // whole vectors in this order: see ForwardLane::gate_step
-        for (i64 r = 0; r < count; ++r)
-          for (i64 v = 0; v < kPanelVectors; ++v)
-            store(&rows[(row_begin + first + r) * chunk.gate_pitch + 4 * unit + v * width],
-                  load(&sums[r][v * kLanes<S>]));
-      };
+      const auto put = [&](const Buffer<S>& to) { put_sums(to, row_begin + first, count, tile, sums); };
       if (s_.layer_norm) {
         direct.inputs(dots, {tile, tile + 1}, &from.x[first], count, sums, false);
         put(chunk.inputs);
@@ -95,6 +89,7 @@ inline void BackwardDirection<S>::recompute_direct_sums(const Sources& from, i64
         direct.gates(dots, {tile, tile + 1}, &from.x[first], &from.h[first], count, sums);
       }
       direct.add_bias({tile, tile + 1}, count, sums);
+      for (i64 r = 0; r < count && !extended_; ++r) activate(sums[r], kLanes<S>);
       put(s_.layer_norm ? chunk.recurrent : chunk.gates);
     }
   }
@@ -104,12 +99,9 @@ template <class S>
 inline void BackwardDirection<S>::activate_sums(const Sources& from, i64 row_begin, i64 n) const {
   for (i64 i = 0; i < n; ++i) {
     S* gates = chunk.gates_row(row_begin + i);
-    if (extended_)
-      activate_row(
-          *extended_, [&](i64 k, i64 width) FASTLSTM_INLINE_LAMBDA { return load_n(gates + k, width); }, gates,
-          from.c[i], static_cast<S*>(nullptr));
-    else
-      for_vectors<S>(s_.H, [&](i64 unit, i64 width) FASTLSTM_INLINE_LAMBDA { activate(gates + 4 * unit, width); });
+    activate_row(
+        *extended_, [&](i64 k, i64 width) FASTLSTM_INLINE_LAMBDA { return load_n(gates + k, width); }, gates, from.c[i],
+        static_cast<S*>(nullptr));
   }
 }
 
