@@ -1,6 +1,8 @@
 """How plans of the CPU kernels do on machines with many cores, or unequal ones: by simulation."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from schedule import SLICE, Core, Step, call, region
@@ -49,6 +51,25 @@ def test_more_cores_are_never_slower(H: int, B: int) -> None:
     if H >= 512:
         assert times[1] < 0.6 * times[0]
         assert times[4] < times[0] / 10
+
+
+@pytest.mark.skipif(
+    extension.error() is not None or extension.isa() != "avx512", reason="the table is of AVX-512"
+)
+def test_the_page_says_what_scales() -> None:
+    """csrc/README.md: how many times as fast 2 to 64 cores are."""
+    page = (Path(__file__).parents[1] / "csrc" / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+(?:, \d+){4}) \|((?: [\d.]+ \|){6})$", page, re.MULTILINE)
+    assert len(rows) > 9
+    for sizes, speeds in rows:
+        I, H, B, D, steps = map(int, sizes.split(", "))
+        spec = LayerSpec("LSTM", I, H, directions=D)
+        alone, *times = [
+            call(Step.of(spec, steps, B, n, SERVER), [Core()] * n, steps)
+            for n in (1, 2, 4, 8, 16, 32, 64)
+        ]
+        found = [float(speed) for speed in speeds.split("|")[:-1]]
+        assert found == pytest.approx([alone / t for t in times], rel=0.05, abs=0.1), sizes
 
 
 @pytest.mark.parametrize(("H", "B"), SIZES)
