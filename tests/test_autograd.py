@@ -160,7 +160,7 @@ def test_kept_for_backward(
             return kept(lstm, x.transpose(0, 1))
         return kept(lstm, x, **({"lengths": lengths} if form == "lengths" else {}))
 
-    values(1)  # packs the weights, which are kept for good
+    values(40)  # packs the weights, which are kept for good
     rows = 20 * (1 if form == "packed" else B)
     assert 0 < values(40) - values(20) <= 6 * H * directions * rows
 
