@@ -57,15 +57,23 @@ FASTLSTM_INLINE void add_lanes(Vec<S>* v) {
   if constexpr (width > 1) add_lanes<S, half, width / 2>(v);
 }
 
-// out[0..R) (+)= the sum of the lanes of each vector.
-template <class S, int R>
-FASTLSTM_INLINE void store_lane_sums(Vec<S> (&v)[R], S* out, bool add) {
+// out[n * out_pitch + r] (+)= the sum of the lanes of v[n * R + r]. As many rows as fill a vector with their sums are
+// added up together.
+template <class S, int R, int N>
+FASTLSTM_INLINE void store_lane_sums(Vec<S>* v, S* out, i64 out_pitch, bool add) {
   typedef S Part __attribute__((vector_size(R * sizeof(S)), aligned(sizeof(S)), may_alias));
-  add_lanes<S, R>(v);
-  if constexpr (R < kLanes<S>) v[0] = pick<S, EveryNth<kLanes<S>, kLanes<S> / R>>(v[0], v[0]);
-  Part sums, *at = reinterpret_cast<Part*>(out);
-  std::memcpy(&sums, &v[0], sizeof sums);
-  *at = add ? *at + sums : sums;
+  constexpr int most = kLanes<S> / R, rows = N >= most ? most : N >= 2 && most >= 2 ? 2 : 1, count = rows * R;
+  add_lanes<S, count>(v);
+  if constexpr (count < kLanes<S>) v[0] = pick<S, EveryNth<kLanes<S>, kLanes<S> / count>>(v[0], v[0]);
+  alignas(64) S sums[kLanes<S>];
+  store(sums, v[0]);
+#pragma GCC unroll 4
+  for (int n = 0; n < rows; ++n) {
+    Part part, *at = reinterpret_cast<Part*>(out + n * out_pitch);
+    std::memcpy(&part, sums + n * R, sizeof part);
+    *at = add ? *at + part : part;
+  }
+  if constexpr (N > rows) store_lane_sums<S, R, N - rows>(v + count, out + rows * out_pitch, out_pitch, add);
 }
 
 // ---- products -----------------------------------------------------------------------------------------------
@@ -78,48 +86,63 @@ struct Factors {
   i64 K;
 };
 
-// out[n * out_pitch + r] (+)= the sum over all factors of row r of w . a[n], for R rows of w and N of a. Only `rows`
-// rows of w exist: the last one stands in for the others. Not inlined, so that the inner loop has all registers for its
-// sums.
-template <class S, int R, int N>
-__attribute__((noinline)) void dot_tile(const Factors<S>* factors, i64 count, i64 rows, S* out, i64 out_pitch,
+// out[n * out_pitch + r] (+)= the sum over all factors of row r of w . a[n], for `rows` rows of w and N of a; R rows of
+// w, a tile, at a time. What follows the last row up to a whole tile is overwritten. fetches: of the next tile into L1.
+// Not inlined, so that the inner loop has all registers for its sums.
+template <class S, int R, int N, bool fetches>
+__attribute__((noinline)) void dot_rows(const Factors<S>* factors, i64 count, i64 rows, S* out, i64 out_pitch,
                                         bool add) {
-  Vec<S> sums[N][R];
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[n][r] = Vec<S>{};
 #pragma GCC unroll 1
-  for (const Factors<S>* of = factors; of < factors + count; ++of) {
-    const i64 K = of->K;
-    const S *wr[R], *an[N];
+  for (i64 row = 0; row < rows; row += R, out += R) {
+    Vec<S> sums[N * R];
+#pragma GCC unroll 64
+    for (int k = 0; k < N * R; ++k) sums[k] = Vec<S>{};
+#pragma GCC unroll 1
+    for (const Factors<S>* of = factors; of < factors + count; ++of) {
+      const i64 K = of->K;
+      const S *wr[R], *an[N];
+      wr[0] = of->w + row * K;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) wr[r] = of->w + smaller(r, rows - 1) * K;
+      for (int r = 1; r < R; ++r) wr[r] = wr[r - 1] + K;
+      if (rows - row < R) {  // the last row stands in for those that do not exist
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) an[n] = of->a[n];
-    const auto term = [&](const auto& read) FASTLSTM_INLINE_LAMBDA {
-      // The smaller side, rows of w or of a, stays in registers while the other one is read.
-      Vec<S> kept[R < N ? R : N];
-#pragma GCC unroll 8
-      for (int j = 0; j < (R < N ? R : N); ++j) kept[j] = read(R < N ? wr[j] : an[j]);
-#pragma GCC unroll 8
-      for (int j = 0; j < (R < N ? N : R); ++j) {
-        const Vec<S> other = read(R < N ? an[j] : wr[j]);
-#pragma GCC unroll 8
-        for (int i = 0; i < (R < N ? R : N); ++i) {
-          Vec<S>& sum = R < N ? sums[j][i] : sums[i][j];
-          sum = add_product(sum, kept[i], other);
-        }
+        for (int r = 1; r < R; ++r) wr[r] = row + r < rows ? wr[r] : wr[r - 1];
       }
-    };
-    i64 k = 0;
-#pragma GCC unroll 1
-    for (; k + kLanes<S> <= K; k += kLanes<S>) term([k](const S* p) FASTLSTM_INLINE_LAMBDA { return load(p + k); });
-    if (k < K) term([k, K](const S* p) FASTLSTM_INLINE_LAMBDA { return load_first(p + k, K - k); });
-  }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) store_lane_sums<S, R>(sums[n], out + n * out_pitch, add);
+      for (int n = 0; n < N; ++n) an[n] = of->a[n];
+      const auto term = [&](const auto& read) FASTLSTM_INLINE_LAMBDA {
+        // The smaller side, rows of w or of a, stays in registers while the other one is read.
+        Vec<S> kept[R < N ? R : N];
+#pragma GCC unroll 8
+        for (int j = 0; j < (R < N ? R : N); ++j) kept[j] = read(R < N ? wr[j] : an[j]);
+#pragma GCC unroll 8
+        for (int j = 0; j < (R < N ? N : R); ++j) {
+          const Vec<S> other = read(R < N ? an[j] : wr[j]);
+#pragma GCC unroll 8
+          for (int i = 0; i < (R < N ? R : N); ++i) {
+            Vec<S>& sum = sums[R < N ? j * R + i : i * R + j];
+            sum = add_product(sum, kept[i], other);
+          }
+        }
+      };
+      i64 k = 0;
+#pragma GCC unroll 1
+      for (; k + kLanes<S> <= K; k += kLanes<S>) {
+        if constexpr (fetches) {
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) __builtin_prefetch(wr[r] + k + R * K);
+        }
+        term([k](const S* p) FASTLSTM_INLINE_LAMBDA { return load(p + k); });
+      }
+      if (k < K) term([k, K](const S* p) FASTLSTM_INLINE_LAMBDA { return load_first(p + k, K - k); });
+    }
+    store_lane_sums<S, R, N>(sums, out, out_pitch, add);
+  }
 }
+
+// Of a tile, up to which the next one is fetched into L1 meanwhile, if there are some rows of the batch: multiply-adds
+// then take as long as L2. Longer rows the core foresees, and with fewer multiply-adds there is no time for it.
+constexpr i64 kFetched = 4096;  // bytes
 
 // Rows of weights in a tile: many where there are few rows of the batch, so that enough chains are in flight.
 template <class S>
@@ -160,29 +183,33 @@ class Dots {
   void tiles(const Stored<S> (&products)[count], i64 first, i64 rows, i64 N, S* out, i64 out_pitch, bool add) const {
     // Each group of rows of a takes all rows of w in turn, so that it stays in L1 while they come from L2. Rows of w
     // that have to be widened serve all groups instead.
-    const i64 groups = ceil_div(N, most), turns = wide_ ? 1 : groups;
-    for (i64 turn = 0; turn < turns; ++turn)
-      for (i64 row = 0; row < rows; row += R) {
-        const i64 there = smaller(R, rows - row);
-        const S* tile[count];
-        S* wide = wide_.get();
-        for (int k = 0; k < count; ++k) {
-          const Stored<S>& of = products[k];
-          tile[k] = static_cast<const S*>(of.w) + (first + row) * of.K;
-          if (!wide) continue;  // 16-bit weights: as S they fit the nearest cache
-          convert_in(wide, of.w, of.dtype, (first + row) * of.K, there * of.K);
-          tile[k] = wide;
-          wide += R * of.K;
-        }
-        for (i64 group = turn; group < turn + groups / turns; ++group) {
-          const i64 begin = group * N / groups, end = (group + 1) * N / groups;
-          Factors<S> factors[count];
-          for (int k = 0; k < count; ++k) factors[k] = {tile[k], products[k].a + begin, products[k].K};
-          with_rows<most>(end - begin, [&](auto n) {
-            dot_tile<S, R, decltype(n)::value>(factors, count, there, out + begin * out_pitch + row, out_pitch, add);
-          });
-        }
+    const i64 groups = ceil_div(N, most), step = wide_ ? R : rows;
+    bool fetches = true;
+    for (const Stored<S>& of : products) fetches = fetches && R * of.K * i64(sizeof(S)) <= kFetched;
+    for (i64 row = 0; row < rows; row += step) {
+      const i64 there = smaller(step, rows - row);
+      const S* tile[count];
+      S* wide = wide_.get();
+      for (int k = 0; k < count; ++k) {
+        const Stored<S>& of = products[k];
+        tile[k] = static_cast<const S*>(of.w) + (first + row) * of.K;
+        if (!wide) continue;  // 16-bit weights: as S they fit the nearest cache
+        convert_in(wide, of.w, of.dtype, (first + row) * of.K, there * of.K);
+        tile[k] = wide;
+        wide += R * of.K;
       }
+      for (i64 group = 0; group < groups; ++group) {
+        const i64 begin = group * N / groups, end = (group + 1) * N / groups;
+        Factors<S> factors[count];
+        for (int k = 0; k < count; ++k) factors[k] = {tile[k], products[k].a + begin, products[k].K};
+        with_rows<most>(end - begin, [&](auto n) {
+          S* const at = out + begin * out_pitch + row;
+          if constexpr (decltype(n)::value > 2)
+            if (fetches) return dot_rows<S, R, decltype(n)::value, true>(factors, count, there, at, out_pitch, add);
+          dot_rows<S, R, decltype(n)::value, false>(factors, count, there, at, out_pitch, add);
+        });
+      }
+    }
   }
 
   Buffer<S> wide_;

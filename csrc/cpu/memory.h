@@ -39,6 +39,10 @@ class Buffer {
     if (!block_) throw OutOfMemory(size_ + 64);
     data_ = reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(block_) + 63) & ~uintptr_t(63));
   }
+  // n elements of a block that somebody else owns; `at` moves to what follows them.
+  Buffer(char*& at, i64 n) : data_(reinterpret_cast<E*>(at)), size_(size_t(n) * sizeof(E)) { at += bytes(n); }
+  // Of a block, for n elements.
+  static constexpr i64 bytes(i64 n) { return round_up(n * i64(sizeof(E)), 64); }
   ~Buffer() { std::free(block_); }
   Buffer(const Buffer&) = delete;
   Buffer(Buffer&& other) noexcept { swap(other); }

@@ -115,6 +115,7 @@ class ForwardLane {
   const i64 steps_;      // of a chunk
   const i64 out_pitch_;
   const Extended<S>* const extended_;
+  Buffer<char> block_;            // of what every lane has: one allocation is a tenth of a small step
   Buffer<S> h_, h_next_, c_, m_;  // states; m_: hidden state before its projection
   S* out_ = nullptr;              // where the gates put the hidden state: m_ or h_next_
   Buffer<const S*> x_row_;        // input rows of the chunk, active ones only, step by step

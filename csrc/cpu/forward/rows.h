@@ -17,12 +17,17 @@ inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& pla
       stores_y_(!s_.projected && element_bytes(p.dtype) == sizeof(S) && !kByRow), steps_(larger(1, plan.input_steps)),
       out_pitch_(s_.projected ? hidden_pitch_ : state_pitch_), extended_(extended) {
   const i64 n = rows_.rows;
-  h_ = Buffer<S>(n * state_pitch_);
-  h_next_ = Buffer<S>(n * state_pitch_);
-  if (kHasCell) c_ = Buffer<S>(n * hidden_pitch_);
+  const i64 states = n * state_pitch_, cells = kHasCell ? n * hidden_pitch_ : 0;
+  using Rows = Buffer<S*>;
+  block_ = Buffer<char>(2 * Buffer<S>::bytes(states) + Buffer<S>::bytes(cells) + Rows::bytes(n * steps_) +
+                        Rows::bytes(3 * n));
+  char* at = block_.get();
+  h_ = Buffer<S>(at, states);
+  h_next_ = Buffer<S>(at, states);
+  c_ = Buffer<S>(at, cells);
+  x_row_ = Buffer<const S*>(at, n * steps_);
+  rows_out_ = Rows(at, 3 * n);
   if (s_.projected) m_ = Buffer<S>(n * hidden_pitch_);
-  x_row_ = Buffer<const S*>(n * steps_);
-  rows_out_ = Buffer<S*>(3 * n);
   y_row_ = rows_out_.get();
   cell_row_ = y_row_ + n;
   gates_row_ = cell_row_ + n;
