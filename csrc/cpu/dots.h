@@ -140,9 +140,10 @@ __attribute__((noinline)) void dot_rows(const Factors<S>* factors, i64 count, i6
   }
 }
 
-// Of a tile, up to which the next one is fetched into L1 meanwhile, if there are some rows of the batch: multiply-adds
-// then take as long as L2. Longer rows the core foresees, and with fewer multiply-adds there is no time for it.
-constexpr i64 kFetched = 4096;  // bytes
+// Bytes of a tile up to which the next one is fetched into L1 meanwhile. Longer rows the core foresees. With one or two
+// rows of the batch there is time for it only where vectors lie across lines: these wait for two lines each, so for
+// them it helps in tiles of twice as many bytes, too.
+constexpr i64 kFetched = 4096;
 
 // Rows of weights in a tile: many where there are few rows of the batch, so that enough chains are in flight.
 template <class S>
@@ -184,8 +185,13 @@ class Dots {
     // Each group of rows of a takes all rows of w in turn, so that it stays in L1 while they come from L2. Rows of w
     // that have to be widened serve all groups instead.
     const i64 groups = ceil_div(N, most), step = wide_ ? R : rows;
-    bool fetches = true;
-    for (const Stored<S>& of : products) fetches = fetches && R * of.K * i64(sizeof(S)) <= kFetched;
+    bool fits = !wide_, split = false;
+    for (const Stored<S>& of : products) {
+      const bool splits = of.K % kLanes<S> != 0;
+      fits = fits && R * of.K * i64(sizeof(S)) <= (splits ? 2 : 1) * kFetched;
+      split = split || splits;
+    }
+    const bool fetches = fits && (N > 2 || split);
     for (i64 row = 0; row < rows; row += step) {
       const i64 there = smaller(step, rows - row);
       const S* tile[count];
@@ -204,9 +210,9 @@ class Dots {
         for (int k = 0; k < count; ++k) factors[k] = {tile[k], products[k].a + begin, products[k].K};
         with_rows<most>(end - begin, [&](auto n) {
           S* const at = out + begin * out_pitch + row;
-          if constexpr (decltype(n)::value > 2)
-            if (fetches) return dot_rows<S, R, decltype(n)::value, true>(factors, count, there, at, out_pitch, add);
-          dot_rows<S, R, decltype(n)::value, false>(factors, count, there, at, out_pitch, add);
+          constexpr int each = decltype(n)::value;
+          fetches ? dot_rows<S, R, each, true>(factors, count, there, at, out_pitch, add)
+                  : dot_rows<S, R, each, false>(factors, count, there, at, out_pitch, add);
         });
       }
     }
