@@ -183,6 +183,37 @@ def test_fake_tensors_have_the_shapes_of_a_step(backend):
     assert tuple(h.shape) == tuple(c.shape) == (2, 4)
 
 
+@pytest.mark.parametrize("mode", GRAD_MODES)
+@pytest.mark.parametrize("kind", ["LSTM", "RNN", "LSTMCell"])
+@pytest.mark.parametrize("what", ["input", "state", "weight"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_fake_tensors_outside_of_their_mode_give_no_numbers(backend, mode, kind, what, mixed):
+    """They make a call fake, or an error where their mode does not take other tensors too."""
+    module, x, h = getattr(fastlstm, kind)(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    if kind == "LSTMCell":
+        x, h = x[0], h[0]
+    fakes = FakeTensorMode(allow_non_fake_inputs=mixed)
+    if what == "input":
+        x = fakes.from_tensor(x)
+    elif what == "state":
+        h = fakes.from_tensor(h)
+    else:
+        name = "weight_hh" if kind == "LSTMCell" else "weight_hh_l0"
+        module._parameters[name] = fakes.from_tensor(module._parameters[name])
+    hx = h if kind == "RNN" else (h, h)
+
+    def call():
+        first, second = module(x, hx)
+        return first, *(second if isinstance(second, tuple) else (second,))
+
+    with mode():
+        if mixed:
+            assert all(type(t) is FakeTensor for t in call())
+        else:
+            with pytest.raises(AssertionError, match="FakeTensor"):
+                call()
+
+
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("B", "H", "T"), [(1, 5, 1), (3, 17, 4), (2, 64, 1)])

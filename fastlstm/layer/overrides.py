@@ -7,7 +7,10 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
+
+from fastlstm.layer.recorded import dispatch_modes
 
 __all__ = ["overridable"]
 
@@ -31,7 +34,24 @@ def overridable(function: Function) -> Function:
             tensors = (input, *states, *weights)
             if has_torch_function(tensors):
                 return handle_torch_function(public, tensors, input, hx, weights, **options)
+            mode = _fake_mode(tensors)
+            if mode is not None:
+                with mode:
+                    return function(input, hx, weights, **options)
         return function(input, hx, weights, **options)
 
     public: Any = call
     return public
+
+
+def _fake_mode(tensors: tuple[Any, ...]) -> Any:
+    """Return the mode of a FakeTensor that is used outside of it, if there is one.
+
+    Without it a kernel that got other tensors too returns these, with nothing written to them.
+    """
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            mode = getattr(t, "fake_mode", None)
+            if mode is not None:
+                return None if dispatch_modes() else mode
+    return None

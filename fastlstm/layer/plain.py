@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from fastlstm.automatic import first_obstacle
@@ -109,9 +109,10 @@ def _by_reference(
     return walk(REFERENCE, specs, whole._replace(x=x), hx, weights, options)
 
 
+_ORDINARY = frozenset({Tensor, nn.Parameter})  # FakeTensor, for one, has nothing to compute with
+
+
 def _are_like(x: Tensor, tensors: Sequence[Any]) -> bool:
-    """Whether all of them are of the dtype of x, and on its device."""
+    """Whether all of them are ordinary tensors of the dtype of x, on its device."""
     dtype, device = x.dtype, x.device
-    return all(
-        [isinstance(t, Tensor) and t.dtype is dtype and t.device == device for t in tensors]
-    )
+    return all([type(t) in _ORDINARY and t.dtype is dtype and t.device == device for t in tensors])
