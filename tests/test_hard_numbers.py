@@ -144,6 +144,24 @@ def test_fill_weights_with_constants(backend: str, dtype: torch.dtype) -> None:
 
 
 @ON_CPU
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=5, B=3, I=16, H=160, proj=16, values="constant"),
+        Case(T=5, B=3, I=16, H=160, proj=16, values="constant", bias=False),
+        Case(T=20, B=2, I=100, H=256, proj=64, values="constant"),
+        Case(T=8, B=3, I=1, H=100, proj=16, values="constant"),
+        Case(T=8, B=2, I=64, H=128, layers=2, directions=2, proj=16, values="constant"),
+        Case(T=8, B=2, I=64, H=512, proj=64, values="constant"),
+    ],
+    ids=str,
+)
+def test_project_states_that_are_all_alike(backend: str, case: Case) -> None:
+    """A hundred equal terms round alike, so their sums need chains as short as PyTorch's."""
+    check(case, torch.float32)
+
+
+@ON_CPU
 @pytest.mark.slow
 @pytest.mark.parametrize("values", ["normal", "positive", "constant"])
 @pytest.mark.parametrize("kind", ["RNN_TANH", "LSTM"])

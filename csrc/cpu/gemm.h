@@ -231,20 +231,20 @@ __attribute__((noinline)) void multiply_chain(const S* const* a, i64 k, i64 K, c
     add_chain<S, R, kPanelVectors, C>(total + v, add, ar, 1, panel + v * kLanes<S>, kPanel<S>, K, next);
 }
 
-// Rows that pass over a part of a panel, kChain terms of it, while that is in L1. More rows read the panel again.
+// Rows that pass over a part of a panel, one chain of it, while that is in L1. More rows read the panel again.
 constexpr i64 kPanelRows = 48;
 
 // sums[r] = (add ? sums[r] : 0) + sum over k < K of a[r][k] * panel[k], for up to kPanelRows rows; the product is
-// summed on its own before it is added. next: the panel that will be read after this one.
+// summed on its own before it is added. next: the panel that will be read after this one; most: terms of a chain.
 template <class S>
 inline void multiply_panel(i64 rows, const S* const* a, i64 K, const S* panel, S (*sums)[kPanel<S>], bool add,
-                           const S* next) {
+                           const S* next, i64 most = kChain) {
   alignas(64) S product[kPanelRows][kPanel<S>];
-  const bool apart = add && K > kChain;
+  const bool apart = add && K > most;
   S(*const out)[kPanel<S>] = apart ? product : sums;
-  for (i64 k = 0; k < K; k += kChain) {
-    const i64 length = smaller(kChain, K - k);
-    const auto* ahead = reinterpret_cast<const char*>(k + kChain < K ? panel + kChain * kPanel<S> : next);
+  for (i64 k = 0; k < K; k += most) {
+    const i64 length = smaller(most, K - k);
+    const auto* ahead = reinterpret_cast<const char*>(k + most < K ? panel + most * kPanel<S> : next);
     for_row_tiles<kPanelVectors>(rows, [&](i64 first, auto height) {
       constexpr i64 R = decltype(height)::value;
       // Each tile of rows fetches its share of what follows.
@@ -262,17 +262,23 @@ inline void multiply_panel(i64 rows, const S* const* a, i64 K, const S* panel, S
 
 // out[r][0..n) = sum over k < K of a[r][k] * panel[k], for any number of rows and up to kPanel columns.
 template <class S>
-inline void multiply_panel(i64 rows, Matrix<const S> a, i64 K, const S* panel, Matrix<S> out, i64 n, const S* next) {
+inline void multiply_panel(i64 rows, Matrix<const S> a, i64 K, const S* panel, Matrix<S> out, i64 n, const S* next,
+                           i64 most = kChain) {
   // A narrow panel, or the end of a wide one: what is beyond n costs nothing.
-  if (n <= kPanel<S> - kLanes<S>)
-    return multiply_rows<S>(rows, a.data, a.pitch, 1, K, panel, kPanel<S>, out.data, out.pitch, n, false);
+  if (n <= kPanel<S> - kLanes<S>) {
+    const i64 part = most < kChain ? most : larger(1, K);  // which multiply_rows divides into chains of kChain
+    for (i64 k = 0; k == 0 || k < K; k += part)
+      multiply_rows<S>(rows, a.data + k, a.pitch, 1, smaller(part, K - k), panel + k * kPanel<S>, kPanel<S>, out.data,
+                       out.pitch, n, k > 0);
+    return;
+  }
   alignas(64) S sums[kPanelRows][kPanel<S>];
   const S* at[kPanelRows];
   const i64 groups = ceil_div(rows, kPanelRows);
   for (i64 group = 0; group < groups; ++group) {
     const i64 first = group * rows / groups, count = (group + 1) * rows / groups - first;
     for (i64 r = 0; r < count; ++r) at[r] = a.row(first + r);
-    multiply_panel<S>(count, at, K, panel, sums, false, group + 1 < groups ? panel : next);
+    multiply_panel<S>(count, at, K, panel, sums, false, group + 1 < groups ? panel : next, most);
     for (i64 r = 0; r < count; ++r) std::memcpy(out.row(first + r), sums[r], size_t(n) * sizeof(S));
   }
 }

@@ -17,6 +17,11 @@
 namespace fastlstm {
 namespace {
 
+// Terms of a chain in the products with a projection, and in the gradients of what went into a projected layer. PyTorch
+// adds these in shorter chains than other products: of terms that are nearly equal, ours have to be as short.
+constexpr i64 kProjectionChain = 16, kShortChain = smaller(kChain, 32);
+inline i64 gradient_chain(const Sizes& s) { return s.projected ? kShortChain : kChain; }
+
 // Where each matrix of one direction starts, in elements.
 template <class S>
 struct ForwardPack {

@@ -26,16 +26,17 @@ class RowSums {
     if (element_bytes(dtype) != sizeof(S)) wide_ = Buffer<S>(kTogether * columns);
   }
 
-  // out.row(n)[0 .. end - begin) = sum over q < Q of a.row(n)[q] * row(q) of w, for N rows.
+  // out.row(n)[0 .. end - begin) = sum over q < Q of a.row(n)[q] * row(q) of w, for N rows. most: terms of a chain.
   template <class Row>
-  void sum(i64 N, Matrix<const S> a, i64 Q, const StoredColumns& w, const Row& row, Matrix<S> out) const {
-    if (!chain_) return by_panels(N, a, Q, w, row, out);
+  void sum(i64 N, Matrix<const S> a, i64 Q, const StoredColumns& w, const Row& row, Matrix<S> out,
+           i64 most = kChain) const {
+    if (!chain_) return by_panels(N, a, Q, w, row, out, most);
     const i64 columns = w.end - w.begin;
     const Matrix<S> chain{chain_.get(), pitch_};
-    for (i64 q = 0; q == 0 || q < Q; q += kChain) {
+    for (i64 q = 0; q == 0 || q < Q; q += most) {
       const Matrix<S> sums = q > 0 ? chain : out;
       for (i64 n = 0; n < N; ++n) std::memset(sums.row(n), 0, size_t(columns) * sizeof(S));
-      add_rows(N, a, q, smaller(q + kChain, Q), w, row, sums);
+      add_rows(N, a, q, smaller(q + most, Q), w, row, sums);
       if (q > 0) add(N, columns, out, sums);
     }
   }
@@ -48,14 +49,15 @@ class RowSums {
   static constexpr i64 kManyRows = 8;
 
   template <class Row>
-  static void by_panels(i64 N, Matrix<const S> a, i64 Q, const StoredColumns& w, const Row& row, Matrix<S> out) {
+  static void by_panels(i64 N, Matrix<const S> a, i64 Q, const StoredColumns& w, const Row& row, Matrix<S> out,
+                        i64 most) {
     const Buffer<i64> first(Q);
     for (i64 q = 0; q < Q; ++q) first[q] = row(q) * w.K + w.begin;
-    Buffer<S> panel(kChain * kPanel<S>);
+    Buffer<S> panel(most * kPanel<S>);
     panel.zero();  // its padding is read
     for (i64 k = 0; k < w.end - w.begin; k += kPanel<S>)
-      for (i64 q = 0; q < Q; q += kChain) {
-        const i64 width = smaller(kPanel<S>, w.end - w.begin - k), terms = smaller(kChain, Q - q);
+      for (i64 q = 0; q < Q; q += most) {
+        const i64 width = smaller(kPanel<S>, w.end - w.begin - k), terms = smaller(most, Q - q);
         for (i64 j = 0; j < terms; ++j) convert_in(&panel[j * kPanel<S>], w.data, w.dtype, first[q + j] + k, width);
         multiply_rows<S>(N, a.row(0) + q, a.pitch, 1, terms, panel.get(), kPanel<S>, out.row(0) + k, out.pitch, width,
                          q > 0);

@@ -18,8 +18,9 @@ inline void BackwardDirection<S>::direct_input_grad(i64 begin, i64 end) const {
   const StoredColumns w{p_.weights[all_.direction].w_ih, p_.dtype, s_.I, begin, end};
   for (i64 first = 0; first < rows; first += kRowGroup) {
     const i64 n = smaller(kRowGroup, rows - first);
-    sums.sum(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(), w,
-             [this](i64 q) { return gate_row<S>(s_, q); }, {out.get(), out_pitch});
+    sums.sum(
+        n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(), w,
+        [this](i64 q) { return gate_row<S>(s_, q); }, {out.get(), out_pitch}, gradient_chain(s_));
     for (i64 i = 0; i < n; ++i) put_input_grad(first + i, begin, end - begin, &out[i * out_pitch]);
   }
 }

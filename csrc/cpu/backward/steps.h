@@ -46,13 +46,14 @@ inline void BackwardLane<S, kCell>::unproject(i64 panel_begin, i64 panel_end) {
     const i64 begin = panel_begin * kPanel<S>, end = smaller(panel_end * kPanel<S>, s_.H);
     if (n_ == 0 || begin >= end) return;
     const RowSums<S> sums(p_.dtype, n_, end - begin);
-    return sums.sum(n_, {dh_.get(), state_pitch_}, s_.P, {w_.w_hr, p_.dtype, s_.H, begin, end}, [](i64 q) { return q; },
-                    {&dm_[begin], hidden_pitch_});
+    return sums.sum(
+        n_, {dh_.get(), state_pitch_}, s_.P, {w_.w_hr, p_.dtype, s_.H, begin, end}, [](i64 q) { return q; },
+        {&dm_[begin], hidden_pitch_}, kProjectionChain);
   }
   for (i64 panel = panel_begin; panel < panel_end; ++panel)
     multiply_panel<S>(n_, {dh_.get(), state_pitch_}, s_.P, packed_ + at_.w_hr + panel * s_.P * kPanel<S>,
                       {&dm_[panel * kPanel<S>], hidden_pitch_}, smaller(kPanel<S>, s_.H - panel * kPanel<S>),
-                      packed_ + at_.w_hr + (panel + 1) * s_.P * kPanel<S>);
+                      packed_ + at_.w_hr + (panel + 1) * s_.P * kPanel<S>, kProjectionChain);
 }
 
 // Gradients of the gate sums of a range of rows.
@@ -120,7 +121,8 @@ inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   for (i64 left = panel_end - panel_begin; left > 0; --left, panel += direction) {
     const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
     multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
-                      w_hh(panel), {&dh_[begin], state_pitch_}, width, w_hh(left > 1 ? panel + direction : panel));
+                      w_hh(panel), {&dh_[begin], state_pitch_}, width, w_hh(left > 1 ? panel + direction : panel),
+                      gradient_chain(s_));
     if (kByRow) finish_hidden(begin, width);
   }
 }
@@ -131,9 +133,10 @@ inline void BackwardLane<S, kCell>::recur_direct(i64 panel_begin, i64 panel_end)
   const i64 begin = panel_begin * kPanel<S>, end = smaller(panel_end * kPanel<S>, s_.P);
   if (begin >= end) return;
   const RowSums<S> sums(p_.dtype, n_, end - begin);
-  sums.sum(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
-           {w_.w_hh, p_.dtype, s_.P, begin, end}, [this](i64 q) { return gate_row<S>(s_, q); },
-           {&dh_[begin], state_pitch_});
+  sums.sum(
+      n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
+      {w_.w_hh, p_.dtype, s_.P, begin, end}, [this](i64 q) { return gate_row<S>(s_, q); }, {&dh_[begin], state_pitch_},
+      gradient_chain(s_));
   if (kByRow) finish_hidden(begin, end - begin);
 }
 

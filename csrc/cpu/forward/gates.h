@@ -209,7 +209,8 @@ inline void ForwardLane<S, cell>::project_hidden(i64 panel_begin, i64 panel_end)
     const i64 begin = panel * kPanel<S>, count = smaller(kPanel<S>, s_.P - begin);
     if (packed_)
       multiply_panel<S>(n_, {m_.get(), hidden_pitch_}, s_.H, packed_ + at_.w_hr + panel * s_.H * kPanel<S>,
-                        {&h_next_[begin], state_pitch_}, count, packed_ + at_.w_hr + (panel + 1) * s_.H * kPanel<S>);
+                        {&h_next_[begin], state_pitch_}, count, packed_ + at_.w_hr + (panel + 1) * s_.H * kPanel<S>,
+                        kProjectionChain);
     else
       direct_projection(begin, count);
     if (!kByRow) emit_hidden(begin, count);
