@@ -5,6 +5,8 @@ Their operators are defined in Python, by :mod:`fastlstm.kernels.cpu` and
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +92,17 @@ def load_cuda(emulated: bool) -> None:
 
 def isa() -> str:
     """Return the instruction set of the loaded CPU kernels: "avx512", "avx2" or "portable"."""
+    with untraced():
+        return str(torch.ops.fastlstm.cpu_isa())
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Hide operators from torch.jit.trace, which can record none that returns text or numbers."""
     c: Any = torch._C
     state = c._get_tracing_state()
-    c._set_tracing_state(None)  # torch.jit.trace can record no operator that returns text
+    c._set_tracing_state(None)
     try:
-        return str(torch.ops.fastlstm.cpu_isa())
+        yield
     finally:
         c._set_tracing_state(state)

@@ -310,6 +310,17 @@ def test_converting_a_module_of_an_old_pickle(backend: str, kind: str) -> None:
     assert torch.equal(ours.to_torch()(x)[0], theirs(x)[0])
 
 
+@EVERY_BACKEND
+def test_the_weights_say_how_many_units_there_are(backend: str) -> None:
+    """Not hidden_size, once somebody has set it; nn.LSTM reads past its memory then."""
+    module, x = fastlstm.LSTM(I, H), torch.randn(T, B, I)
+    want = module(x)
+    module.hidden_size = H + 1
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            torch.testing.assert_close(module(x), want)
+
+
 def test_deleting_a_weight_is_an_error(backend: str) -> None:
     module = fastlstm.LSTM(I, H)
     del module.weight_hh_l0
@@ -370,7 +381,7 @@ def test_a_mistake_is_named(backend: str, mistake: Any) -> None:
             call()
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"], indirect=True)
 def test_emptying_a_weight_before_backward_names_it(backend: str) -> None:
     module = fastlstm.LSTM(I, H)
     y, _ = module(X)

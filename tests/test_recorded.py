@@ -274,6 +274,17 @@ def outputs(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for r in result for t in outputs(r)]
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"], indirect=True)
+def test_trace_kernels_of_gpus(backend: str) -> None:
+    """What asks for their plans leaves no trace."""
+    module, x = fastlstm.LSTM(I, H), torch.randn(5, 2, I)
+    traced = torch.jit.trace(module, (x,))
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(1.2)
+    x = torch.randn(7, 3, I)
+    torch.testing.assert_close(outputs(traced(x)), outputs(module(x)))
+
+
 @CPU
 @pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("enabled", [True, False])

@@ -241,7 +241,15 @@ def read_cell_options(
     zoneout_h: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[LayerSpec, Noise]:
-    """Return the layer and the noise that the arguments of an LSTM's operator describe."""
+    """Return the layer and the noise that the arguments of an LSTM's operator describe.
+
+    Raises:
+        RuntimeError: a weight that has to be a matrix is none; somebody has emptied it.
+    """
+    names = "weight_ih [4 * H, I]", "weight_hh [4 * H, P]"
+    for name, weight in zip(names, weights, strict=False):
+        if weight.dim() != 2:
+            raise RuntimeError(f"fastlstm: expected {name}, got {list(weight.shape)}")
     spec = LayerSpec.of(
         "LSTM",
         weights,

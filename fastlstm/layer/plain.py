@@ -73,6 +73,10 @@ def run_plain(
         return None
     if len(weights) != plain.count:
         return None
+    # The weights say what the layer is, not what its attributes have become.
+    rows_of_w = (4 if spec.is_lstm else 1) * spec.hidden_size
+    if weights[1].shape != (rows_of_w, spec.state_size):
+        return None
     if hx is not None:
         if type(hx) is not tuple or len(hx) != 1 + spec.is_lstm or not _are_like(x, hx):
             return None

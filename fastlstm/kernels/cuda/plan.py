@@ -199,7 +199,8 @@ def _plan_of(
     kind: int, backward: bool, B: int, H: int, D: int, device: Device, wish: _Wish
 ) -> Plan:
     arguments = kind, backward, B, H, D, device.numbers, wish.numbers
-    with _disable_current_modes():  # a plan is no part of a program that is traced
+    # A plan is no part of a program that is traced.
+    with extension.untraced(), _disable_current_modes():
         found = library.cuda_plan(*arguments)
         problem = "" if found else library.cuda_obstacle(*arguments)
     if problem:
@@ -217,7 +218,7 @@ def device_of(x: Tensor) -> Device:
 
 @cache
 def _device(index: int) -> Device:
-    with _disable_current_modes():
+    with extension.untraced(), _disable_current_modes():
         arch, processors, shared_bytes, cluster, *resident = library.cuda_device(index)
     return Device(arch, processors, shared_bytes, cluster, tuple(resident))
 
