@@ -83,8 +83,12 @@ def infer(
     """
     depth, directions = layers.depth, layers.directions
     direct = backend.infer_directly
-    if _is_profiled() or _is_function_mode():  # these two look for operators
-        direct = None
+    if direct is not None and (
+        _is_profiled()  # these two look for operators
+        or _is_function_mode()
+        or not _is_whole(x)
+    ):
+        direct = None  # the operator says what is wrong
     low = direct is not None and _MEMORY_IS_LOW and _are_there(x, hx, weights)
     if direct is not None and not layers.packs:  # no call has wanted packed weights so far
         found = direct(weights, x, hx, depth, directions, (), low)
@@ -111,6 +115,18 @@ def infer(
     except (RuntimeError, ValueError):
         return None
     return found if type(found[0]) is Tensor else None  # as it always is after the long way
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Whether the storage of an input reaches as far as the input does."""
+    try:
+        size: int = x.untyped_storage().nbytes()
+        if size == x.nbytes:  # most
+            return True
+        last = sum([(n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)])
+        return size >= (x.storage_offset() + last + 1) * x.element_size()
+    except (RuntimeError, NotImplementedError):  # a tensor without a storage
+        return False
 
 
 def _are_there(x: Tensor, hx: Any, weights: tuple[Tensor, ...]) -> bool:
