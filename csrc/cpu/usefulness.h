@@ -32,10 +32,10 @@ class alignas(64) Usefulness {
 
  private:
   // Sharing may lose this much more than it has saved before it pauses: a first call with cold caches, but no more than
-  // a time slice of a neighbour. And, of what it has saved since it last failed, a small part: every machine takes a
-  // core away now and then, and where sharing pays a pause would cost more than such a slice does.
+  // a time slice of a neighbour. And half of what it has saved since it last failed: every machine takes a core away
+  // now and then, beside a neighbour that wakes for 5 ms every 60 even often, and a pause would cost more than that.
   static constexpr int64_t kCredit = 2'000'000;
-  static constexpr int64_t kCreditOfSaved = 8;        // one in so many
+  static constexpr int64_t kCreditOfSaved = 2;        // one in so many
   static constexpr int64_t kTrialCredit = 1'000'000;  // the same of a trial after a pause
   static constexpr int64_t kShortestPause = 8'000'000, kLongestPause = 1'000'000'000;
   static constexpr int64_t kPauseOfLoss = 16;     // times what the last region has lost: a trial costs so small a share
