@@ -132,7 +132,7 @@ def _is_whole(x: Tensor) -> bool:
 def _are_there(x: Tensor, hx: Any, weights: tuple[Tensor, ...]) -> bool:
     """Whether the storage of every tensor has memory."""
     try:
-        return all([t.untyped_storage().data_ptr() for t in (x, *(hx or ()), *weights)])
+        return all([t.untyped_storage().nbytes() for t in (x, *(hx or ()), *weights)])
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):  # unusual, or no tensor
         return False
 
