@@ -5,7 +5,7 @@
 // and dtype, so whatever has become of a weight is seen. What is not a plain tensor with memory on the CPU, or does not
 // fit, is refused: the function returns None, and the operator computes the call or says what is wrong. The exchange
 // does not tell how large a storage is. A part of one that has been freed is seen by its low address: its distance from
-// the beginning. Where memory may have such addresses, fast_path.py looks at the storages.
+// the beginning. fast_path.py looks at the storage of the input, and at all where memory may have such addresses.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>

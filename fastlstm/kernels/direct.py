@@ -23,8 +23,8 @@ def infer_function(make: Any) -> Callable[..., Any] | None:
 
     It takes ``(weights, x, hx, layers, directions, caches, low)``: tuples of tensors, hx None for
     zeros; of no layers it is a step of a cell; low: whether an address below 4 GB may be that of
-    memory. It returns ``(y, (h_n, c_n))``, of a cell ``(h,
-    c)``, and None for whatever it does not take, be that wrong or only unusual.
+    memory. It returns ``(y, (h_n, c_n))``, of a cell ``(h, c)``, and None for whatever it does
+    not take, be that wrong or only unusual.
 
     Args:
         make: the operator that makes it, ``cpu_direct``.

@@ -121,7 +121,7 @@ def _is_whole(x: Tensor) -> bool:
     """Whether the storage of an input reaches as far as the input does."""
     try:
         size: int = x.untyped_storage().nbytes()
-        if size == x.nbytes:  # most
+        if size == x.nbytes and not x.storage_offset():  # most
             return True
         last = sum([(n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)])
         return size >= (x.storage_offset() + last + 1) * x.element_size()
