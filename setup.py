@@ -316,9 +316,8 @@ class BuildLibraries(build_ext):
         for library in self.targets:  # an older one must not outlive a failed build
             (folder / f"{library.name}.so").unlink(missing_ok=True)
             (folder / library.report).unlink(missing_ok=True)
-        wanted = [
-            library for library in self.targets if library.name != "_triton" or AHEAD_IS_WANTED
-        ]
+        starts_triton = AHEAD_IS_WANTED or torch_has_cuda()
+        wanted = [each for each in self.targets if each.name != "_triton" or starts_triton]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
             scratch = Path("build", "objects")  # pip throws self.build_temp away

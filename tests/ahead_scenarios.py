@@ -139,14 +139,62 @@ def of_clusters(library: Path, folder: Path) -> dict[str, Any]:
     manifest = folder / NAME
     manifest.write_text(manifest.read_text().replace('"blocks":16', '"blocks":4'))
     stub.stub_groups(7)
-    ahead._manifest = None
+    ahead.why_not_ahead()  # reads it again
     found["wrong"] = ahead.gpu(2).together
     return found
 
 
-def _served(library: Path, folder: Path, arch: int) -> ctypes.CDLL:
+def on_demand(library: Path, folder: Path) -> dict[str, Any]:
+    """Return what layers come to whose kernels Triton compiles when they are first called."""
+    from ptx.ahead import named
+
+    from fastlstm.kernels.triton.ahead import on_demand as triton
+
+    stub = _served(library, folder, 80, "auto")
+    asked: list[str] = []
+    shared = [1024]
+
+    def image(arch: int, number: int) -> tuple[Tensor, int]:
+        key = triton._keys(arch)[number]
+        asked.append(key.name)
+        if key.units == 128:
+            raise ValueError("a sentence")
+        text = f"{named(key, arch)}\0".encode()
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8), shared[0]
+
+    triton.image = image
+    layer = fastlstm.LSTM(28, 64, bidirectional=True, dtype=torch.bfloat16)
+    x = torch.zeros(3, 19, 28, dtype=torch.bfloat16)
+    found: dict[str, Any] = {"asked at first": list(asked)}
+    with fastlstm.backend("triton"):
+        with torch.no_grad():
+            layer(x)
+            layer(x)
+        found["inference"] = list(asked)
+        found["launches"] = [json.loads(line) for line in stub.stub_launches().splitlines()]
+        layer(x)[0].sum().backward()
+        found["training"] = asked[1:]
+        threads = [Thread(target=fastlstm.LSTM(5, 5), args=(x[..., :5].float(),)) for _ in "1234"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found["threads"] = len(stub.stub_launches().splitlines())
+        found["error"] = said(lambda: fastlstm.LSTM(28, 128, dtype=torch.bfloat16)(x))
+        shared[0] = SHARED + 1
+        found["shared"] = said(lambda: fastlstm.LSTM(28, 16, dtype=torch.bfloat16)(x))
+        given: list[Any] = []
+        torch.library.impl("fastlstm::lstm_fwd_triton_jit", "CPU")(_keeping(given))
+        fastlstm.LSTM(28, 300, dtype=torch.bfloat16)(x)  # asks again what was refused
+        found["left to Triton"] = len(given)
+        found["explained"] = str(fastlstm.explain(layer, x))
+    found["backends"] = str(fastlstm.backends())
+    return found
+
+
+def _served(library: Path, folder: Path, arch: int, mode: str = "ahead") -> ctypes.CDLL:
     """Let the kernels of a folder compute, on a GPU of that architecture; return its driver."""
-    os.environ["FASTLSTM_TRITON"] = "ahead"
+    os.environ["FASTLSTM_TRITON"] = mode
     stub = ctypes.CDLL(str(library.parent / "libcuda_stub.so"))
     stub.stub_launches.restype = ctypes.c_char_p
     stub.stub_gpu(arch, SHARED, NEW)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_host import library as build_library
-from ahead_scenarios import of_clusters, scenarios
+from ahead_scenarios import of_clusters, on_demand, scenarios
 from cases import Case
 from executed import AheadRun, Broken, Verdict, broken, judged
 from test_executed import (
@@ -209,6 +209,25 @@ def test_clusters_go_where_they_have_room(library: Path) -> None:
     assert found["room"] == (0, 0, 28, 14, 7)
     assert found["no room"] == (0, 0, 0, 0, 0)
     assert found["wrong"] == (0, 0, 0, 14, 0)  # the driver refuses a size that is not the kernel's
+
+
+def test_kernels_are_compiled_when_they_are_first_called(library: Path) -> None:
+    folder = library.parent / "no_kernels"
+    with fresh_compiler(), Worker(probe=int) as worker:
+        found: dict[str, Any] = worker.run(on_demand, library, folder, timeout=TIMEOUT)
+    assert not found["asked at first"]
+    assert found["inference"] == ["lstm_fwd_registers-bf16-u64n4i32-dense-even"]
+    assert [launch["shared"] for launch in found["launches"]] == [1024, 1024]
+    begins = [name.partition("-")[0] for name in found["training"]]
+    passes = ["lstm_fwd_registers", "lstm_bwd_registers"]
+    assert begins == [*passes, "lstm_bwd_parts", "lstm_bwd_sums"]
+    assert found["threads"] == 4
+    assert "Triton cannot compile a kernel for GPU 0: a sentence" in found["error"]
+    assert "takes 232449 bytes of shared memory, and the GPU has 232448" in found["shared"]
+    assert found["left to Triton"] == 2  # clusters
+    assert "weights in registers" in found["explained"]
+    assert "compiled when first called" in found["explained"]
+    assert "Triton 3" in found["backends"]
 
 
 def test_what_is_not_compiled_ahead_is_left_to_triton(seen: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """The timings of `python -m benchmarks gpu`: who gets which time, and what the targets say."""
 
 import gc
+import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +15,17 @@ import torch
 from test_gpu_command import MACHINE, Inline, job
 from torch import nn
 
+from benchmarks.gpu import map as sample
 from benchmarks.gpu import targets, timings
 from benchmarks.gpu.plan import GROUPS, plan_of_gpu
 from benchmarks.speed import floor, gpu_timing
 from benchmarks.speed import measure as rows_of
-from benchmarks.speed.cases import CASES, TASK_SHAPES
+from benchmarks.speed.cases import CASES, TASK_SHAPES, Case
 from benchmarks.speed.contender import Contender
 from benchmarks.speed.job import Job
 from benchmarks.speed.results import Results
 from benchmarks.speed.worker import Failed
+from fastlstm.kernels.base import get
 
 
 def result(of: Job, ratio: float | None, us_per_step: float = 1.0) -> list[rows_of.Row]:
@@ -145,3 +149,32 @@ def test_every_target_has_its_measurements() -> None:
     kinds = {(j.group, j.mode, j.graph) for j in plan_of_gpu()}
     assert kinds == {(target.group, target.mode, target.graph) for target in targets.TARGETS}
     assert len(lines) > len(targets.TARGETS)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_any_part_of_the_map_is_a_sample_of_calls(backend: str) -> None:
+    found = sample.points(backend)
+    assert found == sample.points(backend)
+    every = {(p.precision, p.training, p.graph, p.case.packed) for p in found}
+    assert {(p.precision, p.training, p.graph, p.case.packed) for p in found[:300]} == every
+    assert all(not (point.graph and point.case.packed) for point in found)
+
+
+def test_a_row_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_clock(call: Callable[[], object], times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        return time.perf_counter() - start
+
+    monkeypatch.setattr(sample, "on_gpu", on_clock)
+    monkeypatch.setattr(type(get("reference")), "is_ready", lambda *given: True)
+    for packed, training in ((False, False), (False, True), (True, True)):
+        point = sample.Point(Case("", 3, 5, 2, 2, 4, 6, packed=packed), "exact", training, False)
+        row = sample.measure(point, "reference", "cpu")
+        found = dict(zip(sample.COLUMNS, row, strict=True))
+        assert found["shape"] == "3,5,2,2,4,6" and found["packed"] is packed
+        assert found["ratio"] > 0 and found["us"] > 0 and found["torch_us"] > 0
+        assert found["difference"] < 1e-5
+    monkeypatch.setattr(type(get("reference")), "is_ready", lambda *given: False)
+    assert sample.measure(point, "reference", "cpu")[-4:] == [None] * 4

@@ -3,13 +3,14 @@
 Two phases, which may be two calls. `--tests`: the tests that need a GPU, and the cuDNN results
 that machines without one are tested against. `--timings`: the kernels beside cuDNN (timings.py).
 Without either, both. All of it is written as it comes; a call goes on where the one before was
-ended.
+ended. `--map` is for itself: where the kernels are faster than cuDNN (map.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from pathlib import Path
 from time import monotonic
@@ -21,6 +22,7 @@ from .. import BenchmarkError
 from ..speed.environment import environment
 from ..speed.job import Job
 from ..speed.results import Results
+from . import map as sample
 from . import targets
 from .plan import GROUPS, plan_of_gpu
 from .testing import ROOT, Tests, run
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--tests", action="store_true", help="only test and record, no timings")
     add("--timings", action="store_true", help="only time; rows tell how the tests have ended")
+    add("--map", action="store_true", help="only time a sample of calls, for the table of auto")
     add("--fresh", action="store_true", help="start anew, whatever earlier calls have written")
     add("--quick", action="store_true", help="take a quarter of the time for every measurement")
     add(
@@ -88,6 +91,9 @@ def main(args: argparse.Namespace) -> int:
     facts["commit"] = args.commit or facts["commit"]
     facts["source"] = digest(ROOT)
     print("\n".join(f"{name:16} {value}" for name, value in facts.items()), flush=True)
+    if args.map:
+        draw_map(args, facts, start + args.budget)
+        return 0
     tests = Tests(args.out, args.backend, facts)
     both = args.tests == args.timings
     failed = False
@@ -100,6 +106,16 @@ def main(args: argparse.Namespace) -> int:
     if overall != "passed":
         print(f"Not to be published: tests {overall}.")
     return int(failed or overall in ("failed", "unfinished"))
+
+
+def draw_map(args: argparse.Namespace, facts: dict[str, Any], deadline: float) -> None:
+    """Time a sample of the calls that a backend computes, and write gpu-BACKEND-map.json."""
+    rows, left_out = sample.work(args.backend, DEVICE, deadline)
+    lines = ",\n".join(map(json.dumps, rows))
+    head = f'"environment": {json.dumps(facts)},\n"columns": {json.dumps(sample.COLUMNS)}'
+    file = args.out / f"gpu-{args.backend}-map.json"
+    file.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n')
+    print(f"{len(rows)} calls in {file}, {left_out} left out")
 
 
 def test(args: argparse.Namespace, tests: Tests, deadline: float) -> bool:

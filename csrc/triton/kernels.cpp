@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <sstream>
 
+#include "triton/layer.h"
+
 namespace fastlstm::ahead {
 namespace {
 
@@ -77,6 +79,14 @@ Slot slot_of(const std::string& word, const std::string& kernel) {
   return found->second;
 }
 
+// What Triton has compiled of a kernel: Python is asked, so nobody may wait for the caller. shared: bytes of a block.
+Array compiled(int device, const Kernel& kernel, i64* shared) {
+  std::array stack{torch::stable::detail::from(i64(device)), torch::stable::detail::from(kernel.number)};
+  call_instead("fastlstm::triton_compile", stack.data());
+  *shared = *static_cast<i64*>(Array(torch::stable::detail::to<AtenTensorHandle>(stack[1])).data);
+  return Array(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
+}
+
 // Modules may be loaded while a graph is captured: what loading allocates is no part of it.
 class Uncaptured {
  public:
@@ -135,11 +145,11 @@ Device::Device(int index, Array images, const std::vector<i64>& kernels, const s
   while (std::getline(lines, line)) read_kernel(&at, end, line);
   FASTLSTM_CHECK(at == end && !kernels_.empty(), "fastlstm: not a list of compiled kernels");
   const InContext current(driver, context_);
-  function(kernels_.front().get());
+  if (kernels_.front()->image) function(kernels_.front().get());
 }
 
-// numbers: its key, where its image begins, how long that is, bytes of shared memory, warps, sequences, blocks. line:
-// its name, that of the function in the image, its arguments.
+// numbers: its key, where its image begins, how long that is, bytes of shared memory, warps, sequences, blocks; no
+// image if it is compiled when it is started. line: its name, that of the function in the image, its arguments.
 void Device::read_kernel(const i64** numbers, const i64* end, const std::string& line) {
   FASTLSTM_CHECK(end - *numbers >= 7, "fastlstm: not a list of compiled kernels");
   const i64* n = *numbers;
@@ -147,13 +157,13 @@ void Device::read_kernel(const i64** numbers, const i64* end, const std::string&
   std::istringstream words(line);
   auto kernel = std::make_unique<Kernel>();
   words >> kernel->name >> kernel->entry;
-  FASTLSTM_CHECK(n[1] >= 0 && n[2] > 0 && n[1] + n[2] <= images_.sizes[0], "fastlstm: the compiled kernel ",
+  FASTLSTM_CHECK(n[1] >= 0 && n[2] >= 0 && n[1] + n[2] <= images_.sizes[0], "fastlstm: the compiled kernel ",
                  kernel->name, " does not lie in its file");
   FASTLSTM_CHECK(n[3] >= 0 && n[4] > 0 && n[4] <= 32 && n[5] > 0, "fastlstm: the compiled kernel ", kernel->name,
                  " cannot have ", n[4], " warps");
-  FASTLSTM_CHECK(n[3] <= most_shared_, "fastlstm: the compiled kernel ", kernel->name, " takes ", n[3],
-                 " bytes of shared memory, and the GPU has ", most_shared_);
-  kernel->image = static_cast<const char*>(images_.data) + n[1];
+  check_shared(*kernel, n[3]);
+  kernel->number = n[0];
+  kernel->image = n[2] ? static_cast<const char*>(images_.data) + n[1] : nullptr;
   kernel->shared = unsigned(n[3]);
   kernel->threads = unsigned(n[4]) * kLanes;
   FASTLSTM_CHECK(n[6] > 0 && n[6] <= 16 && n[6] == i64(1) << log2(n[6]), "fastlstm: the compiled kernel ", kernel->name,
@@ -164,6 +174,11 @@ void Device::read_kernel(const i64** numbers, const i64* end, const std::string&
   for (std::string word; words >> word;) kernel->slots.push_back(slot_of(word, kernel->name));
   by_number_[n[0]] = kernel.get();
   kernels_.push_back(std::move(kernel));
+}
+
+void Device::check_shared(const Kernel& kernel, i64 bytes) const {
+  FASTLSTM_CHECK(bytes <= most_shared_, "fastlstm: the compiled kernel ", kernel.name, " takes ", bytes,
+                 " bytes of shared memory, and the GPU has ", most_shared_);
 }
 
 const Row* Device::plan(const Layer& layer) const {
@@ -191,10 +206,11 @@ i64 Device::at_once(i64 blocks) const {
     if (kernel->blocks != blocks) continue;
     const Driver& driver = Driver::get();
     const InContext current(driver, context_);
+    const Handle_ start = function(kernel.get());
     LaunchAttribute cluster;
     const LaunchConfig config = config_of(*kernel, 1, 1, 1, &cluster);
     // A GPU, or a part of one, whose groups of multiprocessors are too small.
-    if (driver.clusters(&found, function(kernel.get()), &config)) found = 0;
+    if (driver.clusters(&found, start, &config)) found = 0;
     break;
   }
   known.store(found + 1, std::memory_order_relaxed);
@@ -246,13 +262,24 @@ Kernel* Device::sums_of_weights(const Row& row) const {
 
 Handle_ Device::function(Kernel* kernel) const {
   if (Handle_ found = kernel->function.load(std::memory_order_acquire)) return found;
+  Array made;
+  i64 shared = 0;
+  if (!kernel->image) {
+    made = compiled(index_, *kernel, &shared);
+    check_shared(*kernel, shared);
+  }
   const std::lock_guard<std::mutex> lock(loading_);
   if (Handle_ found = kernel->function.load(std::memory_order_relaxed)) return found;
   const Driver& driver = Driver::get();
   const std::string whom = kernel->name + " on GPU " + std::to_string(index_);
   const Uncaptured uncaptured(driver);
   Handle_ module, found;
-  driver.check(driver.load(&module, kernel->image), "loading the compiled kernel", whom.c_str());
+  const void* image = kernel->image;
+  if (!image) {
+    image = made.data;
+    kernel->shared = unsigned(shared);
+  }
+  driver.check(driver.load(&module, image), "loading the compiled kernel", whom.c_str());
   driver.check(driver.function(&found, module, kernel->entry.c_str()), "finding the compiled kernel", whom.c_str());
   if (kernel->shared > kStaticShared)
     driver.check(driver.set(found, kMostShared, int(kernel->shared)), "giving shared memory to", whom.c_str());
@@ -266,6 +293,7 @@ void Device::launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z) c
   const Driver& driver = Driver::get();
   const InContext current(driver, context_);
   FASTLSTM_CHECK(x > 0 && x * kernel->blocks < i64(1) << 31, "fastlstm: too many sequences for a launch");
+  const Handle_ start = function(kernel);
   LaunchAttribute cluster;
   LaunchConfig config = config_of(*kernel, x, y, z, &cluster);
   config.stream = current_stream(index_);
@@ -274,7 +302,6 @@ void Device::launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z) c
   for (const Slot slot : kernel->slots) parameters[count++] = &arguments->value[size_t(slot)];
   for (int more = 0; more < 2; ++more) parameters[count++] = &arguments->value[kNothing];  // no memory of Triton's
   parameters[count] = nullptr;
-  Handle_ start = function(kernel);
   if (const Result result = driver.launch(&config, start, parameters, nullptr))
     driver.check(result, "starting the compiled kernel", (kernel->name + " on GPU " + std::to_string(index_)).c_str());
 }

@@ -1,5 +1,6 @@
-// The kernels that Triton compiled when the wheel was built, of each device: which there are, which one a call takes,
-// loading them, starting them. fastlstm/kernels/triton/ahead/ compiles them and reads their manifest.
+// The kernels that Triton compiled when the wheel was built, or compiles when they are first started, of each device:
+// which there are, which one a call takes, loading them, starting them. fastlstm/kernels/triton/ahead/ compiles them
+// and reads their manifest.
 #pragma once
 
 #include <array>
@@ -75,8 +76,9 @@ constexpr int kClusterSizes = 5;  // 1 to 16 blocks
 
 struct Kernel {
   std::string name, entry;
-  const void* image;
-  unsigned threads, shared;
+  i64 number;
+  const void* image;         // null if it is not compiled yet
+  unsigned threads, shared;  // the latter is known once it is loaded
   i64 batch;
   unsigned blocks;  // of a cluster
   bool fused;       // whether x goes through w_ih in its loop
@@ -86,7 +88,7 @@ struct Kernel {
 
 class Device {
  public:
-  // Throws unless the device runs such kernels, one of which it loads.
+  // Throws unless the device runs such kernels, one of which it loads if it is compiled.
   // `kernels` and `plans`: numbers as fastlstm/kernels/triton/ahead/library.py lists them; `names`: a line for each.
   Device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
          const std::vector<i64>& plans);
@@ -108,6 +110,7 @@ class Device {
 
  private:
   void read_kernel(const i64** numbers, const i64* end, const std::string& line);
+  void check_shared(const Kernel& kernel, i64 bytes) const;
   Handle_ function(Kernel* kernel) const;
   i64 room(const Row& row) const;
   Kernel* find(const Wish& wish, i64 inputs, bool even) const;

@@ -50,13 +50,16 @@ _usable_size.argtypes, _usable_size.restype = [ctypes.c_void_p], ctypes.c_size_t
 def folder_of_names(folder: Path, arch: int) -> None:
     """Write all kernels, each as text that names it."""
     wanted = keys(table(arch))
-    images = {}
-    for key in wanted:
-        entry, arguments = interface(key)
-        text = f"//{key.name}\n.target sm_{arch} {entry}"
-        text += f" .reqnctapercluster {key.blocks}" * (key.blocks > 1)
-        images[key, arch] = Image(entry, arguments, 1024, b"", text.encode())
+    images = {
+        (key, arch): Image(*interface(key), 1024, b"", named(key, arch).encode()) for key in wanted
+    }
     write(folder, (), (arch,), wanted, images)
+
+
+def named(key: Key, arch: int) -> str:
+    """Return the text that stands for a kernel; the stand-in for the driver reads it."""
+    text = f"//{key.name}\n.target sm_{arch} {interface(key)[0]}"
+    return text + f" .reqnctapercluster {key.blocks}" * (key.blocks > 1)
 
 
 @contextmanager

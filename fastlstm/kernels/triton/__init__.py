@@ -1,8 +1,9 @@
 """The backend of the Triton kernels: CUDA devices from sm_80.
 
 This file imports neither Triton nor the kernels; :meth:`TritonBackend.error` does, when somebody
-asks for the backend. README.md in the folder above says how the kernels work. Where they were
-compiled ahead, C++ starts them (``ahead/``), and Triton compiles what was not, if it is there.
+asks for the backend. README.md in the folder above says how the kernels work. C++ starts those of
+plain layers (``ahead/``), be they compiled ahead or by Triton when they are first called; other
+layers are left to Triton, if it is there.
 """
 
 from __future__ import annotations
@@ -70,17 +71,16 @@ class TritonBackend(Backend):
 
             return f"Triton {__version__}, interpreted (TRITON_INTERPRET=1), to check the kernels"
         what = f"float32, bfloat16, float16 on CUDA devices from sm_80; {measured.CHOICE}"
-        ahead, jit = _ahead_problem(), _jit_problem()
-        if ahead is None:
-            from .ahead.library import load
+        from .ahead import library
 
-            manifest = load()
-            kernels = f"kernels of Triton {manifest.triton} compiled ahead for {manifest.archs()}"
-            rest = "Triton is not needed" if jit else "others are compiled at run time"
-            return f"{kernels}; {rest}: {what}"
+        ahead, found = _ahead_problem(), library.manifest()
+        if ahead is None and found is not None:
+            kernels = f"kernels of Triton {found.triton} compiled ahead for {found.archs()}"
+            jit = "others are compiled at run time" if _jit_problem() is None else ""
+            return f"{kernels}; {jit or 'Triton is not needed'}: {what}"
         from triton import __version__
 
-        aside = f" (compiled ahead: {ahead})" if _built() else ""
+        aside = f" (compiled ahead: {ahead or library.why_not_ahead()})" if _built() else ""
         return f"Triton {__version__}: {what}{aside}"
 
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
@@ -109,7 +109,8 @@ class TritonBackend(Backend):
             from .ahead import library
 
             ahead = library.missing(x.device.index or 0, _kind(x.dtype), spec, B)
-            who = ahead or "compiled ahead", config.no_room(problem, device)
+            compiled = "compiled ahead" if library.manifest() else "compiled when first called"
+            who = ahead or compiled, config.no_room(problem, device)
             return "; ".join(filter(None, (text, *who)))
         missing = config.missing(problem, device)
         return f"{text}; not with the {missing}: {_no_gluon()}" if missing else text
@@ -220,7 +221,7 @@ def _ahead_problem() -> str | None:
 
 @cache
 def _load_ahead() -> str | None:
-    """Load the kernels that were compiled ahead; say why there are none."""
+    """Load the kernels that C++ starts, compiled ahead or by Triton; say why there are none."""
     if os.environ.get("FASTLSTM_TRITON") == "jit":
         return "FASTLSTM_TRITON=jit leaves the kernels that were compiled ahead aside"
     if _interpreted():
@@ -229,11 +230,7 @@ def _load_ahead() -> str | None:
         return "there is no CUDA device"
     from .ahead import library
 
-    try:
-        library.load()
-    except library.ManifestError as error:
-        return str(error)
-    return None
+    return library.load(_jit_problem)
 
 
 @constant

@@ -1,14 +1,16 @@
 """The library that starts compiled kernels, and what it asks of Python: which kernels a GPU gets.
 
-``csrc/triton/`` is the other side. Needs no Triton.
+``csrc/triton/`` is the other side. Needs no Triton for what was compiled ahead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from fastlstm import extension
 from fastlstm.kernels.measured import precision
@@ -18,7 +20,17 @@ from fastlstm.spec import LayerSpec
 
 from .manifest import FOLDER, Manifest, ManifestError
 
-__all__ = ["ManifestError", "failed", "gpu", "load", "missing", "plan", "problem_of"]
+__all__ = [
+    "ManifestError",
+    "failed",
+    "gpu",
+    "load",
+    "manifest",
+    "missing",
+    "plan",
+    "problem_of",
+    "why_not_ahead",
+]
 
 _COMPOSITE = "CompositeExplicitAutograd"
 _gpu = define_operator("triton_gpu", "(int device) -> int[]")
@@ -35,24 +47,42 @@ _pause = define_operator("triton_pause", "(bool paused) -> ()")
 _prepare = define_operator("triton_prepare", "(int device) -> str")
 _tf32 = define_operator("triton_tf32", "() -> bool")
 
-_manifest: Manifest | None = None
+_compile = define_operator("triton_compile", "(int device, int kernel) -> (Tensor, Tensor)")
+
+_manifest: Manifest | None = None  # None where the installed Triton compiles what is called
 _problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
 
-def load() -> Manifest:
-    """Load the library and read which kernels there are.
+def load(problem_of_triton: Callable[[], str | None]) -> str | None:
+    """Load the library, and what was compiled ahead; say why it cannot be used.
 
-    Raises:
-        ManifestError: there are none that can be used.
+    Args:
+        problem_of_triton: says why Triton cannot compile at run time. If it can, what was not
+            compiled ahead is compiled when it is first called.
     """
-    global _manifest
-    if _manifest is None:
-        found = Manifest.read(FOLDER)
-        missing = extension.triton_error()
-        if missing is not None:
-            raise ManifestError(missing)
-        _manifest = found
+    reason = why_not_ahead()
+    if reason is not None and problem_of_triton() is None:
+        from .on_demand import problem
+
+        reason = problem()
+    reason = reason or extension.triton_error()
+    if reason is None:
         watch(_pause)
+    return reason
+
+
+def why_not_ahead() -> str | None:
+    """Read what was compiled ahead; say why there are no kernels."""
+    global _manifest
+    try:
+        _manifest = Manifest.read(FOLDER)
+    except ManifestError as error:
+        return str(error)
+    return None
+
+
+def manifest() -> Manifest | None:
+    """Return what was compiled ahead; None where the installed Triton compiles what is called."""
     return _manifest
 
 
@@ -81,8 +111,12 @@ def plan(device: int, back: bool, kind: int, spec: LayerSpec, B: int) -> list[in
 @cache
 def gpu(device: int) -> Device:
     """Return what a plan needs to know of a GPU, where what is compiled ahead needs no Triton."""
-    together = tuple(_clusters(device))
     arch, processors = _gpu(device)
+    if _manifest is None:
+        from fastlstm.kernels.triton.launch import GLUON
+
+        return Device(arch, processors, *GLUON)
+    together = tuple(_clusters(device))
     return Device(arch, processors, clusters=any(together), together=together)
 
 
@@ -103,7 +137,10 @@ def _is_there(device: int, kind: int | None, spec: LayerSpec, B: int) -> bool:
 
 def _find_problem(device: int) -> str:
     try:
-        _give_kernels(load(), device)
+        if _manifest is None:
+            _give_names(device)
+        else:
+            _give_kernels(_manifest, device)
     except (ManifestError, RuntimeError) as error:
         return str(error).removeprefix("fastlstm: ")
     return ""
@@ -134,6 +171,35 @@ def _give_kernels(manifest: Manifest, device: int) -> None:
     _add(device, manifest.content(name), numbers, "\n".join(names), plans)
 
 
+def _give_names(device: int) -> None:
+    """Hand the library the kernels that a GPU may ask Triton to compile."""
+    from .on_demand import kernels
+
+    found, plans = kernels(_gpu(device)[0])
+    numbers, names = [], []
+    for key, (entry, arguments) in found.items():
+        numbers += [key.number, 0, 0, 0, key.warps, key.batch, key.blocks]
+        sizes = " ".join(f"{name}:{size}" for name, size in arguments)
+        names.append(f"{key.name} {entry} {sizes}")
+    nothing = torch.empty(0, dtype=torch.uint8)
+    _add(device, nothing, numbers, "\n".join(names), list(chain.from_iterable(plans)))
+
+
+def _compiled(device: int, kernel: int) -> tuple[Tensor, Tensor]:
+    """What C++ asks when a kernel without code is first started: the code, its shared memory.
+
+    Both are tensors, since the results of an operator that C++ calls must be of one type.
+    """
+    from .on_demand import image
+
+    try:
+        code, shared = image(_gpu(device)[0], kernel)
+        return code, torch.tensor(shared)
+    except Exception as error:
+        failed(f"fastlstm: Triton cannot compile a kernel for GPU {device}: {error}")
+        raise
+
+
 def _said_of(device: int) -> str:
     """What C++ asks when it meets a GPU for the first time: why it has no kernels, or ""."""
     return problem_of(device) or ""
@@ -144,5 +210,6 @@ def _multiplies_in_tf32() -> bool:
     return precision(torch.float32) == "tf32"
 
 
+add_kernel(_compile.name(), _compiled, _COMPOSITE)
 add_kernel(_prepare.name(), _said_of, _COMPOSITE)
 add_kernel(_tf32.name(), _multiplies_in_tf32, _COMPOSITE)

@@ -46,9 +46,9 @@ def element_and_precision(kind: str) -> tuple[int, str]:
     return (2 if kind in ("bf16", "f16") else 4), ("ieee" if kind == "exact" else "tf32")
 
 
-def table(arch: int) -> list[Row]:
+def table(arch: int, clusters: bool = True) -> list[Row]:
     """Return the rows of a GPU of that compute capability; the first that holds is the plan."""
-    return list(dict.fromkeys(_rows(Device(arch, _PROCESSORS))))
+    return list(dict.fromkeys(_rows(Device(arch, _PROCESSORS, clusters=clusters))))
 
 
 def _rows(device: Device) -> Iterator[Row]:

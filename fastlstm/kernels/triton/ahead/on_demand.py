@@ -1,0 +1,61 @@
+"""Kernels that C++ starts, compiled by the installed Triton when each is first called.
+
+They are those of :mod:`.keys`, where nothing was compiled when fastlstm was built: C++ starts them
+in a tenth of the time that Triton's own launcher takes. Triton keeps what it has compiled on the
+disk. Kernels of clusters are left to the launcher: how many have room on a GPU is only known of
+one that was compiled.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlstm.kernels.triton.gluon import PROBLEM
+
+from .compiling import compiled, interface
+from .keys import Key, keys
+from .plans import Row, table
+
+__all__ = ["image", "kernels", "problem"]
+
+_turn = threading.Lock()
+
+
+def problem() -> str | None:
+    """Say why the installed Triton cannot compile them; None if it can."""
+    return PROBLEM
+
+
+@cache
+def kernels(arch: int) -> tuple[dict[Key, tuple[str, list[tuple[str, int]]]], list[Row]]:
+    """Return the kernels of a GPU of that compute capability, and the plans that take them.
+
+    A kernel has the name of its function, and names and bytes of its arguments.
+    """
+    plans = table(arch, clusters=False)
+    return {key: interface(key) for key in keys(plans)}, plans
+
+
+@cache
+def _keys(arch: int) -> dict[int, Key]:
+    return {key.number: key for key in kernels(arch)[0]}
+
+
+def image(arch: int, number: int) -> tuple[Tensor, int]:
+    """Compile a kernel, unless that was done before.
+
+    Args:
+        arch: compute capability of the GPU, 10 * major + minor.
+        number: of the kernel, as ``Key.number``.
+
+    Returns:
+        the code, uint8, and the bytes of shared memory of a block.
+    """
+    with _turn:
+        found = compiled(_keys(arch)[number], arch)
+    return torch.from_numpy(np.frombuffer(found.cubin, np.uint8).copy()), found.shared
