@@ -144,13 +144,14 @@ def of_clusters(library: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def on_demand(library: Path, folder: Path) -> dict[str, Any]:
+def on_demand(library: Path, folder: Path, arch: int) -> dict[str, Any]:
     """Return what layers come to whose kernels Triton compiles when they are first called."""
     from ptx.ahead import named
 
     from fastlstm.kernels.triton.ahead import on_demand as triton
+    from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM
 
-    stub = _served(library, folder, 80, "auto")
+    stub = _served(library, folder, arch, "auto")
     asked: list[str] = []
     shared = [1024]
 
@@ -165,7 +166,7 @@ def on_demand(library: Path, folder: Path) -> dict[str, Any]:
     triton.image = image
     layer = fastlstm.LSTM(28, 64, bidirectional=True, dtype=torch.bfloat16)
     x = torch.zeros(3, 19, 28, dtype=torch.bfloat16)
-    found: dict[str, Any] = {"asked at first": list(asked)}
+    found: dict[str, Any] = {"asked at first": list(asked), "no clusters": CLUSTER_PROBLEM}
     with fastlstm.backend("triton"):
         with torch.no_grad():
             layer(x)
@@ -185,8 +186,10 @@ def on_demand(library: Path, folder: Path) -> dict[str, Any]:
         found["shared"] = said(lambda: fastlstm.LSTM(28, 16, dtype=torch.bfloat16)(x))
         given: list[Any] = []
         torch.library.impl("fastlstm::lstm_fwd_triton_jit", "CPU")(_keeping(given))
-        fastlstm.LSTM(28, 300, dtype=torch.bfloat16)(x)  # asks again what was refused
-        found["left to Triton"] = len(given)
+        asked.clear()
+        shared[0] = 1024
+        fastlstm.LSTM(28, 300, dtype=torch.bfloat16)(x)
+        found["wide"], found["left to Triton"] = list(asked), len(given)
         found["explained"] = str(fastlstm.explain(layer, x))
     found["backends"] = str(fastlstm.backends())
     return found

@@ -45,6 +45,9 @@ i64 number(const Row& row, i64 inputs, RowsKind rows, bool keeps, bool even) {
   return found;
 }
 
+// Of such a number: what a plan says of a kernel but for its inputs.
+i64 plan_bits(i64 number) { return number >> 11; }
+
 // Of such a number, 0 where x does not go through w_ih in the loop.
 i64 inputs_bits(i64 number) { return number >> 7 & 15; }
 
@@ -194,16 +197,17 @@ const Row* Device::plan(const Layer& layer) const {
 
 // For how many programs, of few sequences or each of a cluster.
 i64 Device::room(const Row& row) const {
-  if (row.blocks > 1) return kMostWaves * at_once(row.blocks);
+  if (row.blocks > 1) return kMostWaves * at_once(row.blocks, &row);
   return processors_ * std::max(i64(1), kQuarters / row.warps);
 }
 
-i64 Device::at_once(i64 blocks) const {
+i64 Device::at_once(i64 blocks, const Row* row) const {
   std::atomic<i64>& known = at_once_[size_t(log2(blocks))];
   if (const i64 found = known.load(std::memory_order_relaxed)) return found - 1;
   int found = 0;
   for (const auto& kernel : kernels_) {
     if (kernel->blocks != blocks) continue;
+    if (row && plan_bits(kernel->number) != plan_bits(number(*row, 0, RowsKind::dense, false, false))) continue;
     const Driver& driver = Driver::get();
     const InContext current(driver, context_);
     const Handle_ start = function(kernel.get());

@@ -95,9 +95,9 @@ class Device {
 
   // The plan of a pass; null if it is not compiled ahead.
   const Row* plan(const Layer& layer) const;
-  // How many clusters of so many blocks are on the GPU together, as the driver says of one of these kernels; 0 if there
-  // is no such kernel.
-  i64 at_once(i64 blocks) const;
+  // How many clusters of so many blocks are on the GPU together, as the driver says of one of these kernels, of that
+  // plan if one is given; 0 if there is no such kernel.
+  i64 at_once(i64 blocks, const Row* row = nullptr) const;
   // The kernel for a call; null if there is none.
   Kernel* find(const Wish& wish) const;
   // The two that find the gradients of weights after a backward pass of that plan. even: as of a wish.

@@ -1,9 +1,8 @@
 """Kernels that C++ starts, compiled by the installed Triton when each is first called.
 
 They are those of :mod:`.keys`, where nothing was compiled when fastlstm was built: C++ starts them
-in a tenth of the time that Triton's own launcher takes. Triton keeps what it has compiled on the
-disk. Kernels of clusters are left to the launcher: how many have room on a GPU is only known of
-one that was compiled.
+in a fraction of the time that Triton's own launcher takes. Triton keeps what it has compiled on the
+disk.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastlstm.kernels.triton.gluon import PROBLEM
+from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM, PROBLEM
 
 from .compiling import compiled, interface
 from .keys import Key, keys
@@ -37,7 +36,7 @@ def kernels(arch: int) -> tuple[dict[Key, tuple[str, list[tuple[str, int]]]], li
 
     A kernel has the name of its function, and names and bytes of its arguments.
     """
-    plans = table(arch, clusters=False)
+    plans = table(arch, clusters=CLUSTER_PROBLEM is None)
     return {key: interface(key) for key in keys(plans)}, plans
 
 
