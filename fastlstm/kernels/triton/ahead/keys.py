@@ -21,8 +21,10 @@ __all__ = ["KERNELS", "ROWS", "Key", "keys"]
 KERNELS = (*REGIMES, "parts", "sums")
 
 ROWS = ("dense", "padded", "packed")
-# Both kinds of weights in registers, read number by number: more units spill hundreds of bytes.
-_MOST_ODD_UNITS = 32
+# Both kinds of weights in registers, read number by number: more spill hundreds of bytes.
+_MOST_ODD_UNITS = 32  # of ragged rows
+_MOST_ODD_UNITS_DENSE, _MOST_ODD_WEIGHTS = 64, 64 * 32  # units; units times inputs
+_ODD_INPUTS = 32  # the narrowest tile, where there are wider ones
 _INPUTS_OF_PARTS = 64  # the tile of I, whatever I is: loads past its end cost next to nothing
 
 
@@ -73,10 +75,10 @@ class Key(NamedTuple):
 def keys(rows: list[Row]) -> list[Key]:
     """Return the kernels that plans with these rows may start.
 
-    Whatever has no kernel of its own takes one that can do more: a call of dense rows one that
-    also reads lengths, of even sizes one for all sizes, of few inputs one for many, or one whose
-    products are made before, of few sequences one for many. So only calls as they mostly are have
-    the one that is best for them.
+    Whatever has no kernel of its own takes one that can do more: of even sizes one for all sizes,
+    of few inputs one for many, or one whose products are made before, of few sequences one for
+    many, of odd sizes one that keeps c and gates. So only calls as they mostly are have the one
+    that is best for them.
     """
     found = [key for row in rows for key in _keys(row, rows)]
     return list(dict.fromkeys([*found, *(key for row in rows for key in _of_weights(row))]))
@@ -94,10 +96,13 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
     if not back:
         yield even._replace(rows="dense", keeps=False)
     yield even._replace(rows="dense")
+    widest = _widest(row, rows)
+    if not exact and (not row.inputs or _is_odd_tile(row, widest)):
+        yield key._replace(rows="dense")
     if row.batch < sequences(element_and_precision(kind)[1])[1]:
         return
     yield from (even._replace(rows=form) for form in ("padded", "packed"))
-    if row.inputs and (row.inputs < _widest(row, rows) or row.units > _MOST_ODD_UNITS):
+    if row.inputs and (row.inputs < widest or row.units > _MOST_ODD_UNITS):
         return
     for form in ("padded", "packed"):
         yield key._replace(rows=form)
@@ -106,16 +111,13 @@ def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:
 
 
 def _of_cluster(key: Key) -> Iterator[Key]:
-    """Yield the kernels of a cluster: for even sizes only those of dense rows.
-
-    Back, dense rows of other sizes take those that also read lengths.
-    """
+    """Yield the kernels of a cluster: for even sizes only those of dense rows."""
     if not key.back:
         for keeps, even in ((False, True), (True, True), (True, False)):
             yield key._replace(rows="dense", keeps=keeps, even=even)
         yield from (key._replace(rows=form) for form in ("padded", "packed"))
         return
-    yield key._replace(rows="dense", even=True)
+    yield from (key._replace(rows="dense", even=even) for even in (True, False))
     for form in ("padded", "packed"):
         yield from (key._replace(rows=form, keeps=keeps) for keeps in (True, False))
 
@@ -135,7 +137,13 @@ def _of_weights(row: Row) -> Iterator[Key]:
     yield Key(True, "sums", kind, 16, PARTS, 0, 4, "dense", True, False)
 
 
+def _is_odd_tile(row: Row, widest: int) -> bool:
+    """Return whether a tile of inputs has a kernel for odd sizes, of dense rows."""
+    fits = row.units * row.inputs <= _MOST_ODD_WEIGHTS and row.units <= _MOST_ODD_UNITS_DENSE
+    return fits and row.inputs >= min(_ODD_INPUTS, widest)
+
+
 def _widest(row: Row, rows: list[Row]) -> int:
     """Return the widest tile of inputs among plans that are otherwise like this one."""
     alike = (each for each in rows if each[:3] == row[:3] and each.most_inputs < ANY)
-    return max(each.inputs for each in alike)
+    return max((each.inputs for each in alike), default=0)

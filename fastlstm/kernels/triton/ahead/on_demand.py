@@ -1,8 +1,8 @@
 """Kernels that C++ starts, compiled by the installed Triton when each is first called.
 
-They are those of :mod:`.keys`, where nothing was compiled when fastlstm was built: C++ starts them
-in a fraction of the time that Triton's own launcher takes. Triton keeps what it has compiled on the
-disk.
+They are those of :mod:`.keys`, where nothing was compiled when fastlstm was built: C++ starts
+them in a fraction of the time that Triton's own launcher takes. Triton keeps what it has compiled
+on the disk.
 """
 
 from __future__ import annotations
