@@ -23,12 +23,12 @@ import fastlstm
 from fastlstm.kernels.base import get
 from fastlstm.spec import LayerSpec
 
-from ..speed.cases import Case
+from ..speed.cases import CASES, Case
 from ..speed.gpu_timing import capture, on_gpu
 from ..speed.precision import PRECISIONS
 
 COLUMNS = (
-    *("precision", "shape", "packed", "training", "graph", "regime"),
+    *("case", "precision", "shape", "packed", "training", "graph", "regime"),
     *("us", "torch_us", "ratio", "difference"),
 )
 ROUNDS = 3  # in which both take turns
@@ -37,6 +37,10 @@ NEAR = 0.9, 1.2  # ratios
 TURN = 0.003  # seconds, about
 MOST_CALLS = 30  # of a turn
 WAYS = tuple(product((False, True), (False, True)))  # training, graph
+USERS = (
+    *("step", "one-sequence", "rl-step", "rl-rollout", "forecaster", "mnist-blstm-packed"),
+    *("speech", "speech-ragged", "wide-tagger", "lm"),
+)  # who have a name in the cases of `speed`
 
 Units = Sequence[tuple[int, ...]]
 _NARROW: Units = ((5, 16, 20, 32), (40, 50, 64), (80, 96, 100, 128))
@@ -67,10 +71,23 @@ class Point(NamedTuple):
 
 
 def points(backend: str) -> list[Point]:
-    """Return the calls, the same at every time, in an order in which any part is a sample."""
-    found = list(_points(backend, random.Random(0)))
-    random.Random(1).shuffle(found)
-    return found
+    """Return the calls, the same at every time: those of users, and a sample of all others.
+
+    They are in an order in which any part is a sample.
+    """
+    found = list(_points(backend, random.Random(2)))
+    random.Random(3).shuffle(found)
+    return [*_of_users(backend), *found]
+
+
+def _of_users(backend: str) -> Iterator[Point]:
+    precisions = [precision for whose, precision in _UNITS if whose == backend]
+    for name, precision in product(USERS, precisions):
+        case = CASES[name]
+        most = max(max(units) for units in _UNITS[backend, precision])
+        ways = WAYS if not case.packed else ((False, False), (True, False))
+        if most >= case.H:
+            yield from (Point(case, precision, *way) for way in ways)
 
 
 def _points(backend: str, chance: random.Random) -> Iterator[Point]:
@@ -100,7 +117,15 @@ def measure(point: Point, backend: str, device: str) -> list[Any]:
         ours.load_state_dict(theirs.state_dict())
         x = torch.randn(case.T, case.B, case.I, device=device, dtype=precision.dtype)
         regime = _regime(case, backend, x)
-        row = [point.precision, case.shape, case.packed, point.training, point.graph, regime]
+        row = [
+            case.name,
+            point.precision,
+            case.shape,
+            case.packed,
+            point.training,
+            point.graph,
+            regime,
+        ]
         if regime is None:
             return [*row, None, None, None, None]
         rows: Any = x

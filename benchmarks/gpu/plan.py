@@ -8,9 +8,7 @@ from ..speed.cases import CASES, TASK_SHAPES, Case
 from ..speed.job import MODES, Job
 from ..speed.precision import PRECISIONS
 
-GROUPS = ("tasks", "users", "steps", "flashrnn", "wide", "packed", "float32")
-USERS = ("one-sequence", "rl-rollout", "forecaster", "speech")
-WIDE_USERS = ("wide-tagger", "lm")  # whose units no kernel of ours has in float32
+GROUPS = ("tasks", "steps", "flashrnn", "wide", "packed", "float32")
 WIDTHS, BATCHES = (256, 512, 1024), (1, 16, 64, 256)
 
 
@@ -28,9 +26,6 @@ def plan_of_gpu() -> list[Job]:
     both, eager = (False, True), (False,)
     return [
         *_jobs("tasks", shapes, ("bf16", "fp16", "tf32", "exact"), both),
-        *_jobs("users", [CASES[name] for name in (*USERS, *WIDE_USERS)], ("bf16",), both),
-        *_jobs("users", [CASES[name] for name in USERS], ("tf32",), both),
-        *_jobs("users", [CASES["speech-ragged"]], ("bf16", "tf32"), eager),
         *_jobs("steps", many_steps, ("bf16",), (True,), ("infer",)),
         *_jobs("flashrnn", [flashrnn], ("bf16",), both),
         *_jobs("wide", wide, ("bf16",), both),

@@ -63,11 +63,6 @@ TARGETS = (
         for graph in (False, True)
         for statistic, limit in (("mean", 1.5), ("lowest", 0.95))
     ),
-    *(
-        Target("users", mode, graph, "lowest", 0.95)
-        for mode in ("infer", "train")
-        for graph in (False, True)
-    ),
     Target("packed", "infer", False, "lowest", 5),
     Target("packed", "train", False, "lowest", 5),
     *(

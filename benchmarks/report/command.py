@@ -33,6 +33,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "peers": tables.peers,
     "cells": tables.cells,
     "gpu": gpu.table,
+    "users": gpu.users,
     "errors": quantized.error_table,
     "small": quantized.task_table,
     "contention": contention.table,

@@ -1,12 +1,13 @@
-"""The timings of a GPU as a table: both ways to call a layer, beside cuDNN."""
+"""The timings of a GPU as tables: both ways to call a layer, beside cuDNN."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from typing import Any
 
-from ..speed.figures import ratio, time
-from ..speed.results import Results
+from ..speed.cases import CASES
+from ..speed.figures import number, ratio, time
+from ..speed.results import Results, Row
 from .groups import MODES, OURS, Group, groups
 
 _PRECISIONS = {
@@ -36,3 +37,24 @@ def table(results: Results) -> str:
 
 def _two(group: Group) -> tuple[str, str]:
     return time(group.get(OURS, {})), ratio(group.get("torch", {}).get("ratio"))
+
+
+def users(results: Results) -> str:
+    """Make the table of the users' calls in a map: inference and training, in both ways."""
+    calls: dict[tuple[str, str], dict[tuple[bool, bool], Row]] = defaultdict(dict)
+    for row in results.rows:
+        if row["case"] and row["us"] is not None:
+            calls[row["case"], row["precision"]][row["training"], row["graph"]] = row
+    lines = [
+        "| who | I, H, L, D, B, T | numbers | inference, eager µs | cuDNN | graph µs | cuDNN "
+        "| training, eager µs | cuDNN | graph µs | cuDNN |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (name, precision), ways in calls.items():
+        case = CASES[name]
+        cells = [case.who, case.shape.replace(",", ", "), _PRECISIONS[precision]]
+        for way in ((False, False), (False, True), (True, False), (True, True)):
+            row = ways.get(way)
+            cells += [number(row["us"]), ratio(row["ratio"])] if row else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -70,7 +70,11 @@ def load(file: Path) -> Results:
     try:
         found = json.loads(file.read_text())
         results = Results(file, found["environment"])
-        results.rows = [dict(row.items()) for row in found["rows"]]
+        columns = found.get("columns")  # of rows that are lists
+        results.rows = [
+            dict(zip(columns, row, strict=True)) if columns else dict(row.items())
+            for row in found["rows"]
+        ]
         absent = [name for name in NEEDED if name not in results.environment]
     except OSError as error:
         raise BenchmarkError(f"{file} cannot be read: {error}") from error
