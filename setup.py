@@ -1,10 +1,10 @@
 """Builds the kernels: csrc/ -> libraries in fastlstm/, for torch.ops.load_library.
 
 _C.so: of CPUs, and the plans of all. _cuda.so: of GPUs, where torch was built with CUDA and there
-is an nvcc; a GPU need not be there. _triton.so, with FASTLSTM_AHEAD=1: what starts Triton's
-kernels, which the installed Triton compiles then, for every GPU. _emulator.so: the CUDA kernels on
-a CPU, for tests, which build it by `python setup.py build_emulator` when they need it
-(tests/emulator.py).
+is an nvcc; a GPU need not be there. _triton.so, where torch was built with CUDA: what starts
+Triton's kernels; with FASTLSTM_AHEAD=1 it is built in any case, and the installed Triton compiles
+the kernels, for every GPU. _emulator.so: the CUDA kernels on a CPU, for tests, which build it by
+`python setup.py build_emulator` when they need it (tests/emulator.py).
 
 The install succeeds without any of them, on a slower backend. The reason goes to a file beside
 them, which fastlstm.backends() quotes, and to the terminal, unless CUDA simply is not there.
