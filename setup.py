@@ -202,7 +202,9 @@ def cpu() -> Recipe:
 
 
 def ahead() -> Recipe:
-    """Of what starts Triton's kernels that were compiled ahead; CUDA is not needed."""
+    """Of what starts Triton's kernels, which needs no CUDA itself."""
+    if not (AHEAD_IS_WANTED or torch_has_cuda()):
+        raise Absent("torch was built without CUDA")
     if sys.platform != "linux":
         raise BuildError("Triton's kernels are for Linux")
     recipe = of_host({name: [] for name in (*AHEAD, "csrc/old_glibc.cpp")})
@@ -316,16 +318,14 @@ class BuildLibraries(build_ext):
         for library in self.targets:  # an older one must not outlive a failed build
             (folder / f"{library.name}.so").unlink(missing_ok=True)
             (folder / library.report).unlink(missing_ok=True)
-        starts_triton = AHEAD_IS_WANTED or torch_has_cuda()
-        wanted = [each for each in self.targets if each.name != "_triton" or starts_triton]
         # Compilers share one pool; each library has a thread that waits for its own.
         with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor() as waiting:
             scratch = Path("build", "objects")  # pip throws self.build_temp away
             builds = [
                 waiting.submit(each.build, folder, scratch, pool, not self.inplace)
-                for each in wanted
+                for each in self.targets
             ]
-        for library, build in zip(wanted, builds, strict=True):
+        for library, build in zip(self.targets, builds, strict=True):
             error = build.exception()
             if isinstance(error, BuildError):
                 self.do_without(library, folder, error)
