@@ -71,7 +71,7 @@ def cuda_error(emulated: bool) -> str | None:
 
 
 def triton_error() -> str | None:
-    """Load what starts Triton's kernels compiled ahead; return why it is missing, or None."""
+    """Load what starts Triton's kernels from C++; return why it is missing, or None."""
     return _error_of("_triton", "_triton_error.txt", "what starts compiled Triton kernels")
 
 

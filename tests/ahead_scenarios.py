@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlstm
 from benchmarks.speed.precision import PRECISIONS
@@ -155,18 +156,21 @@ def on_demand(library: Path, folder: Path, arch: int) -> dict[str, Any]:
     asked: list[str] = []
     shared = [1024]
 
-    def image(arch: int, number: int) -> tuple[Tensor, int]:
+    def image(arch: int, number: int) -> tuple[bytes, int]:
         key = triton._keys(arch)[number]
         asked.append(key.name)
         if key.units == 128:
             raise ValueError("a sentence")
-        text = f"{named(key, arch)}\0".encode()
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8), shared[0]
+        return f"{named(key, arch)}\0".encode(), shared[0]
 
-    triton.image = image
+    compiled, triton.image = triton.image, image
     layer = fastlstm.LSTM(28, 64, bidirectional=True, dtype=torch.bfloat16)
     x = torch.zeros(3, 19, 28, dtype=torch.bfloat16)
     found: dict[str, Any] = {"asked at first": list(asked), "no clusters": CLUSTER_PROBLEM}
+    with config.override(batch=16), FakeTensorMode():  # plans of others are not this block's
+        found["problem"] = ahead.problem_of(0)
+    found["tried"] = list(asked)
+    asked.clear()
     with fastlstm.backend("triton"):
         with torch.no_grad():
             layer(x)
@@ -181,6 +185,7 @@ def on_demand(library: Path, folder: Path, arch: int) -> dict[str, Any]:
         for thread in threads:
             thread.join()
         found["threads"] = len(stub.stub_launches().splitlines())
+        found["of threads"] = asked[4:]
         found["error"] = said(lambda: fastlstm.LSTM(28, 128, dtype=torch.bfloat16)(x))
         shared[0] = SHARED + 1
         found["shared"] = said(lambda: fastlstm.LSTM(28, 16, dtype=torch.bfloat16)(x))
@@ -192,6 +197,8 @@ def on_demand(library: Path, folder: Path, arch: int) -> dict[str, Any]:
         found["wide"], found["left to Triton"] = list(asked), len(given)
         found["explained"] = str(fastlstm.explain(layer, x))
     found["backends"] = str(fastlstm.backends())
+    triton.image = compiled
+    found["compiled"] = ahead.problem_of(1)  # of a kernel that Triton has compiled in earnest
     return found
 
 

@@ -14,19 +14,19 @@
 
 namespace {
 
+// The image may go when it is loaded. Of code for a GPU nothing is needed later, of text all of it.
 struct Module {
-  const char* image;
+  std::string text;
 };
 
 struct Function {
-  const char* image;
-  std::string name;
+  std::string text, name;
   int shared = 48 << 10;  // dynamic, until more is asked for
   int cluster = 0;        // blocks that it was compiled for, as far as that is known
   bool large = false;     // whether clusters of more than 8 blocks are allowed
 };
 
-// Gets the image, the name of the function, a line of JSON, and pointers to the arguments, null after the last.
+// Gets the text of the image, the name of the function, a line of JSON, and pointers to the arguments, null after the last.
 using Runner = void (*)(const char* image, const char* name, const char* launch, void** arguments);
 
 int arch = 90, devices = 8, version = 12080, most_shared = 227 << 10;
@@ -151,14 +151,14 @@ CUresult cuModuleLoadData(CUmodule* module, const void* given) {
   if (!is_cubin(image) && std::memcmp(image, "//", 2)) return CUDA_ERROR_INVALID_IMAGE;
   if (!runs(image)) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   if (version < 12000) return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
-  return *module = reinterpret_cast<CUmodule>(new Module{image}), CUDA_SUCCESS;
+  return *module = reinterpret_cast<CUmodule>(new Module{is_cubin(image) ? "" : image}), CUDA_SUCCESS;
 }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
-  const char* image = reinterpret_cast<Module*>(module)->image;
-  if (!is_cubin(image) && !std::strstr(image, name)) return CUDA_ERROR_NOT_FOUND;
-  Function* found = new Function{image, name};
-  if (!is_cubin(image)) {
-    const char* cluster = std::strstr(image, ".reqnctapercluster ");
+  const std::string& text = reinterpret_cast<Module*>(module)->text;
+  if (!text.empty() && text.find(name) == std::string::npos) return CUDA_ERROR_NOT_FOUND;
+  Function* found = new Function{text, name};
+  if (!text.empty()) {
+    const char* cluster = std::strstr(text.c_str(), ".reqnctapercluster ");
     found->cluster = cluster ? std::atoi(cluster + std::strlen(".reqnctapercluster ")) : 1;
   }
   return *function = reinterpret_cast<CUfunction>(found), CUDA_SUCCESS;
@@ -194,7 +194,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction given, void**
     const std::lock_guard<std::mutex> locked(lock);
     launches += line + "\n";
   }
-  if (runner) runner(function.image, function.name.c_str(), line.c_str(), arguments);
+  if (runner) runner(function.text.c_str(), function.name.c_str(), line.c_str(), arguments);
   return CUDA_SUCCESS;
 }
 CUresult cuGetErrorName(CUresult error, const char** name) {

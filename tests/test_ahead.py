@@ -25,6 +25,7 @@ from fastlstm.spec import LayerSpec
 
 MOST_WAVES, QUARTERS = 6, 4  # of csrc/triton/kernels.cpp
 ARGUMENTS = [("x", 8), ("T", 4)]
+KERNELS = 11  # of a folder in these tests: more than are compressed together
 
 
 def first(
@@ -90,21 +91,20 @@ def folder_of(folder: Path, wanted: list[Key]) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return folder_of(tmp_path / "kernels", keys(table(90))[:3])
+    return folder_of(tmp_path / "kernels", keys(table(90))[:KERNELS])
 
 
 def test_manifest_is_read_again(folder: Path) -> None:
     found = Manifest.read(folder)
-    assert [kernel["arguments"] for kernel in found.kernels] == ["x:8 T:4"] * 3
+    assert [kernel["arguments"] for kernel in found.kernels] == ["x:8 T:4"] * KERNELS
     assert found.damaged() is None
-    wanted = keys(table(90))[:3]
+    wanted = keys(table(90))[:KERNELS]
     for name, about in found.files.items():
-        content = bytes(found.content(name).numpy())
-        for key, (begin, count, shared) in zip(wanted, about["places"], strict=True):
-            text = f"{key} {about['arch']}".encode() if name.endswith(".cubin") else b"// PTX\0"
-            assert content[begin : begin + count] == text
-            assert shared == 1024
-            assert begin % 16 == 0
+        assert len(about["groups"]) > 1
+        for place, key in enumerate(wanted):
+            text = f"{key} {about['arch']}".encode() if ".cubin" in name else b"// PTX\0"
+            assert found.image(name, place) == (text, 1024)
+            assert found.places[key.number] == place
     again = folder_of(folder.parent / "again", wanted)
     assert all((again / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir())
 
@@ -113,11 +113,11 @@ def test_manifest_is_read_again(folder: Path) -> None:
     ("gpu", "file"),
     [
         (75, None),
-        (80, "sm_80.cubin"),
-        (86, "sm_80.cubin"),
-        (89, "sm_80.cubin"),
-        (90, "sm_90.cubin"),
-        (100, "sm_100.cubin"),
+        (80, "sm_80.cubin.xz"),
+        (86, "sm_80.cubin.xz"),
+        (89, "sm_80.cubin.xz"),
+        (90, "sm_90.cubin.xz"),
+        (100, "sm_100.cubin.xz"),
         (103, "compute_80.ptx.xz"),
         (120, "compute_80.ptx.xz"),
     ],
@@ -141,17 +141,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda f: (f / NAME).unlink(), "not compiled when fastlstm was built"),
     "truncated": (lambda f: (f / NAME).write_text((f / NAME).read_text()[:99]), "damaged"),
     "not a manifest": (lambda f: (f / NAME).write_text("[1, 2]"), "not a list of kernels"),
-    "newer": (edited(lambda m: m.update(format=2)), "not a list of kernels"),
+    "newer": (edited(lambda m: m.update(format=1)), "not a list of kernels"),
     "foreign": (edited(lambda m: m.update(sources="0")), "another version of fastlstm"),
     "no plans": (edited(lambda m: m.pop("plans")), "has no plans"),
     "no arguments": (edited(lambda m: m["kernels"][1].pop("arguments")), "kernel 1 .* arguments"),
     "text": (edited(lambda m: m["kernels"][2].update(warps="4")), "kernel 2 .* no int"),
     "few places": (
-        edited(lambda m: m["files"]["sm_80.cubin"]["places"].pop()),
-        "sm_80.cubin does not have 3 kernels",
+        edited(lambda m: m["files"]["sm_80.cubin.xz"]["places"].pop()),
+        "sm_80.cubin.xz does not have 11 kernels",
     ),
-    "short file": (lambda f: (f / "sm_90.cubin").write_bytes(b"1"), "has 1 bytes instead of"),
-    "no file": (lambda f: (f / "sm_90.cubin").unlink(), "has 0 bytes instead of"),
+    "short file": (lambda f: (f / "sm_90.cubin.xz").write_bytes(b"1"), "has 1 bytes instead of"),
+    "no file": (lambda f: (f / "sm_90.cubin.xz").unlink(), "has 0 bytes instead of"),
 }
 
 
@@ -163,16 +163,26 @@ def test_bad_manifest_is_refused(folder: Path, spoil: Callable[[Path], Any], sai
 
 
 def test_other_bytes_of_the_same_length_are_found(folder: Path) -> None:
-    file = folder / "sm_90.cubin"
+    file = folder / "sm_90.cubin.xz"
     file.write_bytes(bytes(file.stat().st_size))
-    assert "sm_90.cubin" in str(Manifest.read(folder).damaged())
+    assert "sm_90.cubin.xz" in str(Manifest.read(folder).damaged())
 
 
-def test_damaged_ptx_is_refused(folder: Path) -> None:
-    file = folder / "compute_80.ptx.xz"
-    file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(ManifestError, match="damaged"):
-        Manifest.read(folder).content(file.name)
+@pytest.mark.parametrize("name", ["compute_80.ptx.xz", "sm_90.cubin.xz"])
+def test_damaged_kernels_are_refused(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(bytes((folder / name).stat().st_size))
+    found = Manifest.read(folder)
+    with pytest.raises(ManifestError, match=f"{name} is damaged"):
+        found.image(name, 0)
+
+
+def test_a_kernel_that_is_cut_off_is_refused(folder: Path) -> None:
+    edited(lambda m: m["files"]["sm_90.cubin.xz"]["places"][-1].__setitem__(2, 1000))(folder)
+    found = Manifest.read(folder)
+    with pytest.raises(
+        ManifestError, match=r"sm_90\.cubin\.xz is damaged: kernel 10 is not whole"
+    ):
+        found.image("sm_90.cubin.xz", KERNELS - 1)
 
 
 def test_mode_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

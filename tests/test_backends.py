@@ -111,14 +111,14 @@ def test_an_old_triton_is_named(version: str, monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("triton")
     monkeypatch.setattr("triton.__version__", version)
     reason = f"Triton {version} is too old: the kernels need 3.6"
-    assert import_module("fastlstm.kernels.triton")._load_jit.__wrapped__() == reason
+    assert import_module("fastlstm.kernels.triton")._triton_problem.__wrapped__() == reason
 
 
 def test_a_missing_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line, which says what to do; the same as a user without a GPU sees."""
     module = import_module("fastlstm.kernels.triton")
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    reason = module._load_jit.__wrapped__()
+    reason = module._triton_problem.__wrapped__()
     assert reason == 'Triton is not installed; to install it, run: pip install "fastlstm[triton]"'
 
 

@@ -45,9 +45,6 @@ i64 number(const Row& row, i64 inputs, RowsKind rows, bool keeps, bool even) {
   return found;
 }
 
-// Of such a number: what a plan says of a kernel but for its inputs.
-i64 plan_bits(i64 number) { return number >> 11; }
-
 // Of such a number, 0 where x does not go through w_ih in the loop.
 i64 inputs_bits(i64 number) { return number >> 7 & 15; }
 
@@ -82,10 +79,11 @@ Slot slot_of(const std::string& word, const std::string& kernel) {
   return found->second;
 }
 
-// What Triton has compiled of a kernel: Python is asked, so nobody may wait for the caller. shared: bytes of a block.
-Array compiled(int device, const Kernel& kernel, i64* shared) {
+// The code of a kernel, read or compiled by Python: it may take its time, and nobody may wait for the caller meanwhile.
+// shared: bytes of a block.
+Array image_of(const Kernel& kernel, int device, i64* shared) {
   std::array stack{torch::stable::detail::from(i64(device)), torch::stable::detail::from(kernel.number)};
-  call_instead("fastlstm::triton_compile", stack.data());
+  call_instead("fastlstm::triton_image", stack.data());
   *shared = *static_cast<i64*>(Array(torch::stable::detail::to<AtenTensorHandle>(stack[1])).data);
   return Array(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
 }
@@ -130,9 +128,9 @@ void Arguments::set(Slot slot, i64 number, const char* what) {
   value[size_t(slot)] = uint32_t(number);
 }
 
-Device::Device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
-               const std::vector<i64>& plans)
-    : index_(index), images_(std::move(images)) {
+Device::Device(int index, const std::vector<i64>& kernels, const std::string& names, const std::vector<i64>& plans,
+               const std::vector<i64>& together)
+    : index_(index) {
   const Driver& driver = Driver::get();
   int device;
   driver.check(driver.device(&device, index), "looking for the GPU", std::to_string(index).c_str());
@@ -148,40 +146,31 @@ Device::Device(int index, Array images, const std::vector<i64>& kernels, const s
   while (std::getline(lines, line)) read_kernel(&at, end, line);
   FASTLSTM_CHECK(at == end && !kernels_.empty(), "fastlstm: not a list of compiled kernels");
   const InContext current(driver, context_);
-  if (kernels_.front()->image) function(kernels_.front().get());
+  function(kernels_.front().get());
+  FASTLSTM_CHECK(together.empty() || together.size() == at_once_.size(), "fastlstm: not the rooms for clusters");
+  for (size_t k = 0; k < together.size(); ++k) at_once_[k] = together[k] + 1;
 }
 
-// numbers: its key, where its image begins, how long that is, bytes of shared memory, warps, sequences, blocks; no
-// image if it is compiled when it is started. line: its name, that of the function in the image, its arguments.
+// numbers: its key, warps, sequences, blocks. line: its name, that of its function, its arguments.
 void Device::read_kernel(const i64** numbers, const i64* end, const std::string& line) {
-  FASTLSTM_CHECK(end - *numbers >= 7, "fastlstm: not a list of compiled kernels");
+  FASTLSTM_CHECK(end - *numbers >= 4, "fastlstm: not a list of compiled kernels");
   const i64* n = *numbers;
-  *numbers += 7;
+  *numbers += 4;
   std::istringstream words(line);
   auto kernel = std::make_unique<Kernel>();
   words >> kernel->name >> kernel->entry;
-  FASTLSTM_CHECK(n[1] >= 0 && n[2] >= 0 && n[1] + n[2] <= images_.sizes[0], "fastlstm: the compiled kernel ",
-                 kernel->name, " does not lie in its file");
-  FASTLSTM_CHECK(n[3] >= 0 && n[4] > 0 && n[4] <= 32 && n[5] > 0, "fastlstm: the compiled kernel ", kernel->name,
-                 " cannot have ", n[4], " warps");
-  check_shared(*kernel, n[3]);
+  FASTLSTM_CHECK(n[1] > 0 && n[1] <= 32 && n[2] > 0, "fastlstm: the compiled kernel ", kernel->name, " cannot have ",
+                 n[1], " warps");
+  FASTLSTM_CHECK(n[3] > 0 && n[3] <= 16 && n[3] == i64(1) << log2(n[3]), "fastlstm: the compiled kernel ", kernel->name,
+                 " cannot have clusters of ", n[3], " blocks");
   kernel->number = n[0];
-  kernel->image = n[2] ? static_cast<const char*>(images_.data) + n[1] : nullptr;
-  kernel->shared = unsigned(n[3]);
-  kernel->threads = unsigned(n[4]) * kLanes;
-  FASTLSTM_CHECK(n[6] > 0 && n[6] <= 16 && n[6] == i64(1) << log2(n[6]), "fastlstm: the compiled kernel ", kernel->name,
-                 " cannot have clusters of ", n[6], " blocks");
-  kernel->batch = n[5];
-  kernel->blocks = unsigned(n[6]);
+  kernel->threads = unsigned(n[1]) * kLanes;
+  kernel->batch = n[2];
+  kernel->blocks = unsigned(n[3]);
   kernel->fused = inputs_bits(n[0]) > 0;
   for (std::string word; words >> word;) kernel->slots.push_back(slot_of(word, kernel->name));
   by_number_[n[0]] = kernel.get();
   kernels_.push_back(std::move(kernel));
-}
-
-void Device::check_shared(const Kernel& kernel, i64 bytes) const {
-  FASTLSTM_CHECK(bytes <= most_shared_, "fastlstm: the compiled kernel ", kernel.name, " takes ", bytes,
-                 " bytes of shared memory, and the GPU has ", most_shared_);
 }
 
 const Row* Device::plan(const Layer& layer) const {
@@ -197,17 +186,16 @@ const Row* Device::plan(const Layer& layer) const {
 
 // For how many programs, of few sequences or each of a cluster.
 i64 Device::room(const Row& row) const {
-  if (row.blocks > 1) return kMostWaves * at_once(row.blocks, &row);
+  if (row.blocks > 1) return kMostWaves * at_once(row.blocks);
   return processors_ * std::max(i64(1), kQuarters / row.warps);
 }
 
-i64 Device::at_once(i64 blocks, const Row* row) const {
+i64 Device::at_once(i64 blocks) const {
   std::atomic<i64>& known = at_once_[size_t(log2(blocks))];
   if (const i64 found = known.load(std::memory_order_relaxed)) return found - 1;
   int found = 0;
   for (const auto& kernel : kernels_) {
     if (kernel->blocks != blocks) continue;
-    if (row && plan_bits(kernel->number) != plan_bits(number(*row, 0, RowsKind::dense, false, false))) continue;
     const Driver& driver = Driver::get();
     const InContext current(driver, context_);
     const Handle_ start = function(kernel.get());
@@ -266,24 +254,18 @@ Kernel* Device::sums_of_weights(const Row& row) const {
 
 Handle_ Device::function(Kernel* kernel) const {
   if (Handle_ found = kernel->function.load(std::memory_order_acquire)) return found;
-  Array made;
-  i64 shared = 0;
-  if (!kernel->image) {
-    made = compiled(index_, *kernel, &shared);
-    check_shared(*kernel, shared);
-  }
+  i64 shared;
+  const Array image = image_of(*kernel, index_, &shared);
+  FASTLSTM_CHECK(shared <= most_shared_, "fastlstm: the compiled kernel ", kernel->name, " takes ", shared,
+                 " bytes of shared memory, and the GPU has ", most_shared_);
   const std::lock_guard<std::mutex> lock(loading_);
   if (Handle_ found = kernel->function.load(std::memory_order_relaxed)) return found;
   const Driver& driver = Driver::get();
   const std::string whom = kernel->name + " on GPU " + std::to_string(index_);
   const Uncaptured uncaptured(driver);
   Handle_ module, found;
-  const void* image = kernel->image;
-  if (!image) {
-    image = made.data;
-    kernel->shared = unsigned(shared);
-  }
-  driver.check(driver.load(&module, image), "loading the compiled kernel", whom.c_str());
+  kernel->shared = unsigned(shared);
+  driver.check(driver.load(&module, image.data), "loading the compiled kernel", whom.c_str());
   driver.check(driver.function(&found, module, kernel->entry.c_str()), "finding the compiled kernel", whom.c_str());
   if (kernel->shared > kStaticShared)
     driver.check(driver.set(found, kMostShared, int(kernel->shared)), "giving shared memory to", whom.c_str());
@@ -310,10 +292,10 @@ void Device::launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z) c
     driver.check(result, "starting the compiled kernel", (kernel->name + " on GPU " + std::to_string(index_)).c_str());
 }
 
-void add_device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
-                const std::vector<i64>& plans) {
+void add_device(int index, const std::vector<i64>& kernels, const std::string& names, const std::vector<i64>& plans,
+                const std::vector<i64>& together) {
   Known& device = known(index);
-  device.set(new Device(index, std::move(images), kernels, names, plans));
+  device.set(new Device(index, kernels, names, plans, together));
 }
 
 const Device* device_of(int index) {

@@ -77,7 +77,6 @@ constexpr int kClusterSizes = 5;  // 1 to 16 blocks
 struct Kernel {
   std::string name, entry;
   i64 number;
-  const void* image;         // null if it is not compiled yet
   unsigned threads, shared;  // the latter is known once it is loaded
   i64 batch;
   unsigned blocks;  // of a cluster
@@ -88,16 +87,17 @@ struct Kernel {
 
 class Device {
  public:
-  // Throws unless the device runs such kernels, one of which it loads if it is compiled.
-  // `kernels` and `plans`: numbers as fastlstm/kernels/triton/ahead/library.py lists them; `names`: a line for each.
-  Device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
-         const std::vector<i64>& plans);
+  // Throws unless the device runs such kernels, one of which it loads.
+  // `kernels` and `plans`: numbers as fastlstm/kernels/triton/ahead/library.py lists them; `names`: a line for each;
+  // `together`: how many clusters of each size have room, or nothing where the driver is to be asked.
+  Device(int index, const std::vector<i64>& kernels, const std::string& names, const std::vector<i64>& plans,
+         const std::vector<i64>& together);
 
   // The plan of a pass; null if it is not compiled ahead.
   const Row* plan(const Layer& layer) const;
-  // How many clusters of so many blocks are on the GPU together, as the driver says of one of these kernels, of that
-  // plan if one is given; 0 if there is no such kernel.
-  i64 at_once(i64 blocks, const Row* row = nullptr) const;
+  // How many clusters of so many blocks are on the GPU together, as was said when it was made, or as the driver says of
+  // one of these kernels; 0 if there is no such kernel.
+  i64 at_once(i64 blocks) const;
   // The kernel for a call; null if there is none.
   Kernel* find(const Wish& wish) const;
   // The two that find the gradients of weights after a backward pass of that plan. even: as of a wish.
@@ -110,7 +110,6 @@ class Device {
 
  private:
   void read_kernel(const i64** numbers, const i64* end, const std::string& line);
-  void check_shared(const Kernel& kernel, i64 bytes) const;
   Handle_ function(Kernel* kernel) const;
   i64 room(const Row& row) const;
   Kernel* find(const Wish& wish, i64 inputs, bool even) const;
@@ -118,7 +117,6 @@ class Device {
   int index_;
   Handle_ context_ = nullptr;
   int most_shared_ = 0, processors_ = 0;
-  Array images_;
   std::vector<Row> plans_;
   std::vector<std::unique_ptr<Kernel>> kernels_;
   std::unordered_map<i64, Kernel*> by_number_;
@@ -128,7 +126,7 @@ class Device {
 
 // The device of that index with its kernels, for which Python is asked when it is first needed; null if it has none.
 const Device* device_of(int index);
-void add_device(int index, Array images, const std::vector<i64>& kernels, const std::string& names,
-                const std::vector<i64>& plans);
+void add_device(int index, const std::vector<i64>& kernels, const std::string& names, const std::vector<i64>& plans,
+                const std::vector<i64>& together);
 
 }  // namespace fastlstm::ahead

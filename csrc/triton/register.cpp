@@ -16,9 +16,9 @@ std::vector<i64> triton_gpu(i64 index) {
   return {10 * major + minor, processors};
 }
 
-void triton_add(i64 index, Handle images, const std::vector<i64>& kernels, const std::string& names,
-                const std::vector<i64>& plans) {
-  add_device(int(index), Array(images), kernels, names, plans);
+void triton_add(i64 index, const std::vector<i64>& kernels, const std::string& names, const std::vector<i64>& plans,
+                const std::vector<i64>& together) {
+  add_device(int(index), kernels, names, plans, together);
 }
 
 std::vector<i64> triton_plan(i64 index, bool back, i64 kind, i64 I, i64 H, i64 D, i64 B) {

@@ -164,7 +164,7 @@ class Backend:
         return None
 
     def is_ready(self, specs: Sequence[LayerSpec], x: Tensor, batch: int) -> bool:
-        """Whether the first call of such layers compiles nothing: CUDA graphs may refuse that."""
+        """Whether a CUDA graph may capture the first call of such layers, whatever it compiles."""
         return True
 
     def regime(self, spec: LayerSpec, T: int, B: int, x: Tensor) -> str:

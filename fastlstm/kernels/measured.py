@@ -42,8 +42,8 @@ _ANY = 1 << 40
 CHOICE = "auto takes them on sm_90 where they were faster than cuDNN, or what that lacks"
 """What users are told of it in a line; :func:`fastlstm.explain` says the rest."""
 
-EAGER = "eager"  # the kernels are called as they are, and compiled when they are first called
-READY = "ready"  # the same, but they were compiled before
+EAGER = "eager"  # the kernels are called as they are, and Triton's own launcher starts them
+READY = "ready"  # the same, but C++ starts them
 REPLAYED = "replayed"  # the call is captured in a CUDA graph
 
 

@@ -52,7 +52,7 @@ class TritonBackend(Backend):
 
     @property
     def lstm_infer(self) -> Any:
-        """The operator of a stack without gradients; None unless kernels were compiled ahead."""
+        """The operator of a stack without gradients; None unless C++ starts kernels."""
         return plain.infer if _has_ahead() else None
 
     def takes_plain(self, spec: LayerSpec, sequences: Sequences) -> bool:
@@ -71,17 +71,18 @@ class TritonBackend(Backend):
 
             return f"Triton {__version__}, interpreted (TRITON_INTERPRET=1), to check the kernels"
         what = f"float32, bfloat16, float16 on CUDA devices from sm_80; {measured.CHOICE}"
-        from .ahead import library
+        ahead = _ahead_problem()
+        if ahead is None:
+            from .ahead.library import manifest
 
-        ahead, found = _ahead_problem(), library.manifest()
-        if ahead is None and found is not None:
-            kernels = f"kernels of Triton {found.triton} compiled ahead for {found.archs()}"
-            jit = "others are compiled at run time" if _jit_problem() is None else ""
-            return f"{kernels}; {jit or 'Triton is not needed'}: {what}"
+            if (found := manifest()) is not None:
+                kernels = f"kernels of Triton {found.triton} compiled ahead for {found.archs()}"
+                jit = "others are compiled at run time" if _jit_problem() is None else ""
+                return f"{kernels}; {jit or 'Triton is not needed'}: {what}"
         from triton import __version__
 
-        aside = f" (compiled ahead: {ahead or library.why_not_ahead()})" if _built() else ""
-        return f"Triton {__version__}: {what}{aside}"
+        aside = f" (C++ does not start them: {ahead})" if ahead else ""
+        return f"Triton {__version__}{aside}: {what}"
 
     def obstacle(self, spec: LayerSpec, x: Tensor) -> str | None:
         """Say why it cannot compute such a layer of an input like x; None if it can."""
@@ -128,7 +129,7 @@ class TritonBackend(Backend):
         return measured.pace(self.name, regimes, way, where, specs, use)
 
     def is_ready(self, specs: Sequence[LayerSpec], x: Tensor, batch: int) -> bool:
-        """Whether kernels of such layers, for so many sequences, were compiled ahead."""
+        """Whether C++ starts the kernels of such layers, for so many sequences."""
         found = _ahead_problem() is None
         return found and all([_not_ahead(spec, x, batch) is None for spec in specs])
 
@@ -184,7 +185,7 @@ def _load() -> str | None:
     if ahead is None or mode == "ahead":
         return ahead  # Triton is loaded where a call needs it
     jit = _load_jit_kernels()
-    return f"{ahead}; {jit}" if jit and _built() else jit
+    return ahead if jit and _built() else jit
 
 
 @cache
@@ -223,14 +224,14 @@ def _ahead_problem() -> str | None:
 def _load_ahead() -> str | None:
     """Load the kernels that C++ starts, compiled ahead or by Triton; say why there are none."""
     if os.environ.get("FASTLSTM_TRITON") == "jit":
-        return "FASTLSTM_TRITON=jit leaves the kernels that were compiled ahead aside"
+        return "FASTLSTM_TRITON=jit"
     if _interpreted():
         return "TRITON_INTERPRET=1 asks for the interpreter"
     if torch.version.hip is not None or not torch.cuda.is_available():
         return "there is no CUDA device"
     from .ahead import library
 
-    return library.load(_jit_problem)
+    return library.load(_triton_problem)
 
 
 @constant
@@ -240,7 +241,26 @@ def _jit_problem() -> str | None:
 
 @cache
 def _load_jit() -> str | None:
-    """Load what compiles at run time; say why it cannot be loaded."""
+    """Load what compiles at run time, and what starts that; say why it cannot be loaded."""
+    if (reason := _triton_problem()) is not None:
+        return reason
+    from triton import knobs
+
+    if not knobs.runtime.interpret:
+        from .builder import problem
+
+        if (missing := problem()) is not None:
+            return missing
+    try:
+        import_module("fastlstm.kernels.triton.operators")
+    except (ImportError, AttributeError) as error:  # of a broken Triton, or one of long ago
+        return f"Triton cannot be loaded: {error}"
+    return None
+
+
+@cache
+def _triton_problem() -> str | None:
+    """Say why Triton cannot compile at run time; None if it can."""
     if os.environ.get("FASTLSTM_TRITON") == "ahead":
         return "FASTLSTM_TRITON=ahead forbids to compile at run time"
     if find_spec("triton") is None:
@@ -248,21 +268,13 @@ def _load_jit() -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for CUDA, and this torch is built for ROCm"
     try:
-        from triton import __version__
+        from triton import __version__, knobs
 
         if _release(__version__) < _OLDEST:
             return "Triton {} is too old: the kernels need {}.{}".format(__version__, *_OLDEST)
-        from triton import knobs
-
-        if not knobs.runtime.interpret:
-            if not torch.cuda.is_available():
-                return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-            from .builder import problem
-
-            if (missing := problem()) is not None:
-                return missing
-        import_module("fastlstm.kernels.triton.operators")
-    except (ImportError, AttributeError) as error:  # of a broken Triton, or one of long ago
+        if not (knobs.runtime.interpret or torch.cuda.is_available()):
+            return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    except (ImportError, AttributeError) as error:
         return f"Triton cannot be loaded: {error}"
     return None
 
@@ -315,7 +327,7 @@ _ANY = 1 << 30  # sequences: clusters of so many have no room
 
 
 def _not_ahead(spec: LayerSpec, x: Tensor, B: int = _ANY) -> str | None:
-    """Say why kernels of all calls of a layer were not compiled ahead; None if they were."""
+    """Say why C++ does not start kernels for all calls of a layer; None if it does."""
     return _layer_not_ahead(tuple(spec), x.device.index or 0, _kind(x.dtype), B)
 
 

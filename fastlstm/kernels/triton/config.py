@@ -50,6 +50,8 @@ _REGIMES = "registers", "sequence", "cluster", "steps"
 # Told whether plans are overridden: kernels that were compiled ahead know none but their own.
 _watchers: list[Callable[[bool], Any]] = []
 # For the whole process: autograd runs backward in a thread of its own.
+_FORWARD = forward_registers, forward_sequence, forward_cluster, forward_spread
+_BACKWARD = backward_registers, backward_sequence, backward_cluster, backward_spread
 _changes: dict[str, Any] = {}
 
 
@@ -95,9 +97,7 @@ def forward_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    return _plan(
-        (forward_registers, forward_sequence, forward_cluster, forward_spread), problem, device
-    )
+    return _plan(_FORWARD, problem, device)
 
 
 def backward_plan(problem: Problem, device: Device) -> Plan:
@@ -106,8 +106,12 @@ def backward_plan(problem: Problem, device: Device) -> Plan:
     Raises:
         ValueError: the overridden regime cannot compute it.
     """
-    makers = backward_registers, backward_sequence, backward_cluster, backward_spread
-    return _plan(makers, problem, device)
+    return _plan(_BACKWARD, problem, device)
+
+
+def plan_without_override(back: bool, problem: Problem, device: Device) -> Plan:
+    """Return the plan of a pass as it is where nobody overrides it."""
+    return _choose(_BACKWARD if back else _FORWARD, problem, device, None)
 
 
 def rnn_plan(problem: Problem, device: Device) -> Plan:

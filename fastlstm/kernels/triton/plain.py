@@ -1,4 +1,4 @@
-"""The operators of plain layers whose kernels were compiled ahead: for latency.
+"""The operators of plain layers whose kernels C++ starts: for latency.
 
 They make their outputs, and are told whether float32 is multiplied in TF32: C++ would have to ask
 Python, which takes longer than the rest of such a call. ``csrc/triton/`` computes them.

@@ -26,6 +26,7 @@ _KERNELS = {
     (True, "parts"): ("weight_gradients", "lstm_weight_parts_kernel"),
     (True, "sums"): ("weight_gradients", "lstm_weight_sums_kernel"),
 }
+_OF_TRITON = 2  # pointers that it adds, to memory of its own that these kernels do not use
 _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "tf32": "*fp32", "exact": "*fp32"}
 _FLOAT32 = ("c_all", "parts")
 _INTEGERS = {"offsets": "*i64", "lengths": "*i64", "reset": "*u8"}
@@ -70,11 +71,24 @@ def compiled(key: Key, arch: int) -> Image:
     signature, constants, attributes = _described(kernel, key)
     source = source_of(kernel)(kernel, signature, constants, attributes)
     options = compiler_options(key.regime, key.warps, blocks=key.blocks)
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True
+    knobs = triton.knobs.compilation
+    before, knobs.disable_line_info = knobs.disable_line_info, True
+    try:
         found = triton.compile(source, GPUTarget("cuda", arch, 32), options)
+    finally:
+        knobs.disable_line_info = before
+    entry, arguments = interface(key)
+    taken = _parameters(found.asm["ptx"], entry)
+    if taken != len(arguments) + _OF_TRITON:
+        own = f"{len(arguments)} and {_OF_TRITON} of Triton's own"
+        raise ValueError(f"{key.name} takes {taken} arguments, expected {own}")
     shared, cubin, ptx = found.metadata.shared, found.asm["cubin"], found.asm["ptx"].encode()
-    return Image(*interface(key), shared, cubin, ptx)
+    return Image(entry, arguments, shared, cubin, ptx)
+
+
+def _parameters(ptx: str, entry: str) -> int:
+    """Return how many arguments a function takes."""
+    return ptx.partition(f".entry {entry}(")[2].partition(")")[0].count(".param ")
 
 
 def interface(key: Key) -> tuple[str, list[tuple[str, int]]]:

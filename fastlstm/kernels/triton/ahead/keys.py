@@ -1,4 +1,4 @@
-"""Which kernels are compiled ahead, and what tells one from another.
+"""Which kernels C++ starts, compiled ahead or when called, and what tells one from another.
 
 What shapes the code is compiled in: tiles, the kind of number, what a call has. T, B, I, H,
 strides, directions and absent tensors, which are null, come at run time.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import log2
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastlstm.kernels.triton.register_plans import sequences
 from fastlstm.kernels.triton.weight_gradients import PARTS, tiles
 
 from .plans import ANY, KINDS, REGIMES, Row, element_and_precision
 
-__all__ = ["KERNELS", "ROWS", "Key", "keys"]
+__all__ = ["KERNELS", "ROWS", "Key", "described", "keys"]
 
 # What kernels do: a pass in a regime, or the two steps to the gradients of weights.
 KERNELS = (*REGIMES, "parts", "sums")
@@ -70,6 +70,20 @@ class Key(NamedTuple):
         ):
             found = found << bits | value
         return found
+
+
+def described(key: Key, entry: str, arguments: list[tuple[str, int]]) -> dict[str, Any]:
+    """Describe a kernel as a manifest does: by its function, and names and bytes of arguments."""
+    return {
+        "name": key.name,
+        "key": key.number,
+        "entry": entry,
+        # One text: a list of lists would take the collector of garbage 60 ms when it is read.
+        "arguments": " ".join(f"{name}:{size}" for name, size in arguments),
+        "warps": key.warps,
+        "batch": key.batch,
+        "blocks": key.blocks,
+    }
 
 
 def keys(rows: list[Row]) -> list[Key]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastlstm import extension
 from fastlstm.kernels.measured import precision
@@ -29,13 +31,12 @@ __all__ = [
     "missing",
     "plan",
     "problem_of",
-    "why_not_ahead",
 ]
 
 _COMPOSITE = "CompositeExplicitAutograd"
 _gpu = define_operator("triton_gpu", "(int device) -> int[]")
 _add = define_operator(
-    "triton_add", "(int device, Tensor images, int[] kernels, str names, int[] plans) -> ()"
+    "triton_add", "(int device, int[] kernels, str names, int[] plans, int[] together) -> ()"
 )
 _plan = define_operator(
     "triton_plan",
@@ -47,8 +48,9 @@ _pause = define_operator("triton_pause", "(bool paused) -> ()")
 _prepare = define_operator("triton_prepare", "(int device) -> str")
 _tf32 = define_operator("triton_tf32", "() -> bool")
 
-_compile = define_operator("triton_compile", "(int device, int kernel) -> (Tensor, Tensor)")
+_image = define_operator("triton_image", "(int device, int kernel) -> (Tensor, Tensor)")
 
+CLUSTER_SIZES = 1, 2, 4, 8, 16  # as csrc/triton/kernels.h has them
 _manifest: Manifest | None = None  # None where the installed Triton compiles what is called
 _problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
@@ -60,25 +62,26 @@ def load(problem_of_triton: Callable[[], str | None]) -> str | None:
         problem_of_triton: says why Triton cannot compile at run time. If it can, what was not
             compiled ahead is compiled when it is first called.
     """
-    reason = why_not_ahead()
-    if reason is not None and problem_of_triton() is None:
-        from .on_demand import problem
-
-        reason = problem()
+    global _manifest
+    reason = None
+    try:
+        _manifest = Manifest.read(FOLDER)
+    except ManifestError as error:
+        reason = _problem_on_demand(problem_of_triton)
+        reason = reason and f"{error}; {reason}"
     reason = reason or extension.triton_error()
     if reason is None:
         watch(_pause)
     return reason
 
 
-def why_not_ahead() -> str | None:
-    """Read what was compiled ahead; say why there are no kernels."""
-    global _manifest
-    try:
-        _manifest = Manifest.read(FOLDER)
-    except ManifestError as error:
-        return str(error)
-    return None
+def _problem_on_demand(problem_of_triton: Callable[[], str | None]) -> str | None:
+    reason = problem_of_triton()
+    if reason is not None:
+        return reason
+    from .on_demand import problem
+
+    return problem()
 
 
 def manifest() -> Manifest | None:
@@ -110,26 +113,24 @@ def plan(device: int, back: bool, kind: int, spec: LayerSpec, B: int) -> list[in
 
 @cache
 def gpu(device: int) -> Device:
-    """Return what a plan needs to know of a GPU, where what is compiled ahead needs no Triton."""
-    arch, processors = _gpu(device)
-    if _manifest is None:
-        from fastlstm.kernels.triton.launch import GLUON
-
-        return Device(arch, processors, *GLUON)
+    """Return what a plan needs to know of a GPU, where C++ starts kernels."""
     together = tuple(_clusters(device))
+    arch, processors = _gpu(device)
     return Device(arch, processors, clusters=any(together), together=together)
 
 
 def missing(device: int, kind: int | None, spec: LayerSpec, B: int) -> str | None:
-    """Say why kernels of all calls of a layer of B sequences were not compiled ahead."""
+    """Say why C++ has no kernels for all calls of a layer of B sequences; None if it has."""
     found = problem_of(device)
     if found is not None or _is_there(device, kind, spec, B):
         return found
+    if _manifest is None:
+        return "Triton's own launcher starts the kernels of such a layer"
     return "no kernel for such a layer was compiled ahead"
 
 
 def _is_there(device: int, kind: int | None, spec: LayerSpec, B: int) -> bool:
-    """Return whether both passes over B sequences were compiled ahead."""
+    """Return whether there are kernels for both passes over B sequences."""
     if kind is None or not spec.is_lstm or spec.is_extended or spec.proj_size:
         return False
     return all(plan(device, back, kind, spec, B) for back in (False, True))
@@ -137,67 +138,76 @@ def _is_there(device: int, kind: int | None, spec: LayerSpec, B: int) -> bool:
 
 def _find_problem(device: int) -> str:
     try:
-        if _manifest is None:
-            _give_names(device)
-        else:
-            _give_kernels(_manifest, device)
+        _give_kernels(device)
     except (ManifestError, RuntimeError) as error:
         return str(error).removeprefix("fastlstm: ")
     return ""
 
 
-def _give_kernels(manifest: Manifest, device: int) -> None:
-    """Hand the library the kernels that a GPU runs; it tries one.
+def _give_kernels(device: int) -> None:
+    """Tell the library which kernels a GPU runs; it tries one.
 
     Raises:
         ManifestError: there are none for it.
         RuntimeError: the library or the driver refuses.
     """
-    arch, _ = _gpu(device)
-    name = manifest.file_for(arch)
+    arch, processors = _gpu(device)
+    kernels, plans = _kernels(arch, device)
+    numbers, names = [], []
+    for kernel in kernels:
+        numbers += [kernel["key"], kernel["warps"], kernel["batch"], kernel["blocks"]]
+        names.append(f"{kernel['name']} {kernel['entry']} {kernel['arguments']}")
+    # The driver says of a kernel that is there how many clusters have room; else this many have.
+    known = _manifest is not None
+    together = [] if known else [Device(arch, processors).at_once(n) for n in CLUSTER_SIZES]
+    _add(device, numbers, "\n".join(names), list(chain.from_iterable(plans)), together)
+
+
+def _kernels(arch: int, device: int) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Return what is to be said of kernels, as the manifest does, and the plans that take them."""
+    if _manifest is None:
+        from .on_demand import kernels
+
+        return kernels(arch)
+    about = _manifest.files[_file(arch, device)]
+    pairs = zip(_manifest.kernels, about["places"], strict=True)
+    found = [kernel for kernel, (_, _, count, _) in pairs if count]  # which such GPUs have
+    return found, _manifest.plans[about["arch"]]
+
+
+def _file(arch: int, device: int) -> str:
+    """Return the name of the file of a GPU; raise ManifestError if there is none for it."""
+    assert _manifest is not None
+    name = _manifest.file_for(arch)
     if name is None:
         raise ManifestError(
-            f"the kernels were compiled for {manifest.archs()}, and GPU {device} is sm_{arch}"
+            f"the kernels were compiled for {_manifest.archs()}, and GPU {device} is sm_{arch}"
         )
-    about = manifest.files[name]
-    numbers, names = [], []
-    for kernel, (begin, count, shared) in zip(manifest.kernels, about["places"], strict=True):
-        if not count:  # such GPUs do not have it
-            continue
-        numbers += [kernel["key"], begin, count, shared]
-        numbers += [kernel["warps"], kernel["batch"], kernel["blocks"]]
-        names.append(f"{kernel['name']} {kernel['entry']} {kernel['arguments']}")
-    plans = list(chain.from_iterable(manifest.plans[about["arch"]]))
-    _add(device, manifest.content(name), numbers, "\n".join(names), plans)
+    return name
 
 
-def _give_names(device: int) -> None:
-    """Hand the library the kernels that a GPU may ask Triton to compile."""
-    from .on_demand import kernels
-
-    found, plans = kernels(_gpu(device)[0])
-    numbers, names = [], []
-    for key, (entry, arguments) in found.items():
-        numbers += [key.number, 0, 0, 0, key.warps, key.batch, key.blocks]
-        sizes = " ".join(f"{name}:{size}" for name, size in arguments)
-        names.append(f"{key.name} {entry} {sizes}")
-    nothing = torch.empty(0, dtype=torch.uint8)
-    _add(device, nothing, numbers, "\n".join(names), list(chain.from_iterable(plans)))
-
-
-def _compiled(device: int, kernel: int) -> tuple[Tensor, Tensor]:
-    """What C++ asks when a kernel without code is first started: the code, its shared memory.
+def _image_of(device: int, kernel: int) -> tuple[Tensor, Tensor]:
+    """What C++ asks when a kernel is first started: its code, its bytes of shared memory.
 
     Both are tensors, since the results of an operator that C++ calls must be of one type.
     """
-    from .on_demand import image
-
     try:
-        code, shared = image(_gpu(device)[0], kernel)
-        return code, torch.tensor(shared)
-    except Exception as error:
-        failed(f"fastlstm: Triton cannot compile a kernel for GPU {device}: {error}")
+        code, shared = _read(_gpu(device)[0], device, kernel)
+    except BaseException as error:
+        what = f"{type(error).__name__}: {error}"
+        failed(f"fastlstm: kernel {kernel} for GPU {device} could not be had: {what}")
         raise
+    with _disable_current_modes():  # a first call may be one of fake tensors
+        numbers = torch.frombuffer(bytearray(code), dtype=torch.uint8)
+        return numbers, torch.tensor(shared, device="cpu")
+
+
+def _read(arch: int, device: int, kernel: int) -> tuple[bytes, int]:
+    if _manifest is None:
+        from .on_demand import image
+
+        return image(arch, kernel)
+    return _manifest.image(_file(arch, device), _manifest.places[kernel])
 
 
 def _said_of(device: int) -> str:
@@ -210,6 +220,6 @@ def _multiplies_in_tf32() -> bool:
     return precision(torch.float32) == "tf32"
 
 
-add_kernel(_compile.name(), _compiled, _COMPOSITE)
+add_kernel(_image.name(), _image_of, _COMPOSITE)
 add_kernel(_prepare.name(), _said_of, _COMPOSITE)
 add_kernel(_tf32.name(), _multiplies_in_tf32, _COMPOSITE)

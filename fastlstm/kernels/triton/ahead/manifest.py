@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 import lzma
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 __all__ = [
     "ARCHS",
@@ -28,7 +25,7 @@ __all__ = [
     "sources",
 ]
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 FOLDER = Path(__file__).parent / "built"
 # A GPU runs code of the same major and a lower or equal minor version: sm_80 serves 8.6 and 8.9,
@@ -57,8 +54,8 @@ _OF_KERNEL: dict[str, type] = {
 _OF_FILE: dict[str, type] = {
     "arch": int,
     "bytes": int,
-    "unpacked": int,
     "sha256": str,
+    "groups": list,
     "places": list,
 }
 
@@ -104,39 +101,44 @@ class Manifest:
         plans = {int(arch): rows for arch, rows in found["plans"].items()}
         return cls(folder, found["triton"], found["files"], plans, found["kernels"])
 
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each kernel stands in the list, by its key."""
+        return {kernel["key"]: place for place, kernel in enumerate(self.kernels)}
+
     def file_for(self, arch: int) -> str | None:
         """Return the name of the file whose kernels a GPU of that capability runs, or None.
 
         Code goes before PTX, and what is made for a newer GPU before what is for an older one.
         """
         found = [
-            (name.endswith(".cubin"), about["arch"], name)
+            (_is_code(name), about["arch"], name)
             for name, about in self.files.items()
-            if _runs(about["arch"], name.endswith(".cubin"), arch)
+            if _runs(about["arch"], _is_code(name), arch)
         ]
         return max(found)[-1] if found else None
 
     def archs(self) -> str:
         """Return the GPUs for which there are kernels, in words."""
-        code = sorted(about["arch"] for n, about in self.files.items() if n.endswith(".cubin"))
-        ptx = sorted(about["arch"] for n, about in self.files.items() if n.endswith(".xz"))
+        code = sorted(about["arch"] for n, about in self.files.items() if _is_code(n))
+        ptx = sorted(about["arch"] for n, about in self.files.items() if not _is_code(n))
         names = [*(f"sm_{arch}" for arch in code), *(f"PTX of sm_{arch}" for arch in ptx)]
         return ", ".join(names)
 
-    def content(self, name: str) -> Tensor:
-        """Return the kernels of a file, uint8; they are not read before they are used.
+    def image(self, name: str, kernel: int) -> tuple[bytes, int]:
+        """Read a kernel of a file.
+
+        Returns:
+            the code, and the bytes of shared memory of a block.
 
         Raises:
             ManifestError: the file is damaged.
         """
-        file, about = self.folder / name, self.files[name]
-        if name.endswith(".cubin"):
-            return torch.from_file(str(file), False, about["bytes"], dtype=torch.uint8)
-        try:
-            unpacked = lzma.decompress(file.read_bytes())
-        except lzma.LZMAError as error:
-            raise ManifestError(f"{name} is damaged: {error}") from None
-        return torch.frombuffer(bytearray(unpacked), dtype=torch.uint8)
+        group, begin, count, shared = self.files[name]["places"][kernel]
+        together = _unpacked(self.folder / name, *self.files[name]["groups"][group])
+        if begin + count > len(together):
+            raise ManifestError(f"{name} is damaged: kernel {kernel} is not whole")
+        return together[begin : begin + count], shared
 
     def damaged(self) -> str | None:
         """Say which file is not what was built; None if all are. Reads all of them."""
@@ -153,6 +155,22 @@ def sources() -> str:
     for file in sorted([*_KERNELS.glob("*.py"), *_KERNELS.glob("ahead/*.py")]):
         found.update(f"{file.name}\n".encode() + file.read_bytes())
     return found.hexdigest()
+
+
+@lru_cache(maxsize=2)  # the other kernels of a call are mostly neighbours
+def _unpacked(file: Path, begin: int, count: int) -> bytes:
+    """Read what was compressed together."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(begin)
+            return lzma.decompress(opened.read(count))
+    except (OSError, lzma.LZMAError) as error:
+        raise ManifestError(f"{file.name} is damaged: {error}") from None
+
+
+def _is_code(name: str) -> bool:
+    """Return whether a file has code, not PTX."""
+    return name.endswith(".cubin.xz")
 
 
 def _runs(arch: int, code: bool, gpu: int) -> bool:
@@ -174,6 +192,8 @@ def _check_file(file: Path, about: dict[str, Any], kernels: int) -> None:
     size = file.stat().st_size if file.exists() else 0
     if size != about["bytes"]:
         raise ManifestError(f"{file.name} has {size:,} bytes instead of {about['bytes']:,}")
-    ends = [begin + count for begin, count, _ in about["places"]]
-    if len(ends) != kernels or max(ends, default=0) > about["unpacked"]:
+    groups, places = about["groups"], about["places"]
+    ends = [begin + count for begin, count in groups]
+    known = all(group < len(groups) for group, *_ in places)
+    if len(places) != kernels or max(ends, default=0) > size or not known:
         raise ManifestError(f"{file.name} does not have {kernels} kernels")

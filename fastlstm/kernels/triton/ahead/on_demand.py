@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import threading
 from functools import cache
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM, PROBLEM
 
 from .compiling import compiled, interface
-from .keys import Key, keys
+from .keys import Key, described, keys
 from .plans import Row, table
 
 __all__ = ["image", "kernels", "problem"]
@@ -30,22 +27,24 @@ def problem() -> str | None:
     return PROBLEM
 
 
-@cache
-def kernels(arch: int) -> tuple[dict[Key, tuple[str, list[tuple[str, int]]]], list[Row]]:
+def kernels(arch: int) -> tuple[list[dict[str, Any]], list[Row]]:
     """Return the kernels of a GPU of that compute capability, and the plans that take them.
 
-    A kernel has the name of its function, and names and bytes of its arguments.
+    A kernel is described as in a manifest.
     """
-    plans = table(arch, clusters=CLUSTER_PROBLEM is None)
-    return {key: interface(key) for key in keys(plans)}, plans
+    return [described(key, *interface(key)) for key in _keys(arch).values()], _plans(arch)
+
+
+def _plans(arch: int) -> list[Row]:
+    return table(arch, clusters=CLUSTER_PROBLEM is None)
 
 
 @cache
 def _keys(arch: int) -> dict[int, Key]:
-    return {key.number: key for key in kernels(arch)[0]}
+    return {key.number: key for key in keys(_plans(arch))}
 
 
-def image(arch: int, number: int) -> tuple[Tensor, int]:
+def image(arch: int, number: int) -> tuple[bytes, int]:
     """Compile a kernel, unless that was done before.
 
     Args:
@@ -53,8 +52,8 @@ def image(arch: int, number: int) -> tuple[Tensor, int]:
         number: of the kernel, as ``Key.number``.
 
     Returns:
-        the code, uint8, and the bytes of shared memory of a block.
+        the code, and the bytes of shared memory of a block.
     """
     with _turn:
         found = compiled(_keys(arch)[number], arch)
-    return torch.from_numpy(np.frombuffer(found.cubin, np.uint8).copy()), found.shared
+    return found.cubin, found.shared

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
-from fastlstm.kernels.triton.config import backward_plan, forward_plan
+from fastlstm.kernels.triton.config import plan_without_override
 from fastlstm.kernels.triton.plan import Device, Plan, Problem, padded
 from fastlstm.spec import LayerSpec
 
@@ -64,7 +64,7 @@ def _rows(device: Device) -> Iterator[Row]:
 def _plan(back: bool, kind: str, units: int, inputs: int, B: int, device: Device) -> Plan:
     spec = LayerSpec("LSTM", inputs, units)
     problem = Problem(spec, B, *element_and_precision(kind))
-    return (backward_plan if back else forward_plan)(problem, device)
+    return plan_without_override(back, problem, device)
 
 
 def _row(back: bool, kind: int, inputs: int, plan: Plan) -> Row:
