@@ -126,6 +126,14 @@ def first_without_doubt(
     return None
 
 
+def _may_torch_be_wrong(x: Tensor, spec: LayerSpec, sequences: Sequences) -> bool:
+    """Whether PyTorch's own kernels may compute something else; of which batch is not asked."""
+    if x.dtype is not torch.float16 or not x.is_cuda or sequences.batch_sizes is not None:
+        return False
+    plain = spec.is_lstm and not (spec.is_extended or spec.proj_size)
+    return plain and measured.may_be_wrong(x.device, x.dtype, spec.hidden_size)
+
+
 measure: Any = None
 """``measure(x, spec, sequences, size)``: what :mod:`fastlstm.proof` puts here times the backends
 for such a call and stores what it finds."""
@@ -140,6 +148,8 @@ def in_order(
 ) -> tuple[Backend, ...]:
     """Return the backends that auto asks, the ones first that were measured to be faster."""
     asked = candidates(AUTO, x)
+    if not x.is_cpu and _may_torch_be_wrong(x, specs[0], sequences):
+        asked = (*(backend for backend in asked if backend is not TORCH), TORCH)
     if size is None or torch.compiler.is_compiling() or not size.is_known:
         return asked
     captured = x.is_cuda and is_captured()

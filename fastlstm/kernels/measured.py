@@ -27,6 +27,7 @@ __all__ = [
     "is_contested",
     "is_faster",
     "is_right",
+    "may_be_wrong",
     "pace",
     "precision",
     "said_of",
@@ -220,7 +221,7 @@ def pace(
     first = specs[0]
     if capability not in _DEVICES or not first.is_lstm or first.is_extended or first.proj_size:
         return None
-    if dtype is torch.float16 and _is_wrong_in_float16(first.hidden_size, use):
+    if use.batch % 8 == 0 and not use.packed and _is_wrong(capability, dtype, first.hidden_size):
         return math.inf
     call = backend, precision(dtype), way
     for row in _TABLE:
@@ -239,16 +240,21 @@ def pace(
     return None
 
 
-def _is_wrong_in_float16(units: int, use: Use) -> bool:
-    """Whether PyTorch's own layers of so many units compute something else there.
+@constant
+def may_be_wrong(device: torch.device, dtype: torch.dtype, units: int) -> bool:
+    """Whether PyTorch's own layers of so many units compute something else on a CUDA device.
 
-    Outputs of cuDNN 9.19 on an H200 were off by 0.1 to 0.4 and gradients of weights by as much as
-    their size, for dense batches that divide by 8, from 8 to 512, and any T, I and layers; not
-    those of packed rows, of other batches, or of units that divide by 32.
+    Outputs of cuDNN 9.19 in float16 were off by 0.1 to 0.4 on an H200 and gradients of weights by
+    as much as their size, for dense batches that divide by 8, from 8 to 512, and any T, I and
+    number of layers; not those of packed rows, of other batches, or of units that divide by 32.
     """
-    first, last = _WRONG_UNITS
-    sizes = first <= units <= last and units % 8 == 0 and units % 32
-    return bool(sizes) and use.batch % 8 == 0 and not use.packed
+    return _is_wrong(capability(device), dtype, units)
+
+
+def _is_wrong(capability: tuple[int, int], dtype: torch.dtype, units: int) -> bool:
+    if dtype is not torch.float16 or capability not in _DEVICES:
+        return False
+    return _within(units, _WRONG_UNITS) and units % 8 == 0 and units % 32 != 0
 
 
 def said_of(backend: str, pace: float | None) -> str:
