@@ -119,6 +119,36 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+class Outputs(torch.nn.Module):
+    """The outputs of a layer, without its states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = fastlstm.LSTM(28, 64, bidirectional=True, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y."""
+        return self.layer(x)[0]
+
+
+def packaged(library: Path, folder: Path) -> dict[str, Any]:
+    """Return what a program comes to that AOTInductor has compiled into a package."""
+    from ptx.ahead import folder_of_names
+
+    folder_of_names(folder, 80)
+    stub = _served(library, folder, 80)
+    x = torch.zeros(3, 19, 28, dtype=torch.bfloat16)
+    with fastlstm.backend("triton"), torch.no_grad():
+        program = torch.export.export(Outputs().eval(), (x,))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(folder / "program.pt2")
+        )
+        run = torch._inductor.aoti_load_package(package)
+        stub.stub_launches()
+        y = run(x)
+    return {"y": tuple(y.shape), "launches": stub.stub_launches().splitlines()}
+
+
 def of_clusters(library: Path, folder: Path) -> dict[str, Any]:
     """Return what layers come to that are spread over a cluster, or have no room for one."""
     from ptx.ahead import folder_of_names

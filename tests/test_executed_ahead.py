@@ -4,6 +4,7 @@ From Python to the last instruction this is what a GPU gets; tests/ptx/ahead.py 
 are those of the GPU tests that such kernels compute.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_host import library as build_library
-from ahead_scenarios import of_clusters, on_demand, scenarios
+from ahead_scenarios import of_clusters, on_demand, packaged, scenarios
 from cases import Case
 from executed import AheadRun, Broken, Verdict, broken, judged
 from test_executed import (
@@ -194,6 +195,17 @@ def test_launches_ask_for_what_plans_say(seen: dict[str, Any]) -> None:
     assert seen["captured"] == (1, False)  # a kernel was loaded meanwhile, and nothing is left
     assert "compiled ahead" in seen["explained"]
     assert "Triton is not needed" in seen["backends"]
+
+
+def test_a_packaged_program_starts_the_same_kernels(library: Path) -> None:
+    """What AOTInductor has compiled calls the operators in C++."""
+    folder = library.parent / "kernels_of_a_package"
+    with fresh_compiler(), Worker(probe=int) as worker:
+        found: dict[str, Any] = worker.run(packaged, library, folder, timeout=TIMEOUT)
+    (launch,) = map(json.loads, found["launches"])
+    wanted = {"x": 5, "y": 2, "z": 1, "threads": 128}
+    assert {name: launch[name] for name in wanted} == wanted
+    assert found["y"] == (3, 19, 128)
 
 
 def test_clusters_go_where_they_have_room(library: Path) -> None:

@@ -420,6 +420,12 @@ def test_the_workflow_runs_every_mark() -> None:
     assert ".ci/run short" in workflow
 
 
+def test_actions_are_named_by_commits() -> None:
+    for workflow in (ROOT / ".github/workflows").glob("*.yml"):
+        for action in re.findall(r"uses: (.*)", workflow.read_text()):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", action), action
+
+
 def test_no_machine_path_is_tracked() -> None:
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     if not (ROOT / ".git").exists():
