@@ -22,6 +22,7 @@ __all__ = [
     "PTX_ARCHS",
     "Manifest",
     "ManifestError",
+    "is_code",
     "sources",
 ]
 
@@ -112,16 +113,16 @@ class Manifest:
         Code goes before PTX, and what is made for a newer GPU before what is for an older one.
         """
         found = [
-            (_is_code(name), about["arch"], name)
+            (is_code(name), about["arch"], name)
             for name, about in self.files.items()
-            if _runs(about["arch"], _is_code(name), arch)
+            if _runs(about["arch"], is_code(name), arch)
         ]
         return max(found)[-1] if found else None
 
     def archs(self) -> str:
         """Return the GPUs for which there are kernels, in words."""
-        code = sorted(about["arch"] for n, about in self.files.items() if _is_code(n))
-        ptx = sorted(about["arch"] for n, about in self.files.items() if not _is_code(n))
+        code = sorted(about["arch"] for n, about in self.files.items() if is_code(n))
+        ptx = sorted(about["arch"] for n, about in self.files.items() if not is_code(n))
         names = [*(f"sm_{arch}" for arch in code), *(f"PTX of sm_{arch}" for arch in ptx)]
         return ", ".join(names)
 
@@ -168,7 +169,7 @@ def _unpacked(file: Path, begin: int, count: int) -> bytes:
         raise ManifestError(f"{file.name} is damaged: {error}") from None
 
 
-def _is_code(name: str) -> bool:
+def is_code(name: str) -> bool:
     """Return whether a file has code, not PTX."""
     return name.endswith(".cubin.xz")
 
