@@ -285,6 +285,19 @@ def test_inductor(backend: str) -> None:
         assert counter.frame_count == 1
 
 
+@pytest.mark.slow
+@CPU
+def test_inductor_in_every_mode(backend: str) -> None:
+    """All that PyTorch documents: "lite" takes no operator that writes into its arguments."""
+    model, x = Model(fastlstm.LSTM(I, H, 2, bidirectional=True)), x_of()
+    want = run(model, model.parameters(), x)
+    for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
+        torch._dynamo.reset()
+        with torch._inductor.utils.fresh_cache():
+            compiled = torch.compile(model, fullgraph=True, mode=mode)
+            assert_same(run(compiled, model.parameters(), x), want)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "per sample", "hessian"])
 def test_torch_func_within(backend: str, transform: str) -> None:
     """Transforms inside of compiled code."""

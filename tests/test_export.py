@@ -132,6 +132,24 @@ torch.testing.assert_close(program.module()(x)[0].detach(), want)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+def test_compile_ahead_of_time(backend: str, tmp_path: Path) -> None:
+    """By AOTInductor; the package runs at other sizes, too."""
+    model = Model(fastlstm.LSTM(I, H, 2, bidirectional=True)).requires_grad_(False)
+    given = arguments(model.rnn, ("lengths",), T, B)
+    shapes = dynamic(model.rnn, given, Dim.AUTO, Dim.AUTO)
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes)
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2")
+    )
+    run = torch._inductor.aoti_load_package(package)
+    for t, b in SIZES:
+        other = arguments(model.rnn, ("lengths",), t, b)
+        for found, want in zip(run(**other), model(**other), strict=True):
+            torch.testing.assert_close(found, want)
+
+
 def test_export_cell(backend: str) -> None:
     cell = fastlstm.LSTMCell(I, H)
     for grad in (True, False):

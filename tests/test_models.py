@@ -309,6 +309,47 @@ def forecasting(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         yield predicted, F.mse_loss(predicted, series[:, start + 8, :1])
 
 
+class Speaker(nn.Module):
+    """Frame after frame from the one before, by cells with zoneout of their own (Tacotron 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prenet = nn.Linear(4, 3)
+        self.cells = nn.ModuleList([nn.LSTMCell(3, 5), nn.LSTMCell(5, 5)])
+        self.frame, self.end = nn.Linear(5, 4), nn.Linear(5, 1)
+
+    def zoneout(self, old: Tensor, new: Tensor) -> Tensor:
+        if not self.training:
+            return 0.1 * old + 0.9 * new
+        return torch.where(torch.rand(old.shape) < 0.1, old, new)
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        start = frames.new_zeros(frames.size(1), 5)
+        states, heard, out, ends = [(start, start)] * 2, torch.zeros_like(frames[0]), [], []
+        for frame in frames:
+            x = F.dropout(self.prenet(heard).relu(), 0.5)
+            for k, cell in enumerate(self.cells):
+                new = cell(x, states[k])
+                states[k] = (
+                    self.zoneout(states[k][0], new[0]),
+                    self.zoneout(states[k][1], new[1]),
+                )
+                x = states[k][0]
+            out.append(self.frame(x))
+            ends.append(self.end(x))
+            heard = frame if self.training else out[-1]
+        return torch.stack(out), torch.stack(ends)
+
+
+@task(Speaker, ADAM, norm=1.0)
+def speaking(model: Speaker) -> Iterator[tuple[Tensor, Tensor]]:
+    for k in range(STEPS):
+        model.train(k != 2)
+        frames = randn(model, 6, 3, 4)
+        out, ends = model(frames)
+        yield out, F.mse_loss(out, frames) + F.softplus(ends).mean()
+
+
 class Autoencoder(nn.Module):
     """A sequence from its own last state, repeated for every step."""
 

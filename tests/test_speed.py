@@ -14,12 +14,13 @@ from torch import Tensor
 import fastlstm
 from benchmarks import BenchmarkError
 from benchmarks import __main__ as command
-from benchmarks.providers import PROVIDERS, Provider, provider
+from benchmarks.providers import PROVIDERS, Provider, provider, pytorch
 from benchmarks.speed import floor, memory, results
 from benchmarks.speed.cases import ALL, CASES, GROUPS, Case, parse
 from benchmarks.speed.check import Judge
 from benchmarks.speed.contender import Contender, on_host
 from benchmarks.speed.timing import Timing, take_turns
+from benchmarks.speed.update import Update
 from benchmarks.speed.workload import MODES, Workload, make_workload
 
 Row = dict[str, Any]
@@ -211,6 +212,26 @@ def test_ways_to_compute_the_same(name: str, case: Case, monkeypatch: pytest.Mon
             contender.call()
             again = contender.results()
         assert all(torch.equal(first[what], again[what]) for what in first), "no memory of calls"
+
+
+@pytest.mark.parametrize("name", ["fastlstm", "fastlstm-reference", "torch"])
+def test_a_call_of_training_changes_all_weights(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an optimizer does: who keeps a copy of them has to make it anew in every call."""
+    made: list[Update] = []
+
+    class Seen(Update):
+        def __init__(self, weights: Any) -> None:
+            super().__init__(weights)
+            made.append(self)
+
+    monkeypatch.setattr(pytorch, "Update", Seen)
+    contender = provider(name).contender(make_workload(WAYS[0], "train", F32))
+    contender.call()
+    (update,) = made
+    assert len(update.weights) == 16
+    assert all((w != first).any() for w, first in zip(update.weights, update.first, strict=True))
 
 
 def test_resets_restart_and_lengths_end() -> None:
