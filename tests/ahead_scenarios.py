@@ -227,6 +227,7 @@ def on_demand(library: Path, folder: Path, arch: int) -> dict[str, Any]:
         found["wide"], found["left to Triton"] = list(asked), len(given)
         found["explained"] = str(fastlstm.explain(layer, x))
     found["backends"] = str(fastlstm.backends())
+    found["clusters"] = ahead.gpu(0).clusters
     triton.image = compiled
     found["compiled"] = ahead.problem_of(1)  # of a kernel that Triton has compiled in earnest
     return found

@@ -244,6 +244,7 @@ def test_kernels_are_compiled_when_they_are_first_called(library: Path, arch: in
     else:
         assert found["wide"] == ["lstm_fwd_cluster-bf16-u512n8c16-dense-keeps"]
         assert not found["left to Triton"]
+    assert found["clusters"] is bool(found["wide"])
     assert "weights in registers" in found["explained"]
     assert "compiled when first called" in found["explained"]
     assert "Triton 3" in found["backends"]

@@ -157,9 +157,10 @@ def _give_kernels(device: int) -> None:
     for kernel in kernels:
         numbers += [kernel["key"], kernel["warps"], kernel["batch"], kernel["blocks"]]
         names.append(f"{kernel['name']} {kernel['entry']} {kernel['arguments']}")
-    # The driver says of a kernel that is there how many clusters have room; else this many have.
-    known = _manifest is not None
-    together = [] if known else [Device(arch, processors).at_once(n) for n in CLUSTER_SIZES]
+    together = []  # the driver says of kernels that are there how many clusters have room
+    if _manifest is None:  # at least so many, but Triton may compile none
+        some = any(kernel["blocks"] > 1 for kernel in kernels)
+        together = [some * Device(arch, processors).at_once(n) for n in CLUSTER_SIZES]
     _add(device, numbers, "\n".join(names), list(chain.from_iterable(plans)), together)
 
 
