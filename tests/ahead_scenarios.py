@@ -170,7 +170,7 @@ def of_clusters(library: Path, folder: Path) -> dict[str, Any]:
     manifest = folder / NAME
     manifest.write_text(manifest.read_text().replace('"blocks":16', '"blocks":4'))
     stub.stub_groups(7)
-    ahead.why_not_ahead()  # reads it again
+    ahead.load(lambda: None)  # reads it again
     found["wrong"] = ahead.gpu(2).together
     return found
 
@@ -209,13 +209,20 @@ def on_demand(library: Path, folder: Path, arch: int) -> dict[str, Any]:
         found["launches"] = [json.loads(line) for line in stub.stub_launches().splitlines()]
         layer(x)[0].sum().backward()
         found["training"] = asked[1:]
-        threads = [Thread(target=fastlstm.LSTM(5, 5), args=(x[..., :5].float(),)) for _ in "1234"]
+        before = len(asked)
+        stub.stub_launches()
+
+        def first_call() -> None:
+            with fastlstm.backend("triton"), torch.no_grad():
+                fastlstm.LSTM(5, 5, dtype=torch.float16)(x[..., :5].half())
+
+        threads = [Thread(target=first_call) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         found["threads"] = len(stub.stub_launches().splitlines())
-        found["of threads"] = asked[4:]
+        found["of threads"] = asked[before:]
         found["error"] = said(lambda: fastlstm.LSTM(28, 128, dtype=torch.bfloat16)(x))
         shared[0] = SHARED + 1
         found["shared"] = said(lambda: fastlstm.LSTM(28, 16, dtype=torch.bfloat16)(x))

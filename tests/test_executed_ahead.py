@@ -236,7 +236,7 @@ def test_kernels_are_compiled_when_they_are_first_called(library: Path, arch: in
     passes = ["lstm_fwd_registers", "lstm_bwd_registers"]
     assert begins == [*passes, "lstm_bwd_parts", "lstm_bwd_sums"]
     assert found["threads"] == 4
-    assert set(found["of threads"]) == {"lstm_fwd_registers-tf32-u16n4i16-dense-keeps"}
+    assert set(found["of threads"]) == {"lstm_fwd_registers-f16-u16n4i32-dense-keeps"}
     assert "could not be had: ValueError: a sentence" in found["error"]
     assert "takes 232449 bytes of shared memory, and the GPU has 232448" in found["shared"]
     if arch < 90 or found["no clusters"]:
