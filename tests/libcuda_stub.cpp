@@ -26,7 +26,8 @@ struct Function {
   bool large = false;     // whether clusters of more than 8 blocks are allowed
 };
 
-// Gets the text of the image, the name of the function, a line of JSON, and pointers to the arguments, null after the last.
+// Gets the text of the image, the name of the function, a line of JSON, and pointers to the arguments, null after the
+// last.
 using Runner = void (*)(const char* image, const char* name, const char* launch, void** arguments);
 
 int arch = 90, devices = 8, version = 12080, most_shared = 227 << 10;
