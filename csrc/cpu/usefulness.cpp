@@ -22,13 +22,13 @@ void Usefulness::record(int64_t saved, int threads, int late, int64_t time) {
     most_.store(std::max(1, threads - std::max(1, late)), std::memory_order_relaxed);
     pause_.store(pause, std::memory_order_relaxed);
     pause_until_.store(time + pause, std::memory_order_relaxed);
-    failures_.fetch_add(1, std::memory_order_relaxed);
+    own_since_.store(own_since_.load(std::memory_order_relaxed) ? 0 : time, std::memory_order_relaxed);
     credit = kTrialCredit;
     total = 0;
   }
-  if (total == kTrust && failures_.load(std::memory_order_relaxed)) {
+  if (total == kTrust && pause_.load(std::memory_order_relaxed)) {
     pause_.store(0, std::memory_order_relaxed);
-    failures_.store(0, std::memory_order_relaxed);
+    own_since_.store(0, std::memory_order_relaxed);
   }
   saved_.store(total, std::memory_order_relaxed);
   credit_.store(credit, std::memory_order_relaxed);
