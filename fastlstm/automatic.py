@@ -126,14 +126,6 @@ def first_without_doubt(
     return None
 
 
-def _may_torch_be_wrong(x: Tensor, spec: LayerSpec, sequences: Sequences) -> bool:
-    """Whether PyTorch's own kernels may compute something else; of which batch is not asked."""
-    if x.dtype is not torch.float16 or not x.is_cuda or sequences.batch_sizes is not None:
-        return False
-    plain = spec.is_lstm and not (spec.is_extended or spec.proj_size)
-    return plain and measured.may_be_wrong(x.device, x.dtype, spec.hidden_size)
-
-
 measure: Any = None
 """``measure(x, spec, sequences, size)``: what :mod:`fastlstm.proof` puts here times the backends
 for such a call and stores what it finds."""
@@ -160,6 +152,14 @@ def in_order(
         ready = (b for b in first if b in warm[:1] or b.is_ready(specs, x, size.batch))
         first = tuple(ready)
     return (*first, *(backend for backend in asked if backend not in first)) if first else asked
+
+
+def _may_torch_be_wrong(x: Tensor, spec: LayerSpec, sequences: Sequences) -> bool:
+    """Whether PyTorch's own kernels may compute something else; of which batch is not asked."""
+    if x.dtype is not torch.float16 or not x.is_cuda or sequences.batch_sizes is not None:
+        return False
+    plain = spec.is_lstm and not (spec.is_extended or spec.proj_size)
+    return plain and measured.may_be_wrong(x.device, x.dtype, spec.hidden_size)
 
 
 def _first(

@@ -23,7 +23,7 @@ from benchmarks.speed import measure as rows_of
 from benchmarks.speed.cases import CASES, TASK_SHAPES, Case
 from benchmarks.speed.contender import Contender
 from benchmarks.speed.job import Job
-from benchmarks.speed.results import Results
+from benchmarks.speed.results import NEEDED, Results, load
 from benchmarks.speed.worker import Failed
 from fastlstm.kernels.base import get
 
@@ -162,7 +162,7 @@ def test_any_part_of_the_map_is_a_sample_of_calls(backend: str) -> None:
     assert all(not (point.graph and point.case.packed) for point in found)
 
 
-def test_a_row_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_the_map(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def on_clock(call: Callable[[], object], times: int) -> float:
         start = time.perf_counter()
         for _ in range(times):
@@ -173,10 +173,15 @@ def test_a_row_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(get("reference")), "is_ready", lambda *given: True)
     for packed, training in ((False, False), (False, True), (True, True)):
         point = sample.Point(Case("", 3, 5, 2, 2, 4, 6, packed=packed), "exact", training, False)
-        row = sample.measure(point, "reference", "cpu")
-        found = dict(zip(sample.COLUMNS, row, strict=True))
+        found = sample.measure(point, "reference", "cpu")
+        assert found.keys() == set(sample.COLUMNS)
         assert found["shape"] == "3,5,2,2,4,6" and found["packed"] is packed
         assert found["ratio"] > 0 and found["us"] > 0 and found["torch_us"] > 0
         assert found["difference"] < 1e-5
     monkeypatch.setattr(type(get("reference")), "is_ready", lambda *given: False)
-    assert sample.measure(point, "reference", "cpu")[-4:] == [None] * 4
+    assert sample.measure(point, "reference", "cpu")["ratio"] is None
+    results = Results(
+        tmp_path / "map.json", {"commit": "c"} | dict.fromkeys(NEEDED), sample.COLUMNS
+    )
+    results.add([found])
+    assert load(results.file or tmp_path).rows == results.rows

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from pathlib import Path
 from time import monotonic
@@ -111,11 +110,9 @@ def main(args: argparse.Namespace) -> int:
 def draw_map(args: argparse.Namespace, facts: dict[str, Any], deadline: float) -> None:
     """Time a sample of the calls that a backend computes, and write gpu-BACKEND-map.json."""
     rows, left_out = sample.work(args.backend, DEVICE, deadline)
-    lines = ",\n".join(map(json.dumps, rows))
-    head = f'"environment": {json.dumps(facts)},\n"columns": {json.dumps(sample.COLUMNS)}'
-    file = args.out / f"gpu-{args.backend}-map.json"
-    file.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n')
-    print(f"{len(rows)} calls in {file}, {left_out} left out")
+    results = Results(args.out / f"gpu-{args.backend}-map.json", facts, sample.COLUMNS)
+    results.add(rows)
+    print(f"{len(rows)} calls in {results.file}, {left_out} left out")
 
 
 def test(args: argparse.Namespace, tests: Tests, deadline: float) -> bool:

@@ -105,9 +105,17 @@ def _points(backend: str, chance: random.Random) -> Iterator[Point]:
                     yield Point(packed, precision, training, False)
 
 
-def measure(point: Point, backend: str, device: str) -> list[Any]:
-    """Time both; return a row of COLUMNS, with None for the times if the backend refuses."""
+def measure(point: Point, backend: str, device: str) -> dict[str, Any]:
+    """Time both; return a row of COLUMNS, with None for the times of what is not timed."""
     case, precision = point.case, PRECISIONS[point.precision]
+    row = dict.fromkeys(COLUMNS) | {
+        "case": case.name,
+        "precision": point.precision,
+        "shape": case.shape,
+        "packed": case.packed,
+        "training": point.training,
+        "graph": point.graph,
+    }
     inference = torch.inference_mode(not point.training)
     with precision.applied(), inference, fastlstm.backend(backend):
         torch.manual_seed(0)
@@ -116,35 +124,25 @@ def measure(point: Point, backend: str, device: str) -> list[Any]:
         ours = fastlstm.LSTM(case.I, case.H, case.L, **sizes)
         ours.load_state_dict(theirs.state_dict())
         x = torch.randn(case.T, case.B, case.I, device=device, dtype=precision.dtype)
-        regime = _regime(case, backend, x)
-        row = [
-            case.name,
-            point.precision,
-            case.shape,
-            case.packed,
-            point.training,
-            point.graph,
-            regime,
-        ]
-        if regime is None:
-            return [*row, None, None, None, None]
+        row["regime"] = _regime(case, backend, x)
+        if row["regime"] is None:
+            return row
         rows: Any = x
         if case.packed:
             rows = pack_padded_sequence(x, case.lengths, enforce_sorted=False)
         calls = [_call(lstm, rows, point.training) for lstm in (ours, theirs)]
-        difference = _difference(*(call()[0] for call in calls))
+        row["difference"] = _difference(*(call()[0] for call in calls))
         timed = calls  # graphs read weights of `calls`
         if point.graph:
             timed = [capture(call).replay for call in calls]
         found = _turns(timed, ROUNDS)
         if NEAR[0] < found[-1] < NEAR[1]:
             found = _turns(timed, MORE_ROUNDS)
-    us, torch_us, ratio = found
-    return [*row, round(us, 2), round(torch_us, 2), round(ratio, 3), float(f"{difference:.2g}")]
+    return row | dict(zip(("us", "torch_us", "ratio"), found, strict=True))
 
 
 def _regime(case: Case, backend: str, x: Tensor) -> str | None:
-    """Name the regimes of the first layer; None where another backend is better anyway."""
+    """Name the regimes of the first layer; None where there are no kernels for a whole call."""
     chosen = get(backend)
     specs = [LayerSpec("LSTM", I, case.H, 0, case.D) for I in (case.I, case.D * case.H)]
     if not chosen.is_ready(specs[: case.L], x, case.B):
@@ -189,7 +187,7 @@ def _turns(calls: list[Callable[[], Any]], rounds: int) -> tuple[float, float, f
     return median(own), median(other), ratio
 
 
-def work(backend: str, device: str, deadline: float) -> tuple[list[list[Any]], int]:
+def work(backend: str, device: str, deadline: float) -> tuple[list[dict[str, Any]], int]:
     """Time until the deadline; return the rows, and how many calls were left out."""
     todo, rows = points(backend), []
     for point in todo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,17 @@ JOB = (
 
 
 class Results:
-    """`environment` says what the rows were measured on; `file` is None where nothing is kept."""
+    """`environment` says what the rows were measured on; `file` is None where nothing is kept.
 
-    def __init__(self, file: Path | None, environment: Mapping[str, Any]) -> None:
+    Where there are many rows, `columns` name what all of them have: once in the file.
+    """
+
+    def __init__(
+        self, file: Path | None, environment: Mapping[str, Any], columns: Sequence[str] = ()
+    ) -> None:
         self.file = file
         self.environment = dict(environment)
+        self.columns = columns
         self.rows: list[Row] = []
 
     def resume(self) -> None:
@@ -60,17 +66,22 @@ class Results:
 
     def text(self) -> str:
         """What is written: JSON, with one row a line."""
-        rows = ",\n".join(json.dumps(row) for row in self.rows)
-        head = json.dumps(self.environment, indent=1)
-        return f'{{"environment": {head},\n"rows": [\n{rows}\n]}}\n'
+        columns = self.columns
+        rows = ",\n".join(
+            json.dumps([row[name] for name in columns] if columns else row) for row in self.rows
+        )
+        head = f'"environment": {json.dumps(self.environment, indent=1)}'
+        if columns:
+            head += f',\n"columns": {json.dumps(columns)}'
+        return f'{{{head},\n"rows": [\n{rows}\n]}}\n'
 
 
 def load(file: Path) -> Results:
     """What a file has; raises BenchmarkError where it is not one of ours."""
     try:
         found = json.loads(file.read_text())
-        results = Results(file, found["environment"])
-        columns = found.get("columns")  # of rows that are lists
+        columns = found.get("columns", ())
+        results = Results(file, found["environment"], columns)
         results.rows = [
             dict(zip(columns, row, strict=True)) if columns else dict(row.items())
             for row in found["rows"]

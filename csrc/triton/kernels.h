@@ -93,7 +93,7 @@ class Device {
   Device(int index, const std::vector<i64>& kernels, const std::string& names, const std::vector<i64>& plans,
          const std::vector<i64>& together);
 
-  // The plan of a pass; null if it is not compiled ahead.
+  // The plan of a pass; null if there are no kernels for it.
   const Row* plan(const Layer& layer) const;
   // How many clusters of so many blocks are on the GPU together, as was said when it was made, or as the driver says of
   // one of these kernels; 0 if there is no such kernel.

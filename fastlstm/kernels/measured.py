@@ -2,7 +2,8 @@
 
 ``auto`` needs no record of the machine for what stands here. A row stands for all sizes of its
 region, of which a sample was timed; what lies outside is left to PyTorch's kernels. All of it is
-of an H200 with driver 580, PyTorch 2.11, cuDNN 9.19 and kernels of Triton 3.9.
+of an H200 with driver 580, PyTorch 2.11, cuDNN 9.19, the launcher of Triton 3.6, which EAGER is,
+and kernels of Triton 3.9.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ class Row(NamedTuple):
     training: float | None
     rows: tuple[int, int]  # B D
     steps: tuple[int, int]  # T
-    directions: int = 2  # at most
     packed: bool = False  # whether rows are packed; else all sequences have all steps
 
 
@@ -234,7 +234,6 @@ def pace(
             and _within(first.hidden_size, row.units)
             and _within(use.batch * first.directions, row.rows)
             and _within(use.steps, row.steps)
-            and first.directions <= row.directions
         ):
             return found
     return None

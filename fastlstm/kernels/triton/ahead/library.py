@@ -47,11 +47,11 @@ failed = define_operator("triton_failed", "(str why) -> ()")
 _pause = define_operator("triton_pause", "(bool paused) -> ()")
 _prepare = define_operator("triton_prepare", "(int device) -> str")
 _tf32 = define_operator("triton_tf32", "() -> bool")
-
 _image = define_operator("triton_image", "(int device, int kernel) -> (Tensor, Tensor)")
 
 CLUSTER_SIZES = 1, 2, 4, 8, 16  # as csrc/triton/kernels.h has them
 _manifest: Manifest | None = None  # None where the installed Triton compiles what is called
+_names: dict[int, str] = {}  # of kernels, by their keys
 _problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
 
@@ -76,12 +76,13 @@ def load(problem_of_triton: Callable[[], str | None]) -> str | None:
 
 
 def _problem_on_demand(problem_of_triton: Callable[[], str | None]) -> str | None:
+    """Say why the installed Triton cannot compile what is called; None if it can."""
     reason = problem_of_triton()
-    if reason is not None:
-        return reason
-    from .on_demand import problem
+    if reason is None:
+        from fastlstm.kernels.triton.gluon import PROBLEM
 
-    return problem()
+        reason = PROBLEM
+    return reason
 
 
 def manifest() -> Manifest | None:
@@ -157,6 +158,7 @@ def _give_kernels(device: int) -> None:
     for kernel in kernels:
         numbers += [kernel["key"], kernel["warps"], kernel["batch"], kernel["blocks"]]
         names.append(f"{kernel['name']} {kernel['entry']} {kernel['arguments']}")
+        _names[kernel["key"]] = kernel["name"]
     together = []  # the driver says of kernels that are there how many clusters have room
     if _manifest is None:  # at least so many, but Triton may compile none
         some = any(kernel["blocks"] > 1 for kernel in kernels)
@@ -196,7 +198,7 @@ def _image_of(device: int, kernel: int) -> tuple[Tensor, Tensor]:
         code, shared = _read(_gpu(device)[0], device, kernel)
     except BaseException as error:
         what = f"{type(error).__name__}: {error}"
-        failed(f"fastlstm: kernel {kernel} for GPU {device} could not be had: {what}")
+        failed(f"fastlstm: {_names[kernel]} for GPU {device} could not be had: {what}")
         raise
     with _disable_current_modes():  # a first call may be one of fake tensors
         numbers = torch.frombuffer(bytearray(code), dtype=torch.uint8)

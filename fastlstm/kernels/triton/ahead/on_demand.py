@@ -11,20 +11,15 @@ import threading
 from functools import cache
 from typing import Any
 
-from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM, PROBLEM
+from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM
 
 from .compiling import compiled, interface
 from .keys import Key, described, keys
 from .plans import Row, table
 
-__all__ = ["image", "kernels", "problem"]
+__all__ = ["image", "kernels"]
 
 _turn = threading.Lock()
-
-
-def problem() -> str | None:
-    """Say why the installed Triton cannot compile them; None if it can."""
-    return PROBLEM
 
 
 def kernels(arch: int) -> tuple[list[dict[str, Any]], list[Row]]:
