@@ -139,6 +139,8 @@ bool Worker::invited_soon(int64_t linger) const {
       if (seen == kInvited || seen == kOver) return seen == kInvited;
       relax();
     }
+    // Whoever has work goes first: a neighbour on this core, and above all a caller that the system has put here.
+    std::this_thread::yield();
   } while (now() - begin < linger);
   return false;
 }
