@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -83,7 +83,7 @@ bool Worker::claim(int number) {
   if (!state.compare_exchange_strong(absent, kClaimed, std::memory_order_acquire)) return false;
   try {
     start(number);
-  } catch (const std::system_error&) {  // no more threads: the call goes on without
+  } catch (const std::exception&) {  // no more threads, or memory for one: the call goes on without
     state.store(kAbsent, std::memory_order_release);
     return false;
   }
