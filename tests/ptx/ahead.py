@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -47,9 +47,9 @@ _usable_size = ctypes.CDLL(None).malloc_usable_size
 _usable_size.argtypes, _usable_size.restype = [ctypes.c_void_p], ctypes.c_size_t
 
 
-def folder_of_names(folder: Path, arch: int) -> None:
-    """Write all kernels, each as text that names it."""
-    wanted = keys(table(arch))
+def folder_of_names(folder: Path, arch: int, wanted: Sequence[Key] = ()) -> None:
+    """Write kernels, each as text that names it: all, or those that are given."""
+    wanted = wanted or keys(table(arch))
     images = {
         (key, arch): Image(*interface(key), 1024, b"", named(key, arch).encode()) for key in wanted
     }

@@ -1,8 +1,8 @@
 """Compiling all kernels into a folder: images for each GPU, and the manifest that describes them.
 
-An image file has the kernels of one kind of GPU one after the other, in the order of the manifest:
-code for a GPU (``sm_90.cubin.xz``), or PTX that GPUs of other kinds compile in their driver
-(``compute_80.ptx.xz``). A few neighbours are compressed together: one is read without all others.
+An image file has the kernels of one kind of GPU: code for it (``sm_90.cubin.xz``), or PTX that
+GPUs of other kinds compile in their driver (``compute_80.ptx.xz``). Some that are alike are
+compressed together: one is read without all others.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from .compiling import Image, compiled, problem
-from .keys import Key, described, keys
+from .keys import Key, described, general, keys
 from .manifest import ARCHS, FORMAT, NAME, PTX_ARCHS, is_code, sources
 from .plans import table
 
 __all__ = ["BuildError", "build", "write"]
 
-# Kernels that are compressed together, in 1.1 times the least: 8 ms to read one, 29 if it is PTX,
-# which the driver compiles in far more.
-_NEIGHBOURS, _NEIGHBOURS_OF_PTX = 16, 64
+# Kernels that are compressed together, in 1.06 times the least: 15 ms to read one; 26 if it is
+# PTX, which the driver compiles in far more.
+_ALIKE, _ALIKE_PTX = 32, 64
 _INSTRUCTION = 16  # bytes, of code for a GPU
 _SMALLEST = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
 _OF_CODE = _SMALLEST | {"lc": 0, "lp": 4, "pb": 4}  # a byte is like those 16 before and after it
@@ -67,6 +67,11 @@ def build(
     workers = processes or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         images = dict(zip(jobs, _seen(pool.map(_compiled, jobs, chunksize=4), jobs), strict=True))
+    if given is None:  # GPUs that nobody has tuned for need right results, not the fastest kernels
+        kept = set(general(wanted))
+        for job, image in images.items():
+            if job[0] not in kept:
+                images[job] = image._replace(ptx=b"")
     return write(folder, archs, ptx_archs, wanted, images)
 
 
@@ -84,7 +89,7 @@ def write(
         archs: compute capabilities that get code.
         ptx_archs: compute capabilities that get PTX.
         wanted: all kernels.
-        images: of each kernel, for each GPU that has it.
+        images: of each kernel, for each GPU that has it; without PTX where that is left out.
     """
     every = sorted({*archs, *ptx_archs})
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,12 +100,12 @@ def write(
         own = [images.get((key, arch)) for key in wanted]
         parts = [b"" if image is None else image.cubin for image in own]
         name = f"sm_{arch}.cubin.xz"
-        files[name] = _write(folder / name, arch, parts, own)
+        files[name] = _write(folder / name, arch, wanted, parts, own)
     for arch in ptx_archs:
         name = f"compute_{arch}.ptx.xz"
         own = [images.get((key, arch)) for key in wanted]
-        parts = [b"" if image is None else image.ptx + b"\0" for image in own]
-        files[name] = _write(folder / name, arch, parts, own)
+        parts = [image.ptx + b"\0" if image and image.ptx else b"" for image in own]
+        files[name] = _write(folder / name, arch, wanted, parts, own)
     manifest = {
         "format": FORMAT,
         "triton": version("triton"),
@@ -136,18 +141,26 @@ def _kernel(key: Key, images: Sequence[Image]) -> dict[str, Any]:
 
 
 def _write(
-    file: Path, arch: int, parts: Sequence[bytes], images: Sequence[Image | None]
+    file: Path,
+    arch: int,
+    wanted: Sequence[Key],
+    parts: Sequence[bytes],
+    images: Sequence[Image | None],
 ) -> dict[str, Any]:
     """Write the images of a GPU; return what the manifest says of the file."""
-    count, how = (_NEIGHBOURS, _OF_CODE) if is_code(file.name) else (_NEIGHBOURS_OF_PTX, _SMALLEST)
+    count, how = (_ALIKE, _OF_CODE) if is_code(file.name) else (_ALIKE_PTX, _SMALLEST)
+    there = [place for place, part in enumerate(parts) if part]
+    # Those of bfloat16 and of float16 have little but the names of instructions apart.
+    there.sort(key=lambda place: (wanted[place]._replace(kind=""), wanted[place].kind))
     groups: list[list[int]] = []
-    places: list[list[int]] = []
+    places = [[0, 0, 0, 0]] * len(parts)
     packed = b""
-    for first in range(0, len(parts), count):
+    for first in range(0, len(there), count):
         together = b""
-        for image, part in zip(images[first:], parts[first : first + count], strict=False):
-            shared = image.shared if image else 0
-            places.append([len(groups), len(together), len(part), shared])
+        for place in there[first : first + count]:
+            image, part = images[place], parts[place]
+            assert image is not None
+            places[place] = [len(groups), len(together), len(part), image.shared]
             together += part + b"\0" * (-len(part) % _INSTRUCTION)
         compressed = lzma.compress(together, filters=[how])
         groups.append([len(packed), len(compressed)])

@@ -15,7 +15,7 @@ from fastlstm.kernels.triton.weight_gradients import PARTS, tiles
 
 from .plans import ANY, KINDS, REGIMES, Row, element_and_precision
 
-__all__ = ["KERNELS", "ROWS", "Key", "described", "keys"]
+__all__ = ["KERNELS", "ROWS", "Key", "described", "general", "keys"]
 
 # What kernels do: a pass in a regime, or the two steps to the gradients of weights.
 KERNELS = (*REGIMES, "parts", "sums")
@@ -96,6 +96,23 @@ def keys(rows: list[Row]) -> list[Key]:
     """
     found = [key for row in rows for key in _keys(row, rows)]
     return list(dict.fromkeys([*found, *(key for row in rows for key in _of_weights(row))]))
+
+
+def general(found: list[Key]) -> list[Key]:
+    """Return the kernels without which some calls have none.
+
+    Left out are those for few sequences, those for few inputs, and those for odd sizes whose rows
+    are dense. Such calls take a kernel for more, or for padded rows: slower, and as right.
+    """
+    numbers = {key.number for key in found}
+    return [key for key in found if key.regime != "registers" or _is_general(key, numbers)]
+
+
+def _is_general(key: Key, numbers: set[int]) -> bool:
+    wider = (key._replace(inputs=n).number for n in (32, 64) if 0 < key.inputs < n)
+    if numbers.intersection(wider) or key.batch < sequences(element_and_precision(key.kind)[1])[1]:
+        return False
+    return key.rows != "dense" or key.even or key.kind == "exact"
 
 
 def _keys(row: Row, rows: list[Row]) -> Iterator[Key]:

@@ -195,6 +195,6 @@ def _check_file(file: Path, about: dict[str, Any], kernels: int) -> None:
         raise ManifestError(f"{file.name} has {size:,} bytes instead of {about['bytes']:,}")
     groups, places = about["groups"], about["places"]
     ends = [begin + count for begin, count in groups]
-    known = all(group < len(groups) for group, *_ in places)
+    known = all(group < len(groups) for group, _, count, _ in places if count)
     if len(places) != kernels or max(ends, default=0) > size or not known:
         raise ManifestError(f"{file.name} does not have {kernels} kernels")
