@@ -39,6 +39,7 @@ __all__ = [
     "is_captured",
     "is_contested",
     "is_dense",
+    "may_torch_be_wrong",
     "pace",
     "trains",
 ]
@@ -140,7 +141,7 @@ def in_order(
 ) -> tuple[Backend, ...]:
     """Return the backends that auto asks, the ones first that were measured to be faster."""
     asked = candidates(AUTO, x)
-    if not x.is_cpu and _may_torch_be_wrong(x, specs[0], sequences):
+    if may_torch_be_wrong(x, specs[0], sequences):
         asked = (*(backend for backend in asked if backend is not TORCH), TORCH)
     if size is None or torch.compiler.is_compiling() or not size.is_known:
         return asked
@@ -154,7 +155,7 @@ def in_order(
     return (*first, *(backend for backend in asked if backend not in first)) if first else asked
 
 
-def _may_torch_be_wrong(x: Tensor, spec: LayerSpec, sequences: Sequences) -> bool:
+def may_torch_be_wrong(x: Tensor, spec: LayerSpec, sequences: Sequences) -> bool:
     """Whether PyTorch's own kernels may compute something else; of which batch is not asked."""
     if x.dtype is not torch.float16 or not x.is_cuda or sequences.batch_sizes is not None:
         return False
@@ -179,6 +180,8 @@ def _first(
             measure(x, specs[0], sequences, size)
             record = records.known(x)
             winner = record.winner(key) if record else None
+        if winner == TORCH.name and may_torch_be_wrong(x, specs[0], sequences):
+            winner = None  # be it as fast as it may
         if winner is not None:
             return tuple(backend for backend in candidates(AUTO, x) if backend.name == winner)
     contested = is_contested(x) and _is_timed(sequences)

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -22,10 +23,10 @@ import fastlstm
 from benchmarks.speed.precision import PRECISIONS
 from fastlstm import extension
 from fastlstm.kernels import triton as backend
-from fastlstm.kernels.triton import config
+from fastlstm.kernels.triton import config, plain
 from fastlstm.kernels.triton.ahead import library as ahead
 from fastlstm.kernels.triton.ahead.manifest import NAME
-from fastlstm.spec import LayerSpec
+from fastlstm.spec import DENSE, LayerSpec
 
 SHARED = 227 << 10
 NEW, OLD = 12080, 11040  # versions of the driver
@@ -33,6 +34,11 @@ GPUS = {  # compute capability, shared memory of a block, version of the driver
     "older": (75, SHARED, NEW),
     "old driver": (80, SHARED, OLD),
     "small": (80, 16, NEW),
+}
+KINDS_AND_UNITS = {
+    torch.bfloat16: (5, 16, 20, 50, 64, 100, 128),
+    torch.float16: (7, 32, 104),
+    torch.float32: (5, 16, 50, 64),
 }
 
 
@@ -98,6 +104,10 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
             found["exact"] = launches()
             found["exact explained"] = str(fastlstm.explain(exact, x.float()))
     found["backends"] = str(fastlstm.backends())
+    weights = [weight.detach() for weight in layer.parameters()]
+    many = x[:1, :1].expand(1 << 20, 1 << 24, 28)
+    spec = LayerSpec("LSTM", 28, 64, directions=2)
+    found["no memory"] = said(lambda: plain.forward(many, weights, spec, None, None, DENSE, None))
     found["operator"] = said(lambda: operator(*operands(layer, x.double())))
     spoiled = operands(layer, x)
     spoiled[8] = spoiled[8].float()
@@ -116,6 +126,42 @@ def scenarios(library: Path, folder: Path) -> dict[str, Any]:
         stub.stub_gpu(*gpu)
         found[name] = ahead.problem_of(device)
     found["none"] = ahead.problem_of(9)
+    return found
+
+
+def of_general(library: Path, folder: Path) -> dict[tuple[Any, ...], Any]:
+    """Return how many kernels calls start where there are those alone that every GPU gets."""
+    from ptx.ahead import folder_of_names
+
+    from fastlstm.kernels.triton.ahead.keys import general, keys
+    from fastlstm.kernels.triton.ahead.plans import table
+
+    folder_of_names(folder, 80, general(keys(table(80))))
+    stub = _served(library, folder, 80)
+    found: dict[tuple[Any, ...], Any] = {}
+
+    def launches(call: Callable[[], Any]) -> int | str:
+        stub.stub_launches()
+        try:
+            call()
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        return len(stub.stub_launches().splitlines())
+
+    for dtype, units in KINDS_AND_UNITS.items():
+        for H, I, B in product(units, (3, 10, 28, 64, 130), (1, 19, 600)):
+            layer, x = fastlstm.LSTM(I, H, dtype=dtype), torch.zeros(3, B, I, dtype=dtype)
+            lengths = torch.full((B,), 2)
+            with fastlstm.backend("triton"), PRECISIONS["tf32"].applied():
+                with torch.no_grad():
+                    inference = launches(lambda layer=layer, x=x: layer(x))
+                training = [
+                    launches(
+                        lambda layer=layer, x=x, rows=rows: layer(x, **rows)[0].sum().backward()
+                    )
+                    for rows in ({}, {"lengths": lengths})
+                ]
+            found[dtype, H, I, B] = inference, *training
     return found
 
 
@@ -235,6 +281,11 @@ def on_demand(library: Path, folder: Path, arch: int) -> dict[str, Any]:
         found["explained"] = str(fastlstm.explain(layer, x))
     found["backends"] = str(fastlstm.backends())
     found["clusters"] = ahead.gpu(0).clusters
+    triton.image = mock.Mock(side_effect=KeyboardInterrupt)
+    try:
+        found["interrupted"] = ahead.problem_of(1)
+    except KeyboardInterrupt:
+        found["interrupted"] = "by Ctrl-C"
     triton.image = compiled
     found["compiled"] = ahead.problem_of(1)  # of a kernel that Triton has compiled in earnest
     return found

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from torch.nn.utils.rnn import pack_sequence
 import fastlstm
 from fastlstm import extension
 from fastlstm.backends import choice, select
-from fastlstm.kernels.base import get
+from fastlstm.kernels.base import get, once
 from fastlstm.kernels.triton import builder
 from fastlstm.spec import LayerSpec
 
@@ -120,6 +122,21 @@ def test_a_missing_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     reason = module._triton_problem.__wrapped__()
     assert reason == 'Triton is not installed; to install it, run: pip install "fastlstm[triton]"'
+
+
+def test_threads_load_a_backend_once() -> None:
+    """An operator takes no second kernel."""
+    calls: list[int] = []
+
+    def load() -> str:
+        calls.append(threading.get_ident())
+        time.sleep(0.05)
+        return "loaded"
+
+    loaded = once(load)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: loaded(), range(8))) == ["loaded"] * 8
+    assert len(calls) == 1
 
 
 def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

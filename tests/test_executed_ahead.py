@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ahead_host import library as build_library
-from ahead_scenarios import of_clusters, on_demand, packaged, scenarios
+from ahead_scenarios import of_clusters, of_general, on_demand, packaged, scenarios
 from cases import Case
 from executed import AheadRun, Broken, Verdict, broken, judged
 from test_executed import (
@@ -223,6 +223,14 @@ def test_clusters_go_where_they_have_room(library: Path) -> None:
     assert found["wrong"] == (0, 0, 0, 14, 0)  # the driver refuses a size that is not the kernel's
 
 
+def test_what_every_gpu_gets_is_enough(library: Path) -> None:
+    """Calls that have no kernel of their own there take another one, in every pass."""
+    folder = library.parent / "general_kernels"
+    with fresh_compiler(), Worker(probe=int) as worker:
+        found = worker.run(of_general, library, folder, timeout=TIMEOUT)
+    assert {call: started for call, started in found.items() if started != (1, 4, 2)} == {}
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_are_compiled_when_they_are_first_called(library: Path, arch: int) -> None:
     folder = library.parent / "no_kernels"
@@ -235,6 +243,7 @@ def test_kernels_are_compiled_when_they_are_first_called(library: Path, arch: in
     begins = [name.partition("-")[0] for name in found["training"]]
     passes = ["lstm_fwd_registers", "lstm_bwd_registers"]
     assert begins == [*passes, "lstm_bwd_parts", "lstm_bwd_sums"]
+    assert found["interrupted"] == "by Ctrl-C"  # and the next one tries again
     assert found["threads"] == 4
     assert set(found["of threads"]) == {"lstm_fwd_registers-f16-u16n4i32-dense-keeps"}
     assert "lstm_fwd_registers-bf16-u128" in found["error"]
@@ -265,6 +274,7 @@ def test_what_is_not_compiled_ahead_is_left_to_triton(seen: dict[str, Any]) -> N
     ("name", "sentence"),
     [
         ("another dtype", "expected y to be torch.bfloat16 with this input, got torch.float32"),
+        ("no memory", "OutOfMemoryError: CUDA out of memory. fastlstm: could not allocate"),
         ("another shape", "expected a state of 2432 numbers"),
         ("older", "compiled for PTX of sm_80, and GPU 1 is sm_75"),
         ("old driver", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),

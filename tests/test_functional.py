@@ -158,6 +158,13 @@ def test_batch_sizes_are_checked(backend: str, sizes: list[int]) -> None:
         lstm(inputs(8), None, weights_of(module()), batch_sizes=batch_sizes)
 
 
+def test_batch_sizes_elsewhere_are_refused(backend: str) -> None:
+    """Kernels read them on the host."""
+    batch_sizes = torch.tensor([5, 3], device="meta")
+    with pytest.raises(RuntimeError, match="batch_sizes must be on the CPU, got meta"):
+        lstm(inputs(8), None, weights_of(module()), batch_sizes=batch_sizes)
+
+
 @pytest.mark.parametrize("count", [1, 6, 7])
 def test_number_of_weights_is_checked(backend: str, count: int) -> None:
     weights = (weights_of(module()) * 2)[:count]

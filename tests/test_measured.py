@@ -29,6 +29,7 @@ from fastlstm.kernels.pytorch import TORCH
 from fastlstm.kernels.triton.plan import Device
 from fastlstm.layer.taken import Taken
 from fastlstm.layer.whole import plain_backend
+from fastlstm.proof import tuning
 from fastlstm.record import OK, Record
 from fastlstm.spec import DENSE, LayerSpec, Sequences
 
@@ -247,6 +248,19 @@ def test_float16_is_never_pytorchs_where_that_is_wrong(
     assert "PyTorch's own float16 kernels (cuDNN 9.19) are wrong for such sizes" in told.reason
     for spec in (wide(hidden_size=96), PLAIN, wide(hidden_size=40, proj_size=8)):
         assert taken(FP16, spec, shape=(3, 4096), training=training) == "torch"
+
+
+def test_no_record_makes_wrong_kernels_right(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may well be the fastest that `tune` has timed."""
+    gpu.ready = True
+    monkeypatch.setattr(automatic.records, "known", lambda x: Record({}))
+    monkeypatch.setattr(Record, "winner", lambda self, shape: "torch")
+    assert taken(FP16, wide(hidden_size=40), shape=(3, 8)) == "triton"
+    assert taken(FP16, wide(hidden_size=64), shape=(3, 8)) == "torch"
+    x = tensor(FP16, 3, 8, I)
+    for H, found in ((40, {"triton", "cuda"}), (64, {"torch", "triton", "cuda"})):
+        candidates = tuning._candidates(x, [wide(hidden_size=H)], DENSE, Size(1, 3, 8, (WEIGHT,)))
+        assert {each.name for each in candidates} == found
 
 
 def test_float16_of_unknown_batches(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from test_ragged import PACKED, PADDED, RESET
 from torch import Tensor
 
 import fastlstm
+from benchmarks.speed.precision import PRECISIONS
 from fastlstm.kernels.triton import TRITON
+from fastlstm.layer import keeping
 from fastlstm.spec import LayerSpec
 
 pytestmark = [
@@ -29,6 +32,9 @@ pytestmark = [
         reason="these tests interpret the kernels, `-m gpu` compiles them",
     ),
 ]
+
+
+AGAIN = keeping._again
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +152,21 @@ def test_saved_for_backward(H: int, needs_grad: bool) -> None:
         kept -= sum(p.numel() for p in lstm.parameters())
     per_step = kept / (6 * 4 * H)
     assert per_step == ((6 if keeps_gates else 2) if needs_grad else 0)
+
+
+def test_another_precision_in_the_backward_pass() -> None:
+    """Gates kept in TF32 may lie in another order than those that an exact backward pass reads."""
+    lstm, x = fastlstm.LSTM(4, 6), torch.randn(3, 2, 4)
+    with PRECISIONS["exact"].applied():
+        expected = torch.autograd.grad(lstm(x)[0].sum(), list(lstm.parameters()))
+    for precision in ("exact", "tf32"):
+        with PRECISIONS[precision].applied():
+            y, _ = lstm(x)
+        with PRECISIONS["exact"].applied(), mock.patch.object(keeping, "_again") as again:
+            again.side_effect = AGAIN
+            found = torch.autograd.grad(y.sum(), list(lstm.parameters()))
+        assert again.called is (precision == "tf32")
+        assert all(map(torch.equal, found, expected))
 
 
 def test_second_derivatives() -> None:

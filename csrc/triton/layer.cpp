@@ -22,10 +22,15 @@ std::optional<Kind> kind_of(int32_t dtype, std::optional<bool> in_tf32) {
   return (in_tf32 ? *in_tf32 : tf32()) ? Kind::tf32 : Kind::exact;
 }
 
+void check_on_host(const Array& batch_sizes) {
+  FASTLSTM_CHECK(Place::of(batch_sizes.handle()).is_cpu(), "fastlstm: batch_sizes must be on the CPU");
+}
+
 // How many sequences a call has; 0 of one that is refused later.
 i64 sequences_of(const Array& x, const Array& batch_sizes) {
   if (!batch_sizes) return x.dim == 3 ? x.sizes[1] : 0;
   const bool known = batch_sizes.dtype == aoti_torch_dtype_int64() && batch_sizes.dim == 1 && batch_sizes.sizes[0] > 0;
+  check_on_host(batch_sizes);
   return known ? *static_cast<const i64*>(batch_sizes.data) : 0;
 }
 
@@ -68,6 +73,7 @@ Rows::Rows(const Array& x, const Array& batch_sizes, Array lengths_, Array reset
 void Rows::read_packed(const Array& batch_sizes, const Place& place) {
   FASTLSTM_CHECK(batch_sizes.dtype == aoti_torch_dtype_int64() && batch_sizes.dim == 1 && batch_sizes.contiguous(),
                  "fastlstm: batch_sizes must be int64 [T]");
+  check_on_host(batch_sizes);
   const i64* first = static_cast<const i64*>(batch_sizes.data);
   sizes.assign(first, first + batch_sizes.sizes[0]);
   const bool falls = std::is_sorted(sizes.rbegin(), sizes.rend());

@@ -64,8 +64,11 @@ Array counted(i64 count, const Place& place) {
 Array Place::empty(const Sizes_& sizes, int32_t dtype) const {
   AtenTensorHandle handle;
   const Sizes_ strides = strides_for(sizes);
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(i64(sizes.size()), sizes.data(), strides.data(), dtype, type, index, &handle));
+  if (aoti_torch_empty_strided(i64(sizes.size()), sizes.data(), strides.data(), dtype, type, index, &handle)) {
+    size_t bytes = aoti_torch_dtype_element_size(dtype);
+    for (const i64 n : sizes) bytes *= size_t(n);
+    throw OutOfMemory(bytes);
+  }
   return Array(handle);
 }
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import wraps
+from threading import RLock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "constant",
     "get",
     "names",
+    "once",
     "register",
     "registered",
 ]
@@ -107,6 +110,10 @@ class Backend:
     takes_weights_of_forward: bool = False
     """Whether its backward operators find the weights of the forward pass in `cache`, to compute
     gates again. Any other backend computes the forward pass again, if the weights have changed."""
+
+    keeps_by_precision: bool = False
+    """Whether the order of what it keeps depends on how float32 is multiplied. If that changes
+    before the backward pass, the forward pass is computed again."""
 
     def takes_plain(self, spec: LayerSpec, sequences: Sequences) -> bool:
         """Whether ``lstm_plain_fwd`` and ``lstm_plain_bwd`` compute a layer of such sequences."""
@@ -251,6 +258,28 @@ def constant(function: Function) -> Function:
     """
     function.__dict__["_dynamo_marked_constant"] = True
     return function
+
+
+_loading = RLock()  # one for all: what is loaded may load more
+
+
+def once(load: Function) -> Function:
+    """Return a function that calls another one at its first call, and keeps what it returns.
+
+    ``functools.cache`` would call it a second time for a thread that comes meanwhile, and a kernel
+    of an operator may be registered only once.
+    """
+    found: list[Any] = []
+
+    @wraps(load)
+    def loaded() -> Any:
+        if not found:
+            with _loading:
+                if not found:
+                    found.append(load())
+        return found[0]
+
+    return loaded  # type: ignore[return-value]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

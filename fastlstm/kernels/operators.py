@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from threading import local
 from typing import Any, NamedTuple
 
 import torch
@@ -196,18 +197,20 @@ def load_on_first_use(
         error: loads the backend, and returns why it cannot, or None.
         name: of the backend, for the message.
     """
-    loaded = False
+    inside = local()  # other threads may be on their way here while one loads the backend
 
     def bind(operator: Any) -> Callable[..., None]:
         def kernel(*args: Any, **options: Any) -> Any:
-            nonlocal loaded
-            if loaded:
+            if getattr(inside, "again", False):
                 raise RuntimeError(f"{operator.name()} has no kernel for tensors on this device")
             reason = error()
             if reason is not None:
                 raise RuntimeError(f"the {name} kernels are not available here: {reason}")
-            loaded = True
-            return operator(*args, **options)
+            inside.again = True
+            try:
+                return operator(*args, **options)
+            finally:
+                inside.again = False
 
         return kernel
 

@@ -220,6 +220,8 @@ def check_packed(
         )
     if batch_sizes.dim() != 1:
         raise RuntimeError(f"{kind}: batch_sizes must be 1-D [T], got {size(batch_sizes)}")
+    if not batch_sizes.is_cpu:
+        raise RuntimeError(f"{kind}: batch_sizes must be on the CPU, got {batch_sizes.device}")
     if torch.compiler.is_compiling():  # values are not known yet: the operator checks them
         batch: Any = batch_sizes[0].item() if hx is None else hx[0].shape[1]
         return batch_sizes.shape[0], batch, x.shape[1]

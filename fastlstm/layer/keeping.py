@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlstm.kernels.base import get
+from fastlstm.kernels.measured import precision
 from fastlstm.layer.call import (
     Call,
     MaybeTensors,
@@ -53,8 +54,10 @@ def keep(ctx: Any, call: Call, inputs: MaybeTensors, outputs: Tensors) -> None:
     """
     own = call_tensors(call)
     y, *kept = outputs[0], *outputs[3:]  # c_all and gates; backward needs no final states
-    ctx.witnesses, ctx.copied = (), False
+    ctx.witnesses, ctx.copied, ctx.precision = (), False, None
     if not torch.compiler.is_compiling():  # compiled code knows of all edits
+        if get(call.backend).keeps_by_precision:
+            ctx.precision = precision(y.dtype)
         ctx.set_materialize_grads(False)  # Dynamo cannot pass a missing gradient
         if type(y) is Tensor and not _is_transformed():
             if _hooks(False) is not None:  # then autograd does not watch
@@ -80,6 +83,8 @@ def recall(ctx: Any) -> tuple[Call, MaybeTensors, MaybeTensors, Tensor | None]:
         tensors, edited = _without_outputs(ctx), True
     else:
         edited = any([t._version != version for t, version in ctx.witnesses])
+    if ctx.precision is not None and ctx.precision != precision(tensors[ctx.own].dtype):
+        edited = True
     call = with_tensors(ctx.call, tensors[: ctx.own]) if ctx.own else ctx.call
     end = ctx.own + ctx.inputs
     inputs, kept = tensors[ctx.own : end], tensors[end:]

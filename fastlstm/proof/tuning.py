@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import automatic, record
-from fastlstm.automatic import AUTO, Size, candidates, doubt, first_obstacle
+from fastlstm.automatic import AUTO, Size, candidates, doubt, first_obstacle, may_torch_be_wrong
 from fastlstm.backends import backend, choice
 from fastlstm.kernels.base import Backend
 from fastlstm.kernels.pytorch import TORCH
@@ -134,10 +134,12 @@ def _store(device: torch.device, found: Sequence[Timing]) -> str:
 def _candidates(
     x: Tensor, specs: Sequence[LayerSpec], sequences: Sequences, size: Size
 ) -> list[Backend]:
+    wrong = TORCH if may_torch_be_wrong(x, specs[0], sequences) else None
     return [
         each
         for each in candidates(AUTO, x)
-        if first_obstacle(each, x, specs, sequences) is None
+        if each is not wrong
+        and first_obstacle(each, x, specs, sequences) is None
         and doubt(each, x, specs, sequences, size=size) is None
     ]
 

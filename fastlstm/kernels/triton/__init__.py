@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlstm.kernels import measured
-from fastlstm.kernels.base import Backend, Use, constant, register
+from fastlstm.kernels.base import Backend, Use, constant, once, register
 from fastlstm.kernels.operators import define, load_on_first_use
 from fastlstm.spec import DENSE, LayerSpec, Sequences
 
@@ -46,7 +46,7 @@ class TritonBackend(Backend):
     name = "triton"
     devices = frozenset({"cuda"})
     lstm_fwd, lstm_bwd, rnn_fwd, rnn_bwd = _OPERATORS
-    takes_weights_of_forward = True
+    takes_weights_of_forward = keeps_by_precision = True
     infers_on_cpu = False
     lstm_plain_fwd, lstm_plain_bwd = staticmethod(plain.forward), staticmethod(plain.backward)
 
@@ -175,7 +175,7 @@ def _error() -> str | None:
     return _load()
 
 
-@cache
+@once
 def _load() -> str | None:
     """Load the kernels; say why they cannot be loaded."""
     mode = os.environ.get("FASTLSTM_TRITON", "auto")
@@ -188,7 +188,7 @@ def _load() -> str | None:
     return ahead if jit and _built() else jit
 
 
-@cache
+@once
 def _load_jit_kernels() -> str | None:
     """Let operators compile what was not compiled ahead; say why they cannot."""
     jit = _jit_problem()
@@ -220,7 +220,7 @@ def _ahead_problem() -> str | None:
     return _load_ahead()
 
 
-@cache
+@once
 def _load_ahead() -> str | None:
     """Load the kernels that C++ starts, compiled ahead or by Triton; say why there are none."""
     if os.environ.get("FASTLSTM_TRITON") == "jit":
@@ -239,7 +239,7 @@ def _jit_problem() -> str | None:
     return _load_jit()
 
 
-@cache
+@once
 def _load_jit() -> str | None:
     """Load what compiles at run time, and what starts that; say why it cannot be loaded."""
     if (reason := _triton_problem()) is not None:

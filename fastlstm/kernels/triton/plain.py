@@ -29,7 +29,7 @@ _FORWARD, _BACKWARD = define_plain("triton", "bool tf32")
 
 def infer(x: Tensor, *rest: Any) -> Any:
     """Compute a stack without gradients, as ``Backend.lstm_infer``."""
-    return _INFER(x, *rest, _in_tf32(x.dtype))
+    return _started(_INFER, x, *rest, _in_tf32(x.dtype))
 
 
 def forward(
@@ -42,7 +42,7 @@ def forward(
     cache: Any,
 ) -> Any:
     """Compute a layer in training, as ``Backend.lstm_plain_fwd``."""
-    return _FORWARD(x, weights, spec.directions, h0, c0, _in_tf32(x.dtype))
+    return _started(_FORWARD, x, weights, spec.directions, h0, c0, _in_tf32(x.dtype))
 
 
 def backward(
@@ -56,7 +56,20 @@ def backward(
     *rest: Any,
 ) -> Any:
     """Compute the gradients of a layer, as ``Backend.lstm_plain_bwd``."""
-    return _BACKWARD(x, weights, spec.directions, h0, c0, *rest, _in_tf32(x.dtype))
+    return _started(_BACKWARD, x, weights, spec.directions, h0, c0, *rest, _in_tf32(x.dtype))
+
+
+def _started(operator: Any, *arguments: Any) -> Any:
+    """Call an operator; where there is no memory, raise what programs look for.
+
+    Some look for the type, others for the words. In C++ it is csrc/out_of_memory.h.
+    """
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if "could not allocate" in str(error):
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {error}") from None
+        raise
 
 
 @constant

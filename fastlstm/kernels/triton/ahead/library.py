@@ -52,6 +52,7 @@ _image = define_operator("triton_image", "(int device, int kernel) -> (Tensor, T
 CLUSTER_SIZES = 1, 2, 4, 8, 16  # as csrc/triton/kernels.h has them
 _manifest: Manifest | None = None  # None where the installed Triton compiles what is called
 _names: dict[int, str] = {}  # of kernels, by their keys
+_interrupted: list[BaseException] = []  # what has ended the last attempt, if it was no error
 _problems: dict[int, str] = {}  # why a GPU has no kernels; "" for those that have
 
 
@@ -141,6 +142,8 @@ def _find_problem(device: int) -> str:
     try:
         _give_kernels(device)
     except (ManifestError, RuntimeError) as error:
+        if _interrupted:  # by Ctrl-C, which says nothing about the GPU
+            raise _interrupted.pop() from None
         return str(error).removeprefix("fastlstm: ")
     return ""
 
@@ -199,6 +202,8 @@ def _image_of(device: int, kernel: int) -> tuple[Tensor, Tensor]:
     except BaseException as error:
         what = f"{type(error).__name__}: {error}"
         failed(f"fastlstm: {_names[kernel]} for GPU {device} could not be had: {what}")
+        if not isinstance(error, Exception):  # C++ makes a RuntimeError of it
+            _interrupted[:] = [error]
         raise
     with _disable_current_modes():  # a first call may be one of fake tensors
         numbers = torch.frombuffer(bytearray(code), dtype=torch.uint8)
