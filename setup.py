@@ -298,7 +298,7 @@ LIBRARIES = [
         cpu,
         "_build_error.txt",
         "FASTLSTM_REQUIRE_EXTENSION",
-        "its C++ kernels, on the slower reference backend",
+        "its C++ kernels: PyTorch's own run instead",
     ),
 ]
 EMULATOR_LIBRARY = Library(
