@@ -9,16 +9,16 @@ namespace fastlstm {
 namespace {
 
 // Runs f(item) for every item of [0, n) on any of the threads. The caller's thread flushes denormals already. If f
-// throws the caller gets one of the exceptions, once all threads have ended. backwards: see Threads::run.
+// throws the caller gets one of the exceptions, once all threads have ended. backwards, uncut: see Threads::run.
 template <class F>
-inline void parallel(Threads& threads, i64 n, const F& f, bool backwards = false) {
+inline void parallel(Threads& threads, i64 n, const F& f, bool backwards = false, double uncut = 1) {
   threads.run(
       n, backwards,
       [](i64 item, void* context) {
         const FlushDenormals flush;
         (*static_cast<const F*>(context))(item);
       },
-      const_cast<void*>(static_cast<const void*>(&f)));
+      const_cast<void*>(static_cast<const void*>(&f)), uncut);
 }
 
 // Runs f() with all threads at hand: what it shares begins at once.

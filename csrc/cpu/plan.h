@@ -36,6 +36,8 @@ constexpr double kForkFlops = 1e6;            // arithmetic that is worth a thre
 constexpr i64 kLaneRows = 128;                // a lane's state then stays in L2
 constexpr i64 kProductRows = 2 * kPanelRows;  // of a product; another reading of its weights then costs nothing
 
+constexpr double kRowsOfLane = 2;  // of its time, what a lane takes besides its rows
+
 // Where weights lie that a core reads once a step.
 enum class Level { second, third, memory };
 
@@ -177,6 +179,11 @@ Plan make_plan(const Sizes& s, i64 most, const Machine& machine) {
     if (shared.cycles < (best.split_units ? kWorthwhile : 1) * best.cycles) best = shared;
   }
   return best;
+}
+
+// What a lane of all sequences would take, as a part of what these lanes of a direction take together.
+inline double part_uncut(const Sizes& s, i64 lanes) {
+  return (double(s.B) + kRowsOfLane) / (double(s.B) + double(lanes) * kRowsOfLane);
 }
 
 // How many of `most` threads are worth having for that many calls of these sizes, which either take turns, each with

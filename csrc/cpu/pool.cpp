@@ -269,7 +269,7 @@ void Threads::borrow(void (*body)(void* context), void* context) {
 
 Share& Threads::share(int place) { return place ? members_[place - 1]->share : own_; }
 
-void Threads::run(int64_t n, bool backwards, Body body, void* context) {
+void Threads::run(int64_t n, bool backwards, Body body, void* context, double uncut) {
   if (n <= 1 || !recruit(n)) {
     for (int64_t k = 0; k < n; ++k) body(backwards ? n - 1 - k : k, context);
     return;
@@ -283,11 +283,11 @@ void Threads::run(int64_t n, bool backwards, Body body, void* context) {
   const int64_t done = now();
   const int late = meet(done);
   const int64_t end = now();
-  // What others have done, at the pace of this thread, less what the meeting has cost. Threads that help less than an
-  // eighth are not worth their while: the call is then cut into more parts than it needs.
+  // The time of this thread alone, at the pace of its items, less what it took, the meeting included. Threads that help
+  // less than an eighth are not worth their while: the call is then cut into more parts than it needs.
   if (taken_ > 0) {
-    const int64_t own = done - begin;
-    usefulness_->record(own * (n - taken_) / taken_ - (end - done) - own / 8, size_, late, end);
+    const int64_t own = done - begin, alone = int64_t(uncut * double(own * n / taken_));
+    usefulness_->record(alone - (end - begin) - own / 8, size_, late, end);
   }
   if (failed_.exchange(false, std::memory_order_relaxed)) std::rethrow_exception(std::exchange(error_, nullptr));
 }

@@ -56,8 +56,9 @@ class Threads {
 
   // Calls body(item, context) for every item of [0, n), on any thread, in any order, and returns when all are done. The
   // first exception is thrown again here. One region at a time; a body shares nothing itself. backwards: a thread takes
-  // its own items from the last to the first, so that it begins with those whose data it has used last.
-  void run(int64_t n, bool backwards, Body body, void* context);
+  // its own items from the last to the first, so that it begins with those whose data it has used last. uncut: the time
+  // that they would take as one item, as a part of all of theirs.
+  void run(int64_t n, bool backwards, Body body, void* context, double uncut);
 
  private:
   friend struct Worker;

@@ -101,11 +101,12 @@ class BackwardLayer {
 
   // Each thread takes some lanes through all steps of the chunk.
   void lane_steps(i64 first, i64 steps) const {
-    parallel(*p_.threads, lane_count_, [&](i64 k) {
+    const auto lane = [&](i64 k) {
       const Direction& direction = *directions_[k / plan_.lanes];
       for (i64 step = 0; step < steps; ++step)
         lanes_[k]->run(direction.time(first + step), direction.chunk.start[step]);
-    });
+    };
+    parallel(*p_.threads, lane_count_, lane, false, part_uncut(s_, plan_.lanes));
   }
   // All threads share every step; there is one lane in each direction.
   void shared_steps(i64 first, i64 steps) const {

@@ -67,10 +67,11 @@ void forward_layer(const ForwardParams& p) {
   const Plan plan = make_plan<S>(s, p.threads->count(), this_machine());
   const ExtendedDirections<S> extended(cell == Cell::extended, s, p.dtype, p.cell, p.weights);
   if (plan.split_units) return forward_shared_steps<S, cell>(p, plan, extended);
-  parallel(*p.threads, s.D * plan.lanes, [&](i64 item) {
+  const auto lane = [&](i64 item) {
     const i64 d = item / plan.lanes;
     ForwardLane<S, cell>(p, plan, extended[d], d, item % plan.lanes).run();
-  });
+  };
+  parallel(*p.threads, s.D * plan.lanes, lane, false, part_uncut(s, plan.lanes));
 }
 
 }  // namespace
