@@ -35,8 +35,7 @@ constexpr double kWorthwhile = 0.95;          // of the cycles; such estimates c
 constexpr double kForkFlops = 1e6;            // arithmetic that is worth a thread of its own: ~10 us
 constexpr i64 kLaneRows = 128;                // a lane's state then stays in L2
 constexpr i64 kProductRows = 2 * kPanelRows;  // of a product; another reading of its weights then costs nothing
-
-constexpr double kRowsOfLane = 2;  // of its time, what a lane takes besides its rows
+constexpr double kRowsOfLane = 2;             // a lane takes as much longer as so many rows more
 
 // Where weights lie that a core reads once a step.
 enum class Level { second, third, memory };

@@ -139,6 +139,7 @@ def _is_there(device: int, kind: int | None, spec: LayerSpec, B: int) -> bool:
 
 
 def _find_problem(device: int) -> str:
+    _interrupted.clear()  # of an attempt that nobody asked about
     try:
         _give_kernels(device)
     except (ManifestError, RuntimeError) as error:
