@@ -123,6 +123,7 @@ AHEAD = tuple(
         "tensors",
         "layer",
         "forward",
+        "input_products",
         "backward",
         "weight_gradients",
         "register",

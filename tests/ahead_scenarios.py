@@ -207,7 +207,7 @@ def of_clusters(library: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with fastlstm.backend("triton"), torch.no_grad():
         operator(*operands(layer, x))
-        (found["launch"],) = map(json.loads, stub.stub_launches().splitlines())
+        _, found["launch"] = map(json.loads, stub.stub_launches().splitlines())  # after products
         found["many"] = said(lambda: operator(*operands(layer, x.repeat(1, 18, 1))))
     found["described"] = backend.TRITON.describe(LayerSpec("LSTM", 28, 300), 3, 19, x)
     found["room"] = ahead.gpu(0).together

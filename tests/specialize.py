@@ -122,6 +122,9 @@ for regime, H, dtype, cell in (
         recorded = launches(H, 2, dtype, cell)
         for launch in (recorded[0], recorded[-1]):
             print(launch.kernel.__name__, regime, compiled(launch))
+with override(regime="registers", fused=False):
+    launch = launches(32, 2, torch.bfloat16, False)[0]
+    print(launch.kernel.__name__, launch.plan.regime, compiled(launch))
 with override(regime="registers"):
     for launch in launches(32, 2, torch.bfloat16, False, dense=True)[-2:]:
         print(launch.kernel.__name__, launch.plan.regime, compiled(launch))

@@ -105,6 +105,7 @@ def test_every_kernel_regime_and_type_is_there(compiled: Compiled) -> None:
             for name in ("parts", "sums")
             for arch in (80, 90)
         }
+        | {("lstm_input_products_kernel", "inputs", arch) for arch in (80, 90)}
         | {
             (f"lstm_{way}_{kind}_kernel", regime, arch)
             for way in ("fwd", "bwd")

@@ -21,7 +21,8 @@ def test_one_kernel_for_every_length_and_batch() -> None:
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
     names = {"steps": "step"}
-    weights = [(f"lstm_weight_{name}_kernel", "weights") for name in ("parts", "sums")]
+    weights = [("lstm_input_products_kernel", "inputs")]
+    weights += [(f"lstm_weight_{name}_kernel", "weights") for name in ("parts", "sums")]
     kernels = [
         (f"{kind}_{way}_{names.get(regime, regime)}_kernel", regime)
         for kind, regimes in (

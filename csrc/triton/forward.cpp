@@ -3,18 +3,6 @@
 namespace fastlstm::ahead {
 namespace {
 
-// x through w_ih without the biases, float32 [D, rows, H, 4].
-Array products_by_unit(const Array& x, const std::vector<Weights>& weights, i64 H, const Place& place) {
-  const Array rows = flat_rows(x, place);
-  const i64 D = i64(weights.size()), count = rows.sizes[0];
-  Array found = place.empty({D, count, 4 * H}, aoti_torch_dtype_float32());
-  for (i64 d = 0; d < D; ++d) {
-    const Array w = by_unit(weights[size_t(d)].w_ih, place);
-    product_into(view(found, {count, 4 * H}, {4 * H, 1}, d * count * 4 * H), rows, transposed(w), place);
-  }
-  return found;
-}
-
 // What a forward pass writes.
 struct Outputs {
   const Array &y, &h_n, &c_n, &c_all, &gates;
@@ -36,7 +24,7 @@ void forward(const Question& asked, const Place& place, const Array& x, const st
   Kernel* kernel = asked.device->find({asked.row, rows.kind(false), out.c_all || out.gates, even, even_input(x)});
   FASTLSTM_CHECK(kernel, "fastlstm: no kernel for this call was compiled ahead");
   const bool fused = kernel->fused;
-  const Array products = fused ? Array() : products_by_unit(x, weights, H, place);
+  const Array products = fused ? Array() : input_products(asked, x, weights, rows, place);
   Arguments a;
   a.set(k_x, fused ? x : products);
   set_rows(&a, rows, H, D);

@@ -11,13 +11,14 @@ namespace fastlstm::ahead {
 namespace {
 
 constexpr unsigned kLanes = 32;
-constexpr unsigned kStaticShared = 48 << 10;  // that a kernel has without asking
-constexpr i64 kWidestInputs = 64;             // that go through their weights in the loop
-constexpr i64 kParts = 2, kSums = 3;          // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
-constexpr i64 kPartsOfSums = 32;              // that are added at a time
-constexpr i64 kMostWaves = 6;                 // as in fastlstm/kernels/triton/register_plans.py
-constexpr i64 kQuarters = 4;                  // the same
-constexpr unsigned kPortableCluster = 8;      // blocks that every GPU with clusters takes
+constexpr unsigned kStaticShared = 48 << 10;       // that a kernel has without asking
+constexpr i64 kWidestInputs = 64;                  // that go through their weights in the loop
+constexpr i64 kParts = 2, kSums = 3, kInputs = 4;  // as KERNELS in fastlstm/kernels/triton/ahead/keys.py
+constexpr i64 kRowsOfInputs = 64;                  // of a program
+constexpr i64 kPartsOfSums = 32;                   // that are added at a time
+constexpr i64 kMostWaves = 6;                      // as in fastlstm/kernels/triton/register_plans.py
+constexpr i64 kQuarters = 4;                       // the same
+constexpr unsigned kPortableCluster = 8;           // blocks that every GPU with clusters takes
 
 // Of a program, unless there are few: as sequences() there.
 i64 most_sequences(const Row& row) { return Kind(row.kind) == Kind::exact ? 4 : 8; }
@@ -232,14 +233,22 @@ Kernel* Device::find(const Wish& wish) const {
   return find({&more, wish.rows, wish.keeps, wish.even, wish.even_x});
 }
 
+// Of those that are no pass: for even sizes, or any.
+Kernel* Device::find(const Row& row, i64 inputs, bool keeps, bool even) const {
+  for (int odd = !even; odd < 2; ++odd) {
+    const auto found = by_number_.find(number(row, inputs, RowsKind::dense, keeps, !odd));
+    if (found != by_number_.end()) return found->second;
+  }
+  return nullptr;
+}
+
 Kernel* Device::parts_of_weights(const Row& row, bool even) const {
   Row parts = row;
   parts.regime = kParts;
   parts.units = states_of_parts(row.units);
   parts.blocks = 1;
   parts.batch = rows_of_parts(Kind(row.kind));
-  const auto found = by_number_.find(number(parts, kInputsOfParts, RowsKind::dense, true, even));
-  return found == by_number_.end() ? nullptr : found->second;
+  return find(parts, kInputsOfParts, true, even);
 }
 
 Kernel* Device::sums_of_weights(const Row& row) const {
@@ -248,8 +257,11 @@ Kernel* Device::sums_of_weights(const Row& row) const {
   sums.blocks = 1;
   sums.units = 16;
   sums.batch = kPartsOfSums;
-  const auto found = by_number_.find(number(sums, 0, RowsKind::dense, true, false));
-  return found == by_number_.end() ? nullptr : found->second;
+  return find(sums, 0, true, false);
+}
+
+Kernel* Device::input_products(Kind kind, bool even) const {
+  return find({0, i64(kind), 0, 0, kInputs, 16, kRowsOfInputs, 0, 0, 1}, 0, false, even);
 }
 
 Handle_ Device::function(Kernel* kernel) const {

@@ -19,12 +19,12 @@ namespace fastlstm::ahead {
 
 // What kernels are told, by the names that their sources give it.
 enum Slot : int {
-#define FASTLSTM_SLOTS(slot)                                                                                           \
-  slot(x) slot(w_ih) slot(w_hh) slot(b_ih) slot(b_hh) slot(w_ih_reverse) slot(w_hh_reverse) slot(b_ih_reverse)         \
-      slot(b_hh_reverse) slot(h0) slot(c0) slot(offsets) slot(lengths) slot(reset) slot(y) slot(h_n) slot(c_n)         \
-          slot(c_all) slot(gates) slot(dy) slot(dc_all) slot(dh_n) slot(dc_n) slot(dgates) slot(dh0) slot(dc0)         \
-              slot(parts) slot(rows) slot(T) slot(B) slot(I) slot(H) slot(D) slot(x_t) slot(x_b) slot(dy_t) slot(dy_b) \
-                  slot(dc_t) slot(dc_b) slot(starts) slot(splits)
+#define FASTLSTM_SLOTS(slot)                                                                                    \
+  slot(x) slot(w_ih) slot(w_hh) slot(b_ih) slot(b_hh) slot(w_ih_reverse) slot(w_hh_reverse) slot(b_ih_reverse)  \
+      slot(b_hh_reverse) slot(h0) slot(c0) slot(offsets) slot(lengths) slot(reset) slot(y) slot(h_n) slot(c_n)  \
+          slot(c_all) slot(gates) slot(dy) slot(dc_all) slot(dh_n) slot(dc_n) slot(dgates) slot(dh0) slot(dc0)  \
+              slot(parts) slot(products) slot(rows) slot(T) slot(B) slot(I) slot(H) slot(D) slot(x_t) slot(x_b) \
+                  slot(dy_t) slot(dy_b) slot(dc_t) slot(dc_b) slot(starts) slot(splits)
 #define FASTLSTM_SLOT(name) k_##name,
   FASTLSTM_SLOTS(FASTLSTM_SLOT) kNothing,  // of two pointers that Triton adds
   kSlots
@@ -103,6 +103,8 @@ class Device {
   // The two that find the gradients of weights after a backward pass of that plan. even: as of a wish.
   Kernel* parts_of_weights(const Row& row, bool even) const;
   Kernel* sums_of_weights(const Row& row) const;
+  // The one that makes input products; null if there is none. even: whether numbers are read four at a time.
+  Kernel* input_products(Kind kind, bool even) const;
   // Starts it on PyTorch's current stream, for tiles of sequences and for directions, or in another grid; each program
   // is a block, or a cluster of them.
   void launch(Kernel* kernel, Arguments* arguments, i64 x, i64 y, i64 z = 1) const;
@@ -113,6 +115,7 @@ class Device {
   Handle_ function(Kernel* kernel) const;
   i64 room(const Row& row) const;
   Kernel* find(const Wish& wish, i64 inputs, bool even) const;
+  Kernel* find(const Row& row, i64 inputs, bool keeps, bool even) const;
 
   int index_;
   Handle_ context_ = nullptr;

@@ -4,22 +4,22 @@
 #include <numeric>
 
 namespace fastlstm::ahead {
-bool aligned(const Array& t, uintptr_t bytes) { return !t || reinterpret_cast<uintptr_t>(t.data) % bytes == 0; }
 
-namespace {
-
-// Whether float32 is multiplied in TF32, as cuDNN's RNNs are told to.
-bool tf32() {
-  std::array<StableIValue, 1> stack{};
+bool is_in_tf32(bool matmul) {
+  std::array stack{torch::stable::detail::from(matmul)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastlstm::triton_tf32", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<bool>(stack[0]);
 }
+
+bool aligned(const Array& t, uintptr_t bytes) { return !t || reinterpret_cast<uintptr_t>(t.data) % bytes == 0; }
+
+namespace {
 
 std::optional<Kind> kind_of(int32_t dtype, std::optional<bool> in_tf32) {
   if (dtype == aoti_torch_dtype_bfloat16()) return Kind::bf16;
   if (dtype == aoti_torch_dtype_float16()) return Kind::f16;
   if (dtype != aoti_torch_dtype_float32()) return std::nullopt;
-  return (in_tf32 ? *in_tf32 : tf32()) ? Kind::tf32 : Kind::exact;
+  return (in_tf32 ? *in_tf32 : is_in_tf32(false)) ? Kind::tf32 : Kind::exact;
 }
 
 void check_on_host(const Array& batch_sizes) {

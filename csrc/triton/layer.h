@@ -26,6 +26,9 @@ struct Question {
            bool more, std::optional<bool> tf32 = std::nullopt);
 };
 
+// Whether float32 is multiplied in TF32, by what Python says: as cuDNN's RNNs are told to, or PyTorch's products.
+bool is_in_tf32(bool matmul);
+
 // Leaves calls to the other operators, as long as somebody wants plans of his own.
 void pause(bool paused);
 
@@ -75,11 +78,18 @@ bool even_weights(const std::vector<Weights>& weights, i64 H);
 bool even_input(const Array& x);
 bool even_gradient(const Array& dy);
 
+// x through w_ih without the biases, float32 [D, rows, 4H] by unit (fastlstm/kernels/triton/input_products.py).
+Array input_products(const Question& asked, const Array& x, const std::vector<Weights>& weights, const Rows& rows,
+                     const Place& place);
+
 // The gradients of all weights in two launches (fastlstm/kernels/triton/weight_gradients.py), and whether these take a
 // layer. x: [T, B, I]. y: [T, B, D * H]. dgates: [D, rows, 4H] by unit. dweights: as the operator takes them, written.
 bool takes_weights(const Question& asked, const Rows& rows, i64 D);
 void launch_weight_gradients(const Question& asked, const Rows& rows, const Array& x, const Array& y, const Array& h0,
                              const Array& dgates, const std::vector<Array>& dweights);
+
+// How many tiles of a size it takes.
+inline i64 tiles_of(i64 n, i64 each) { return (n + each - 1) / each; }
 
 // Bytes to which tensors of gates, and of weights for even sizes, are aligned.
 constexpr uintptr_t kAligned = 16;

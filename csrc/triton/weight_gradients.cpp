@@ -9,8 +9,6 @@ namespace {
 constexpr double kMost = double(i64(1) << 34);  // multiplications times bytes of a number
 constexpr i64 kMostInputs = 1024;
 
-i64 tiles_of(i64 n, i64 each) { return (n + each - 1) / each; }
-
 // Says where the gradients of weights are to go, after a check; both kernels call them by the names of the weights. The
 // gradient of a bias is written to both of its places: to one twice, where one serves both biases.
 void set_targets(Arguments* a, const std::vector<Array>& dweights, const Question& asked, int32_t dtype, i64 D) {

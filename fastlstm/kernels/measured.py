@@ -196,6 +196,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if _how_float32_is_multiplied("cuda", "rnn") == "tf32" else "exact"
 
 
+def multiplies_in_tf32() -> bool:
+    """Return whether PyTorch's own products of float32 on a GPU round their factors to TF32."""
+    return _how_float32_is_multiplied("cuda", "matmul") == "tf32"
+
+
 def pace(
     backend: str,
     regimes: str,

@@ -13,8 +13,8 @@ from fastlstm.spec import Outputs
 
 from .call import Call, cluster_arguments, weight_arguments
 from .forward_cluster_step import cluster_step, gates_and_units, layout_of
-from .forward_registers import products_by_unit
 from .gluon import cluster, gl, gluon, mbarrier
+from .input_products import products_by_unit
 from .launch import is_fast, launch
 from .plan import Plan
 from .register_tiles import (

@@ -7,13 +7,11 @@ gates is made a step ahead, of inputs that were asked for two steps ahead: no st
 
 import math
 
-from torch import Tensor
-
-from fastlstm.kernels.products import products
 from fastlstm.spec import Outputs
 
 from .call import Call, row_arguments, strides_of, weight_arguments
 from .gluon import gl, gluon
+from .input_products import products_by_unit
 from .launch import is_fast, launch, precision_of
 from .plan import Plan, padded
 from .register_products import (
@@ -33,7 +31,6 @@ from .register_tiles import (
     COLUMNS,
     at_step,
     beside,
-    by_unit,
     elements,
     fills,
     first_row,
@@ -354,9 +351,3 @@ def _takes_ones(call: Call, features: int) -> bool:
     """
     spec = call.spec
     return spec.bias and call.x.element_size() == 2 and spec.input_size + 2 <= features
-
-
-def products_by_unit(call: Call) -> Tensor:
-    """Return x through w_ih, without the biases: float32 ``[D, rows, 4H]``, by unit."""
-    w_ih = [by_unit(each.w_ih) for each in call.weights]
-    return products([call.x_rows()] * len(w_ih), w_ih)

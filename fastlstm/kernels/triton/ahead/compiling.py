@@ -10,6 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fastlstm.kernels.triton.gluon import CLUSTER_PROBLEM, source_of
+from fastlstm.kernels.triton.input_products import UNIT, tile
 from fastlstm.kernels.triton.plan import compiler_options
 from fastlstm.kernels.triton.weight_gradients import ELEMENTS, PARTS, tiles
 
@@ -23,12 +24,13 @@ _KERNELS = {
     (True, "registers"): ("backward_registers", "lstm_bwd_registers_kernel"),
     (False, "cluster"): ("forward_cluster", "lstm_fwd_cluster_kernel"),
     (True, "cluster"): ("backward_cluster", "lstm_bwd_cluster_kernel"),
+    (False, "inputs"): ("input_products", "lstm_input_products_kernel"),
     (True, "parts"): ("weight_gradients", "lstm_weight_parts_kernel"),
     (True, "sums"): ("weight_gradients", "lstm_weight_sums_kernel"),
 }
 _OF_TRITON = 2  # pointers that it adds, to memory of its own that these kernels do not use
 _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "tf32": "*fp32", "exact": "*fp32"}
-_FLOAT32 = ("c_all", "parts")
+_FLOAT32 = ("c_all", "parts", "products")
 _INTEGERS = {"offsets": "*i64", "lengths": "*i64", "reset": "*u8"}
 _AT_RUN_TIME = (
     *("rows", "T", "B", "I", "H", "D", "x_t", "x_b", "dy_t", "dy_b", "dc_t", "dc_b"),
@@ -41,7 +43,7 @@ _ABSENT = {
     "packed": ("reset",),
 }
 # What arguments divide by: always, as they are tensors of our own; and where a key is even.
-_ALIGNED = {"gates": 16, "dgates": 16, "parts": 16}
+_ALIGNED = {"gates": 16, "dgates": 16, "parts": 16, "products": 16}
 _EVEN = {"w_ih": 16, "w_hh": 16, "w_ih_reverse": 16, "w_hh_reverse": 16}
 _EVEN |= {"y": 16, "c_all": 16, "dy": 8, "H": 8, "I": 2}
 _EVEN |= dict.fromkeys(("x_t", "x_b", "dy_t", "dy_b"), 2)
@@ -110,11 +112,11 @@ def _described(kernel: Any, key: Key) -> tuple[dict[str, str], dict[Any, Any], d
     """Return Triton's signature, constants and attributes of the arguments."""
     signature, constants, attributes = {}, {}, {}
     known = _constants(key)
-    aligned = _ALIGNED | (_EVEN if key.even else {})
-    if not key.inputs:
-        aligned["x"] = 16
-    elif key.even:
+    aligned = _ALIGNED | (_even(key) if key.even else {})
+    if key.inputs and key.even:
         aligned["x"] = 4
+    elif not key.inputs and key.regime != "inputs":
+        aligned["x"] = 16
     for number, name in enumerate(kernel.arg_names):
         if name in known:
             signature[name], constants[(number,)] = "constexpr", known[name]
@@ -125,8 +127,22 @@ def _described(kernel: Any, key: Key) -> tuple[dict[str, str], dict[Any, Any], d
     return signature, constants, attributes
 
 
+def _even(key: Key) -> dict[str, int]:
+    """Return what arguments divide by, where sizes are even."""
+    if key.regime != "inputs":
+        return _EVEN
+    element, _ = element_and_precision(key.kind)
+    read = dict.fromkeys(("x", "w_ih", "w_ih_reverse"), UNIT * element)
+    return read | dict.fromkeys(("I", "x_t", "x_b"), UNIT)
+
+
 def _constants(key: Key) -> dict[str, Any]:
     """Return the arguments that are known when a kernel is compiled."""
+    if key.regime == "inputs":
+        element, precision = element_and_precision(key.kind)
+        made = tile(element, precision)
+        sizes: dict[str, Any] = {"ROWS": made.rows, "GATES": made.gates, "TERMS": made.terms}
+        return sizes | {"STAGES": made.plan.stages, "PRECISION": precision, "X_UNIT": 1}
     if key.regime == "sums":
         return {"N": ELEMENTS, "SPLITS": PARTS}
     if key.regime == "parts":
@@ -165,7 +181,7 @@ def _type(name: str, key: Key) -> str:
     """Return Triton's name for the type of an argument."""
     if name in _AT_RUN_TIME:
         return "i32"
-    products = not key.back and not key.inputs and name == "x"
+    products = key.regime != "inputs" and not (key.back or key.inputs) and name == "x"
     before = key.back and not key.keeps and name == "gates"
     if products or before or name in _FLOAT32:
         return "*fp32"

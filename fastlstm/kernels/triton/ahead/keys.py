@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from math import log2
 from typing import Any, NamedTuple
 
+from fastlstm.kernels.triton.input_products import reads_odd, tile
 from fastlstm.kernels.triton.register_plans import sequences
 from fastlstm.kernels.triton.weight_gradients import PARTS, tiles
 
@@ -17,8 +18,8 @@ from .plans import ANY, KINDS, REGIMES, Row, element_and_precision
 
 __all__ = ["KERNELS", "ROWS", "Key", "described", "general", "keys"]
 
-# What kernels do: a pass in a regime, or the two steps to the gradients of weights.
-KERNELS = (*REGIMES, "parts", "sums")
+# What kernels do: a pass in a regime, the two steps to gradients of weights, or input products.
+KERNELS = (*REGIMES, "parts", "sums", "inputs")
 
 ROWS = ("dense", "padded", "packed")
 # Both kinds of weights in registers, read number by number: more spill hundreds of bytes.
@@ -35,12 +36,12 @@ class Key(NamedTuple):
     regime: str  # of KERNELS
     kind: str
     units: int
-    batch: int  # sequences; of the gradients of weights rows, or parts, at a time
+    batch: int  # sequences; of products rows of a program, or terms at a time, or parts
     inputs: int  # the tile of I; 0 where products are made before
     warps: int
     rows: str  # "dense"; "padded", with lengths, resets and gradients of c; "packed"
     keeps: bool  # forward: whether c and gates are written; backward: whether gates were kept
-    even: bool  # whether H divides by 8 and I by 2, and tensors are aligned
+    even: bool  # whether H divides by 8, I by 2, and tensors are aligned; of "inputs" I by 4
     blocks: int = 1  # of a cluster
 
     @property
@@ -95,20 +96,24 @@ def keys(rows: list[Row]) -> list[Key]:
     that is best for them.
     """
     found = [key for row in rows for key in _keys(row, rows)]
-    return list(dict.fromkeys([*found, *(key for row in rows for key in _of_weights(row))]))
+    found += (key for row in rows for key in (*_of_weights(row), *_of_inputs(row)))
+    return list(dict.fromkeys(found))
 
 
 def general(found: list[Key]) -> list[Key]:
     """Return the kernels without which some calls have none.
 
-    Left out are those for few sequences, those for few inputs, and those for odd sizes whose rows
-    are dense. Such calls take a kernel for more, or for padded rows: slower, and as right.
+    Left out are those for few sequences, those for few inputs, those for odd sizes whose rows are
+    dense, and for gradients of weights those for even sizes. Such calls take a kernel for more,
+    for padded rows or for all sizes: slower, and as right. Input products are left to PyTorch.
     """
     numbers = {key.number for key in found}
-    return [key for key in found if key.regime != "registers" or _is_general(key, numbers)]
+    return [key for key in found if _is_general(key, numbers)]
 
 
 def _is_general(key: Key, numbers: set[int]) -> bool:
+    if key.regime != "registers":
+        return key.regime != "inputs" and not (key.regime == "parts" and key.even)
     wider = (key._replace(inputs=n).number for n in (32, 64) if 0 < key.inputs < n)
     if numbers.intersection(wider) or key.batch < sequences(element_and_precision(key.kind)[1])[1]:
         return False
@@ -166,6 +171,20 @@ def _of_weights(row: Row) -> Iterator[Key]:
     )
     yield from (parts, parts._replace(even=False))
     yield Key(True, "sums", kind, 16, PARTS, 0, 4, "dense", True, False)
+
+
+def _of_inputs(row: Row) -> Iterator[Key]:
+    """Yield the kernels for the input products of a row whose loop does not make them."""
+    if row.back or row.inputs:
+        return
+    kind = KINDS[row.kind]
+    element, precision = element_and_precision(kind)
+    cut = tile(element, precision)
+    key = Key(False, "inputs", kind, 16, cut.rows, 0, cut.plan.warps, "dense", False, False)
+    if precision != "ieee":  # whose time is that of its products
+        yield key._replace(even=True)
+    if reads_odd(element):
+        yield key
 
 
 def _is_odd_tile(row: Row, widest: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastlstm import extension
-from fastlstm.kernels.measured import precision
+from fastlstm.kernels.measured import multiplies_in_tf32, precision
 from fastlstm.kernels.operators import add_kernel, define_operator
 from fastlstm.kernels.triton.config import Device, watch
 from fastlstm.spec import LayerSpec
@@ -46,7 +46,7 @@ _clusters = define_operator("triton_clusters", "(int device) -> int[]")
 failed = define_operator("triton_failed", "(str why) -> ()")
 _pause = define_operator("triton_pause", "(bool paused) -> ()")
 _prepare = define_operator("triton_prepare", "(int device) -> str")
-_tf32 = define_operator("triton_tf32", "() -> bool")
+_tf32 = define_operator("triton_tf32", "(bool matmul) -> bool")
 _image = define_operator("triton_image", "(int device, int kernel) -> (Tensor, Tensor)")
 
 CLUSTER_SIZES = 1, 2, 4, 8, 16  # as csrc/triton/kernels.h has them
@@ -224,9 +224,9 @@ def _said_of(device: int) -> str:
     return problem_of(device) or ""
 
 
-def _multiplies_in_tf32() -> bool:
-    """What C++ asks of a call in float32."""
-    return precision(torch.float32) == "tf32"
+def _multiplies_in_tf32(matmul: bool) -> bool:
+    """What C++ asks of a call in float32: about cuDNN's RNNs, or PyTorch's products."""
+    return multiplies_in_tf32() if matmul else precision(torch.float32) == "tf32"
 
 
 add_kernel(_image.name(), _image_of, _COMPOSITE)
