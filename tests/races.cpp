@@ -42,8 +42,8 @@ struct Passes {
 };
 struct WidePasses {
   static constexpr int kResident = kWideShapes[0].resident;
-  static void forward(const Forward& p) { wide_forward<E, WideSizes<kResident>>(p); }
-  static void backward(const Backward& p) { wide_backward<E, WideSizes<kResident>>(p); }
+  static void forward(const Forward& p) { wide_forward<E, WideSizes<kResident, false>>(p); }
+  static void backward(const Backward& p) { wide_backward<E, WideSizes<kResident, false>>(p); }
 };
 
 // Forward and backward, ragged and with resets; all results, one after the other.

@@ -20,6 +20,8 @@ struct Layer {
   int* arrived;            // regime grid: [all groups], zero: blocks that have sent their part of a step
   uint32_t* rest;          // rest global: weights [groups of the launch][warps of a group][...]
 
+  // Whether all sequences have all steps, and none restarts.
+  bool is_dense() const { return !offsets && !lengths && !reset; }
   FASTLSTM_BOTH int64_t row(int t) const { return offsets ? offsets[t] : int64_t(t) * B; }
   FASTLSTM_BOTH int steps_of(int64_t sequence) const {
     if (sequence >= B) return 0;
@@ -50,12 +52,15 @@ struct Backward : Layer {
 };
 
 // A pair of kernels, for plans of this kind, batch and number of tiles in registers (in the regime wide it stands for
-// a shape). Each regime has its own, in a source of its own; their names say the same.
+// a shape). Some have another pair for dense rows. Each regime has its own, in a source of its own; their names say the
+// same.
 struct Kernel {
   Kind kind;
   int batch, resident;
   void (*forward)(Forward);
   void (*backward)(Backward);
+  void (*dense_forward)(Forward);  // null: the same as for other rows
+  void (*dense_backward)(Backward);
 };
 
 struct Kernels {

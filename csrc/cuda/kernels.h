@@ -17,9 +17,14 @@ namespace fastlstm::cuda {
   KERNEL(kMaxWarps* kLanes) FASTLSTM_NAME(bwd, regime, kind, NT, resident)(const ARGUMENT Backward p) { \
     lstm_backward<E, NT, resident, X>(p);                                                               \
   }
-#define FASTLSTM_LIST(regime, X, kind, E, NT, resident)                                 \
-  {E::kKind, NT * kSequences, resident, FASTLSTM_NAME(fwd, regime, kind, NT, resident), \
-   FASTLSTM_NAME(bwd, regime, kind, NT, resident)},
+#define FASTLSTM_LIST(regime, X, kind, E, NT, resident) \
+  {E::kKind,                                            \
+   NT * kSequences,                                     \
+   resident,                                            \
+   FASTLSTM_NAME(fwd, regime, kind, NT, resident),      \
+   FASTLSTM_NAME(bwd, regime, kind, NT, resident),      \
+   nullptr,                                             \
+   nullptr},
 
 // As many weights in registers as a thread has room for beside the sums of one or two tiles of sequences, without
 // spilling: see plan.cpp, which chooses among these.
@@ -39,17 +44,29 @@ namespace fastlstm::cuda {
   F(regime, X, f16, F16, 1, 4)                \
   F(regime, X, f16, F16, 2, 4)
 
-// The pairs of the regime wide, of 8 sequences: a line for each of kWideShapes (plan.h).
-#define FASTLSTM_DEFINE_WIDE(kind, E, resident)                                                                  \
-  KERNEL(WideSizes<resident>::kThreads) FASTLSTM_NAME(fwd, wide, kind, 1, resident)(const ARGUMENT Forward p) {  \
-    wide_forward<E, WideSizes<resident>>(p);                                                                     \
-  }                                                                                                              \
-  KERNEL(WideSizes<resident>::kThreads) FASTLSTM_NAME(bwd, wide, kind, 1, resident)(const ARGUMENT Backward p) { \
-    wide_backward<E, WideSizes<resident>>(p);                                                                    \
+// The pairs of the regime wide, of 8 sequences: for each of kWideShapes (plan.h) one for any rows and one for dense
+// ones.
+#define FASTLSTM_DENSE_NAME(pass, kind, resident) lstm_##pass##_wide_##kind##_n1_r##resident##_dense
+#define FASTLSTM_DEFINE_WIDE_PAIR(forward, backward, E, resident, dense)               \
+  KERNEL((WideSizes<resident, dense>::kThreads)) forward(const ARGUMENT Forward p) {   \
+    wide_forward<E, WideSizes<resident, dense>>(p);                                    \
+  }                                                                                    \
+  KERNEL((WideSizes<resident, dense>::kThreads)) backward(const ARGUMENT Backward p) { \
+    wide_backward<E, WideSizes<resident, dense>>(p);                                   \
   }
-#define FASTLSTM_LIST_WIDE(kind, E, resident)                                   \
-  {E::kKind, kSequences, resident, FASTLSTM_NAME(fwd, wide, kind, 1, resident), \
-   FASTLSTM_NAME(bwd, wide, kind, 1, resident)},
+#define FASTLSTM_DEFINE_WIDE(kind, E, resident)                                                                       \
+  FASTLSTM_DEFINE_WIDE_PAIR(FASTLSTM_NAME(fwd, wide, kind, 1, resident), FASTLSTM_NAME(bwd, wide, kind, 1, resident), \
+                            E, resident, false)                                                                       \
+  FASTLSTM_DEFINE_WIDE_PAIR(FASTLSTM_DENSE_NAME(fwd, kind, resident), FASTLSTM_DENSE_NAME(bwd, kind, resident), E,    \
+                            resident, true)
+#define FASTLSTM_LIST_WIDE(kind, E, resident)   \
+  {E::kKind,                                    \
+   kSequences,                                  \
+   resident,                                    \
+   FASTLSTM_NAME(fwd, wide, kind, 1, resident), \
+   FASTLSTM_NAME(bwd, wide, kind, 1, resident), \
+   FASTLSTM_DENSE_NAME(fwd, kind, resident),    \
+   FASTLSTM_DENSE_NAME(bwd, kind, resident)},
 #define FASTLSTM_WIDE_KERNELS(F) \
   F(bf16, Bf16, 4)               \
   F(bf16, Bf16, 28)              \

@@ -33,8 +33,12 @@ inline const Kernel* find_kernel(Regime regime, Kind kind, int batch, int reside
   return nullptr;
 }
 
-inline auto* entry(const Kernel& kernel, const Forward&) { return kernel.forward; }
-inline auto* entry(const Kernel& kernel, const Backward&) { return kernel.backward; }
+inline auto* entry(const Kernel& kernel, const Forward& p) {
+  return p.is_dense() && kernel.dense_forward ? kernel.dense_forward : kernel.forward;
+}
+inline auto* entry(const Kernel& kernel, const Backward& p) {
+  return p.is_dense() && kernel.dense_backward ? kernel.dense_backward : kernel.backward;
+}
 
 #ifndef FASTLSTM_EMULATE
 inline void check(cudaError_t error, const char* what) {

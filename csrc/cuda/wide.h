@@ -13,10 +13,13 @@ namespace fastlstm::cuda {
 
 #if defined(FASTLSTM_EMULATE) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-// The sizes of the shape that keeps so many tiles of terms in registers.
-template <int resident>
+// The sizes of the shape that keeps so many tiles of terms in registers, and whether all sequences have all steps and
+// none restarts. A kernel for any rows asks where a row begins, and the instruction that waits for the answer also
+// waits for whatever else is on its way: a sixth of a step of backward.
+template <int resident, bool dense>
 struct WideSizes {
   static constexpr WideShape kShape = wide_shape(resident);
+  static constexpr bool kDense = dense;
   static constexpr int kResident = resident, kBlocks = kShape.blocks, kTiles = kShape.tiles, kParts = kWideParts;
   static constexpr int kOwn = kTiles * kUnits, kAll = kBlocks * kOwn;  // units of a block, of a cluster
   static constexpr int kWarps = kTiles * kParts, kThreads = kWarps * kLanes;
@@ -42,12 +45,16 @@ struct WidePlace {
   }
   // Rows of such layers fit 32 bits: there is no memory for more. Products of 64 bits take three times as long.
   MEMBER static int row(const Layer& p, int t, int column) {
-    return (p.offsets ? int(p.offsets[t]) : t * p.B) + column;
+    return (!W::kDense && p.offsets ? int(p.offsets[t]) : t * p.B) + column;
+  }
+  // Steps of a sequence; 0 if there is no such one.
+  MEMBER static int steps_of(const Layer& p, int sequence) {
+    return !W::kDense ? p.steps_of(sequence) : sequence < p.B ? p.T : 0;
   }
   // Steps of the longest sequence of the cluster.
   MEMBER int steps(const Layer& p) const {
     int found = 0;
-    for (int n = 0; n < kSequences; ++n) found = max(found, p.steps_of(sequence + n));
+    for (int n = 0; n < kSequences; ++n) found = max(found, steps_of(p, sequence + n));
     return found;
   }
 };

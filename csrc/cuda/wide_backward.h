@@ -53,7 +53,7 @@ DEVICE void wide_backward(const Backward& p) {
   const auto finish = [&](const Cell& cell, void* states, float value) {
     static_cast<Storage*>(states)[state_at(cell)] = E::narrow(value);
   };
-  const int steps = at.steps(p), length = is_there(first) ? p.steps_of(first.column) : 0;
+  const int steps = at.steps(p), length = is_there(first) ? at.steps_of(p, first.column) : 0;
   const auto time = [&](int s) { return d == 1 ? s : steps - 1 - s; };
   const auto begins_at = [&](int t) { return t == (d == 0 ? 0 : length - 1); };  // where the forward pass does
 
@@ -68,7 +68,7 @@ DEVICE void wide_backward(const Backward& p) {
     const int row = at.row(p, t, cell.column), width = p.D * H, place = d * H + cell.unit;
     gates = *reinterpret_cast<const uint2*>(static_cast<const Storage*>(p.gates) + int64_t(d) * p.rows * (kGates * H) +
                                             int64_t(row) * (kGates * H) + cell.unit * kGates);
-    restart = p.reset && p.reset[int64_t(t) * p.B + cell.column];
+    restart = !W::kDense && p.reset && p.reset[int64_t(t) * p.B + cell.column];
     c = p.c_all[int64_t(row) * width + place];
     if (restart) {
       c_before = 0.0f;
@@ -77,7 +77,7 @@ DEVICE void wide_backward(const Backward& p) {
     } else {
       c_before = p.c0 ? p.c0[state_at(cell)] : 0.0f;
     }
-    const int64_t step = p.offsets ? row - cell.column : t;
+    const int64_t step = !W::kDense && p.offsets ? row - cell.column : t;
     if (p.dy) dy = static_cast<const Storage*>(p.dy)[step * p.dy_t + cell.column * p.dy_b + place];
     if (p.dc_all) dc_y = static_cast<const Storage*>(p.dc_all)[step * p.dc_t + cell.column * p.dc_b + place];
   };

@@ -109,11 +109,11 @@ DEVICE void wide_forward(const Forward& p) {
   auto* bias = reinterpret_cast<float4*>(shared_memory() + p.shared.bias);
   bias[at.thread] = {bias_of(0), bias_of(1), bias_of(2), bias_of(3)};
 
-  const int steps = at.steps(p), length = is_there(first) ? p.steps_of(first.column) : 0;
+  const int steps = at.steps(p), length = is_there(first) ? at.steps_of(p, first.column) : 0;
   const auto time = [&](int s) { return d == 0 ? s : steps - 1 - s; };
   const auto begins_at = [&](int t) { return t == (d == 0 ? 0 : length - 1); };
   const auto restarts_at = [&](const Cell& cell, int s) {
-    return p.reset && s < steps && time(s) < length && p.reset[int64_t(time(s)) * p.B + cell.column];
+    return !W::kDense && p.reset && s < steps && time(s) < length && p.reset[int64_t(time(s)) * p.B + cell.column];
   };
   const auto send = [&](const Cell& cell, unsigned thread, float h, int s) {
     const unsigned place = piece_of(cell.octet, cell.n) - at.rank * W::kOwn, k = thread % W::kOwn;
@@ -170,7 +170,7 @@ DEVICE void wide_forward(const Forward& p) {
       gate[3] = E::sigmoid(x[3 * W::kThreads] + by.w + gate[3]);
       c = multiply_add(gate[1], restart ? 0.0f : c, gate[0] * gate[2]);
       h = gate[3] * E::tanh(c);
-    } else if (!last && begins_at(time(s + 1))) {
+    } else if (!W::kDense && !last && begins_at(time(s + 1))) {
       h = initial(cell, p.h0);
     }
     if (!last) send(cell, thread, restarts_next ? 0.0f : h, s + 1);
