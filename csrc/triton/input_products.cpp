@@ -6,7 +6,10 @@ namespace fastlstm::ahead {
 namespace {
 
 // As in fastlstm/kernels/triton/input_products.py: multiplications times bytes of a number.
-double most_products(Kind kind) { return double(i64(1) << (kind == Kind::exact ? 29 : kind == Kind::tf32 ? 31 : 32)); }
+double most_products(Kind kind) {
+  if (kind == Kind::exact) return double(i64(7) << 26);
+  return double(i64(1) << (kind == Kind::tf32 ? 31 : 32));
+}
 constexpr i64 kGatesOfProducts = 128;
 constexpr i64 kUnit = 4;  // numbers of x and of the weights that are read together, where sizes are even
 

@@ -31,7 +31,7 @@ UNIT = 4  # numbers of x and of the weights that are read together, where sizes 
 
 # What cuBLAS computes faster, launches and all (benchmarks/results/tuning.md): multiplications
 # times bytes of a number, of 16 bits, of TF32 and of exact float32.
-_MOST, _MOST_TF32, _MOST_EXACT = 2**32, 2**31, 2**29
+_MOST, _MOST_TF32, _MOST_EXACT = 2**32, 2**31, 7 * 2**26
 
 
 class Tile(NamedTuple):
