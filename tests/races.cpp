@@ -37,16 +37,19 @@ bool finite(const std::vector<uint16_t>& v) {
 
 template <class X>
 struct Passes {
+  static constexpr bool kDense = false;
   static void forward(const Forward& p) { lstm_forward<E, kTiles, 1, X>(p); }
   static void backward(const Backward& p) { lstm_backward<E, kTiles, 1, X>(p); }
 };
+template <bool dense>
 struct WidePasses {
+  static constexpr bool kDense = dense;
   static constexpr int kResident = kWideShapes[0].resident;
-  static void forward(const Forward& p) { wide_forward<E, WideSizes<kResident, false>>(p); }
-  static void backward(const Backward& p) { wide_backward<E, WideSizes<kResident, false>>(p); }
+  static void forward(const Forward& p) { wide_forward<E, WideSizes<kResident, dense>>(p); }
+  static void backward(const Backward& p) { wide_backward<E, WideSizes<kResident, dense>>(p); }
 };
 
-// Forward and backward, ragged and with resets; all results, one after the other.
+// Forward and backward, ragged and with resets or of dense rows; all results, one after the other.
 template <class Both>
 std::vector<uint16_t> layer(Plan plan, int H, uint64_t seed) {
   const size_t rows = kT * kB, n = size_t(H);
@@ -73,8 +76,8 @@ std::vector<uint16_t> layer(Plan plan, int H, uint64_t seed) {
   p.D = 1;
   p.rows = int64_t(rows);
   p.w_hh[0] = w.data();
-  p.lengths = lengths.data();
-  p.reset = reset.data();
+  p.lengths = Both::kDense ? nullptr : lengths.data();
+  p.reset = Both::kDense ? nullptr : reset.data();
   p.exchange = exchange.data();
   p.arrived = arrived.data();
   const int threads = plan.tiles * plan.parts * kLanes;
@@ -127,8 +130,8 @@ int main(int, char** arguments) {
   plan.rest = Rest::shared;
   plan.regime = regime == "block"     ? Regime::block
                 : regime == "cluster" ? Regime::cluster
-                : regime == "wide"    ? Regime::wide
-                                      : Regime::grid;
+                : regime == "grid"    ? Regime::grid
+                                      : Regime::wide;
   if (plan.regime == Regime::wide) {
     plan.tiles = kWideShapes[0].tiles;
     plan.resident = kWideShapes[0].resident;
@@ -136,8 +139,9 @@ int main(int, char** arguments) {
   const auto run = [&](uint64_t seed) {
     return plan.regime == Regime::block     ? layer<Passes<InBlock>>(plan, H, seed)
            : plan.regime == Regime::cluster ? layer<Passes<InCluster>>(plan, H, seed)
-           : plan.regime == Regime::wide    ? layer<WidePasses>(plan, H, seed)
-                                            : layer<Passes<InGrid>>(plan, H, seed);
+           : plan.regime == Regime::grid    ? layer<Passes<InGrid>>(plan, H, seed)
+           : regime == "wide"               ? layer<WidePasses<false>>(plan, H, seed)
+                                            : layer<WidePasses<true>>(plan, H, seed);
   };
   const std::vector<uint16_t> want = run(0);
   bool right = finite(want);

@@ -80,7 +80,7 @@ def test_sums_are_exact(
 def test_what_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 16-bit numbers that do not begin at every eighth byte, and large products.
 
-    In TF32 large ones only if PyTorch's products are in TF32 too.
+    Of float32 large ones only if PyTorch multiplies in the precision of the layer.
     """
     x = whole(3, 4, 70, dtype=torch.bfloat16)
     found, wanted, taken = products(x, DENSE, 24, 2)
@@ -99,6 +99,7 @@ def test_what_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tf32", False, True),
         ("tf32", True, False),
         ("ieee", False, False),
+        ("ieee", True, True),
     ):
         monkeypatch.setattr(input_products, "precision_of", lambda x, name=name: name)
         monkeypatch.setattr(input_products, "multiplies_in_tf32", lambda found=in_tf32: found)

@@ -82,6 +82,7 @@ def run(program: Path, regime: str, blocks: int, parts: int, H: int) -> tuple[in
         ("grid", 3, 2, 40),
         ("grid", 5, 1, 70),
         ("wide", 8, 4, 128),
+        ("wide, dense rows", 8, 4, 128),
     ],
 )
 def test_no_race(races: Path, regime: str, blocks: int, parts: int, H: int) -> None:

@@ -41,7 +41,7 @@ KINDS = {
 }
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # that a block may use
 WIDEST = 4096  # H
-_NAME = re.compile(r"lstm_(fwd|bwd)_([a-z]+)_([a-z0-9]+)_n(\d+)_r(\d+)")
+_NAME = re.compile(r"lstm_(fwd|bwd)_([a-z]+)_([a-z0-9]+)_n(\d+)_r(\d+)(?:_dense)?")
 
 
 def nvcc() -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from .machine_code import counts, disassembled, instructions, resources, time_loop
 from .variants import Variant
 
+WITHOUT_LOOP = "steps", "inputs"  # over time steps: all of the code is counted
 STEPS_A_TURN = {"registers": 2, "cluster": 2}  # of the time loop; in other regimes one
 
 
@@ -45,8 +46,7 @@ def compile_variant(variant: Variant, keep: Path | None) -> dict[str, Any]:
     if keep:
         keep.with_suffix(".ptx").write_text(compiled.asm["ptx"])
         keep.with_suffix(".sass").write_text(text)
-    one_step = variant.facts["regime"] == "steps"
-    loop = instructions(text) if one_step else time_loop(text)
+    loop = instructions(text) if variant.facts["regime"] in WITHOUT_LOOP else time_loop(text)
     return {
         **resources(text),
         "shared_bytes": compiled.metadata.shared,

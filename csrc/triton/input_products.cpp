@@ -24,7 +24,8 @@ Kernel* kernel_of(const Question& asked, const Array& x, const std::vector<Weigh
   const double size = double(count) * double(4 * asked.H) * double(asked.I) * double(weights.size());
   const i64 bytes = bytes_of(asked.kind);
   const bool many = size * double(bytes) > most_products(asked.kind);
-  if (many && (asked.kind != Kind::tf32 || is_in_tf32(true))) return nullptr;
+  // PyTorch's products of float32 may be in TF32 where the layer's are not, and the other way round.
+  if (many && (bytes == 2 || is_in_tf32(true) == (asked.kind == Kind::tf32))) return nullptr;
   return asked.device->input_products(asked.kind, is_even(x, weights, bytes));
 }
 

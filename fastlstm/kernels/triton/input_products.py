@@ -29,6 +29,7 @@ __all__ = ["UNIT", "products_by_unit", "reads_odd", "tile"]
 
 UNIT = 4  # numbers of x and of the weights that are read together, where sizes divide by it
 
+_ALIGNED = 16  # bytes, to which Triton's own launcher looks
 # What cuBLAS computes faster, launches and all (benchmarks/results/tuning.md): multiplications
 # times bytes of a number, of 16 bits, of TF32 and of exact float32.
 _MOST, _MOST_TF32, _MOST_EXACT = 2**32, 2**31, 7 * 2**26
@@ -82,7 +83,7 @@ def lstm_input_products_kernel(
     real, real_gate = (row < rows)[:, None], (gate < 4 * H)[None, :]
     begin = (row // B).to(tl.int64) * x_t + (row % B).to(tl.int64) * x_b
     x_at = x + begin[:, None] * X_UNIT + term[None, :]
-    w_at = w_ih + (gate % 4 * H + gate // 4)[None, :] * I + term[:, None]
+    w_at = w_ih + (gate % 4 * H + gate // 4).to(tl.int64)[None, :] * I + term[:, None]
     total = tl.zeros([ROWS, GATES], tl.float32)
     for first in tl.range(0, I, TERMS, num_stages=STAGES):
         there = term < I - first
@@ -107,20 +108,22 @@ def reads_odd(element: int) -> bool:
 def takes(call: Call) -> bool:
     """Return whether the kernel computes the input products of a layer.
 
-    In TF32 it computes large ones too, unless PyTorch's products are in TF32 as well: exact ones,
-    its default, take more than twice as long.
+    Of float32 it computes large ones too, where PyTorch multiplies in another precision than the
+    layer. By default that is so: PyTorch's products are exact then, and take twice as long.
     """
     spec, x = call.spec, call.x
     element = x.element_size()
     size = call.rows.count * 4 * spec.hidden_size * spec.input_size * spec.directions * element
+    read = (x, *(each.w_ih for each in call.weights))
     even = all(n % UNIT == 0 for n in (spec.input_size, *strides_of(x)))
+    even = even and all(t.data_ptr() % _ALIGNED == 0 for t in read)
     if not (even or reads_odd(element)):
         return False
     if element == 2:
         return size <= _MOST
-    if precision_of(x) == "ieee":
-        return size <= _MOST_EXACT
-    return size <= _MOST_TF32 or not multiplies_in_tf32()
+    in_tf32 = precision_of(x) == "tf32"
+    few = size <= (_MOST_TF32 if in_tf32 else _MOST_EXACT)
+    return few or multiplies_in_tf32() != in_tf32
 
 
 def products_by_unit(call: Call) -> Tensor:

@@ -36,7 +36,7 @@ class Key(NamedTuple):
     regime: str  # of KERNELS
     kind: str
     units: int
-    batch: int  # sequences; of products rows of a program, or terms at a time, or parts
+    batch: int  # sequences; of "inputs" and "parts" rows, of "sums" parts at a time
     inputs: int  # the tile of I; 0 where products are made before
     warps: int
     rows: str  # "dense"; "padded", with lengths, resets and gradients of c; "packed"
@@ -94,6 +94,7 @@ def keys(rows: list[Row]) -> list[Key]:
     of few inputs one for many, or one whose products are made before, of few sequences one for
     many, of odd sizes one that keeps c and gates. So only calls as they mostly are have the one
     that is best for them.
+    Input products without one are left to PyTorch.
     """
     found = [key for row in rows for key in _keys(row, rows)]
     found += (key for row in rows for key in (*_of_weights(row), *_of_inputs(row)))
