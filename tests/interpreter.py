@@ -23,7 +23,17 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
+import torch
+from torch import Tensor
 
+INTERPRETED = [  # marks of tests
+    pytest.mark.interpreted,
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="these tests interpret the kernels, `-m gpu` compiles them",
+    ),
+]
 TERMS = 16  # of a matrix instruction with 16-bit factors, half of that in TF32
 TANH_ERROR = 2.0**-11  # the relative error that PTX states for tanh.approx.f32
 _LOW_BITS = np.uint32(0x1FFF)  # of float32, which TF32 has not
@@ -198,3 +208,8 @@ def narrow(x: np.ndarray) -> np.ndarray:
     even = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def whole(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Small integers: their products and the sums of these are exact in float32."""
+    return torch.randint(-3, 4, shape).to(dtype)

@@ -5,24 +5,13 @@ tests/test_executed.py executes it, as part of layers.
 
 import pytest
 import torch
-from interpreter import rounding
+from interpreter import INTERPRETED, rounding, whole
 from torch import Tensor
 
 from fastlstm.kernels.rows import layout
 from fastlstm.spec import DENSE, NO_NOISE, LayerSpec, Sequences, State, Weights
 
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.skipif(
-        torch.cuda.is_available(),
-        reason="these tests interpret the kernels, `-m gpu` compiles them",
-    ),
-]
-
-
-def whole(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Small integers: their products and the sums of these are exact in float32."""
-    return torch.randint(-3, 4, shape).to(dtype)
+pytestmark = INTERPRETED
 
 
 def products(x: Tensor, sequences: Sequences, H: int, D: int) -> tuple[Tensor, Tensor, bool]:

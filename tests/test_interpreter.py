@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import Case, draw, evaluate, fast, plain, stepwise
 from interpreter import (
+    INTERPRETED,
     TANH_ERROR,
     assembly,
     blocks,
@@ -27,11 +28,7 @@ from oracle import hold, judge
 import fastlstm
 from benchmarks.speed.precision import PRECISIONS, Precision
 
-interpreted = pytest.mark.interpreted
-on_a_cpu = pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="these tests interpret the kernels, `-m gpu` compiles them",
-)
+interpreted, on_a_cpu = INTERPRETED
 
 CASES = [
     Case(T=5, B=3, I=10, H=17, directions=2),

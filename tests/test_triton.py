@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import Case
-from interpreter import rounding
+from interpreter import INTERPRETED, rounding
 from oracle import check
 from test_numerics import FEATURES, GRADIENTS
 from test_ragged import PACKED, PADDED, RESET
@@ -25,13 +25,7 @@ from fastlstm.kernels.triton import TRITON
 from fastlstm.layer import keeping
 from fastlstm.spec import LayerSpec
 
-pytestmark = [
-    pytest.mark.interpreted,
-    pytest.mark.skipif(
-        torch.cuda.is_available(),
-        reason="these tests interpret the kernels, `-m gpu` compiles them",
-    ),
-]
+pytestmark = INTERPRETED
 
 
 AGAIN = keeping._again

@@ -93,8 +93,7 @@ def keys(rows: list[Row]) -> list[Key]:
     Whatever has no kernel of its own takes one that can do more: of even sizes one for all sizes,
     of few inputs one for many, or one whose products are made before, of few sequences one for
     many, of odd sizes one that keeps c and gates. So only calls as they mostly are have the one
-    that is best for them.
-    Input products without one are left to PyTorch.
+    that is best for them. Input products without a kernel are left to PyTorch.
     """
     found = [key for row in rows for key in _keys(row, rows)]
     found += (key for row in rows for key in (*_of_weights(row), *_of_inputs(row)))
