@@ -1,6 +1,8 @@
 """Loops over a cell in training: steps share a node of the weights, whatever is done with it."""
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import fastlstm
+from fastlstm.layer.steps import SharedWeights
 
 I, H, B = 3, 5, 2
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -55,7 +58,7 @@ def both(act: Any, dtype: torch.dtype = torch.float64) -> None:
     found = act(ours)
     assert_alike(found, want)
     gc.collect()
-    assert ours._steps._shared() is None  # the graph is gone, and with it the token
+    assert ours._steps._last.shared() is None  # the graph is gone, and with it the token
 
 
 def grads(cell: Any) -> list[Tensor]:
@@ -125,6 +128,34 @@ def test_parts_of_a_graph() -> None:
         return grads(cell)
 
     both(act)
+
+
+def test_threads_that_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread's loop keeps to one token, so its gradients have the bits of a lone loop."""
+    cell = fastlstm.LSTMCell(I, H)
+    weights = list(cell.parameters())
+    xs = torch.randn(9, 2, B, I)
+    meet = threading.Barrier(2)
+
+    def make(*args: Any) -> SharedWeights:
+        shared = SharedWeights(*args)
+        meet.wait(timeout=60)
+        return shared
+
+    def train(which: int) -> tuple[Tensor, ...]:
+        state = None
+        for x in xs[:, which]:
+            meet.wait(timeout=60)
+            state = cell(x, state)
+        return torch.autograd.grad(state[0].sum(), weights)
+
+    with ThreadPoolExecutor(2) as threads, monkeypatch.context() as patch:
+        patch.setattr("fastlstm.layer.steps.SharedWeights", make)
+        found = list(threads.map(train, range(2)))
+    meet = threading.Barrier(1)
+    for which, of_thread in enumerate(found):
+        for got, want in zip(of_thread, train(which), strict=True):
+            assert torch.equal(got, want)
 
 
 def test_losses_that_share_the_weights() -> None:

@@ -27,7 +27,7 @@ def test_a_failed_pass_leaves_nothing() -> None:
     x = draw(4, B, I)
     found = outputs(ours, x.unbind())
     handle = found[1].register_hook(fail)
-    shared = ours._steps._shared()
+    shared = ours._steps._last.shared()
     for _ in range(2):
         with pytest.raises(Failure):
             found[-1].sum().backward(retain_graph=True)
@@ -46,7 +46,7 @@ def test_what_is_left_survives_a_sum() -> None:
     x = draw(2, B, I)
     h, c = ours(x[0])
     h2, _ = ours(x[1], (h, c))
-    shared = ours._steps._shared()
+    shared = ours._steps._last.shared()
     extra = torch.randn(shared.token.shape, dtype=torch.float64)
     torch.autograd.backward([h2.sum(), shared.token], [None, extra])
     outputs(theirs, x.unbind())[1].sum().backward()
@@ -57,7 +57,7 @@ def test_what_is_left_survives_a_sum() -> None:
 def test_memory_goes_with_the_graph() -> None:
     cell = fastlstm.LSTMCell(I, H)
     hx = cell(torch.randn(B, I))
-    token = weakref.ref(cell._steps._shared())
+    token = weakref.ref(cell._steps._last.shared())
     weight = weakref.ref(cell.weight_hh)
     assert copy.deepcopy(cell) is not None and pickle.loads(pickle.dumps(cell)) is not None
     assert torch.equal(copy.deepcopy(cell).weight_hh, cell.weight_hh)

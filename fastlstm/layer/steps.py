@@ -16,8 +16,9 @@ tensor.
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,20 @@ _is_transformed = torch._C._are_functorch_transforms_active
 _has_mode = torch._C._is_torch_function_mode_enabled
 
 
+def _nothing() -> None:
+    return None
+
+
+class _Last(threading.local):
+    """The token of the last step, weakly.
+
+    Each thread has its own: were a loop to change tokens because another thread stepped between,
+    the gradients of its weights would be summed in another order.
+    """
+
+    shared: Callable[[], SharedWeights | None] = staticmethod(_nothing)
+
+
 class Steps:
     """What a cell keeps between the steps of a loop.
 
@@ -50,7 +65,7 @@ class Steps:
 
     def __init__(self, spec: LayerSpec, cache: Any) -> None:
         self._spec, self._cache = spec, cache
-        self._shared: Any = _nothing
+        self._last = _Last()
 
     def run(
         self, backend: Backend, x: Tensor, hx: Any, weights: Sequence[Tensor]
@@ -77,20 +92,16 @@ class Steps:
                 return None
         else:
             return None
-        shared = self._shared()
+        shared = self._last.shared()
         try:
             if shared is None or not shared.covers(weights):
                 if any([hasattr(w, "fake_mode") for w in weights]):
                     return None  # nothing to compute with
                 shared = SharedWeights(backend, self._spec, self._cache, weights)
-                self._shared = weakref.ref(shared)
+                self._last.shared = weakref.ref(shared)
             return _apply(*map(unwrap_if_dead, (x, h0, c0)), shared.token, shared)
         except (RuntimeError, ValueError, AttributeError):  # the last: a weight is no tensor
             return None
-
-
-def _nothing() -> None:
-    return None
 
 
 def _marks(weights: Sequence[Tensor]) -> list[Any]:
