@@ -143,15 +143,24 @@ def with_ours(subclass: Any, kind: type[nn.Module], ours: Any) -> Any:
         ours: the class of this library that replaces that one.
     """
     between = [base for base in subclass.__mro__ if base not in kind.__mro__]
-    own = {name for base in between for name in vars(base)}
-    # Every class has its own of these.
-    own -= {"__init__", *vars(type("", (), {})), "__annotations__", "__slots__"}
+    own = {name for base in between for name in vars(base)} - _OF_EVERY_CLASS
     changed = sorted(name for name in own if hasattr(kind, name) or hasattr(ours, name))
     if changed:
         return f"{_SUBCLASS}: it defines {', '.join(changed)}"
     if any(vars(base).get("__slots__") for base in between):
         return f"{_SUBCLASS}: it has __slots__"
     return _joined(subclass, ours)
+
+
+class _Plain:
+    """A class that defines nothing: what it has, Python gives to every class."""
+
+
+# Annotations have these names, one or another in each Python, and some only once they are read.
+_OF_EVERY_CLASS = {
+    *vars(_Plain),
+    *("__init__", "__slots__", "__annotations__", "__annotate_func__", "__annotations_cache__"),
+}
 
 
 @cache
