@@ -28,6 +28,22 @@ if __name__ == "__main__":
 """
 
 
+# Asked of a compiler: Triton is interpreted in the process of the tests.
+PROBLEM = """
+from fastlstm.kernels.triton.ahead.compiling import problem
+print(problem() or "", end="")
+"""
+
+
+@pytest.fixture(autouse=True)
+def possible() -> None:
+    with fresh_compiler():
+        command = [sys.executable, "-c", PROBLEM]
+        problem = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if problem:
+        pytest.skip(f"kernels are not compiled ahead here: {problem}")
+
+
 def built(folder: Path) -> Path:
     """A build from nothing."""
     script = folder.with_suffix(".py")
