@@ -9,8 +9,8 @@
 //   panel
 //                   w, for R rows
 //
-// Where there are dot products of bfloat16, these take activations that are rounded to it. The instruction and the
-// order of its terms are the same for every number of rows, so that a row's bits do not depend on its batch.
+// Where there are dot products of bfloat16, these take activations that are rounded to it. Terms and their roundings
+// are the same for every number of rows, so that a row's bits do not depend on its batch.
 #pragma once
 
 #include "cpu/memory.h"
