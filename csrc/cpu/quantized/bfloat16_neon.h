@@ -15,7 +15,7 @@
 namespace fastlstm {
 namespace {
 
-constexpr double kBfloat16Rate = 40;
+constexpr double kBfloat16Rate = 40;  // between Neoverse N2 and V2
 constexpr int kBfloat16Most = 8;
 constexpr int kPaired = 2;
 using Bfloat16Rows = RoundedRows<2>;
