@@ -90,10 +90,11 @@ X86_SOURCES = {
     "csrc/cpu/quantized/avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "csrc/cpu/isa/avx512.cpp": AVX512.split(),
     "csrc/cpu/quantized/avx512vnni.cpp": [*AVX512.split(), "-mavx512vnni"],
+    "csrc/cpu/quantized/avx512bf16.cpp": [*AVX512.split(), "-mavx512vnni", "-mavx512bf16"],
 }
 ARM_SOURCES = {
     "csrc/cpu/quantized/dotprod.cpp": ["-march=armv8.2-a+dotprod"],
-    "csrc/cpu/quantized/i8mm.cpp": ["-march=armv8.2-a+dotprod+i8mm"],
+    "csrc/cpu/quantized/i8mm.cpp": ["-march=armv8.2-a+dotprod+i8mm+bf16"],
 }
 # What SOURCES lack of a machine.
 OF_MACHINE = {"x86_64": X86_SOURCES, "aarch64": ARM_SOURCES}

@@ -22,14 +22,16 @@ namespace fastlstm {
 struct ArmFeatures {
   bool dotprod = false;  // dot products of bytes
   bool i8mm = false;     // products of matrices of bytes, and dot products
+  bool bf16 = false;     // products of matrices of bfloat16 numbers
 };
 
 inline ArmFeatures arm_features() {
   ArmFeatures features;
 #if defined(__linux__)  // by number, because older headers lack the names
-  constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;
+  constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13, kBf16 = 1ul << 14;
   features.dotprod = getauxval(AT_HWCAP) & kDotprod;
   features.i8mm = getauxval(AT_HWCAP2) & kI8mm;
+  features.bf16 = getauxval(AT_HWCAP2) & kBf16;
 #elif defined(__APPLE__)
   const auto has = [](const char* name) {
     int value = 0;
@@ -38,10 +40,12 @@ inline ArmFeatures arm_features() {
   };
   features.dotprod = has("hw.optional.arm.FEAT_DotProd");
   features.i8mm = has("hw.optional.arm.FEAT_I8MM");
+  features.bf16 = has("hw.optional.arm.FEAT_BF16");
 #elif defined(_WIN32)
-  constexpr DWORD kDotprod = 43, kI8mm = 66;
+  constexpr DWORD kDotprod = 43, kI8mm = 66, kBf16 = 68;
   features.dotprod = IsProcessorFeaturePresent(kDotprod);
   features.i8mm = IsProcessorFeaturePresent(kI8mm);
+  features.bf16 = IsProcessorFeaturePresent(kBf16);
 #endif
   features.i8mm = features.i8mm && features.dotprod;
   return features;

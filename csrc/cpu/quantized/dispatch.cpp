@@ -1,6 +1,6 @@
 // Chooses the instruction set of the kernels with quantised weights, once, when the first one is called: the fastest
-// one that this CPU has and that FASTLSTM_ISA, if it is set, does not exclude. They give the same int8 results.
-// FASTLSTM_QUANTIZED_ISA names one of them, for tests.
+// one on this CPU that FASTLSTM_ISA, if it is set, does not exclude. They give the same int8 results.
+// FASTLSTM_QUANTIZED_ISA names one of those that the CPU has, for tests.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -13,7 +13,7 @@
 namespace fastlstm {
 
 #ifdef FASTLSTM_X86
-extern const QuantizedKernels avx512vnni_quantized, avxvnni_quantized, avx2_quantized;
+extern const QuantizedKernels avx512bf16_quantized, avx512vnni_quantized, avxvnni_quantized, avx2_quantized;
 #endif
 #ifdef FASTLSTM_ARM
 extern const QuantizedKernels i8mm_quantized, dotprod_quantized;
@@ -30,21 +30,32 @@ struct Choice {
 bool supported(const QuantizedKernels& kernels) {
 #ifdef FASTLSTM_X86
   static const X86Features features = x86_features();
+  if (&kernels == &avx512bf16_quantized) return features.avx512_bf16 && features.avx512_vnni;
   if (&kernels == &avx512vnni_quantized) return features.avx512_vnni;
   if (&kernels == &avxvnni_quantized) return features.avx_vnni;
   if (&kernels == &avx2_quantized) return features.avx2;
 #endif
 #ifdef FASTLSTM_ARM
   static const ArmFeatures features = arm_features();
-  if (&kernels == &i8mm_quantized) return features.i8mm;
+  if (&kernels == &i8mm_quantized) return features.i8mm && features.bf16;
   if (&kernels == &dotprod_quantized) return features.dotprod;
 #endif
   return &kernels == &portable_quantized;
 }
 
+// Whether kernels that this CPU supports are taken without being named. Intel's cores make no more bfloat16 products
+// with instructions of their own than in float32, where nothing is rounded.
+bool pays([[maybe_unused]] const QuantizedKernels& kernels) {
+#ifdef FASTLSTM_X86
+  if (&kernels == &avx512bf16_quantized) return x86_by_amd();
+#endif
+  return true;
+}
+
 const QuantizedKernels& choose() {
   const Choice fastest_first[] = {
 #ifdef FASTLSTM_X86
+      {&avx512bf16_quantized, "avx512"},  //
       {&avx512vnni_quantized, "avx512"},  //
       {&avxvnni_quantized, "avx2"},       //
       {&avx2_quantized, "avx2"},
@@ -60,7 +71,8 @@ const QuantizedKernels& choose() {
   for (const Choice& choice : fastest_first) {
     within = within || std::strcmp(limit, choice.isa) == 0;
     if (!within || !supported(*choice.kernels)) continue;
-    if (!wanted || !*wanted || std::strcmp(wanted, choice.kernels->name) == 0) return *choice.kernels;
+    const bool named = wanted && *wanted;
+    if (named ? std::strcmp(wanted, choice.kernels->name) == 0 : pays(*choice.kernels)) return *choice.kernels;
     available += (available.empty() ? "" : ", ") + std::string(choice.kernels->name);
   }
   throw std::runtime_error("FASTLSTM_QUANTIZED_ISA=" + std::string(wanted ? wanted : "") +

@@ -58,19 +58,34 @@ void quantized_layer(const QuantizedParams& p) {
   });
 }
 
+template <class W>
 void quantized_forward(const QuantizedParams& p) {
   const FlushDenormals flush;
-  if (p.int8)
-    p.sizes.G == 4 ? quantized_layer<Int8, true>(p) : quantized_layer<Int8, false>(p);
-  else
-    p.sizes.G == 4 ? quantized_layer<Bfloat16, true>(p) : quantized_layer<Bfloat16, false>(p);
+  p.sizes.G == 4 ? quantized_layer<W, true>(p) : quantized_layer<W, false>(p);
+}
+
+template <void int8(const QuantizedParams&)>
+void with_weights(const QuantizedParams& p) {
+  p.int8 ? int8(p) : quantized_forward<Bfloat16>(p);
 }
 
 }  // namespace
 }  // namespace fastlstm
 
-#define FASTLSTM_QUANTIZED(isa)                                                             \
-  namespace fastlstm {                                                                      \
-  extern const QuantizedKernels isa##_quantized;                                            \
-  const QuantizedKernels isa##_quantized = {#isa, quantized_forward, quantized_worthwhile}; \
+#define FASTLSTM_QUANTIZED_TABLE(isa, int8)                                                  \
+  namespace fastlstm {                                                                       \
+  extern const QuantizedKernels isa##_quantized;                                             \
+  const QuantizedKernels isa##_quantized = {#isa, with_weights<int8>, quantized_worthwhile}; \
   }
+
+#define FASTLSTM_QUANTIZED(isa) FASTLSTM_QUANTIZED_TABLE(isa, quantized_forward<Int8>)
+
+// Of bfloat16 weights only; the kernels of 8-bit weights are those of another instruction set.
+#define FASTLSTM_QUANTIZED_BFLOAT16(isa, other)                                       \
+  namespace fastlstm {                                                                \
+  extern const QuantizedKernels other##_quantized;                                    \
+  namespace {                                                                         \
+  void forward_of_##other(const QuantizedParams& p) { other##_quantized.forward(p); } \
+  }                                                                                   \
+  }                                                                                   \
+  FASTLSTM_QUANTIZED_TABLE(isa, forward_of_##other)

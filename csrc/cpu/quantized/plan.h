@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/plan.h"
+#include "cpu/quantized/bfloat16.h"
 #include "cpu/quantized/quantized.h"
 
 namespace fastlstm {
@@ -15,8 +16,7 @@ struct QuantizedPlan {
 };
 
 constexpr i64 kAheadRows = 48;           // rows of input products that are computed together
-constexpr double kInt8Rate = 100;        // products a cycle, what follows a panel included
-constexpr double kBfloat16Rate = 28;     //
+constexpr double kInt8Rate = 100;        // products a cycle, what follows a panel included; kBfloat16Rate likewise
 constexpr double kUnitCycles = 7;        // from the gate sums of a unit to its state
 constexpr double kMeetingCycles = 3000;  // of the threads that share a step
 

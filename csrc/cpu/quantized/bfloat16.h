@@ -1,0 +1,34 @@
+// Sums of products with bfloat16 weights: the part of these kernels that differs between instruction sets. Each header
+// below defines, in the unnamed namespace:
+//
+//   kBfloat16Rate   products a cycle, what follows a panel included: for plan.h
+//   Bfloat16Rows    activations as the products take them
+//   kBfloat16Most   rows that one call takes at most
+//   kPaired         rows of which the instruction takes so many together: calls begin at a multiple of it
+//   bfloat16_dots<R>(a, w, pairs, sums)   sums[r][column] = sum over 2 * pairs terms of a[r] and the column of the
+//   panel
+//                   w, for R rows
+//
+// Where there are dot products of bfloat16, these take activations that are rounded to it. Terms and their roundings
+// are the same for every number of rows, so that a row's bits do not depend on its batch.
+#pragma once
+
+#include "cpu/memory.h"
+#include "cpu/quantized/quantized.h"
+
+namespace fastlstm {
+namespace {
+
+// What the gate sums of a panel are, of one row.
+using Columns = float[kColumns];
+
+}  // namespace
+}  // namespace fastlstm
+
+#if defined(__AVX512BF16__)
+#include "cpu/quantized/bfloat16_avx512.h"
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include "cpu/quantized/bfloat16_neon.h"
+#else
+#include "cpu/quantized/bfloat16_widened.h"
+#endif

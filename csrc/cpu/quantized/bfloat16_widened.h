@@ -1,0 +1,78 @@
+// Any CPU: weights are widened to float32, and nothing else is rounded. See bfloat16.h.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace fastlstm {
+namespace {
+
+constexpr double kBfloat16Rate = 28;
+constexpr int kBfloat16Most = kTileRows, kPaired = 1;
+
+// Activations in float32.
+class Bfloat16Rows {
+ public:
+  Bfloat16Rows() = default;
+  Bfloat16Rows(i64 rows, i64 K) : K_(K), pitch_(pitch<float>(round_up(K, 2))), data_(rows * pitch_) { data_.zero(); }
+  const float* data(i64 row) const { return &data_[row * pitch_]; }
+  void put(i64 row, const float* x) { std::memcpy(&data_[row * pitch_], x, size_t(K_) * sizeof(float)); }
+
+ private:
+  i64 K_ = 0, pitch_ = 0;
+  Buffer<float> data_;
+};
+
+// Two vectors of weights from one of pairs: the upper half of each float32 is the bfloat16.
+FASTLSTM_INLINE void widen(const uint16_t* pairs, Vec<float>& even, Vec<float>& odd) {
+  Simd<float>::Words both;
+  std::memcpy(&both, pairs, sizeof both);
+  even = (Vec<float>)(both << 16);
+  odd = (Vec<float>)(both & 0xffff0000u);
+}
+
+// sums[r] += product of R rows of activations with Count vectors of columns, from `first` on. A chain of multiply-adds
+// has as many terms as one of gemm.h; then it is added to the others.
+template <int R, int Count>
+__attribute__((noinline)) void bfloat16_columns(const float* const* rows, const uint16_t* w, i64 pairs, Columns* sums,
+                                                int first) {
+  constexpr i64 kPairs = 64;
+  const float* a[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) a[r] = rows[r];
+  for (i64 from = 0; from < pairs; from += kPairs) {
+    const i64 to = smaller(pairs, from + kPairs);
+    Vec<float> acc[R][Count];
+#pragma GCC unroll 32
+    for (int k = 0; k < R * Count; ++k) acc[k / Count][k % Count] = Vec<float>{};
+#pragma GCC unroll 1
+    for (i64 pair = from; pair < to; ++pair) {
+      Vec<float> even[Count], odd[Count];
+#pragma GCC unroll 8
+      for (int v = 0; v < Count; ++v) widen(w + 2 * (pair * kColumns + first + v * kLanes<float>), even[v], odd[v]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<float> one = splat(a[r][2 * pair]), other = splat(a[r][2 * pair + 1]);
+#pragma GCC unroll 8
+        for (int v = 0; v < Count; ++v) acc[r][v] = add_product(acc[r][v], one, even[v]);
+#pragma GCC unroll 8
+        for (int v = 0; v < Count; ++v) acc[r][v] = add_product(acc[r][v], other, odd[v]);
+      }
+    }
+#pragma GCC unroll 32
+    for (int k = 0; k < R * Count; ++k) {
+      float* sum = sums[k / Count] + first + k % Count * kLanes<float>;
+      store(sum, load(sum) + acc[k / Count][k % Count]);
+    }
+  }
+}
+
+template <int R>
+void bfloat16_dots(const float* const* a, const uint16_t* w, i64 pairs, Columns* sums) {
+  constexpr int kAtOnce = 4;
+  std::memset(sums, 0, R * sizeof sums[0]);
+  for (int first = 0; first < kColumns; first += kAtOnce * kLanes<float>)
+    bfloat16_columns<R, kAtOnce>(a, w, pairs, sums, first);
+}
+
+}  // namespace
+}  // namespace fastlstm
