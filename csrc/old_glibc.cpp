@@ -33,6 +33,11 @@ OLD(pthread_setname_np, "GLIBC_2.12", "GLIBC_2.17");
 int old_pthread_setname_np(pthread_t thread, const char* name);
 int pthread_setname_np(pthread_t thread, const char* name) noexcept { return old_pthread_setname_np(thread, name); }
 
+// It has moved from libdl; torch's headers use it from torch 2.14 on.
+OLD(dlsym, "GLIBC_2.2.5", "GLIBC_2.17");
+void* old_dlsym(void* library, const char* name);
+void* dlsym(void* library, const char* name) noexcept { return old_dlsym(library, name); }
+
 // std::shared_ptr saves an atomic operation where this says that there is one thread.
 char __libc_single_threaded = 0;
 }

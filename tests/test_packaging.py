@@ -52,7 +52,7 @@ sys.exit(subprocess.run([compiler, *flags]).returncode)
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the project with tiny sources, and the libraries of an older build."""
+    """The project with tiny sources, libraries of an older build, and a torch without CUDA."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "fastlstm").mkdir()
@@ -70,17 +70,17 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / f"fastlstm/{report}_error.txt").write_text("of an older build")
     (tmp_path / "nvcc").write_text(NVCC)
     (tmp_path / "nvcc").chmod(0o755)
+    (tmp_path / "torch").mkdir()
+    for name in ("include", "lib"):
+        (tmp_path / "torch" / name).symlink_to(Path(torch.__file__).parent / name)
+    (tmp_path / "torch/__init__.py").touch()
+    give_torch(tmp_path, cuda=None)
     return tmp_path
 
 
 def give_torch(tree: Path, cuda: str | None) -> None:
-    """Put a torch into `tree` that is this one, but for the CUDA that it says it has."""
-    folder = tree / "torch"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
-    (folder / "version.py").write_text(f"debug = False\ncuda: Optional[str] = {cuda!r}\n")
-    for name in ("include", "lib"):
-        (folder / name).symlink_to(Path(torch.__file__).parent / name)
+    """Say which CUDA the torch in `tree` has, which is this one but for that."""
+    (tree / "torch/version.py").write_text(f"debug = False\ncuda: Optional[str] = {cuda!r}\n")
 
 
 def build(
@@ -272,7 +272,6 @@ def test_cuda_is_built_wherever_there_is_nvcc(tree: Path, where: str) -> None:
 @pytest.mark.usefixtures("compiler")
 def test_cuda_is_left_out_where_torch_has_none(tree: Path) -> None:
     """Nobody is kept waiting for a compiler whose kernels could not be called."""
-    give_torch(tree, cuda=None)
     done = build(tree, FASTLSTM_CUDA="", CUDACXX=str(tree / "nvcc"))
     assert done.returncode == 0, done.stderr
     assert "torch was built without CUDA" in missing(tree, "_cuda")

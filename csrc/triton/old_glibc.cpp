@@ -14,10 +14,6 @@ OLD(dlopen);
 void* old_dlopen(const char* file, int mode);
 void* dlopen(const char* file, int mode) noexcept { return old_dlopen(file, mode); }
 
-OLD(dlsym);
-void* old_dlsym(void* library, const char* name);
-void* dlsym(void* library, const char* name) noexcept { return old_dlsym(library, name); }
-
 OLD(dlerror);
 char* old_dlerror();
 char* dlerror() noexcept { return old_dlerror(); }
