@@ -13,6 +13,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/gemm.h"
+#include "cpu/transpose.h"
 
 namespace fastlstm {
 namespace {
@@ -60,27 +61,20 @@ inline i64 gate_row(const Sizes& s, i64 q) {
 template <class S>
 inline void transpose_lanes(S* dst, i64 dst_pitch, const S* src, i64 K, i64 lanes) {
   i64 k = 0;
-  if (lanes == kLanes<S>) {
-    // 4 x 4 blocks: enough to turn strided scalar reads into vector reads on every instruction set
-    typedef S Quad __attribute__((vector_size(4 * sizeof(S))));
-    typedef S LooseQuad __attribute__((vector_size(4 * sizeof(S)), aligned(sizeof(S)), may_alias));
-    if constexpr (kLanes<S> % 4 == 0) {
+  if constexpr (kLanes<S> % 4 == 0)
+    if (lanes == kLanes<S>) {
+      for (; k + kLine<S> <= K; k += kLine<S>) {
+        const auto row = [&](i64 j) FASTLSTM_INLINE_LAMBDA {
+          S* const at = dst + (k + j) * dst_pitch;
+          __builtin_prefetch(at + kLine<S> * dst_pitch, 0, 2);  // not to write: other threads may have read it
+          return at;
+        };
+        transpose_block<S, kLine<S>, kLanes<S>>(src + k, K, 2 * kLine<S>, row);
+      }
       for (; k + 4 <= K; k += 4)
-        for (int lane = 0; lane < kLanes<S>; lane += 4) {
-          Quad in[4], out[4];
-          for (int j = 0; j < 4; ++j) in[j] = *reinterpret_cast<const LooseQuad*>(src + (lane + j) * K + k);
-          const Quad ab_low = {in[0][0], in[1][0], in[0][1], in[1][1]};
-          const Quad ab_high = {in[0][2], in[1][2], in[0][3], in[1][3]};
-          const Quad cd_low = {in[2][0], in[3][0], in[2][1], in[3][1]};
-          const Quad cd_high = {in[2][2], in[3][2], in[2][3], in[3][3]};
-          out[0] = Quad{ab_low[0], ab_low[1], cd_low[0], cd_low[1]};
-          out[1] = Quad{ab_low[2], ab_low[3], cd_low[2], cd_low[3]};
-          out[2] = Quad{ab_high[0], ab_high[1], cd_high[0], cd_high[1]};
-          out[3] = Quad{ab_high[2], ab_high[3], cd_high[2], cd_high[3]};
-          for (int j = 0; j < 4; ++j) *reinterpret_cast<LooseQuad*>(dst + (k + j) * dst_pitch + lane) = out[j];
-        }
+        for (int lane = 0; lane < kLanes<S>; lane += 4)
+          transpose_quad(dst + k * dst_pitch + lane, dst_pitch, src + lane * K + k, K);
     }
-  }
   for (; k < K; ++k)
     for (i64 lane = 0; lane < kLanes<S>; ++lane) dst[k * dst_pitch + lane] = lane < lanes ? src[lane * K + k] : S(0);
 }

@@ -7,6 +7,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/long_sum.h"
+#include "cpu/transpose.h"
 
 namespace fastlstm {
 namespace {
@@ -86,10 +87,21 @@ class WeightGrad {
     S* rows[kPanel<S>];
     for (i64 lane = 0; lane < width; ++lane) rows[lane] = row(panel * kPanel<S> + lane);
     const S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
-    constexpr i64 kLine = 64 / sizeof(S);  // a block of whole cache lines on both sides
-    for (i64 k = 0; k < count; k += kLine)
-      for (i64 lane = 0; lane < width; ++lane)
-        for (i64 j = k; j < smaller(k + kLine, count); ++j) rows[lane][j] = sums[j * kPanel<S> + lane];
+    i64 k = 0;
+    for (; k + kLine<S> <= count; k += kLine<S>, sums += kLine<S> * kPanel<S>) {
+      i64 lane = 0;
+      for (; lane + kLine<S> <= width; lane += kLine<S>) {
+        const auto place = [&](i64 i) FASTLSTM_INLINE_LAMBDA {
+          __builtin_prefetch(rows[lane + i] + k + kLine<S>, 1);
+          return rows[lane + i] + k;
+        };
+        transpose_block<S, kLine<S>, kLine<S>>(sums + lane, kPanel<S>, kLine<S> * kPanel<S>, place);
+      }
+      for (; lane < width; ++lane)
+        for (i64 j = 0; j < kLine<S>; ++j) rows[lane][k + j] = sums[j * kPanel<S> + lane];
+    }
+    for (i64 lane = 0; lane < width; ++lane)
+      for (i64 j = k; j < count; ++j) rows[lane][j] = sums[(j - k) * kPanel<S> + lane];
   }
 
  private:
