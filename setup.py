@@ -133,8 +133,8 @@ AHEAD = tuple(
 )
 
 # Of a library on Linux. What is missing fails here, not in the first call; its threads may outlive
-# whoever has loaded it.
-LINK_LINUX = ["-Xlinker", "-zdefs", "-Xlinker", "-znodelete"]
+# whoever has loaded it. Before glibc 2.34 dlopen and dlsym are in a library of their own.
+LINK_LINUX = ["-ldl", "-Xlinker", "-zdefs", "-Xlinker", "-znodelete"]
 STRIP_LINUX = ["-Xlinker", "-s"]
 
 
@@ -210,7 +210,7 @@ def ahead() -> Recipe:
     if sys.platform != "linux":
         raise BuildError("Triton's kernels are for Linux")
     recipe = of_host({name: [] for name in (*AHEAD, "csrc/old_glibc.cpp")})
-    recipe.link.extend(["-ldl", "-Xlinker", "--version-script=csrc/old_glibc.map"])
+    recipe.link.extend(["-Xlinker", "--version-script=csrc/old_glibc.map"])
     return recipe
 
 

@@ -36,6 +36,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "users": gpu.users,
     "errors": quantized.error_table,
     "small": quantized.task_table,
+    "quantized": quantized.time_table,
     "contention": contention.table,
 }
 TASK_SECTIONS: dict[str, Callable[[list[Row]], str]] = {  # from the records of training tasks

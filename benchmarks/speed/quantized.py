@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import fastlstm
 from ..providers import QUANTIZED, provider
 from .cases import Case
 from .environment import environment
+from .figures import ratio, time
 from .results import Results
 from .workload import make_workload
 
@@ -35,6 +37,7 @@ CASES = [
     Case("lm", 512, 512, 2, 1, 8, 32),
 ]
 DTYPES = ("int8", "bfloat16")
+TIMED = ("fastlstm-int8", "onnxruntime-int8", "torch-int8", "fastlstm-bfloat16", "fastlstm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,3 +164,39 @@ def task_table(results: Results) -> str:
         numbers = (row[key] for key in ("rows", "float32", *DTYPES))
         lines.append("| " + " | ".join([row["task"], *(f"{n:,}" for n in numbers)]) + " |")
     return "\n".join(lines)
+
+
+def time_table(results: Results) -> str:
+    """A line for each case and number of threads: ours in int8, and how many times as long others.
+
+    From the rows of `speed`, with the providers of `TIMED`.
+    """
+    lines = [
+        f"| case | shape | threads | {provider(TIMED[0]).label}, µs | "
+        + " | ".join(_label(name) for name in TIMED[1:])
+        + " |",
+        "|---|---|---:|---:|" + "---:|" * (len(TIMED) - 1),
+    ]
+    all_ratios: dict[str, list[float]] = {name: [] for name in TIMED[1:]}
+    for case in CASES:
+        for threads in sorted({row["threads"] for row in results.rows}):
+            found = {
+                row["provider"]: row
+                for row in results.rows
+                if (row["shape"], row["threads"]) == (case.shape, threads) and "p50_us" in row
+            }
+            if TIMED[0] not in found:
+                continue
+            ours = found[TIMED[0]]
+            ratios = {n: r["ratio"] / ours["ratio"] for n, r in found.items() if n in all_ratios}
+            for name, value in ratios.items():
+                all_ratios[name].append(value)
+            cells = [case.name, case.shape, str(threads), time(ours)]
+            lines.append(f"| {' | '.join([*cells, *(ratio(ratios.get(n)) for n in TIMED[1:])])} |")
+    means = (ratio(geometric_mean(values)) if values else "" for values in all_ratios.values())
+    lines.append(f"| geometric mean | | | | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def _label(name: str) -> str:
+    return "fastlstm, float32" if name == "fastlstm" else provider(name).label

@@ -46,10 +46,10 @@ def _nothing() -> None:
 
 
 class _Last(threading.local):
-    """The token of the last step, weakly.
+    """A weak reference to what the last step of this thread used.
 
-    Each thread has its own: were a loop to change tokens because another thread stepped between,
-    the gradients of its weights would be summed in another order.
+    If threads shared it, one could replace what the loop of another one uses, whose gradients of
+    the weights would then be summed in another order.
     """
 
     shared: Callable[[], SharedWeights | None] = staticmethod(_nothing)

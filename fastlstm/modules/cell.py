@@ -103,9 +103,11 @@ class LSTMCell(StandIn, nn.RNNCellBase):
     def _layers(self) -> Layers:
         return Layers.of(self.specs(), [self._cache], cell=True)
 
-    @cached_property
+    @property
     def _steps(self) -> Steps:
-        return Steps(self.specs()[0], self._cache)
+        """The same for all threads, which may ask for it at the same time for the first time."""
+        found: Steps | None = self.__dict__.get("_steps")
+        return found or self.__dict__.setdefault("_steps", Steps(self.specs()[0], self._cache))
 
     @cached_property
     def _taken(self) -> Taken:

@@ -203,9 +203,9 @@ class QuantizedLSTM(_Layers):
         bidirectional: D is 2 if True, else 1.
         proj_size: P, features of the output of each direction; 0 for no projection (P = H).
         dtype: "int8": integers with a scale for each row of the weights; a row of the input and of
-            h becomes integers at run time. "bfloat16": the weights are rounded. CPUs with fast
-            products of bfloat16 (AMD from Zen 4 on, ARM with BF16) also round x and h for the
-            products, which makes errors 1.3 to 1.4 times as large.
+            h becomes integers at run time. "bfloat16": the weights are rounded. ARM CPUs with
+            products of bfloat16 also round x and h for the products, which makes errors 1.3 to 1.4
+            times as large.
 
     Raises:
         ValueError: another dtype.

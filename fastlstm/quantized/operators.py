@@ -54,8 +54,8 @@ def isa() -> str:
 
     On x86-64 "avx512bf16", "avx512vnni", "avxvnni" or "avx2", on ARM "i8mm" or "dotprod", else
     "portable". With "avx512bf16" and "i8mm" activations are rounded to bfloat16 for products with
-    bfloat16 weights. "avx512bf16" differs from "avx512vnni" in that alone; only AMD's CPUs take it
-    by themselves.
+    bfloat16 weights. "avx512bf16" differs from "avx512vnni" in that alone, and is taken only where
+    it is named.
     """
     extension.load()
     return str(_ISA())

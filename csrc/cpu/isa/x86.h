@@ -35,10 +35,5 @@ inline X86Features x86_features() {
   return features;
 }
 
-inline bool x86_by_amd() {
-  unsigned a, b, c, d;
-  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
-}
-
 }  // namespace fastlstm
 #endif

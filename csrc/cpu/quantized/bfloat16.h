@@ -4,10 +4,8 @@
 //   kBfloat16Rate   products a cycle, what follows a panel included: for plan.h
 //   Bfloat16Rows    activations as the products take them
 //   kBfloat16Most   rows that one call takes at most
-//   kPaired         rows of which the instruction takes so many together: calls begin at a multiple of it
-//   bfloat16_dots<R>(a, w, pairs, sums)   sums[r][column] = sum over 2 * pairs terms of a[r] and the column of the
-//   panel
-//                   w, for R rows
+//   kPaired         rows that one instruction takes together: calls begin at a multiple of it
+//   bfloat16_dots<R>(a, w, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs terms
 //
 // Where there are dot products of bfloat16, these take activations that are rounded to it. Terms and their roundings
 // are the same for every number of rows, so that a row's bits do not depend on its batch.
@@ -25,10 +23,11 @@ using Columns = float[kColumns];
 }  // namespace
 }  // namespace fastlstm
 
-#if defined(__AVX512BF16__)
-#include "cpu/quantized/bfloat16_avx512.h"
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#include "cpu/quantized/bfloat16_neon.h"
-#else
+// The sources of kernels that take them say so: results must not depend on what else a compiler is allowed to use.
+#if !defined(FASTLSTM_BFLOAT16_PRODUCTS)
 #include "cpu/quantized/bfloat16_widened.h"
+#elif defined(__AVX512BF16__)
+#include "cpu/quantized/bfloat16_avx512.h"
+#else
+#include "cpu/quantized/bfloat16_neon.h"
 #endif

@@ -1,5 +1,5 @@
-// AVX-512 with BF16: an instruction adds 32 products. See bfloat16.h. AMD's cores start as many of them as of float32
-// multiply-adds, which are 16 products. Intel's start half as many, so nothing is gained there.
+// AVX-512 with BF16: an instruction adds 32 products. See bfloat16.h. AMD's cores are said to start as many of them as
+// of float32 multiply-adds, which are 16 products. Intel's start half as many or fewer: nothing is gained there.
 #pragma once
 
 #include "cpu/quantized/bfloat16_rows.h"
@@ -51,7 +51,7 @@ __attribute__((noinline)) void bfloat16_dots(const uint16_t* const* rows, const 
       float* sum = sums[k / 4] + k % 4 * 16;
       __m512 total = acc[0][k / 4][k % 4];
       if constexpr (kHalves == 2) total += acc[1][k / 4][k % 4];
-      if (part > 0) total += _mm512_loadu_ps(sum);
+      if (part > 0) total = _mm512_loadu_ps(sum) + total;
       _mm512_storeu_ps(sum, total);
     }
   }
