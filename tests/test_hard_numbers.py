@@ -5,6 +5,7 @@ Gates that are closed, inputs that nobody normalised, states that fade away, a m
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -193,3 +194,47 @@ def test_recompute_gives_the_same_bits_beside_a_large_bias(backend: str) -> None
     kept = evaluate(case, torch.float32, numbers, fast)
     again = evaluate(replace(case, recompute=True), torch.float32, numbers, fast)
     assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+STARTS = [
+    {},
+    {"num_layers": 2, "bidirectional": True},
+    {"proj_size": 9},
+    {"layer_norm": True, "peephole": True},
+]
+
+
+@ON_CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 70])
+@pytest.mark.parametrize("options", STARTS, ids=str)
+def test_states_of_zeros_have_the_bits_of_tiny_ones(
+    backend: str, options: dict[str, Any], batch: int, dtype: torch.dtype
+) -> None:
+    """The product with states that are all zero is left out, which nobody can see."""
+    lstm = fastlstm.LSTM(10, 33, **options).to(dtype)
+    x = torch.randn(6, batch, 10, dtype=dtype)
+    rows = lstm.num_layers * (1 + lstm.bidirectional)
+    c = torch.zeros(rows, batch, 33, dtype=dtype)
+    h = torch.zeros(rows, batch, lstm.proj_size or 33, dtype=dtype)
+    with torch.no_grad():
+        expected, _ = lstm(x, (h + 1e-40 if dtype is torch.float32 else h + 1e-200, c))
+        assert torch.equal(lstm(x)[0], expected)
+        assert torch.equal(lstm(x, (h, c))[0], expected)
+        assert torch.equal(lstm(x, (-h, c))[0], expected)
+
+
+@ON_CPU
+@pytest.mark.parametrize("batch", [1, 5, 70])
+def test_weights_that_are_not_finite_spoil_states_of_zeros(backend: str, batch: int) -> None:
+    """As in nn.LSTM, where infinity times zero is NaN."""
+    lstm = fastlstm.LSTM(10, 33)
+    with torch.no_grad():
+        lstm.weight_hh_l0[3, 5] = float("inf")
+        lstm.weight_hh_l0[40, 2] = float("nan")
+    theirs = nn.LSTM(10, 33)
+    theirs.load_state_dict(lstm.state_dict())
+    x = torch.randn(6, batch, 10)
+    y, expected = lstm(x)[0], theirs(x)[0]
+    assert expected[0].isnan().any() and not expected[0].isnan().all()
+    assert torch.equal(y.isnan(), expected.isnan())

@@ -52,10 +52,24 @@ struct GateSums {
   void add_hidden(i64 rows, const S* const* h, i64 tile, S (*sums)[kPanel<S>], const S* next) const {
     multiply_panel<S>(rows, h, s.P, hidden_panel(tile), sums, true, next);
   }
+  // acc, sums += h w_hh^T for states of zeros: the same bits.
+  template <int R, int P>
+  FASTLSTM_INLINE void add_zero_hidden(Vec<S> (&acc)[R][P * kPanelVectors], i64 tile) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 24
+      for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] += load(of_zero(tile) + v * kLanes<S>);
+  }
+  void add_zero_hidden(i64 rows, i64 tile, S (*sums)[kPanel<S>]) const {
+    for (i64 r = 0; r < rows; ++r)
+      for (int v = 0; v < kPanelVectors; ++v)
+        store(&sums[r][v * kLanes<S>], load(&sums[r][v * kLanes<S>]) + load(of_zero(tile) + v * kLanes<S>));
+  }
   const S* input_panel(i64 tile) const { return packed + at.w_ih + tile * s.I * kPanel<S>; }
   const S* hidden_panel(i64 tile) const { return packed + at.w_hh + tile * s.P * kPanel<S>; }
 
  private:
+  const S* of_zero(i64 tile) const { return packed + at.of_zero + tile * kPanel<S>; }
   template <int R, int P>
   FASTLSTM_INLINE void product(Vec<S> (&acc)[R][P * kPanelVectors], const S* const (&a)[R], const S* w, i64 K,
                                i64 tile) const {

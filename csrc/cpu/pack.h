@@ -26,14 +26,15 @@ inline i64 gradient_chain(const Sizes& s) { return s.projected ? kShortChain : k
 // Where each matrix of one direction starts, in elements.
 template <class S>
 struct ForwardPack {
-  i64 tiles, out_panels, bias = 0, w_ih, w_hh, w_hr, size;
+  i64 tiles, out_panels, bias = 0, w_ih, w_hh, w_hr, of_zero, size;
   explicit ForwardPack(const Sizes& s) {
     tiles = ceil_div(s.H, s.G == 1 ? kPanel<S> : kLanes<S>);
     out_panels = s.projected ? ceil_div(s.P, kPanel<S>) : 0;
-    w_ih = bias + tiles * kPanel<S>;             // bias [tiles][kPanel]
-    w_hh = w_ih + tiles * s.I * kPanel<S>;       // w_ih [tiles][I][kPanel]
-    w_hr = w_hh + tiles * s.P * kPanel<S>;       // w_hh [tiles][P][kPanel]
-    size = w_hr + out_panels * s.H * kPanel<S>;  // w_hr [panels of P][H][kPanel]
+    w_ih = bias + tiles * kPanel<S>;                // bias [tiles][kPanel]
+    w_hh = w_ih + tiles * s.I * kPanel<S>;          // w_ih [tiles][I][kPanel]
+    w_hr = w_hh + tiles * s.P * kPanel<S>;          // w_hh [tiles][P][kPanel]
+    of_zero = w_hr + out_panels * s.H * kPanel<S>;  // w_hr [panels of P][H][kPanel]
+    size = of_zero + tiles * kPanel<S>;             // w_hh times a state of zeros [tiles][kPanel]
   }
 };
 template <class S>
@@ -79,6 +80,15 @@ inline void transpose_lanes(S* dst, i64 dst_pitch, const S* src, i64 K, i64 lane
     for (i64 lane = 0; lane < kLanes<S>; ++lane) dst[k * dst_pitch + lane] = lane < lanes ? src[lane * K + k] : S(0);
 }
 
+// The product of a panel [K][kPanel] with zeros: zero, but NaN where a weight is not finite.
+template <class S>
+inline void product_of_zero(i64 K, const S* panel, S* out) {
+  Vec<S> sum[kPanelVectors] = {};
+  for (i64 k = 0; k < K; ++k, panel += kPanel<S>)
+    for (int v = 0; v < kPanelVectors; ++v) sum[v] = add_product(sum[v], load(panel + v * kLanes<S>), Vec<S>{});
+  for (int v = 0; v < kPanelVectors; ++v) store(out + v * kLanes<S>, sum[v]);
+}
+
 template <class S>
 inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
   const ForwardPack<S> at(s);
@@ -99,6 +109,7 @@ inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights
       for (i64 lane = 0; lane < kLanes<S>; ++lane)
         bias[lane] = add_bias && lane < lanes ? b_ih.get()[row + lane] + b_hh.get()[row + lane] : S(0);
     }
+    product_of_zero(s.P, packed + at.w_hh + tile * s.P * kPanel<S>, packed + at.of_zero + tile * kPanel<S>);
   }
   for (i64 panel = 0; panel < at.out_panels; ++panel)
     for (i64 first = panel * kPanel<S>, v = 0; v < kPanelVectors; ++v, first += kLanes<S>) {

@@ -96,7 +96,7 @@ template <class S, Cell cell>
 inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 rows, i64 tile, S (*sums)[kPanel<S>], i64 next) {
   if (!kByRow) fetch_outputs(first, rows, tile);
   const S* h[kPanelRows];
-  for (i64 r = 0; r < rows; ++r) h[r] = &(kByRow && h_masked_ ? h_masked_ : h_)[(first + r) * state_pitch_];
+  for (i64 r = 0; r < rows; ++r) h[r] = product_state(first + r);
   if (kByRow && s_.layer_norm)  // which adds the input products later
     std::memset(sums, 0, size_t(rows) * sizeof sums[0]);
   else if (!inputs_ahead_)
@@ -107,7 +107,10 @@ inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 rows, i64 tile, S (*s
 #pragma GCC unroll 8
       for (int v = 0; v < kPanelVectors; ++v) store(&sums[r][v * kLanes<S>], load(product + v * gate_step(tile)));
     }
-  sums_.add_hidden(rows, h, tile, sums, inputs_ahead_ ? sums_.hidden_panel(next) : sums_.input_panel(next));
+  if (from_zero_)
+    sums_.add_zero_hidden(rows, tile, sums);
+  else
+    sums_.add_hidden(rows, h, tile, sums, inputs_ahead_ ? sums_.hidden_panel(next) : sums_.input_panel(next));
   if constexpr (kByRow)
     for (i64 r = 0; r < rows; ++r) put_panel(z_row(first + r) + tile * kPanel<S>, tile, sums[r]);
 }
@@ -134,10 +137,14 @@ inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 tile, S (*sums)[kPane
   } else {
     add_inputs<R, P>(acc, first_row_ + first, tile);
   }
-  const S* h[R];
+  if (from_zero_) {
+    sums_.template add_zero_hidden<R, P>(acc, tile);
+  } else {
+    const S* h[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) h[r] = &(kByRow && h_masked_ ? h_masked_ : h_)[(first + r) * state_pitch_];
-  sums_.template add_hidden<R, P>(acc, h, tile);
+    for (int r = 0; r < R; ++r) h[r] = product_state(first + r);
+    sums_.template add_hidden<R, P>(acc, h, tile);
+  }
   if constexpr (kByRow) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)

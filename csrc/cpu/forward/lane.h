@@ -66,6 +66,10 @@ class ForwardLane {
   void store_state(i64 i);
   void emit_hidden(i64 begin, i64 count) const;
 
+  // What the product with w_hh takes of a row.
+  S* product_state(i64 i) const { return &(kByRow && h_masked_ ? h_masked_ : h_)[i * state_pitch_]; }
+  bool starts_from_zero() const;
+
   // gates.h
   // Input product of one row of the chunk for one tile.
   S* input_product(i64 tile, i64 row) const {
@@ -128,6 +132,7 @@ class ForwardLane {
   i64 chunk_rows_ = 0, next_row_ = 0, first_row_ = 0;  // of the chunk: rows; first row of the next step, of this step
   i64 entered_ = 0;                                    // rows whose initial state is loaded
   i64 t_ = 0, n_ = 0;                                  // this step: time and number of active rows
+  bool from_zero_ = false;                             // this step: all states are zero
 };
 
 }  // namespace

@@ -64,7 +64,9 @@ inline void ForwardLane<S, cell>::begin_step(i64 step) {
   n_ = rows_.active(t_);
   first_row_ = next_row_;
   next_row_ += n_;
+  const bool all_begin = entered_ == 0;
   for (; entered_ < n_; ++entered_) load_state(entered_);
+  from_zero_ = all_begin && starts_from_zero();
   out_ = (s_.projected ? m_ : h_next_).get();
   for (i64 i = 0; i < n_; ++i) {
     const i64 b = rows_.batch(i);
@@ -73,6 +75,16 @@ inline void ForwardLane<S, cell>::begin_step(i64 step) {
     if (p_.gates.data) gates_row_[i] = element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
   }
   if (p_.reset) reset_states();
+}
+
+// Whether the states of all rows are zero, as they are at first in most calls: the product with w_hh need not be made.
+template <class S, Cell cell>
+inline bool ForwardLane<S, cell>::starts_from_zero() const {
+  const S* const state = product_state(0);
+  for (i64 k = 0; k < n_ * state_pitch_; k += kLanes<S>)
+    for (int lane = 0; lane < kLanes<S>; ++lane)
+      if (state[k + lane] != 0) return false;  // also NaN
+  return true;
 }
 
 // Rows that are reset at this step start from zero states.
