@@ -17,7 +17,9 @@ from .register_tiles import (
     elements,
     first_row,
     given,
+    is_crowded,
     load_lengths,
+    row_of,
 )
 
 
@@ -108,7 +110,10 @@ def lstm_bwd_registers_kernel(
     g_at, d_at = gates + corner4, dgates + corner4
     c_step, g_step, dy_step, dca_step = D * H, 4 * H, 0, 0
     dy_at, dca_at, dy_off, dca_off = c_at, c_at, 0, 0
-    if offsets is None:
+    pair: gl.constexpr = 32 // dtype.primitive_bitwidth
+    plain: gl.constexpr = lengths is None and reset is None
+    MOVES: gl.constexpr = offsets is None and (plain or not is_crowded(U, pair, EXACT))
+    if MOVES:
         c_step, g_step = B.to(gl.int64) * (D * H), B.to(gl.int64) * (4 * H)
     if dy is not None:
         dy_step = dy_t.to(gl.int64) * DY_UNIT
@@ -129,10 +134,9 @@ def lstm_bwd_registers_kernel(
     forth = 2 * direction - 1
     last = (steps - 1) * (1 - direction)
     far = last.to(gl.int64)
-    pair: gl.constexpr = 32 // dtype.primitive_bitwidth
     AHEAD: gl.constexpr = steps_ahead(U, N, pair, reset is not None, EXACT)
     firsts = 0, 0, 0, 0
-    if offsets is None:
+    if MOVES:
         c_at += far * c_step
         g_at += far * g_step
         d_at += far * g_step
@@ -140,7 +144,7 @@ def lstm_bwd_registers_kernel(
         dca_at += far * dca_step
         c_step, g_step = c_step * forth, g_step * forth
         dy_step, dca_step = dy_step * forth, dca_step * forth
-    else:
+    elif offsets is not None:
         row = first_row(last, offsets, T)
         row_1 = first_row(last + forth, offsets, T)
         row_2 = first_row(last + 2 * forth, offsets, T)
@@ -153,6 +157,8 @@ def lstm_bwd_registers_kernel(
     c_0 = c_at
     if offsets is not None:
         c_0 = c_at + elements(firsts[0], c_step)
+    elif not MOVES:
+        c_0 = c_at + elements(row_of(last, B), c_step)
     else:
         c_at += c_step
     tanh_c = tanh_of(gl.load(c_0 + at, real_0, 0), FAST, EXACT)
@@ -161,13 +167,15 @@ def lstm_bwd_registers_kernel(
     order = steps, last, forth, n, length, length4
     call = c_start, c0, offsets, lengths, reset, dy, dc_all, T, B
     now = 0
-    read, places = read_at(places, strides, 0, last, firsts[0], firsts[1], tile, order, call, H)
+    read, places = read_at(
+        places, strides, 0, last, firsts[0], firsts[1], tile, order, call, H, MOVES
+    )
     if AHEAD == 2:
         now, tanh_c = prepared(
             read, tanh_c, bias, 0, last, order, call, dtype, U, N, KEPT, EXACT, FAST
         )
         read, places = read_at(
-            places, strides, 1, last + forth, firsts[1], firsts[2], tile, order, call, H
+            places, strides, 1, last + forth, firsts[1], firsts[2], tile, order, call, H, MOVES
         )
 
     even, odd = gate_buffers(dtype, U, N, EXACT), gate_buffers(dtype, U, N, EXACT)
@@ -175,16 +183,16 @@ def lstm_bwd_registers_kernel(
     if steps % 2 == 1:
         state, d_at, firsts, tanh_c, places, now, read = backward_step(
             odd, 0, weights, state, d_at, firsts, tanh_c, places, now, read,
-            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD,
+            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD, MOVES,
         )  # fmt: skip
     for s in range(steps % 2, steps, 2):
         state, d_at, firsts, tanh_c, places, now, read = backward_step(
             even, s, weights, state, d_at, firsts, tanh_c, places, now, read,
-            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD,
+            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD, MOVES,
         )  # fmt: skip
         state, d_at, firsts, tanh_c, places, now, read = backward_step(
             odd, s + 1, weights, state, d_at, firsts, tanh_c, places, now, read,
-            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD,
+            strides, tile, order, call, H, U, N, KEPT, EXACT, FAST, AHEAD, MOVES,
         )  # fmt: skip
     dh, dc = state
     if dh0 is not None:

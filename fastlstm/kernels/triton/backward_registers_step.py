@@ -13,6 +13,7 @@ from .register_tiles import (
     flags,
     given,
     only,
+    row_of,
 )
 
 
@@ -30,8 +31,9 @@ def steps_ahead(U, N, pair, resets, EXACT):
 
 @gluon.jit
 def read_at(
-    places,  # pointers to c of the step after, gates, dy and dc_all; with offsets at row 0
-    strides,  # of each from a step to the next, with offsets from a row
+    places,  # pointers to c of the step after, gates, dy and dc_all; without MOVES at row 0
+    strides,  # of each from a step to the next; without MOVES of c and gates from a row to the
+    # next, with offsets of all
     s,  # the step that is read: how many come before
     t,  # which one it is
     row,  # its first row and that of the step after, with offsets
@@ -40,6 +42,7 @@ def read_at(
     order,
     call,
     H: gl.constexpr,
+    MOVES: gl.constexpr,  # whether places move on from step to step
 ):
     """Ask for what a step reads; return it and where the next one finds the same."""
     c_at, g_at, dy_at, dca_at = places
@@ -56,6 +59,10 @@ def read_at(
     if offsets is not None:
         c_now, g_now = c_at + elements(row_1, c_step), g_at + elements(row, g_step)
         dy_now, dca_now = dy_at + elements(row, dy_step), dca_at + elements(row, dca_step)
+    elif not MOVES:
+        c_now = c_at + elements(row_of(t + forth, B), c_step)
+        g_now = g_at + elements(row_of(t, B), g_step)
+        dy_now, dca_now = dy_at + elements(t, dy_step), dca_at + elements(t, dca_step)
     # The four gates of a cell in one number: of parts of registers the loop would make copies.
     if g_at.dtype.element_ty.primitive_bitwidth == 16:
         g = gl.load(g_now.to(gl.pointer_type(gl.int64), bitcast=True) + at1, now, 0)
@@ -69,7 +76,7 @@ def read_at(
         dca = gl.load(dca_now + dca_off, now & given(dc_all, H), 0)
     if reset is not None:
         starts = flags(reset, s, steps, t, n, length, lengths, B, H)
-    if offsets is None:
+    if MOVES:
         c_at += c_step
         g_at += g_step
         dy_at += dy_step
@@ -142,7 +149,7 @@ def backward_step(
     s,  # how many steps were taken
     weights,  # of columns_of_gates, and without KEPT of biases
     state,  # [U, N]: the gradients of h and c that come from the steps after
-    d_at,  # pointer to the gradients of the gates of this step; with offsets at row 0
+    d_at,  # pointer to the gradients of the gates of this step; without MOVES at row 0
     firsts,  # the first row of this step and of AHEAD + 1 that follow, with offsets; four numbers
     tanh_c,  # [U, N]: of this step, or of the next one if this is prepared
     places,  # for read_at
@@ -160,13 +167,14 @@ def backward_step(
     EXACT: gl.constexpr,
     FAST: gl.constexpr,
     AHEAD: gl.constexpr,  # of steps_ahead
+    MOVES: gl.constexpr,
 ):
     """Take one step back; return what the next one begins with, from state to read."""
     w, bias = weights
     dh, dc = state
     _, real4, _, _, at4, _, _ = tile
     _, begin, forth, _, length, length4 = order
-    _, _, offsets, lengths, reset, dy, dc_all, T, _ = call
+    _, _, offsets, lengths, reset, dy, dc_all, T, B = call
     t = begin + forth * s
     cells: gl.constexpr = dc.type.layout
     dtype: gl.constexpr = d_at.dtype.element_ty
@@ -186,6 +194,7 @@ def backward_step(
         order,
         call,
         H,
+        MOVES,
     )
     to_c, to_i, to_f, to_g, to_o, f, added = this
     dh_total, dc_total = dh, dc
@@ -209,6 +218,8 @@ def backward_step(
     d_now, store4 = d_at, real4
     if offsets is not None:
         d_now = d_at + elements(firsts[0], strides[1])
+    elif not MOVES:
+        d_now = d_at + elements(row_of(t, B), strides[1])
     if lengths is not None:
         store4 = real4 & at_step(t, length4)[:, :, None]
     gl.store(d_now + at4, beside(d_i, d_f, d_g, d_o, U, N).to(dtype), store4)
@@ -229,6 +240,6 @@ def backward_step(
             firsts = firsts[1], firsts[2], later, 0
         else:
             firsts = firsts[1], firsts[2], firsts[3], later
-    else:
+    elif MOVES:
         d_at += strides[1]
     return (dh_new, dc_new), d_at, firsts, tanh_c, places, now, follows

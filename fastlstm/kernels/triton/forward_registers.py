@@ -36,8 +36,10 @@ from .register_tiles import (
     first_row,
     flags,
     given,
+    is_crowded,
     load_lengths,
     only,
+    row_of,
     row_of_gate,
     weight_tile,
 )
@@ -50,7 +52,7 @@ def forward_step(
     s,  # how many steps were taken
     weights,  # of rows_of_gates, [4U, I_TILE] with FUSED, of biases
     state,  # c and h [U, N]
-    places,  # pointers to y, c_all, gates, and to the input two steps on; with offsets at row 0
+    places,  # pointers to y, c_all, gates, and to the input two steps on; without MOVES at row 0
     firsts,  # the first row of this step and of the two that follow, with offsets
     read,  # flags of the next step [N], the next input, what x adds to the gates of this step
     strides,  # of x, of y and c_all, of gates, from a step to the next
@@ -65,6 +67,7 @@ def forward_step(
     FUSED: gl.constexpr,
     EXACT: gl.constexpr,
     FAST: gl.constexpr,
+    MOVES: gl.constexpr,  # whether places move on from step to step; else rows say where they are
 ):
     """Take one step; return the next one's state, places, firsts and read."""
     w, w_x, start = weights
@@ -80,12 +83,13 @@ def forward_step(
     cells: gl.constexpr = c.type.layout
     # The load comes first, though two steps ahead: a warp has six counters of what is outstanding,
     # so that what waits for tanh may wait for a load as well.
-    if offsets is None:
-        y_now, c_now, g_now, x_now = y_at, c_at, g_at, x_at
-    else:
-        y_now, c_now = y_at + elements(row, D * H), c_at + elements(row, D * H)
-        g_now = g_at + elements(row, 4 * H)
+    y_now, c_now, g_now, x_now = y_at, c_at, g_at, x_at
+    if offsets is not None:
         x_now = x_at + elements(row_2, x_step)
+    if not MOVES:
+        row_now = row if offsets is not None else row_of(t, B)
+        y_now, c_now = y_at + elements(row_now, D * H), c_at + elements(row_now, D * H)
+        g_now = g_at + elements(row_now, 4 * H)
     if lengths is None:
         x_later = gl.load(x_now + x_off, x_real & (s + 2 < steps), x_else)
     else:
@@ -120,6 +124,7 @@ def forward_step(
         row, row_1, row_2 = row_1, row_2, first_row(t + 3 * forth, offsets, T)
     else:
         x_at += x_step
+    if MOVES:
         y_at += y_step
         c_at += y_step
         g_at += g_step
@@ -249,6 +254,8 @@ def lstm_fwd_registers_kernel(
     last = (steps - 1) * direction
     forth = 1 - 2 * direction
     row, row_1, row_2 = 0, 0, 0
+    plain: gl.constexpr = lengths is None and reset is None
+    MOVES: gl.constexpr = offsets is None and (plain or not is_crowded(U, pair, EXACT))
     if offsets is not None:
         if not FUSED:
             x_step = 4 * H
@@ -257,10 +264,12 @@ def lstm_fwd_registers_kernel(
         row_2 = first_row(last + 2 * forth, offsets, T)
     elif D == 2:
         x_at += last * x_step
-        y_at += last * y_step
-        c_at += last * y_step
-        g_at += last * g_step
-        x_step, y_step, g_step = x_step * forth, y_step * forth, g_step * forth
+        x_step = x_step * forth
+        if MOVES:
+            y_at += last * y_step
+            c_at += last * y_step
+            g_at += last * g_step
+            y_step, g_step = y_step * forth, g_step * forth
 
     starts = 0
     if reset is not None:
@@ -292,16 +301,16 @@ def lstm_fwd_registers_kernel(
     if steps % 2 == 1:
         held, places, firsts, read = forward_step(
             odd, even, 0, weights, held, places, firsts, read, strides, tile, order, call,
-            D, H, U, N, FUSED, EXACT, FAST,
+            D, H, U, N, FUSED, EXACT, FAST, MOVES,
         )  # fmt: skip
     for s in range(steps % 2, steps, 2):
         held, places, firsts, read = forward_step(
             even, odd, s, weights, held, places, firsts, read, strides, tile, order, call,
-            D, H, U, N, FUSED, EXACT, FAST,
+            D, H, U, N, FUSED, EXACT, FAST, MOVES,
         )  # fmt: skip
         held, places, firsts, read = forward_step(
             odd, even, s + 1, weights, held, places, firsts, read, strides, tile, order, call,
-            D, H, U, N, FUSED, EXACT, FAST,
+            D, H, U, N, FUSED, EXACT, FAST, MOVES,
         )  # fmt: skip
     c, h = held
     gl.store(h_n + state_at, h, real)

@@ -299,6 +299,22 @@ def first_row(step, offsets, T):
     return gl.load(offsets + gl.minimum(gl.maximum(step, 0), T - 1)).to(gl.int32)
 
 
+@gluon.constexpr_function
+def is_crowded(U, pair, EXACT):
+    """Return whether the weights take half of the registers of a thread.
+
+    With lengths or resets places are then found anew at each step. To move them on takes a
+    pointer and a stride of each, which is faster as long as there are registers for these.
+    """
+    return not EXACT and 64 * pair <= U
+
+
+@gluon.jit
+def row_of(step, B):
+    """Return the row of sequence 0 at a step of rows ``[T, B]``, int64."""
+    return step.to(gl.int64) * B
+
+
 @gluon.jit
 def elements(row, stride):
     """Return how many elements lie before a row, int64."""
