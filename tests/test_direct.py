@@ -37,7 +37,7 @@ def arguments(lstm: fastlstm.LSTM, T: int, B: int) -> tuple[Tensor, tuple[Tensor
     return x, (h0, torch.randn(rows, B, lstm.hidden_size, dtype=dtype))
 
 
-LOW = fast_path._MEMORY_IS_LOW
+LOW = fast_path.MEMORY_IS_LOW
 
 
 def direct(lstm: fastlstm.LSTM, x: Any, hx: Any) -> Any:
@@ -133,7 +133,7 @@ def test_storage_that_was_freed(
 ) -> None:
     """Low: memory may have low addresses here too, not only what was freed."""
     if low:
-        monkeypatch.setattr(fast_path, "_MEMORY_IS_LOW", True)
+        monkeypatch.setattr(fast_path, "MEMORY_IS_LOW", True)
     lstm = fastlstm.LSTM(64, 130, layers)
     x, (h0, c0) = arguments(lstm, 1, 2)
     if which == "a slice of x":

@@ -14,6 +14,7 @@
 
 #include "bindings/operators.h"
 #include "bindings/python.h"
+#include "bindings/quantized.h"
 #include "bindings/stack.h"
 
 namespace fastlstm {
@@ -29,11 +30,12 @@ struct Refused {};
 // ---- arguments ----------------------------------------------------------------------------------------------
 
 int32_t number_of(python::Tensor::Dtype dtype) {
-  enum : uint8_t { kUnsigned = 1, kFloat = 2, kBfloat = 4 };
+  enum : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4 };
   if (dtype.code == kFloat && dtype.bits == 32) return aoti_torch_dtype_float32();
   if (dtype.code == kFloat && dtype.bits == 64) return aoti_torch_dtype_float64();
   if (dtype.code == kFloat && dtype.bits == 16) return aoti_torch_dtype_float16();
   if (dtype.code == kBfloat && dtype.bits == 16) return aoti_torch_dtype_bfloat16();
+  if (dtype.code == kInt && dtype.bits == 8) return aoti_torch_dtype_int8();
   if (dtype.code == kUnsigned && dtype.bits == 8) return aoti_torch_dtype_uint8();
   throw Refused();
 }
@@ -163,7 +165,7 @@ Owned pair(Owned a, Owned b) {
   return owned;
 }
 
-// ---- the function -------------------------------------------------------------------------------------------
+// ---- the functions ------------------------------------------------------------------------------------------
 
 // Lets other threads of Python run, in calls that are long enough for it.
 class Unlocked {
@@ -178,28 +180,41 @@ class Unlocked {
   void* state_;
 };
 
-// Multiplications from which on a call lets them run, ~5 us.
+// Multiplications from which on a call lets them run, ~5 us; those of 8-bit weights count a quarter.
 constexpr i64 kLong = 1 << 18;
 
 bool is_long(const Array& x, const std::vector<Array>& weights) {
   i64 rows = 1, numbers = 0;
   for (i64 k = 0; k + 1 < x.dim; ++k) rows *= x.sizes[k];
-  for (const Array& w : weights) numbers += w.dim == 2 ? w.sizes[0] * w.sizes[1] : 0;
+  for (const Array& w : weights) {
+    if (w.dim != 2 && w.dim != 4) continue;  // no matrix, nor the panels of one
+    i64 n = 1;
+    for (i64 k = 0; k < w.dim; ++k) n *= w.sizes[k];
+    numbers += w.dtype == aoti_torch_dtype_int8() ? n / 4 : n;
+  }
   return rows * numbers >= kLong;
 }
+
+// The states of a call: None, or a tuple of `count` tensors.
+struct GivenStates {
+  Array h0, c0;
+
+  GivenStates(Object* given, bool low, ptrdiff_t count = 2) {
+    if (given == api.none) return;
+    if (api.size(given) != count) throw Refused();
+    h0 = read(api.item(given, 0), low);
+    if (count == 2) c0 = read(api.item(given, 1), low);
+  }
+};
 
 // (weights, x, (h0, c0) or None, layers, directions, caches, low): of 0 layers, one step of a cell. Tuples of tensors.
 Object* infer(Object* const* given) {
   const bool low = api.to_long(given[6]) != 0;
   const std::vector<Array> weights = read_all(given[0], low), caches = read_all(given[5], true);
   const Array x = read(given[1], low);
-  Array h0, c0;
-  if (given[2] != api.none) {
-    if (api.size(given[2]) != 2) throw Refused();
-    h0 = read(api.item(given[2], 0), low);
-    c0 = read(api.item(given[2], 1), low);
-  }
-  const StackArguments arguments{x, weights, api.to_long(given[3]), api.to_long(given[4]), h0, c0, caches};
+  const GivenStates states(given[2], low);
+  const StackArguments arguments{x,         weights, api.to_long(given[3]), api.to_long(given[4]), states.h0,
+                                 states.c0, caches};
   NewTensor y, h, c;
   {
     const Unlocked unlocked(is_long(x, weights));
@@ -219,14 +234,48 @@ Object* infer(Object* const* given) {
       throw Refused();
     }
   }
-  Owned hidden(h.to_python()), cells(c.to_python());
-  Owned states = pair(std::move(hidden), std::move(cells));
-  return (arguments.layers == 0 ? std::move(states) : pair(Owned(y.to_python()), std::move(states))).release();
+  Owned found = pair(Owned(h.to_python()), Owned(c.to_python()));
+  return (arguments.layers == 0 ? std::move(found) : pair(Owned(y.to_python()), std::move(found))).release();
 }
 
-Object* call(Object*, Object* const* arguments, ptrdiff_t count) {
-  if (count == 7) try {
-      return infer(arguments);
+// (weights, x, (h0, c0) or (h0,) of an RNN or None, what a stack is, low): of a 2-D x, one step of a cell. What a stack
+// is: what the operator has between the weights and h0.
+Object* infer_small(Object* const* given) {
+  const bool low = api.to_long(given[4]) != 0;
+  const std::vector<Array> weights = read_all(given[0], low);
+  const Array x = read(given[1], low), none;
+  if (api.size(given[3]) != 7) throw Refused();
+  i64 n[7];
+  for (ptrdiff_t k = 0; k < 7; ++k) n[k] = api.to_long(api.item(given[3], k));
+  const bool has_cell = n[0] == 4;
+  const GivenStates states(given[2], low, has_cell ? 2 : 1);
+  const QuantizedArguments a{x,    weights, n[0],      n[1] != 0, n[2], n[3], n[4],
+                             n[5], n[6],    states.h0, states.c0, none, none, none};
+  NewTensor y, h, c;
+  {
+    const Unlocked unlocked(is_long(x, weights));
+    infer_quantized(a, [&](const Call& call) {
+      const i64 B = call.sizes.B, rows = a.layers * a.directions;
+      if (call.one_step) {
+        h = NewTensor({B, a.state()}, x.dtype);
+        c = NewTensor({B, a.cells()}, x.dtype);
+        return std::make_tuple(&h.array, &h.array, &c.array);
+      }
+      y = NewTensor({call.sizes.T, B, a.directions * a.state()}, x.dtype);
+      h = NewTensor({rows, B, a.state()}, x.dtype);
+      c = NewTensor({rows, B, a.cells()}, x.dtype);
+      return std::make_tuple(&y.array, &h.array, &c.array);
+    });
+  }
+  Owned hidden(h.to_python());
+  Owned found = has_cell ? pair(std::move(hidden), Owned(c.to_python())) : std::move(hidden);
+  return (x.dim == 2 ? std::move(found) : pair(Owned(y.to_python()), std::move(found))).release();
+}
+
+template <Object* compute(Object* const*), ptrdiff_t count>
+Object* call(Object*, Object* const* arguments, ptrdiff_t given) {
+  if (given == count) try {
+      return compute(arguments);
     } catch (...) {  // whatever it was, the operator finds it too
       api.clear_error();
     }
@@ -234,20 +283,21 @@ Object* call(Object*, Object* const* arguments, ptrdiff_t count) {
   return api.none;
 }
 
-python::Method method{"infer", call, python::kFastCall, nullptr};
+python::Method methods[] = {{"infer", call<infer, 7>, python::kFastCall, nullptr},
+                            {"infer_small", call<infer_small, 5>, python::kFastCall, nullptr}};
 
 }  // namespace
 
-// addresses: those of python::Api. Returns that of the function's PyMethodDef, or 0 where addresses or the exchange of
-// tensors are others than here.
-i64 cpu_direct(const std::vector<i64>& addresses) {
-  if (sizeof(void*) != sizeof(i64)) return 0;
+// addresses: those of python::Api. Returns those of the functions' PyMethodDefs, or nothing where addresses or the
+// exchange of tensors are others than here.
+std::vector<i64> cpu_direct(const std::vector<i64>& addresses) {
+  if (sizeof(void*) != sizeof(i64)) return {};
   FASTLSTM_CHECK(addresses.size() * sizeof(i64) == sizeof api, "fastlstm: expected ", sizeof api / sizeof(i64),
                  " addresses, got ", addresses.size());
   std::memcpy(static_cast<void*>(&api), addresses.data(), sizeof api);
   while (api.exchange && api.exchange->version.major != python::kVersion.major) api.exchange = api.exchange->older;
-  if (!api.exchange || !api.exchange->read) return 0;
-  return reinterpret_cast<i64>(&method);
+  if (!api.exchange || !api.exchange->read) return {};
+  return {reinterpret_cast<i64>(&methods[0]), reinterpret_cast<i64>(&methods[1])};
 }
 
 }  // namespace fastlstm

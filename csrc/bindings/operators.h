@@ -47,7 +47,7 @@ std::tuple<Output, Output> lstm_cell_infer_cpu(Handle x, const HandleList& weigh
                                                OptionalHandle c0, OptionalHandle cache);
 
 // direct.cpp
-i64 cpu_direct(const std::vector<i64>& addresses);
+std::vector<i64> cpu_direct(const std::vector<i64>& addresses);
 
 // training.cpp
 std::tuple<Output, Output, Output, Output, Output> lstm_plain_fwd_cpu(Handle x, const HandleList& weights,

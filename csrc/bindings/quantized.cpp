@@ -1,10 +1,12 @@
 // The operator of quantised weights: a stack of layers in inference, or one step of a cell. Every argument takes time,
-// so a direction has no more than three tensors, five with a projection.
-#include "cpu/quantized/quantized.h"
+// so a direction has no more than three tensors, five with a projection. direct.cpp computes the same without an
+// operator.
+#include "bindings/quantized.h"
 
 #include "bindings/operators.h"
 #include "bindings/passes.h"
 #include "bindings/slice.h"
+#include "cpu/quantized/quantized.h"
 
 namespace fastlstm {
 namespace {
@@ -65,13 +67,7 @@ void run_layer(const Call& call, const QuantizedDirection* weights, bool int8, b
 
 }  // namespace
 
-std::tuple<Output, Output, Output> quantized_infer_cpu(Handle x_, const HandleList& weights_, i64 gates, bool relu,
-                                                       i64 inputs, i64 hidden, i64 projected, i64 layers,
-                                                       i64 directions, OptionalHandle h0_, OptionalHandle c0_,
-                                                       OptionalHandle batch_sizes_, OptionalHandle lengths_,
-                                                       OptionalHandle reset_) {
-  const std::vector<Array> weights = to_arrays(weights_);
-  const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_);
+void QuantizedArguments::check() const {
   const i64 each = projected ? 5 : 3;
   FASTLSTM_CHECK((gates == 1 || gates == 4) && (directions == 1 || directions == 2) && layers > 0 && hidden > 0 &&
                      projected >= 0 && each * layers * directions == i64(weights.size()),
@@ -82,45 +78,56 @@ std::tuple<Output, Output, Output> quantized_infer_cpu(Handle x_, const HandleLi
                  "input, got torch.float64");
   FASTLSTM_CHECK(x.dim == 2 || x.dim == 3, "fastlstm: expected input [T, B, I], got ", x.shape_text());
   FASTLSTM_CHECK(x.sizes[0] > 0 || x.dim == 2, "fastlstm: expected at least one time step, got input ", x.shape_text());
+}
+
+Sizes QuantizedArguments::sizes_of(i64 k) const {
+  Sizes s{};
+  s.I = k ? directions * state() : inputs;
+  s.H = hidden;
+  s.P = state();
+  s.D = directions;
+  s.G = gates;
+  s.projected = projected > 0;
+  return s;
+}
+
+void QuantizedArguments::run(i64 k, const Call& call, const Array& input, const Array& y, const Array& h_n,
+                             const Array& c_n) const {
+  const Sizes& s = call.sizes;
   const bool int8 = weights[0].dtype == aoti_torch_dtype_int8();
-  const i64 P = projected ? projected : hidden, cells = gates == 4 ? hidden : 0;
-  Array h_n, c_n, before, y;
-  for (i64 k = 0; k < layers; ++k) {
-    const Array& input = k ? before : x;
-    Sizes s{};
-    s.I = k ? directions * P : inputs;
-    s.H = hidden;
-    s.P = P;
-    s.D = directions;
-    s.G = gates;
-    s.projected = projected > 0;
-    const Call call(input, s, batch_sizes, lengths);
-    s = call.sizes;
-    const i64 rows = layers * s.D;
-    if (!k && call.one_step) {
-      h_n = Array::empty({s.B, P}, x.dtype);
-      c_n = Array::empty({s.B, cells}, x.dtype);
-    } else if (!k) {
-      h_n = Array::empty({rows, s.B, P}, x.dtype);
-      c_n = Array::empty({rows, s.B, cells}, x.dtype);
-      if (h0) h0.check_shape("h0", {rows, s.B, P});
-      if (c0) c0.check_shape("c0", {rows, s.B, cells});
-    }
-    QuantizedDirection of[2];
-    for (i64 d = 0; d < s.D; ++d) of[d] = read_direction(&weights[size_t((k * s.D + d) * each)], s, int8);
-    if (x.dim == 2)
-      y = Array::empty({call.rows, s.D * P}, x.dtype);
-    else
-      y = Array::empty({s.T, s.B, s.D * P}, x.dtype);
-    if (call.one_step) {
-      run_layer(call, of, int8, relu, input, h0, c0, reset, y, h_n, c_n);
-    } else {
-      const Slice h0_k(h0, k * s.D, s.D), c0_k(c0, k * s.D, s.D), h_k(h_n, k * s.D, s.D), c_k(c_n, k * s.D, s.D);
-      run_layer(call, of, int8, relu, input, h0_k.array, c0_k.array, reset, y, h_k.array, c_k.array);
-    }
-    before = std::move(y);
-  }
-  return {before.release(), h_n.release(), c_n.release()};
+  const i64 each = projected ? 5 : 3;
+  QuantizedDirection of[2];
+  for (i64 d = 0; d < s.D; ++d) of[d] = read_direction(&weights[size_t((k * s.D + d) * each)], s, int8);
+  if (call.one_step) return run_layer(call, of, int8, relu, input, h0, c0, reset, y, h_n, c_n);
+  if (!k && h0) h0.check_shape("h0", {layers * s.D, s.B, s.P});
+  if (!k && c0) c0.check_shape("c0", {layers * s.D, s.B, cells()});
+  const Slice h0_k(h0, k * s.D, s.D), c0_k(c0, k * s.D, s.D), h_k(h_n, k * s.D, s.D), c_k(c_n, k * s.D, s.D);
+  run_layer(call, of, int8, relu, input, h0_k.array, c0_k.array, reset, y, h_k.array, c_k.array);
+}
+
+Array empty_rows(const Call& call, i64 n) {
+  if (call.packed_rows) return Array::empty({call.rows, n}, call.type);
+  return Array::empty({call.sizes.T, call.sizes.B, n}, call.type);
+}
+
+std::tuple<Output, Output, Output> quantized_infer_cpu(Handle x_, const HandleList& weights_, i64 gates, bool relu,
+                                                       i64 inputs, i64 hidden, i64 projected, i64 layers,
+                                                       i64 directions, OptionalHandle h0_, OptionalHandle c0_,
+                                                       OptionalHandle batch_sizes_, OptionalHandle lengths_,
+                                                       OptionalHandle reset_) {
+  const std::vector<Array> weights = to_arrays(weights_);
+  const Array x(x_), h0(h0_), c0(c0_), batch_sizes(batch_sizes_), lengths(lengths_), reset(reset_);
+  const QuantizedArguments a{x,      weights,    gates, relu, inputs,      hidden,  projected,
+                             layers, directions, h0,    c0,   batch_sizes, lengths, reset};
+  Array y, h_n, c_n;
+  infer_quantized(a, [&](const Call& call) {
+    const i64 B = call.sizes.B, rows = layers * directions;
+    y = empty_rows(call, directions * a.state());
+    h_n = call.one_step ? Array::empty({B, a.state()}, x.dtype) : Array::empty({rows, B, a.state()}, x.dtype);
+    c_n = call.one_step ? Array::empty({B, a.cells()}, x.dtype) : Array::empty({rows, B, a.cells()}, x.dtype);
+    return std::make_tuple(&y, &h_n, &c_n);
+  });
+  return {y.release(), h_n.release(), c_n.release()};
 }
 
 std::string quantized_isa() { return quantized_kernels().name; }

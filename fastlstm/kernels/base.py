@@ -79,7 +79,10 @@ class Backend:
     """The operators of plain calls without gradients, for latency; None where there are none."""
 
     infer_directly: Any = None
-    """The same without an operator, or None: :func:`fastlstm.kernels.direct.infer_function`."""
+    """The same without an operator, or None: :func:`fastlstm.kernels.direct.infer_functions`."""
+
+    infer_quantized: Any = None
+    """The second function of those, for quantised weights."""
 
     infers_on_cpu: bool = True
     """Whether those operators are for CPU tensors, and for no others; or the other way round."""

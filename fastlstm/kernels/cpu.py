@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlstm import extension
 from fastlstm.kernels import operators
 from fastlstm.kernels.base import Backend, constant, register
-from fastlstm.kernels.direct import infer_function
+from fastlstm.kernels.direct import infer_functions
 from fastlstm.spec import LayerSpec, Sequences
 
 __all__ = ["CPU", "plan"]
@@ -34,7 +34,7 @@ _LSTM_CELL_INFER = operators.define_operator(
     "lstm_cell_infer_cpu",
     f"(Tensor x, Tensor[] weights, {_STATES}, Tensor(a!)? cache) -> (Tensor, Tensor)",
 )
-_DIRECT = operators.define_operator("cpu_direct", "(int[] addresses) -> int")
+_DIRECT = operators.define_operator("cpu_direct", "(int[] addresses) -> int[]")
 _PLAIN_FWD, _PLAIN_BWD = operators.define_plain(
     "cpu", "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor(a!)? cache"
 )
@@ -88,7 +88,16 @@ class CpuBackend(Backend):
     @cached_property
     def infer_directly(self) -> Callable[..., Any] | None:
         """What computes plain calls without an operator."""
-        return infer_function(_DIRECT) if self.error() is None else None
+        return self._direct[0]
+
+    @cached_property
+    def infer_quantized(self) -> Callable[..., Any] | None:
+        """The same with quantised weights."""
+        return self._direct[1]
+
+    @cached_property
+    def _direct(self) -> list[Callable[..., Any] | None]:
+        return infer_functions(_DIRECT) if self.error() is None else [None, None]
 
     def detail(self) -> str:
         """Describe in a line what is there."""

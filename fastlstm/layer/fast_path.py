@@ -14,7 +14,15 @@ from fastlstm.kernels.base import Backend
 from fastlstm.layer.recorded import PRE_DISPATCH, dispatch_modes, has_key, tracing
 from fastlstm.spec import LayerSpec
 
-__all__ = ["Layers", "fast_backend", "infer"]
+__all__ = [
+    "MEMORY_IS_LOW",
+    "Layers",
+    "are_there",
+    "fast_backend",
+    "infer",
+    "is_watched",
+    "is_whole",
+]
 
 _is_compiling = torch.compiler.is_compiling  # looked up in every call
 _is_autocast = torch._C._is_any_autocast_enabled
@@ -23,7 +31,25 @@ _is_function_mode = torch._C._is_torch_function_mode_enabled
 _is_profiled = torch._C._autograd._profiler_enabled
 # Where memory may lie below 4 GB (some Pythons are linked so), an address does not tell a small
 # tensor from a part of a storage that has been freed, whose address is its distance from 0.
-_MEMORY_IS_LOW = torch.empty(1, device="cpu").data_ptr() < 1 << 32
+MEMORY_IS_LOW = torch.empty(1, device="cpu").data_ptr() < 1 << 32
+
+
+def is_watched() -> bool:
+    """Whether somebody looks at operators, or changes what they do: a compiler, a trace, a mode.
+
+    It also says yes in code that is compiled, transformed or autocast.
+    """
+    return (
+        _is_compiling()
+        or _is_transformed()
+        or _is_autocast()
+        or _is_profiled()
+        or _is_function_mode()
+        or forward_ad._current_level >= 0
+        or dispatch_modes() > 0
+        or has_key(PRE_DISPATCH)
+        or tracing() is not None
+    )
 
 
 def fast_backend(x: Tensor) -> Backend | None:
@@ -86,10 +112,10 @@ def infer(
     if direct is not None and (
         _is_profiled()  # these two look for operators
         or _is_function_mode()
-        or not _is_whole(x)
+        or not is_whole(x)
     ):
         direct = None  # the operator says what is wrong
-    low = direct is not None and _MEMORY_IS_LOW and _are_there(x, hx, weights)
+    low = direct is not None and MEMORY_IS_LOW and are_there(x, hx, weights)
     if direct is not None and not layers.packs:  # no call has wanted packed weights so far
         found = direct(weights, x, hx, depth, directions, (), low)
         if found is not None:
@@ -117,7 +143,7 @@ def infer(
     return found if type(found[0]) is Tensor else None  # as it always is after the long way
 
 
-def _is_whole(x: Tensor) -> bool:
+def is_whole(x: Tensor) -> bool:
     """Whether the storage of an input reaches as far as the input does."""
     try:
         size: int = x.untyped_storage().nbytes()
@@ -129,7 +155,7 @@ def _is_whole(x: Tensor) -> bool:
         return False
 
 
-def _are_there(x: Tensor, hx: Any, weights: tuple[Tensor, ...]) -> bool:
+def are_there(x: Tensor, hx: Any, weights: tuple[Tensor, ...]) -> bool:
     """Whether the storage of every tensor has memory."""
     try:
         return all([t.untyped_storage().nbytes() for t in (x, *(hx or ()), *weights)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -82,6 +84,11 @@ class Quantized(nn.Module):
 
     def _weights(self) -> list[Any]:
         return list(map(self._buffers.__getitem__, self._names))
+
+    @cached_property
+    def _take(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+        """Takes the weights out of the buffers, faster than by their names."""
+        return itemgetter(*self._names)
 
     # ---- from and to float ----------------------------------------------------------------
 

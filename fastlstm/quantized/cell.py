@@ -9,6 +9,7 @@ from fastlstm.functional import State
 from fastlstm.layer.checks import check_pair, is_pair, size
 from fastlstm.modules import LSTMCell
 from fastlstm.quantized.base import Quantized
+from fastlstm.quantized.direct import infer
 from fastlstm.quantized.operators import INFER
 from fastlstm.spec import LayerSpec
 
@@ -48,6 +49,9 @@ class QuantizedLSTMCell(Quantized):
             RuntimeError: a gradient is wanted; a tensor has a shape, dtype or device that does
                 not fit.
         """
+        found = infer(self, input, hx, 2)
+        if found is not None:
+            return found
         h, c = (None, None) if hx is None else hx if is_pair(hx) else check_pair(hx, None)
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (input, h, c)

@@ -27,6 +27,7 @@ from fastlstm.layer.checks import (
 from fastlstm.modules import LSTM, RNN
 from fastlstm.quantized import onnx
 from fastlstm.quantized.base import Quantized
+from fastlstm.quantized.direct import infer
 from fastlstm.quantized.operators import INFER
 from fastlstm.spec import LayerSpec
 
@@ -239,6 +240,10 @@ class QuantizedLSTM(_Layers):
             RuntimeError: a gradient is wanted; a tensor has a shape, dtype or device that does
                 not fit.
         """
+        if lengths is None and reset is None:
+            found = infer(self, input, hx, 3, self.batch_first)
+            if found is not None:
+                return found
         if hx is not None and not is_pair(hx):
             hx = check_pair(hx, 3)
         plain = lengths is None and reset is None and not torch.is_grad_enabled()
@@ -327,7 +332,12 @@ class QuantizedRNN(_Layers):
         reset: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """Run the sequence; arguments and results are those of :meth:`fastlstm.RNN.forward`."""
-        y, h_n, _ = self._call(input, None if hx is None else (hx,), lengths, reset)
+        states = None if hx is None else (hx,)
+        if lengths is None and reset is None:
+            found = infer(self, input, states, 3, self.batch_first)
+            if found is not None:
+                return found
+        y, h_n, _ = self._call(input, states, lengths, reset)
         return y, h_n
 
     def extra_repr(self) -> str:
