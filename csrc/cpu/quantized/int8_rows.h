@@ -20,7 +20,12 @@ struct Scale {
 class Int8Rows {
  public:
   Int8Rows() = default;
-  Int8Rows(i64 rows, i64 K) : K_(K), pitch_(round_up(K, 64)), data_(rows * pitch_), scale_(rows) {}
+  Int8Rows(i64 rows, i64 K)
+      : K_(K), pitch_(round_up(K, 64)), block_(Buffer<uint8_t>::bytes(rows * pitch_) + Buffer<Scale>::bytes(rows)) {
+    char* at = block_.get();
+    data_ = Buffer<uint8_t>(at, rows * pitch_);
+    scale_ = Buffer<Scale>(at, rows);
+  }
 
   const uint8_t* data(i64 row) const { return &data_[row * pitch_]; }
   const Scale& scale(i64 row) const { return scale_[row]; }
@@ -80,6 +85,7 @@ class Int8Rows {
   }
 
   i64 K_ = 0, pitch_ = 0;
+  Buffer<char> block_;
   Buffer<uint8_t> data_;
   Buffer<Scale> scale_;
 };

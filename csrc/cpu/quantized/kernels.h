@@ -12,7 +12,7 @@ namespace {
 
 // Takes lanes through all steps together. share(n, work) calls work(lane, begin, end) over [0, n) of each of them.
 template <class Lane, class Share>
-void run_lanes(const std::unique_ptr<Lane>* lanes, i64 count, i64 steps, bool projected, const Share& share) {
+void run_lanes(Lane* const* lanes, i64 count, i64 steps, bool projected, const Share& share) {
   const auto each = [&](const auto& work) {
     for (i64 k = 0; k < count; ++k) work(*lanes[k]);
   };
@@ -42,13 +42,17 @@ void quantized_layer(const QuantizedParams& p) {
   const QuantizedPlan plan = make_quantized_plan(s, p.int8, p.threads->count(), this_machine());
   if (!plan.split_units) {  // a thread takes a lane from its first step to its last
     parallel(*p.threads, s.D * plan.lanes, [&](i64 item) {
-      const std::unique_ptr<Lane> lane(new Lane(p, plan, item / plan.lanes, item % plan.lanes));
-      run_lanes(&lane, 1, s.T, s.projected, [&](i64 panels, const auto& work) { work(*lane, 0, panels); });
+      Lane lane(p, plan, item / plan.lanes, item % plan.lanes), *const only = &lane;
+      run_lanes(&only, 1, s.T, s.projected, [&](i64 panels, const auto& work) { work(lane, 0, panels); });
     });
     return;
   }
-  std::unique_ptr<Lane> lanes[2];
-  for (i64 d = 0; d < s.D; ++d) lanes[d].reset(new Lane(p, plan, d, 0));
+  std::unique_ptr<Lane> owners[2];
+  Lane* lanes[2] = {};
+  for (i64 d = 0; d < s.D; ++d) {
+    owners[d].reset(new Lane(p, plan, d, 0));
+    lanes[d] = owners[d].get();
+  }
   const i64 shares = ceil_div(p.threads->count(), s.D);
   run_lanes(lanes, s.D, s.T, s.projected, [&](i64 panels, const auto& work) {
     parallel(*p.threads, s.D * shares, [&](i64 item) {

@@ -57,10 +57,11 @@ class QuantizedLane {
   const bool backwards_;  // see call_order
   const i64 panels_, out_panels_, hidden_pitch_, output_pitch_, steps_;
   const Panels w_ih_, w_hh_, w_hr_;
-  const float* bias_;  // of panel k at k * w_ih_.pitch
+  const float* bias_;   // of panel k at k * w_ih_.pitch
+  Buffer<char> block_;  // of a step of a small layer, to allocate each by itself would be a noticeable part
   Buffer<float> c_, m_, h_, copy_;
-  typename W::Rows x_of_, h_of_, m_of_;                // as products take them
   Buffer<Columns> z_;                                  // [panel][row of the chunk]
+  typename W::Rows x_of_, h_of_, m_of_;                // as products take them
   i64 chunk_rows_ = 0, next_row_ = 0, first_row_ = 0;  // of the chunk: rows; first row of the next step, of this step
   i64 entered_ = 0;                                    // rows whose initial state is loaded
   i64 t_ = 0, n_ = 0;                                  // this step: time and number of active rows
@@ -79,17 +80,20 @@ inline QuantizedLane<W, has_cell>::QuantizedLane(const QuantizedParams& p, const
             s_.P},
       w_hr_{p.weights[direction].w_hr, p.weights[direction].rows_hr, W::kNumbersOfProjection * kColumns, s_.H},
       bias_(p.weights[direction].rows + W::kInBias * kColumns) {
-  const i64 n = rows_.rows;
-  if (has_cell) c_ = Buffer<float>(n * hidden_pitch_);
-  m_ = Buffer<float>(n * hidden_pitch_);
-  if (s_.projected) {
-    h_ = Buffer<float>(n * output_pitch_);
-    m_of_ = typename W::Rows(n, s_.H);
-  }
-  if (p.dtype != Dtype::f32) copy_ = Buffer<float>(s_.I);
+  using Floats = Buffer<float>;
+  const i64 n = rows_.rows, states = n * hidden_pitch_, cells = has_cell ? states : 0, sums = panels_ * n * steps_;
+  const i64 outputs = s_.projected ? n * output_pitch_ : 0, copied = p.dtype == Dtype::f32 ? 0 : s_.I;
+  block_ = Buffer<char>(Floats::bytes(cells) + Floats::bytes(states) + Floats::bytes(outputs) + Floats::bytes(copied) +
+                        Buffer<Columns>::bytes(sums));
+  char* at = block_.get();
+  c_ = Floats(at, cells);
+  m_ = Floats(at, states);
+  h_ = Floats(at, outputs);
+  if (copied) copy_ = Floats(at, copied);
+  z_ = Buffer<Columns>(at, sums);
   x_of_ = typename W::Rows(n * steps_, s_.I);
   h_of_ = typename W::Rows(n, s_.P);
-  z_ = Buffer<Columns>(panels_ * n * steps_);
+  if (s_.projected) m_of_ = typename W::Rows(n, s_.H);
 }
 
 // Takes the input rows of the next steps_ steps.
