@@ -37,7 +37,7 @@ int32_t number_of(python::Tensor::Dtype dtype) {
   if (dtype.code == kBfloat && dtype.bits == 16) return aoti_torch_dtype_bfloat16();
   if (dtype.code == kInt && dtype.bits == 8) return aoti_torch_dtype_int8();
   if (dtype.code == kUnsigned && dtype.bits == 8) return aoti_torch_dtype_uint8();
-  throw Refused();
+  return -1;
 }
 
 python::Tensor::Dtype dtype_of_number(int32_t number) {
@@ -54,27 +54,41 @@ bool is_plain(Object* object) {
 }
 
 // The imaginary part of a conjugate has other numbers than its memory, and every second place of it.
-bool has_neighbours(const python::Tensor& t) {
+bool is_negated(Object* object, const python::Tensor& t) {
   i64 elements = 1;
   for (i64 k = 0; k < t.dim; ++k) {
-    if (t.shape[k] > 1 && t.strides[k] == 1) return true;
+    if (t.shape[k] > 1 && t.strides[k] == 1) return false;  // it has neighbours
     elements *= t.shape[k];
   }
-  return elements == 0;
+  if (elements != 1) return elements != 0;
+  Object* const arguments = api.tuple(1);
+  if (!arguments) return true;
+  api.hold(object);
+  api.set_item(arguments, 0, object);
+  Object* const answer = api.call(api.is_negated, arguments);
+  api.drop(arguments);
+  if (answer) api.drop(answer);
+  return answer != api.no;
 }
 
 // Below it is what has been freed.
 constexpr uintptr_t kLow = uintptr_t(1) << (sizeof(void*) == 8 ? 32 : 16);
 
-// low: whether memory may have low addresses.
-Array read(Object* object, bool low) {
+// Absent where it is refused. low: whether memory may have low addresses.
+Array look_at(Object* object, bool low) {
   python::Tensor t;
-  if (!is_plain(object) || api.exchange->read(object, &t) != 0 || t.device_type != python::kOnCpu) throw Refused();
-  if (t.dim > 0 && (t.strides[t.dim - 1] != 1 || !has_neighbours(t))) throw Refused();
+  if (!is_plain(object) || api.exchange->read(object, &t) != 0 || t.device_type != python::kOnCpu) return {};
+  if (t.dim > 0 && (t.strides[t.dim - 1] != 1 || is_negated(object, t))) return {};
   char* const data = static_cast<char*>(t.data) + t.byte_offset;
   const bool empty = std::find(t.shape, t.shape + t.dim, 0) != t.shape + t.dim;
-  if (!empty && (!t.data || (!low && reinterpret_cast<uintptr_t>(data) < kLow))) throw Refused();
+  if (!empty && (!t.data || (!low && reinterpret_cast<uintptr_t>(data) < kLow))) return {};
   return Array::view(data, t.dim, t.shape, t.strides, number_of(t.dtype));
+}
+
+Array read(Object* object, bool low) {
+  Array found = look_at(object, low);
+  if (!found) throw Refused();
+  return found;
 }
 
 std::vector<Array> read_all(Object* tuple, bool low) {
@@ -210,8 +224,9 @@ struct GivenStates {
 // (weights, x, (h0, c0) or None, layers, directions, caches, low): of 0 layers, one step of a cell. Tuples of tensors.
 Object* infer(Object* const* given) {
   const bool low = api.to_long(given[6]) != 0;
+  const Array x = look_at(given[1], low);
+  if (!x) return nullptr;
   const std::vector<Array> weights = read_all(given[0], low), caches = read_all(given[5], true);
-  const Array x = read(given[1], low);
   const GivenStates states(given[2], low);
   const StackArguments arguments{x,         weights, api.to_long(given[3]), api.to_long(given[4]), states.h0,
                                  states.c0, caches};
@@ -242,8 +257,9 @@ Object* infer(Object* const* given) {
 // is: what the operator has between the weights and h0.
 Object* infer_small(Object* const* given) {
   const bool low = api.to_long(given[4]) != 0;
+  const Array x = look_at(given[1], low), none;
+  if (!x) return nullptr;
   const std::vector<Array> weights = read_all(given[0], low);
-  const Array x = read(given[1], low), none;
   if (api.size(given[3]) != 7) throw Refused();
   i64 n[7];
   for (ptrdiff_t k = 0; k < 7; ++k) n[k] = api.to_long(api.item(given[3], k));
@@ -275,10 +291,10 @@ Object* infer_small(Object* const* given) {
 template <Object* compute(Object* const*), ptrdiff_t count>
 Object* call(Object*, Object* const* arguments, ptrdiff_t given) {
   if (given == count) try {
-      return compute(arguments);
+      if (Object* const found = compute(arguments)) return found;
     } catch (...) {  // whatever it was, the operator finds it too
-      api.clear_error();
     }
+  api.clear_error();
   api.hold(api.none);
   return api.none;
 }

@@ -62,10 +62,12 @@ struct Api {
   void (*hold)(Object*);                         // Py_IncRef
   void (*drop)(Object*);                         // Py_DecRef
   long (*to_long)(Object*);                      // PyLong_AsLong
+  Object* (*call)(Object*, Object* arguments);   // PyObject_CallObject
   void (*clear_error)();                         // PyErr_Clear
   void* (*unlock)();                             // PyEval_SaveThread
   void (*lock)(void*);                           // PyEval_RestoreThread
-  Object *none, *tensor_type, *parameter_type;
+  Object *none, *no, *tensor_type, *parameter_type;
+  Object* is_negated;  // Tensor.is_neg
   const Exchange* exchange;
 };
 

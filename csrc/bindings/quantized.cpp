@@ -99,8 +99,12 @@ void QuantizedArguments::run(i64 k, const Call& call, const Array& input, const 
   QuantizedDirection of[2];
   for (i64 d = 0; d < s.D; ++d) of[d] = read_direction(&weights[size_t((k * s.D + d) * each)], s, int8);
   if (call.one_step) return run_layer(call, of, int8, relu, input, h0, c0, reset, y, h_n, c_n);
-  if (!k && h0) h0.check_shape("h0", {layers * s.D, s.B, s.P});
-  if (!k && c0) c0.check_shape("c0", {layers * s.D, s.B, cells()});
+  const i64 of_cell = cells();
+  for (const auto& [name, state, units] : {std::tie("h0", h0, s.P), std::tie("c0", c0, of_cell)}) {
+    if (k || !state) continue;
+    state.check_shape(name, {layers * s.D, s.B, units});
+    state.check_dtype(name, call.type);
+  }
   const Slice h0_k(h0, k * s.D, s.D), c0_k(c0, k * s.D, s.D), h_k(h_n, k * s.D, s.D), c_k(c_n, k * s.D, s.D);
   run_layer(call, of, int8, relu, input, h0_k.array, c0_k.array, reset, y, h_k.array, c_k.array);
 }

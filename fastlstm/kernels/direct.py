@@ -13,8 +13,8 @@ __all__ = ["infer_functions"]
 # In the order of csrc/bindings/python.h.
 _FUNCTIONS = (
     "PyTuple_New", "PyTuple_SetItem", "PyTuple_Size", "PyTuple_GetItem", "PyObject_Type",
-    "Py_IncRef", "Py_DecRef", "PyLong_AsLong", "PyErr_Clear", "PyEval_SaveThread",
-    "PyEval_RestoreThread",
+    "Py_IncRef", "Py_DecRef", "PyLong_AsLong", "PyObject_CallObject", "PyErr_Clear",
+    "PyEval_SaveThread", "PyEval_RestoreThread",
 )  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def infer_functions(make: Any) -> list[Callable[..., Any] | None]:
     of_capsule = ctypes.PYFUNCTYPE(pointer, python, ctypes.c_char_p)
     exchange = of_capsule(("PyCapsule_GetPointer", api))(capsule, b"dlpack_exchange_api")
     addresses = [ctypes.cast(getattr(api, name), pointer).value for name in _FUNCTIONS]
-    methods = make([*addresses, id(None), id(Tensor), id(nn.Parameter), exchange])
+    known = None, False, Tensor, nn.Parameter, Tensor.is_neg
+    methods = make([*addresses, *map(id, known), exchange])
     new_function = ctypes.PYFUNCTYPE(python, pointer, pointer, pointer)
     new = new_function(("PyCFunction_NewEx", api))
     return [new(method, None, None) for method in methods] or [None, None]

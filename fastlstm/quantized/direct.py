@@ -43,10 +43,14 @@ def infer(module: Any, x: Any, hx: Any, dims: int, batch_first: bool = False) ->
     if _keeps_gradients() and _want_gradients((x, *(hx or ()), *weights)):
         return None
     low = fast_path.MEMORY_IS_LOW and fast_path.are_there(x, hx, weights)
-    if not batch_first:
-        return direct(weights, x, hx, module._config, low)
-    found = direct(weights, x.transpose(0, 1), hx, module._config, low)
-    return None if found is None else (found[0].transpose(0, 1), found[1])
+    if batch_first:
+        x = x.transpose(0, 1)
+    found = direct(weights, x, hx, module._config, low)
+    if found is None and x.stride(-1) != 1:
+        found = direct(weights, x.contiguous(), hx, module._config, low)
+    if batch_first and found is not None:
+        return found[0].transpose(0, 1), found[1]
+    return found
 
 
 def _want_gradients(tensors: tuple[Any, ...]) -> bool:
