@@ -109,11 +109,6 @@ void QuantizedArguments::run(i64 k, const Call& call, const Array& input, const 
   run_layer(call, of, int8, relu, input, h0_k.array, c0_k.array, reset, y, h_k.array, c_k.array);
 }
 
-Array empty_rows(const Call& call, i64 n) {
-  if (call.packed_rows) return Array::empty({call.rows, n}, call.type);
-  return Array::empty({call.sizes.T, call.sizes.B, n}, call.type);
-}
-
 std::tuple<Output, Output, Output> quantized_infer_cpu(Handle x_, const HandleList& weights_, i64 gates, bool relu,
                                                        i64 inputs, i64 hidden, i64 projected, i64 layers,
                                                        i64 directions, OptionalHandle h0_, OptionalHandle c0_,
@@ -126,7 +121,8 @@ std::tuple<Output, Output, Output> quantized_infer_cpu(Handle x_, const HandleLi
   Array y, h_n, c_n;
   infer_quantized(a, [&](const Call& call) {
     const i64 B = call.sizes.B, rows = layers * directions;
-    y = empty_rows(call, directions * a.state());
+    const i64 width = directions * a.state();
+    y = call.packed_rows ? Array::empty({call.rows, width}, x.dtype) : Array::empty({call.sizes.T, B, width}, x.dtype);
     h_n = call.one_step ? Array::empty({B, a.state()}, x.dtype) : Array::empty({rows, B, a.state()}, x.dtype);
     c_n = call.one_step ? Array::empty({B, a.cells()}, x.dtype) : Array::empty({rows, B, a.cells()}, x.dtype);
     return std::make_tuple(&y, &h_n, &c_n);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/call.h"
+#include "bindings/scratch.h"
 
 namespace fastlstm {
 
@@ -27,23 +28,23 @@ struct QuantizedArguments {
   void run(i64 k, const Call& call, const Array& input, const Array& y, const Array& h_n, const Array& c_n) const;
 };
 
-// Rows of n numbers like those of the input of a call, uninitialised.
-Array empty_rows(const Call& call, i64 n);
-
 // Computes them into what make(call of the first layer) returns: pointers to y, h_n and c_n. They have the shapes of
 // the operator's results; of one step y may be h_n.
 template <class Make>
 void infer_quantized(const QuantizedArguments& a, const Make& make) {
   a.check();
-  Array before, between;
+  Scratch before, between;
   const Array *y = nullptr, *h_n = nullptr, *c_n = nullptr;
   for (i64 k = 0; k < a.layers; ++k) {
-    const Array& input = k ? before : a.x;
+    const Array& input = k ? before.array : a.x;
     const Call call(input, a.sizes_of(k), a.batch_sizes, a.lengths);
     if (!k) std::tie(y, h_n, c_n) = make(call);
     const bool last = k + 1 == a.layers;
-    if (!last) between = empty_rows(call, a.directions * a.state());
-    a.run(k, call, input, last ? *y : between, *h_n, *c_n);
+    const i64 width = a.directions * a.state();
+    if (!last)
+      between = a.x.dim == 2 ? Scratch({call.rows, width}, call.type)
+                             : Scratch({call.sizes.T, call.sizes.B, width}, call.type);
+    a.run(k, call, input, last ? *y : between.array, *h_n, *c_n);
     before = std::move(between);
   }
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/passes.h"
+#include "bindings/scratch.h"
 #include "bindings/slice.h"
 
 namespace fastlstm {
@@ -28,10 +29,10 @@ bool infer_stack(const StackArguments& a, bool may_pack, const Make& make) {
                  "fastlstm: expected weights of ", layers, " layers, got ", weights.size());
   FASTLSTM_CHECK(x.dim == 3 && x.sizes[0] > 0, "fastlstm: expected input [T, B, I] with T > 0, got ", x.shape_text());
   const Array none;
-  Array before, between;
+  Scratch before, between;
   const Array *y = nullptr, *h_n = nullptr, *c_n = nullptr;
   for (i64 k = 0; k < layers; ++k) {
-    const Array& input = k ? before : x;
+    const Array& input = k ? before.array : x;
     Call call(input, {weights.data() + k * each, each}, directions, none, none, 4);
     const Sizes s = call.sizes;
     if (!k) {
@@ -50,9 +51,9 @@ bool infer_stack(const StackArguments& a, bool may_pack, const Make& make) {
       std::tie(y, h_n, c_n) = make({s.T, s.B, s.D * s.P}, {rows, s.B, s.P}, {rows, s.B, s.H});
     }
     const bool last = k + 1 == layers;
-    if (!last) between = Array::empty({s.T, s.B, s.D * s.P}, x.dtype);
+    if (!last) between = Scratch({s.T, s.B, s.D * s.P}, x.dtype);
     const Slice h0_k(h0, k * s.D, s.D), c0_k(c0, k * s.D, s.D), h_k(*h_n, k * s.D, s.D), c_k(*c_n, k * s.D, s.D);
-    Forward(std::move(call), input, h0_k.array, c0_k.array, last ? *y : between, h_k.array, c_k.array)
+    Forward(std::move(call), input, h0_k.array, c0_k.array, last ? *y : between.array, h_k.array, c_k.array)
         .run(caches.empty() ? none : caches[size_t(k)]);
     before = std::move(between);
   }

@@ -34,7 +34,7 @@ def infer(module: Any, x: Any, hx: Any, dims: int, batch_first: bool = False) ->
         ``(y, (h_n, c_n))``, of an RNN ``(y, h_n)``, of a cell ``(h, c)``. None stands for a call
         that is unusual or wrong: the operator then computes it, or says what is wrong.
     """
-    if _is_watched() or type(x) is not Tensor or x.dim() != dims or not _is_whole(x):
+    if type(x) is not Tensor or x.dim() != dims or _is_watched() or not _is_whole(x):
         return None
     direct = CPU.infer_quantized
     if direct is None or (hx is not None and type(hx) is not tuple):
