@@ -1,9 +1,10 @@
-// Plain calls in inference without an operator: a function that Python calls. An operator with that many tensors takes
-// 6 us before anything is computed, half of a step of a small layer in ONNX Runtime; this one takes 2.
+// Plain calls in inference without an operator: functions that Python calls, for float weights and for quantised ones.
+// An operator with that many tensors takes 6 us before anything is computed, half of a step of a small layer in ONNX
+// Runtime; such a function takes 2.
 //
 // Nothing is kept from call to call: every tensor is read anew through DLPack's exchange, its memory, shape, strides
 // and dtype, so whatever has become of a weight is seen. What is not a plain tensor with memory on the CPU, or does not
-// fit, is refused: the function returns None, and the operator computes the call or says what is wrong. The exchange
+// fit, is refused: a function returns None, and the operator computes the call or says what is wrong. The exchange
 // does not tell how large a storage is. A part of one that has been freed is seen by its low address: its distance from
 // the beginning. fast_path.py looks at the storage of the input, and at all where memory may have such addresses.
 #include <algorithm>

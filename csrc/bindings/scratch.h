@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bindings/array.h"
+#include "bindings/heap.h"
 
 namespace fastlstm {
 
@@ -18,6 +19,7 @@ class Scratch {
     i64 elements = 1;
     for (i64 n : shape) elements *= n;
     const size_t bytes = size_t(elements) * aoti_torch_dtype_element_size(dtype);
+    expect_again(2 * bytes);  // and the output, which is as large
     block_ = std::malloc(sizeof(Block) + kAlignment + bytes);
     if (!block_) throw OutOfMemory(bytes);
     Block* const block = new (block_) Block;

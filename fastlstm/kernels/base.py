@@ -82,7 +82,7 @@ class Backend:
     """The same without an operator, or None: :func:`fastlstm.kernels.direct.infer_functions`."""
 
     infer_quantized: Any = None
-    """The second function of those, for quantised weights."""
+    """The second function of those: with quantised weights."""
 
     infers_on_cpu: bool = True
     """Whether those operators are for CPU tensors, and for no others; or the other way round."""
