@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <initializer_list>
+#include <new>
 #include <utility>
 
 #include "bindings/array.h"
