@@ -5,6 +5,7 @@
 //   Bfloat16Rows    activations as the products take them
 //   kBfloat16Most   rows that one call takes at most
 //   kPaired         rows that one instruction takes together: calls begin at a multiple of it
+//   kWidens         whether more rows than that may take panels in float32 (widened_panels.h)
 //   bfloat16_dots<R>(a, w, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs terms
 //
 // Where there are dot products of bfloat16, these take activations that are rounded to it. Terms and their roundings

@@ -10,6 +10,7 @@ namespace {
 constexpr double kBfloat16Rate = 56;  // of two such instructions a cycle, as on Zen 5
 constexpr int kBfloat16Most = 6;      // 6 rows x 4 vectors of sums and 4 of weights: 28 of 32 registers
 constexpr int kPaired = 1;
+constexpr bool kWidens = false;
 using Bfloat16Rows = RoundedRows<1>;
 
 // Pairs come in two halves, each a sum of its own: of one or two rows both are added up at the same time, because the

@@ -18,6 +18,7 @@ namespace {
 constexpr double kBfloat16Rate = 40;  // between Neoverse N2 and V2
 constexpr int kBfloat16Most = 8;
 constexpr int kPaired = 2;
+constexpr bool kWidens = false;
 using Bfloat16Rows = RoundedRows<2>;
 
 // term(pair, second) for every two pairs; second(w) reads what the panel has of the second one. An odd last pair has

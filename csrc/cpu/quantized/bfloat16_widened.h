@@ -1,13 +1,14 @@
 // Any CPU: weights are widened to float32, and nothing else is rounded. See bfloat16.h.
 #pragma once
 
-#include "cpu/gemm.h"
+#include "cpu/quantized/widened_panels.h"
 
 namespace fastlstm {
 namespace {
 
 constexpr double kBfloat16Rate = 28;
 constexpr int kBfloat16Most = kTileRows, kPaired = 1;
+constexpr bool kWidens = true;
 
 // Activations in float32.
 class Bfloat16Rows {
@@ -22,25 +23,16 @@ class Bfloat16Rows {
   Buffer<float> data_;
 };
 
-// Two vectors of weights from one of pairs: the upper half of each float32 is the bfloat16.
-FASTLSTM_INLINE void widen(const uint16_t* pairs, Vec<float>& even, Vec<float>& odd) {
-  Simd<float>::Words both;
-  std::memcpy(&both, pairs, sizeof both);
-  even = (Vec<float>)(both << 16);
-  odd = (Vec<float>)(both & 0xffff0000u);
-}
-
 // sums[r] += product of R rows of activations with Count vectors of columns, from `first` on. A chain of multiply-adds
-// has as many terms as one of gemm.h; then it is added to the others.
+// has at most so many pairs; then it is added to the others.
 template <int R, int Count>
 __attribute__((noinline)) void bfloat16_columns(const float* const* rows, const uint16_t* w, i64 pairs, Columns* sums,
                                                 int first) {
-  constexpr i64 kPairs = 64;
   const float* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = rows[r];
-  for (i64 from = 0; from < pairs; from += kPairs) {
-    const i64 to = smaller(pairs, from + kPairs);
+  for (i64 from = 0; from < pairs; from += kPairsOfChain) {
+    const i64 to = smaller(pairs, from + kPairsOfChain);
     Vec<float> acc[R][Count];
 #pragma GCC unroll 32
     for (int k = 0; k < R * Count; ++k) acc[k / Count][k % Count] = Vec<float>{};

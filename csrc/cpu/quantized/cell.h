@@ -1,5 +1,6 @@
-// The cells, in operations that IEEE 754 defines: the same bits from every instruction set, where activations.h has
-// faster ones of each. With e(x) = exp(-x) and t(x) = exp(2x) - 1, so that tanh(x) = t / (t + 2):
+// The cells. Of int8 weights all is made of operations that IEEE 754 defines: the same bits from every instruction set.
+// Products with bfloat16 differ between these anyway, so such cells divide as activations.h does, which is faster. With
+// e(x) = exp(-x) and t(x) = exp(2x) - 1, so that tanh(x) = t / (t + 2):
 //
 //   c' = c / (1 + e(f)) + t(g) / ((1 + e(i)) * (t(g) + 2))
 //   h' = t(c') / ((1 + e(o)) * (t(c') + 2))
@@ -24,16 +25,23 @@ FASTLSTM_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
 
 constexpr auto kFused = [](Vec<float> a, Vec<float> b, Vec<float> c) FASTLSTM_INLINE_LAMBDA { return fused(a, b, c); };
 
+// How a cell divides.
+struct FastQuotient {
+  FASTLSTM_INLINE Vec<float> operator()(Vec<float> a, Vec<float> b) const { return divide(a, b); }
+};
+
 // a / b for b in [1, 2^96]: Newton's steps from a reciprocal that is right to an eighth. A division would take three
 // times as long.
-FASTLSTM_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
-  using Int = Simd<float>::Int;
-  Vec<float> r = (Vec<float>)(Int{} + 0x7ef311c7 - (Int)b);
+struct DefinedQuotient {
+  FASTLSTM_INLINE Vec<float> operator()(Vec<float> a, Vec<float> b) const {
+    using Int = Simd<float>::Int;
+    Vec<float> r = (Vec<float>)(Int{} + 0x7ef311c7 - (Int)b);
 #pragma GCC unroll 3
-  for (int step = 0; step < 3; ++step) r = fused(r, fused(-b, r, splat(1.0f)), r);
-  const Vec<float> q = a * r;
-  return fused(fused(-b, q, a), r, q);
-}
+    for (int step = 0; step < 3; ++step) r = fused(r, fused(-b, r, splat(1.0f)), r);
+    const Vec<float> q = a * r;
+    return fused(fused(-b, q, a), r, q);
+  }
+};
 
 // 1 + exp(-x); a gate of less than exp(-40) is closed.
 FASTLSTM_INLINE Vec<float> one_and_exp(Vec<float> x) {
@@ -50,7 +58,9 @@ FASTLSTM_INLINE Vec<float> exp2_less_one(Vec<float> x) {
 }
 
 // The next state of units whose gate sums are these; c becomes the new one, h is returned.
+template <class Quotient>
 FASTLSTM_INLINE Vec<float> next_state(Vec<float> i, Vec<float> f, Vec<float> g, Vec<float> o, Vec<float>& c) {
+  const Quotient quotient;
   const Vec<float> of_g = exp2_less_one(g);
   c = quotient(c, one_and_exp(f)) + quotient(of_g, one_and_exp(i) * (of_g + 2.0f));
   const Vec<float> of_c = exp2_less_one(c);
@@ -58,10 +68,11 @@ FASTLSTM_INLINE Vec<float> next_state(Vec<float> i, Vec<float> f, Vec<float> g, 
 }
 
 // The next state of an RNN. NaN stays NaN.
+template <class Quotient>
 FASTLSTM_INLINE Vec<float> next_state(Vec<float> z, bool relu) {
   if (relu) return z < 0 ? Vec<float>{} : z;
   const Vec<float> of_z = exp2_less_one(z);
-  return quotient(of_z, of_z + 2.0f);
+  return Quotient()(of_z, of_z + 2.0f);
 }
 
 }  // namespace

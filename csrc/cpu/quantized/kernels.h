@@ -35,14 +35,32 @@ void run_lanes(Lane* const* lanes, i64 count, i64 steps, bool projected, const S
   each([](Lane& lane) { lane.end_sequence(); });
 }
 
+// The panels of bfloat16 weights in float32.
+inline Buffer<float> widened(Threads& threads, const void* data, i64 panels, i64 K) {
+  const i64 pairs = ceil_div(K, 2), size = pairs * 2 * kColumns;
+  Buffer<float> wide(panels * size);
+  parallel(threads, panels,
+           [&](i64 k) { widen_panel(static_cast<const uint16_t*>(data) + k * size, pairs, &wide[k * size]); });
+  return wide;
+}
+
 template <class W, bool has_cell>
 void quantized_layer(const QuantizedParams& p) {
   using Lane = QuantizedLane<W, has_cell>;
   const Sizes& s = p.sizes;
   const QuantizedPlan plan = make_quantized_plan(s, p.int8, p.threads->count(), this_machine());
+  WideWeights wide[2];
+  if (plan.wide)
+    for (i64 d = 0; d < s.D; ++d) {
+      const QuantizedDirection& w = p.weights[d];
+      const i64 panels = ceil_div(s.H, i64(has_cell ? kBlock : kColumns));
+      wide[d].w_ih = widened(*p.threads, w.w_ih, panels, s.I);
+      wide[d].w_hh = widened(*p.threads, w.w_hh, panels, s.P);
+      if (s.projected) wide[d].w_hr = widened(*p.threads, w.w_hr, ceil_div(s.P, kColumns), s.H);
+    }
   if (!plan.split_units) {  // a thread takes a lane from its first step to its last
     parallel(*p.threads, s.D * plan.lanes, [&](i64 item) {
-      Lane lane(p, plan, item / plan.lanes, item % plan.lanes), *const only = &lane;
+      Lane lane(p, plan, wide[item / plan.lanes], item / plan.lanes, item % plan.lanes), *const only = &lane;
       run_lanes(&only, 1, s.T, s.projected, [&](i64 panels, const auto& work) { work(lane, 0, panels); });
     });
     return;
@@ -50,7 +68,7 @@ void quantized_layer(const QuantizedParams& p) {
   std::unique_ptr<Lane> owners[2];
   Lane* lanes[2] = {};
   for (i64 d = 0; d < s.D; ++d) {
-    owners[d].reset(new Lane(p, plan, d, 0));
+    owners[d].reset(new Lane(p, plan, wide[d], d, 0));
     lanes[d] = owners[d].get();
   }
   const i64 shares = ceil_div(p.threads->count(), s.D);

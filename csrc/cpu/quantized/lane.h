@@ -18,13 +18,18 @@
 namespace fastlstm {
 namespace {
 
+// The weights of a direction in float32, if there are any: Panels::wide.
+struct WideWeights {
+  Buffer<float> w_ih, w_hh, w_hr;
+};
+
 template <class W, bool has_cell>
 class QuantizedLane {
   static constexpr i64 kUnits = has_cell ? kBlock : kColumns;  // of a panel
   static constexpr i64 kAtOnce = 8;                            // panels, times rows, whose states follow together
 
  public:
-  QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan, i64 direction, i64 lane);
+  QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan, const WideWeights& wide, i64 direction, i64 lane);
 
   i64 panels() const { return panels_; }
   i64 out_panels() const { return out_panels_; }
@@ -70,15 +75,16 @@ class QuantizedLane {
 inline i64 padded(i64 n) { return round_up(n, kColumns) + kBlock; }
 
 template <class W, bool has_cell>
-inline QuantizedLane<W, has_cell>::QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan, i64 direction,
-                                                 i64 lane)
+inline QuantizedLane<W, has_cell>::QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan,
+                                                 const WideWeights& wide, i64 direction, i64 lane)
     : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), backwards_(call_order()),
       panels_(ceil_div(s_.H, kUnits)), out_panels_(s_.projected ? ceil_div(s_.P, kColumns) : 0),
       hidden_pitch_(padded(s_.H)), output_pitch_(padded(s_.P)), steps_(plan.input_steps),
-      w_ih_{p.weights[direction].w_ih, p.weights[direction].rows, W::kNumbers * kColumns, s_.I},
+      w_ih_{p.weights[direction].w_ih, p.weights[direction].rows, W::kNumbers * kColumns, s_.I, wide.w_ih.get()},
       w_hh_{p.weights[direction].w_hh, p.weights[direction].rows + W::kInHidden * kColumns, W::kNumbers * kColumns,
-            s_.P},
-      w_hr_{p.weights[direction].w_hr, p.weights[direction].rows_hr, W::kNumbersOfProjection * kColumns, s_.H},
+            s_.P, wide.w_hh.get()},
+      w_hr_{p.weights[direction].w_hr, p.weights[direction].rows_hr, W::kNumbersOfProjection * kColumns, s_.H,
+            wide.w_hr.get()},
       bias_(p.weights[direction].rows + W::kInBias * kColumns) {
   using Floats = Buffer<float>;
   const i64 n = rows_.rows, states = n * hidden_pitch_, cells = has_cell ? states : 0, sums = panels_ * n * steps_;
@@ -162,10 +168,10 @@ inline void QuantizedLane<W, has_cell>::update(i64 panel) {
       const auto gate = [&](i64 g) FASTLSTM_INLINE_LAMBDA { return load(sums + g * kBlock + k); };
       if constexpr (has_cell) {
         Vec<float> state = load(c + k);
-        store(h + k, next_state(gate(0), gate(1), gate(2), gate(3), state));
+        store(h + k, next_state<typename W::Quotient>(gate(0), gate(1), gate(2), gate(3), state));
         store(c + k, state);
       } else {
-        store(h + k, next_state(gate(0), p_.relu));
+        store(h + k, next_state<typename W::Quotient>(gate(0), p_.relu));
       }
     }
   }

@@ -5,14 +5,16 @@
 #include "cpu/plan.h"
 #include "cpu/quantized/bfloat16.h"
 #include "cpu/quantized/quantized.h"
+#include "cpu/quantized/widened_panels.h"
 
 namespace fastlstm {
 namespace {
 
 struct QuantizedPlan {
-  i64 lanes;         // per direction
-  bool split_units;  // all threads share every step (one lane a direction)
-  i64 input_steps;   // whose input products are computed together
+  i64 lanes;          // per direction
+  bool split_units;   // all threads share every step (one lane a direction)
+  i64 input_steps;    // whose input products are computed together
+  bool wide = false;  // whether bfloat16 weights are widened once: see widened_panels.h
 };
 
 constexpr i64 kAheadRows = 48;           // rows of input products that are computed together
@@ -22,11 +24,13 @@ constexpr double kMeetingCycles = 3000;  // of the threads that share a step
 
 inline double weight_bytes(const Sizes& s, bool int8, i64 K) { return double(s.gate_units() * K) * (int8 ? 1 : 2); }
 
-inline double step_cycles(const Sizes& s, bool int8, i64 rows, i64 shares, i64 steps, const Machine& machine) {
+inline double step_cycles(const Sizes& s, bool int8, i64 rows, i64 shares, i64 steps, const Machine& machine,
+                          bool wide = false) {
   const auto product = [&](i64 K, i64 together) {
     const double numbers = double(s.gate_units()) * double(K) / double(shares);
-    const double reading = read_cycles(weight_bytes(s, int8, K) / double(shares), machine);
-    return Cost{double(rows) * numbers / (int8 ? kInt8Rate : kBfloat16Rate), reading / double(together)}.cycles();
+    const double reading = read_cycles((wide ? 2 : 1) * weight_bytes(s, int8, K) / double(shares), machine);
+    const double rate = int8 ? kInt8Rate : wide ? kWidenedRate : kBfloat16Rate;
+    return Cost{double(rows) * numbers / rate, reading / double(together)}.cycles();
   };
   return product(s.P, 1) + product(s.I, steps) + double(rows * s.H) * kUnitCycles / double(shares);
 }
@@ -42,7 +46,15 @@ int quantized_worthwhile(const Sizes& s, bool int8, int threads) {
   return int(larger(1, smaller(threads, i64(work / (4 * kMeetingCycles)))));
 }
 
-inline QuantizedPlan make_quantized_plan(const Sizes& s, bool int8, int threads, const Machine& machine) {
+// Whether all rows of a plan should take wide panels.
+inline bool widens(const Sizes& s, i64 rows, i64 shares, i64 steps, const Machine& machine) {
+  if (!kWidens || rows <= kBfloat16Most) return false;
+  const double narrow = step_cycles(s, false, rows, shares, steps, machine);
+  const double saved = narrow - step_cycles(s, false, rows, shares, steps, machine, true);
+  return double(s.T) * saved > 3 * weight_bytes(s, false, s.I + s.P) / double(shares) / kWideningRate;
+}
+
+inline QuantizedPlan spread(const Sizes& s, bool int8, int threads, const Machine& machine) {
   const i64 batch = larger(s.B, 1);
   const auto ahead = [&](i64 rows) { return larger(1, smaller(s.T, kAheadRows / larger(rows, 1))); };
   i64 lanes = smaller(larger(1, ceil_div(threads, s.D)), batch);
@@ -57,6 +69,13 @@ inline QuantizedPlan make_quantized_plan(const Sizes& s, bool int8, int threads,
                               step_cycles(s, int8, batch, shares, shared.input_steps, machine) +
                           kMeetingCycles;
   return together < apart ? shared : alone;
+}
+
+inline QuantizedPlan make_quantized_plan(const Sizes& s, bool int8, int threads, const Machine& machine) {
+  QuantizedPlan plan = spread(s, int8, threads, machine);
+  const i64 rows = ceil_div(larger(s.B, 1), plan.lanes), shares = plan.split_units ? ceil_div(threads, s.D) : 1;
+  plan.wide = !int8 && widens(s, rows, shares, plan.input_steps, machine);
+  return plan;
 }
 
 }  // namespace
