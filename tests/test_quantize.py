@@ -232,8 +232,36 @@ def test_what_a_call_refuses() -> None:
         small(x, lengths=torch.tensor([3]))
     with pytest.raises(ValueError, match="no meaning for a PackedSequence"):
         small(pack_sequence([x[:, 0]]), lengths=torch.tensor([2]))
-    with pytest.raises(RuntimeError, match="computes on the CPU"):
+    with pytest.raises(RuntimeError, match="computes on the CPU, and the input is on meta"):
         small(x.to("meta"))
+    h, nothing = torch.zeros(1, 1, 4), torch.zeros(1, 1, 4, device="meta")
+    with pytest.raises(RuntimeError, match=r"hx\[1\] is on meta"):
+        small(x, (h, nothing))
+    with pytest.raises(RuntimeError, match="does not train"), torch.no_grad():
+        torch.func.jvp(lambda v: small(v)[0], (x,), (x,))
+    cell = fastlstm.quantize(nn.LSTMCell(3, 4).eval())
+    with pytest.raises(RuntimeError, match=r"hx\[0\] is on meta"):
+        cell(x[0], (nothing[0], h[0]))
+    with pytest.raises(RuntimeError, match="does not train"):
+        torch.func.jvp(lambda v: cell(v)[0], (x[0],), (x[0],))
+    for module in (small.to("meta"), cell.to("meta")):
+        with pytest.raises(RuntimeError, match=r"weight_ih.* is on meta"):
+            module(x if module is small else x[0])
+
+
+def test_memory_formats_of_images_leave_the_weights_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), fastlstm.quantize(nn.LSTM(3, 4).eval()))
+    x = torch.randn(2, 1, 3)
+    want = model[1](x)[0]
+    model.to(memory_format=torch.channels_last)
+    assert torch.equal(model[1](x)[0], want)
+
+
+def test_a_file_is_the_same_after_a_call() -> None:
+    small = fastlstm.quantize(nn.LSTM(3, 4).eval())
+    before = pickle.dumps(small)
+    small(torch.randn(2, 1, 3))
+    assert pickle.dumps(small) == before
 
 
 def test_other_checkpoints_are_refused() -> None:

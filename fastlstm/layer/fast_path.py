@@ -144,11 +144,13 @@ def infer(
 
 
 def is_whole(x: Tensor) -> bool:
-    """Whether the storage of an input reaches as far as the input does."""
+    """Whether the storage of an input reaches as far as that does, and has its numbers."""
     try:
         size: int = x.untyped_storage().nbytes()
         if size == x.nbytes and not x.storage_offset():  # most
             return True
+        if x.is_neg():  # parts of complex numbers
+            return False
         last = sum([(n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)])
         return size >= (x.storage_offset() + last + 1) * x.element_size()
     except (RuntimeError, NotImplementedError):  # a tensor without a storage

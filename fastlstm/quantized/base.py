@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastlstm.convert import class_name
 from fastlstm.quantized import packing
@@ -90,6 +91,10 @@ class Quantized(nn.Module):
         """Takes the weights out of the buffers, faster than by their names."""
         return itemgetter(*self._names)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a file holds: what it takes to load it does not depend on calls before."""
+        return {name: value for name, value in self.__dict__.items() if name != "_take"}
+
     # ---- from and to float ----------------------------------------------------------------
 
     def _read(self, source: nn.Module) -> None:
@@ -167,7 +172,8 @@ class Quantized(nn.Module):
         """Move the buffers; ``half()`` and the like leave their dtypes as they are."""
         for name, buffer in self._buffers.items():
             moved = fn(buffer)
-            self._buffers[name] = moved if moved.dtype is buffer.dtype else buffer.to(moved.device)
+            moved = moved if moved.dtype is buffer.dtype else buffer.to(moved.device)
+            self._buffers[name] = moved.contiguous()  # memory formats are for images
         return self
 
     def _load_from_state_dict(
@@ -187,14 +193,26 @@ class Quantized(nn.Module):
     def flatten_parameters(self) -> None:
         """Do nothing: there is no flat copy to keep."""
 
-    def _refuse_gradients(self) -> NoReturn:
-        raise RuntimeError(
-            f"{type(self).__name__} does not train, and the input requires gradients: call it "
-            "under torch.no_grad(), or train the float module that dequantize() returns"
-        )
+    def _check(self, x: Tensor, states: Sequence[Any] | None) -> None:
+        """Refuse a call whose gradients would be lost, or that is not on the CPU as a whole."""
+        given = {"the input": x, **{f"hx[{k}]": s for k, s in enumerate(states or ())}}
+        given = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+        kind = type(self).__name__
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given.values())
+        if wanted or any(map(_has_tangent, given.values())):
+            raise RuntimeError(
+                f"{kind} does not train, and the input requires gradients: call it under "
+                "torch.no_grad(), or train the float module that dequantize() returns"
+            )
+        for name, t in (given | self._buffers).items():
+            if not t.is_cpu:
+                raise RuntimeError(
+                    f"{kind} computes on the CPU, and {name} is on {t.device}: move it to the CPU"
+                )
 
-    def _refuse_device(self, x: Tensor) -> NoReturn:
-        raise RuntimeError(
-            f"{type(self).__name__} computes on the CPU, and the input is on {x.device}: move it "
-            "with .cpu()"
-        )
+
+def _has_tangent(t: Tensor) -> bool:
+    """Whether a tensor takes part in forward-mode differentiation."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None

@@ -53,12 +53,7 @@ class QuantizedLSTMCell(Quantized):
         if found is not None:
             return found
         h, c = (None, None) if hx is None else hx if is_pair(hx) else check_pair(hx, None)
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (input, h, c)
-        ):
-            self._refuse_gradients()
-        if not input.is_cpu:
-            self._refuse_device(input)
+        self._check(input, (h, c))
         if input.dim() == 1:
             h, c = (None if s is None else s.unsqueeze(0) for s in (h, c))
             h, c = self(input.unsqueeze(0), None if h is None or c is None else (h, c))

@@ -95,8 +95,6 @@ class _Layers(Quantized):
         self, input: Any, states: Sequence[Tensor] | None, lengths: Any, reset: Any
     ) -> tuple[Any, Tensor, Tensor]:
         """Compute a call; the states are ``(h_0, c_0)``, or ``(h_0,)``."""
-        if torch.is_grad_enabled() and _wants_gradient(input, states):
-            self._refuse_gradients()
         if not isinstance(input, Tensor):
             return self._call_packed(input, states, (lengths, reset))
         kind, dims = type(self).__name__, input.dim()
@@ -144,8 +142,7 @@ class _Layers(Quantized):
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not x.is_cpu:
-            self._refuse_device(x)
+        self._check(x, states)
         if x.stride(-1) != 1:
             x = x.contiguous()
         if ONNX.is_exporting():
@@ -374,8 +371,3 @@ class QuantizedRNN(_Layers):
         )
         self._write(made)
         return made.eval()
-
-
-def _wants_gradient(input: Any, states: Sequence[Tensor] | None) -> bool:
-    data = input.data if isinstance(input, PackedSequence) else input
-    return any(isinstance(t, Tensor) and t.requires_grad for t in (data, *(states or ())))
