@@ -169,7 +169,7 @@ def task_table(results: Results) -> str:
 def time_table(results: Results) -> str:
     """A line for each case and number of threads: ours in int8, and how many times as long others.
 
-    From the rows of `speed`, with the providers of `TIMED`.
+    From the rows of `speed`, with the providers of `TIMED`: whole calls, of one step from a state.
     """
     lines = [
         f"| case | shape | threads | {provider(TIMED[0]).label}, µs | "
@@ -183,7 +183,9 @@ def time_table(results: Results) -> str:
             found = {
                 row["provider"]: row
                 for row in results.rows
-                if (row["shape"], row["threads"]) == (case.shape, threads) and "p50_us" in row
+                if (row["shape"], row["threads"]) == (case.shape, threads)
+                and row["mode"] == ("step" if case.T == 1 else "infer")
+                and "p50_us" in row
             }
             if TIMED[0] not in found:
                 continue
