@@ -13,6 +13,7 @@
 #include <new>
 #include <utility>
 
+#include "bindings/block.h"
 #include "bindings/operators.h"
 #include "bindings/python.h"
 #include "bindings/quantized.h"
@@ -22,7 +23,6 @@ namespace fastlstm {
 namespace {
 
 using python::Object;
-using Shape = std::initializer_list<i64>;
 
 python::Api api;
 
@@ -103,32 +103,18 @@ std::vector<Array> read_all(Object* tuple, bool low) {
 
 // ---- results ------------------------------------------------------------------------------------------------
 
-// A new tensor, contiguous, in one block of memory with all that describes it: an empty tensor of torch, handed over by
-// DLPack, takes twice as long to make.
+// A new tensor: an empty tensor of torch, handed over by DLPack, takes twice as long to make.
 class NewTensor {
  public:
   NewTensor() = default;
-  NewTensor(Shape shape, int32_t dtype) {
-    i64 elements = 1;
-    for (i64 n : shape) elements *= n;
-    const size_t bytes = size_t(elements) * aoti_torch_dtype_element_size(dtype);
-    void* const memory = std::malloc(sizeof(Block) + kAlignment + bytes);
-    if (!memory) throw OutOfMemory(bytes);
-    block_ = new (memory) Block{};
-    const i64 dim = i64(shape.size());
-    for (i64 k = dim, step = 1; k-- > 0; step *= std::max(shape.begin()[k], i64(1))) {
-      block_->shape[k] = shape.begin()[k];
-      block_->strides[k] = step;
-    }
-    const auto end = reinterpret_cast<uintptr_t>(block_ + 1);
-    void* const data = reinterpret_cast<void*>((end + kAlignment - 1) / kAlignment * kAlignment);
-    block_->managed = {
+  NewTensor(Shape shape, int32_t dtype) : block_(Block<python::Managed>::make(shape, dtype)) {
+    array = block_->view(dtype);
+    block_->header = {
         python::kVersion,
         nullptr,
         [](python::Managed* m) { std::free(m); },
         0,
-        {data, python::kOnCpu, 0, int32_t(dim), dtype_of_number(dtype), block_->shape, block_->strides, 0}};
-    array = Array::view(data, dim, block_->shape, block_->strides, dtype);
+        {array.data, python::kOnCpu, 0, int32_t(array.dim), dtype_of_number(dtype), block_->sizes, block_->strides, 0}};
   }
   NewTensor(NewTensor&& other) noexcept { *this = std::move(other); }
   NewTensor& operator=(NewTensor&& other) noexcept {
@@ -140,7 +126,7 @@ class NewTensor {
 
   Object* to_python() {
     void* object;
-    if (api.exchange->to_python(&block_->managed, &object) != 0) throw Refused();
+    if (api.exchange->to_python(&block_->header, &object) != 0) throw Refused();
     block_ = nullptr;
     return static_cast<Object*>(object);
   }
@@ -148,12 +134,7 @@ class NewTensor {
   Array array;
 
  private:
-  static constexpr size_t kAlignment = 64;
-  struct Block {  // `managed` first: it is freed by its address
-    python::Managed managed;
-    i64 shape[3], strides[3];
-  };
-  Block* block_ = nullptr;
+  Block<python::Managed>* block_ = nullptr;
 };
 
 // An object that we own, until it is given away.

@@ -34,22 +34,22 @@ _is_profiled = torch._C._autograd._profiler_enabled
 MEMORY_IS_LOW = torch.empty(1, device="cpu").data_ptr() < 1 << 32
 
 
-def is_watched() -> bool:
-    """Whether somebody looks at operators, or changes what they do: a compiler, a trace, a mode.
-
-    It also says yes in code that is compiled, transformed or autocast.
-    """
+def _is_changed() -> bool:
+    """Whether a compiler, transform, mode, trace or autocast is at work."""
     return (
         _is_compiling()
         or _is_transformed()
         or _is_autocast()
-        or _is_profiled()
-        or _is_function_mode()
         or forward_ad._current_level >= 0
         or dispatch_modes() > 0
         or has_key(PRE_DISPATCH)
         or tracing() is not None
     )
+
+
+def is_watched() -> bool:
+    """Whether somebody looks at operators, or changes what they do."""
+    return _is_changed() or _is_profiled() or _is_function_mode()  # Dynamo stops at the first
 
 
 def fast_backend(x: Tensor) -> Backend | None:
@@ -62,13 +62,7 @@ def fast_backend(x: Tensor) -> Backend | None:
     if (
         backend is None
         or x.is_cpu is not backend.infers_on_cpu
-        or _is_compiling()
-        or _is_transformed()
-        or _is_autocast()
-        or forward_ad._current_level >= 0
-        or dispatch_modes()
-        or has_key(PRE_DISPATCH)
-        or tracing() is not None
+        or _is_changed()
         or backend.error() is not None
     ):
         return None

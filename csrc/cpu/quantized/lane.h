@@ -31,6 +31,8 @@ class QuantizedLane {
  public:
   QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan, const WideWeights& wide, i64 direction, i64 lane);
 
+  static i64 panels_of(const Sizes& s) { return ceil_div(s.H, kUnits); }
+  static i64 out_panels_of(const Sizes& s) { return s.projected ? ceil_div(s.P, kColumns) : 0; }
   i64 panels() const { return panels_; }
   i64 out_panels() const { return out_panels_; }
   bool at_chunk_start(i64 step) const { return step % steps_ == 0; }
@@ -78,8 +80,8 @@ template <class W, bool has_cell>
 inline QuantizedLane<W, has_cell>::QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan,
                                                  const WideWeights& wide, i64 direction, i64 lane)
     : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), backwards_(call_order()),
-      panels_(ceil_div(s_.H, kUnits)), out_panels_(s_.projected ? ceil_div(s_.P, kColumns) : 0),
-      hidden_pitch_(padded(s_.H)), output_pitch_(padded(s_.P)), steps_(plan.input_steps),
+      panels_(panels_of(s_)), out_panels_(out_panels_of(s_)), hidden_pitch_(padded(s_.H)), output_pitch_(padded(s_.P)),
+      steps_(plan.input_steps),
       w_ih_{p.weights[direction].w_ih, p.weights[direction].rows, W::kNumbers * kColumns, s_.I, wide.w_ih.get()},
       w_hh_{p.weights[direction].w_hh, p.weights[direction].rows + W::kInHidden * kColumns, W::kNumbers * kColumns,
             s_.P, wide.w_hh.get()},
