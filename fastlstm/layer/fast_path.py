@@ -152,9 +152,10 @@ def is_whole(x: Tensor) -> bool:
 
 
 def are_there(x: Tensor, hx: Any, weights: tuple[Tensor, ...]) -> bool:
-    """Whether the storage of every tensor has memory."""
+    """Whether the storage of every tensor that has numbers has memory."""
     try:
-        return all([t.untyped_storage().nbytes() for t in (x, *(hx or ()), *weights)])
+        tensors = (x, *(hx or ()), *weights)
+        return all([t.untyped_storage().nbytes() or not t.numel() for t in tensors])
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):  # unusual, or no tensor
         return False
 
