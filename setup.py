@@ -91,6 +91,7 @@ X86_SOURCES = {
     "csrc/cpu/isa/avx512.cpp": AVX512.split(),
     "csrc/cpu/quantized/avx512vnni.cpp": [*AVX512.split(), "-mavx512vnni"],
     "csrc/cpu/quantized/avx512bf16.cpp": [*AVX512.split(), "-mavx512vnni", "-mavx512bf16"],
+    "csrc/cpu/quantized/avx512fp16.cpp": [*AVX512.split(), "-mavx512vnni", "-mavx512fp16"],
 }
 ARM_SOURCES = {
     "csrc/cpu/quantized/dotprod.cpp": ["-march=armv8.2-a+dotprod"],
@@ -189,6 +190,8 @@ def of_host(
         flags = [flag for flag in FLAGS if flag != "-fPIC"] + ["-D_CRT_SECURE_NO_WARNINGS"]
         link = ["-fuse-ld=lld"]
     sources = sources | (of_machine or {}).get(target.machine, {})
+    if not target.float16:  # GCC 11
+        sources = {name: own for name, own in sources.items() if "-mavx512fp16" not in own}
     if target.gcc:
         sources |= {name: [*sources[name], *GCC_SLOWEST] for name in SLOWEST if name in sources}
     return Recipe(

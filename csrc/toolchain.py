@@ -38,6 +38,7 @@ class Target(NamedTuple):
     system: str  # "linux", "macos", "windows" or "other"
     machine: str  # "x86_64", "aarch64" or "other"
     gcc: bool  # whether the compiler is GCC, not one that says so too
+    float16: bool  # whether it knows the type, and so the instructions
 
 
 def torch_folder() -> Path:
@@ -79,7 +80,8 @@ def target_of(compiler: list[str], advice: str) -> Target:
     system = next((name for macro, name in systems.items() if macro in macros), "other")
     machines = ("x86_64", "aarch64")
     machine = next((name for name in machines if f"__{name}__" in macros), "other")
-    return Target(system, machine, "__GNUC__" in macros and "__clang__" not in macros)
+    gcc = "__GNUC__" in macros and "__clang__" not in macros
+    return Target(system, machine, gcc, "__FLT16_MANT_DIG__" in macros)
 
 
 def compile_changed(command: list[str], target: Path, advice: str) -> None:

@@ -1,5 +1,6 @@
 """Quantised weights: the bits of the definition, from every instruction set, and errors."""
 
+import copy
 import hashlib
 import os
 import subprocess
@@ -21,7 +22,14 @@ from benchmarks.speed.workload import make_workload
 from fastlstm import extension
 from fastlstm.quantized import reference
 from fastlstm.quantized.operators import isa
-from fastlstm.quantized.packing import from_panels, from_rows, pack_rows, quantize_rows, to_panels
+from fastlstm.quantized.packing import (
+    from_panels,
+    from_rows,
+    pack_rows,
+    powers_of_rows,
+    quantize_rows,
+    to_panels,
+)
 
 DTYPES = ("int8", "bfloat16")
 SIZES: list[tuple[dict[str, Any], int, int]] = [  # of the module; T, B
@@ -107,7 +115,7 @@ def test_bits_of_strange_rows() -> None:
 
 
 INSTRUCTION_SETS = (
-    *("portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16"),
+    *("portable", "avx2", "avxvnni", "avx512vnni", "avx512bf16", "avx512fp16"),
     *("dotprod", "i8mm"),
 )
 
@@ -250,8 +258,16 @@ def test_a_cell_is_a_layer_of_one_step(dtype: str, bias: bool) -> None:
 
 # --- bfloat16 --------------------------------------------------------------------------------
 
-# Those whose dot products take activations in bfloat16. The others widen the weights.
-ROUNDING = ("avx512bf16", "i8mm")
+# Those whose products take rounded activations. The others widen the weights.
+ROUNDING = ("avx512bf16", "avx512fp16", "i8mm")
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Rows of activations as products take them."""
+    if isa() != "avx512fp16":
+        return x.bfloat16().float()
+    power = powers_of_rows(x.view(-1, x.shape[-1])).view(*x.shape[:-1], 1)
+    return (x / power).half() * power
 
 
 def assert_near(
@@ -284,8 +300,8 @@ def test_error_of_bfloat16(options: dict[str, Any], T: int, B: int) -> None:
 
 
 @pytest.mark.parametrize("options", [SIZES[1][0], SIZES[2][0], SIZES[6][0]])
-def test_bfloat16_activations_are_rounded_once(options: dict[str, Any]) -> None:
-    """To nearest even, before the products; nothing else is less exact than in float32."""
+def test_activations_beside_bfloat16_are_rounded_once(options: dict[str, Any]) -> None:
+    """To nearest even, before the products. Only float16 also rounds the sums."""
     if isa() not in ROUNDING:
         pytest.skip(f"{isa()} does not round activations")
     options = {**options, "bidirectional": False, "num_layers": 1}
@@ -293,9 +309,26 @@ def test_bfloat16_activations_are_rounded_once(options: dict[str, Any]) -> None:
     x, h = torch.randn(1, 7, module.input_size), torch.randn(1, 7, module.hidden_size)
     x.view(-1)[:3] = torch.tensor([1.00390625, 1.01171875, -(2**-130)])  # two ties; a denormal
     c = [torch.randn_like(h)] if module.mode == "LSTM" else []
-    rounded = x.bfloat16().float(), h.bfloat16().float(), *c
-    assert_near(torch.float32, module, options, *rounded)
-    assert_same(*(flat(module(x, (h, *c) if c else h)) for x, h, *c in ((x, h, *c), rounded)))
+    less = rounded(x), rounded(h), *c
+    dtype = torch.bfloat16 if isa() == "avx512fp16" else torch.float32
+    assert_near(dtype, module, options, *less)
+    assert_same(*(flat(module(x, (h, *c) if c else h)) for x, h, *c in ((x, h, *c), less)))
+
+
+@pytest.mark.parametrize("exponent", [-90, -30, 20, 110])
+def test_bfloat16_weights_of_any_size(exponent: int) -> None:
+    """Each row of weights, and each of activations, has a range of its own."""
+    theirs = nn.RNN(70, 66, nonlinearity="relu", bias=False).eval()
+    for w in theirs.parameters():
+        w.copy_(torch.randn_like(w) * 2.0 ** torch.linspace(-2, 2, len(w)).round()[:, None])
+    module = fastlstm.quantize(copy.deepcopy(theirs), "bfloat16")
+    x = torch.randn(3, 9, 70)
+    want = module(x)[0]
+    for w in theirs.parameters():
+        w.mul_(2.0 ** (exponent if w is theirs.weight_ih_l0 else 0))
+    wide = fastlstm.quantize(theirs, "bfloat16")
+    assert torch.equal(wide(x * 2.0**-exponent)[0], want)
+    assert torch.equal(wide(x)[0], want * 2.0**exponent)
 
 
 @pytest.mark.parametrize("options", [SIZES[0][0], SIZES[3][0], SIZES[6][0]])
@@ -361,3 +394,9 @@ def test_rows_are_quantised_symmetrically() -> None:
     q, scale = quantize_rows(w)
     assert q.tolist() == [[64, -127, 32], [0, 0, 0], [0, 0, 0], [127, 127, -127]]
     assert scale[1] == scale[2] == 0
+
+
+def test_powers_of_rows() -> None:
+    w = torch.tensor([[0.7, -3.9], [1.0, 0.0], [0.0, -0.0], [2.0**-126, 0.0], [3e38, 1.0]])
+    assert powers_of_rows(w).log2().tolist() == [1, 0, -100, -100, 127]
+    assert powers_of_rows(w[:, :0]).log2().tolist() == [-100] * 5

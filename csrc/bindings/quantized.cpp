@@ -30,11 +30,11 @@ QuantizedDirection read_direction(const Array* w, const Sizes& s, bool int8) {
   QuantizedDirection of{};
   of.w_ih = check(w[0], "weight_ih", panels, s.I);
   of.w_hh = check(w[1], "weight_hh", panels, s.P);
-  of.rows = numbers(w[2], "rows", panels, int8 ? 5 : 1);
+  of.rows = numbers(w[2], "rows", panels, int8 ? 5 : 3);
   if (s.projected) {
     const i64 outputs = (s.P + kColumns - 1) / kColumns;
     of.w_hr = check(w[3], "weight_hr", outputs, s.H);
-    of.rows_hr = numbers(w[4], "rows_hr", outputs, int8 ? 2 : 0);
+    of.rows_hr = numbers(w[4], "rows_hr", outputs, int8 ? 2 : 1);
   }
   return of;
 }

@@ -29,8 +29,9 @@ class Quantized(nn.Module):
     - ``weight_ih`` and ``weight_hh``: panels of the weights;
     - ``rows``: numbers of each row of the weights. With int8 weights these are the scale and the
       sum of its integers in ``weight_ih``, both in ``weight_hh``, and the bias, which is the sum
-      of both biases; with bfloat16 weights only the bias;
-    - ``weight_hr`` and ``rows_hr`` of a projection: scale and sum, or nothing.
+      of both biases. With bfloat16 weights they are the power of two of the largest number in
+      ``weight_ih``, that in ``weight_hh``, and the bias;
+    - ``weight_hr`` and ``rows_hr`` of a projection: scale and sum, or the power of two.
 
     Attributes:
         dtype: "int8" or "bfloat16".
@@ -47,12 +48,12 @@ class Quantized(nn.Module):
             self._add("weight_ih" + suffix, self._panels(G, H, spec.input_size))
             self._add("weight_hh" + suffix, self._panels(G, H, P))
             empty = torch.zeros(G * H)
-            numbers = [empty] * (5 if dtype == "int8" else 1)
+            numbers = [empty] * (5 if dtype == "int8" else 3)
             self._add("rows" + suffix, packing.pack_rows(numbers, G))
             if spec.proj_size:
                 self._add("weight_hr" + suffix, self._panels(1, P, H))
-                columns = packing.pack_rows([empty[:1].expand(P)] * 2, 1)
-                self._add("rows_hr" + suffix, columns if dtype == "int8" else columns[:, :0])
+                numbers = [torch.zeros(P)] * (2 if dtype == "int8" else 1)
+                self._add("rows_hr" + suffix, packing.pack_rows(numbers, 1))
         first = specs[0]
         self._config = (
             first.gates,
@@ -116,8 +117,7 @@ class Quantized(nn.Module):
             self._buffers["rows" + suffix] = rows
             if spec.proj_size:
                 numbers = self._set("weight_hr" + suffix, w["weight_hr"], 1)
-                if numbers:
-                    self._buffers["rows_hr" + suffix] = packing.pack_rows(numbers, 1)
+                self._buffers["rows_hr" + suffix] = packing.pack_rows(numbers, 1)
 
     def _weight(self, source: nn.Module, name: str) -> Tensor:
         w = getattr(source, name.removesuffix("_l0") if self._is_cell else name).detach()
@@ -131,8 +131,9 @@ class Quantized(nn.Module):
     def _set(self, name: str, w: Tensor, gates: int) -> list[Tensor]:
         """Store a matrix; return the numbers of its rows that go with it."""
         if self.dtype == "bfloat16":
-            self._buffers[name] = packing.to_panels(w.to(torch.bfloat16), gates)
-            return []
+            small = w.to(torch.bfloat16)
+            self._buffers[name] = packing.to_panels(small, gates)
+            return [packing.powers_of_rows(small)]
         q, scale = packing.quantize_rows(w)
         self._buffers[name] = packing.to_panels(q, gates)
         return [scale, q.sum(1, dtype=torch.int64).float()]

@@ -200,9 +200,10 @@ class QuantizedLSTM(_Layers):
         bidirectional: D is 2 if True, else 1.
         proj_size: P, features of the output of each direction; 0 for no projection (P = H).
         dtype: "int8": integers with a scale for each row of the weights; a row of the input and of
-            h becomes integers at run time. "bfloat16": the weights are rounded. ARM CPUs with
-            products of bfloat16 also round x and h for the products, which makes errors 1.3 to 1.4
-            times as large.
+            h becomes integers at run time. "bfloat16": the weights are rounded. Some CPUs also
+            round x and h for the products: Intel's with AVX-512 FP16 to float16, which hardly
+            changes errors, ARM's with BF16 to bfloat16, which makes them 1.3 to 1.4 times as
+            large.
 
     Raises:
         ValueError: another dtype.

@@ -52,10 +52,10 @@ def _allocate(
 def isa() -> str:
     """Return the instruction set of these kernels, as FASTLSTM_QUANTIZED_ISA names it.
 
-    On x86-64 "avx512bf16", "avx512vnni", "avxvnni" or "avx2", on ARM "i8mm" or "dotprod", else
-    "portable". With "avx512bf16" and "i8mm" activations are rounded to bfloat16 for products with
-    bfloat16 weights. "avx512bf16" differs from "avx512vnni" in that alone, and is taken only where
-    it is named.
+    On x86-64 "avx512fp16", "avx512bf16", "avx512vnni", "avxvnni" or "avx2", on ARM "i8mm" or
+    "dotprod", else "portable". For products with bfloat16 weights activations are rounded to
+    float16 with "avx512fp16", to bfloat16 with "avx512bf16" and "i8mm". Both of AVX-512 differ
+    from "avx512vnni" in these products alone; "avx512bf16" is taken only where it is named.
     """
     extension.load()
     return str(_ISA())

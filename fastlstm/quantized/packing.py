@@ -24,6 +24,7 @@ __all__ = [
     "from_panels",
     "from_rows",
     "pack_rows",
+    "powers_of_rows",
     "quantize_rows",
     "to_panels",
 ]
@@ -44,6 +45,16 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale < _TINY, 0.0, scale)
     q = (w / torch.where(scale == 0, 1.0, scale)[:, None]).round().clamp(-_LARGEST, _LARGEST)
     return torch.where(scale[:, None] == 0, 0.0, q).to(torch.int8), scale
+
+
+def powers_of_rows(w: Tensor) -> Tensor:
+    """Return the power of two ``[R]`` of the largest number in each row of ``w [R, K]``.
+
+    At least 2^-100, which is that of zeros: what is below it is nearly zero to a product.
+    """
+    largest = w.float().abs().amax(1) if w.numel() else torch.zeros(len(w))
+    mantissa, exponent = largest.clamp(min=2.0**-100).frexp()
+    return torch.full_like(mantissa, 0.5).ldexp(exponent)
 
 
 def to_panels(w: Tensor, gates: int) -> Tensor:

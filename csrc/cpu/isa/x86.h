@@ -15,6 +15,7 @@ struct X86Features {
   // Dot products of bytes: with the registers of AVX-512, or with those of AVX2.
   bool avx512_vnni = false, avx_vnni = false;
   bool avx512_bf16 = false;  // dot products of bfloat16 numbers
+  bool avx512_fp16 = false;  // arithmetic of float16
 };
 
 inline X86Features x86_features() {
@@ -29,6 +30,7 @@ inline X86Features x86_features() {
   features.avx2 = has(b, 5);
   features.avx512 = features.avx2 && has(low, 5, 6, 7) && has(b, 16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */);
   features.avx512_vnni = features.avx512 && has(c, 11);
+  features.avx512_fp16 = features.avx512 && has(d, 23);
   const bool more = __get_cpuid_count(7, 1, &a, &b, &c, &d);
   features.avx_vnni = features.avx2 && more && has(a, 4);
   features.avx512_bf16 = features.avx512 && more && has(a, 5);

@@ -5,11 +5,18 @@
 //   Bfloat16Rows    activations as the products take them
 //   kBfloat16Most   rows that one call takes at most
 //   kPaired         rows that one instruction takes together: calls begin at a multiple of it
-//   kWidens         whether more rows than that may take panels in float32 (widened_panels.h)
-//   bfloat16_dots<R>(a, w, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs terms
+//   kScaled         whether sums are to be multiplied by the scale of their row of activations and that of their column
+//   kPreparing      of panels that are prepared once a call, if there are such
+//   bfloat16_dots<R>(a, w, scales, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs
+//                                                 terms; scales of the columns
 //
-// Where there are dot products of bfloat16, these take activations that are rounded to it. Terms and their roundings
-// are the same for every number of rows, so that a row's bits do not depend on its batch.
+// and if there are such panels
+//
+//   prepare_panel(w, scales, pairs, out)
+//   prepared_dots(n, a, panel, pairs, sums)   what bfloat16_dots makes, of n rows
+//
+// Where products are those of 16-bit numbers, activations are rounded. Terms and their roundings are the same for every
+// number of rows, so that a row's bits do not depend on its batch.
 #pragma once
 
 #include "cpu/memory.h"
@@ -21,11 +28,22 @@ namespace {
 // What the gate sums of a panel are, of one row.
 using Columns = float[kColumns];
 
+// Of what products of many steps take instead of the panels, made of these once a call.
+struct Preparing {
+  double rate = 0;   // products a cycle; 0: there is no such thing
+  i64 bytes = 0;     // of one of its numbers
+  double speed = 0;  // bytes a cycle, of weights before and after, in memory that may be new
+  i64 least = 0;     // rows that should take them
+  i64 most = 1;      // rows that one call takes
+};
+
 }  // namespace
 }  // namespace fastlstm
 
 // The sources of kernels that take them say so: results must not depend on what else a compiler is allowed to use.
-#if !defined(FASTLSTM_BFLOAT16_PRODUCTS)
+#if defined(FASTLSTM_FLOAT16_PRODUCTS)
+#include "cpu/quantized/bfloat16_float16.h"
+#elif !defined(FASTLSTM_BFLOAT16_PRODUCTS)
 #include "cpu/quantized/bfloat16_widened.h"
 #elif defined(__AVX512BF16__)
 #include "cpu/quantized/bfloat16_avx512.h"

@@ -10,13 +10,15 @@ namespace {
 constexpr double kBfloat16Rate = 56;  // of two such instructions a cycle, as on Zen 5
 constexpr int kBfloat16Most = 6;      // 6 rows x 4 vectors of sums and 4 of weights: 28 of 32 registers
 constexpr int kPaired = 1;
-constexpr bool kWidens = false;
+constexpr bool kScaled = false;
+constexpr Preparing kPreparing{};
 using Bfloat16Rows = RoundedRows<1>;
 
 // Pairs come in two halves, each a sum of its own: of one or two rows both are added up at the same time, because the
 // sums of one half alone would wait for each other.
 template <int R>
-__attribute__((noinline)) void bfloat16_dots(const uint16_t* const* rows, const uint16_t* w, i64 pairs, Columns* sums) {
+__attribute__((noinline)) void bfloat16_dots(const uint16_t* const* rows, const uint16_t* w, const float*, i64 pairs,
+                                             Columns* sums) {
   constexpr int kHalves = R <= 2 ? 2 : 1;
   const i64 half = ceil_div(pairs, 2);
   const uint16_t* a[R];

@@ -18,7 +18,8 @@ namespace {
 constexpr double kBfloat16Rate = 40;  // between Neoverse N2 and V2
 constexpr int kBfloat16Most = 8;
 constexpr int kPaired = 2;
-constexpr bool kWidens = false;
+constexpr bool kScaled = false;
+constexpr Preparing kPreparing{};
 using Bfloat16Rows = RoundedRows<2>;
 
 // term(pair, second) for every two pairs; second(w) reads what the panel has of the second one. An odd last pair has
@@ -88,7 +89,8 @@ FASTLSTM_INLINE void bfloat16_columns(const uint16_t* const (&a)[(R + 1) / 2], c
 }
 
 template <int R>
-__attribute__((noinline)) void bfloat16_dots(const uint16_t* const* rows, const uint16_t* w, i64 pairs, Columns* sums) {
+__attribute__((noinline)) void bfloat16_dots(const uint16_t* const* rows, const uint16_t* w, const float*, i64 pairs,
+                                             Columns* sums) {
   if constexpr (R == 1) {
     bfloat16_row(rows[0], w, pairs, sums[0]);
   } else {

@@ -1,14 +1,27 @@
 // Any CPU: weights are widened to float32, and nothing else is rounded. See bfloat16.h.
 #pragma once
 
-#include "cpu/quantized/widened_panels.h"
+#include "cpu/gemm.h"
 
 namespace fastlstm {
 namespace {
 
 constexpr double kBfloat16Rate = 28;
 constexpr int kBfloat16Most = kTileRows, kPaired = 1;
-constexpr bool kWidens = true;
+constexpr bool kScaled = false;
+
+// Panels in float32: twice as many bytes, but nothing to do before a product.
+constexpr Preparing kPreparing{31, 4, 4, kBfloat16Most + 1, kPanelRows};
+
+constexpr i64 kPairsOfChain = 64;  // of weights: a chain of multiply-adds has no more
+
+// Two vectors of weights from one of pairs: the upper half of each float32 is the bfloat16.
+FASTLSTM_INLINE void widen(const uint16_t* pairs, Vec<float>& even, Vec<float>& odd) {
+  Simd<float>::Words both;
+  std::memcpy(&both, pairs, sizeof both);
+  even = (Vec<float>)(both << 16);
+  odd = (Vec<float>)(both & 0xffff0000u);
+}
 
 // Activations in float32.
 class Bfloat16Rows {
@@ -59,11 +72,36 @@ __attribute__((noinline)) void bfloat16_columns(const float* const* rows, const 
 }
 
 template <int R>
-void bfloat16_dots(const float* const* a, const uint16_t* w, i64 pairs, Columns* sums) {
+void bfloat16_dots(const float* const* a, const uint16_t* w, const float*, i64 pairs, Columns* sums) {
   constexpr int kAtOnce = 4;
   std::memset(sums, 0, R * sizeof sums[0]);
   for (int first = 0; first < kColumns; first += kAtOnce * kLanes<float>)
     bfloat16_columns<R, kAtOnce>(a, w, pairs, sums, first);
+}
+
+// Prepared panels are [kColumns / kPanel][2 * pairs][kPanel].
+constexpr int kPartsOfPanel = kColumns / kPanel<float>;
+
+inline void prepare_panel(const uint16_t* w, const float*, i64 pairs, void* to) {
+  float* out = static_cast<float*>(to);
+  for (int part = 0; part < kPartsOfPanel; ++part)
+    for (i64 pair = 0; pair < pairs; ++pair, out += 2 * kPanel<float>)
+      for (int k = 0; k < kPanel<float>; k += kLanes<float>) {
+        Vec<float> even, odd;
+        widen(w + 2 * (pair * kColumns + part * kPanel<float> + k), even, odd);
+        store(out + k, even);
+        store(out + kPanel<float> + k, odd);
+      }
+}
+
+inline void prepared_dots(i64 n, const float* const* a, const void* data, i64 pairs, Columns* sums) {
+  const float* panel = static_cast<const float*>(data);
+  alignas(64) float part_sums[kPanelRows][kPanel<float>];
+  for (int part = 0; part < kPartsOfPanel; ++part, panel += 2 * pairs * kPanel<float>) {
+    multiply_panel<float>(n, a, 2 * pairs, panel, part_sums, false, panel + 2 * pairs * kPanel<float>,
+                          2 * kPairsOfChain);
+    for (i64 r = 0; r < n; ++r) std::memcpy(sums[r] + part * kPanel<float>, part_sums[r], sizeof part_sums[r]);
+  }
 }
 
 }  // namespace

@@ -14,6 +14,10 @@ namespace fastlstm {
 
 #ifdef FASTLSTM_X86
 extern const QuantizedKernels avx512bf16_quantized, avx512vnni_quantized, avxvnni_quantized, avx2_quantized;
+#ifdef __FLT16_MANT_DIG__  // by compilers that know it, as setup.py asks
+extern const QuantizedKernels avx512fp16_quantized;
+#define FASTLSTM_FLOAT16
+#endif
 #endif
 #ifdef FASTLSTM_ARM
 extern const QuantizedKernels i8mm_quantized, dotprod_quantized;
@@ -30,6 +34,9 @@ struct Choice {
 bool supported(const QuantizedKernels& kernels) {
 #ifdef FASTLSTM_X86
   static const X86Features features = x86_features();
+#ifdef FASTLSTM_FLOAT16
+  if (&kernels == &avx512fp16_quantized) return features.avx512_fp16 && features.avx512_vnni;
+#endif
   if (&kernels == &avx512bf16_quantized) return features.avx512_bf16 && features.avx512_vnni;
   if (&kernels == &avx512vnni_quantized) return features.avx512_vnni;
   if (&kernels == &avxvnni_quantized) return features.avx_vnni;
@@ -54,6 +61,9 @@ bool proven([[maybe_unused]] const QuantizedKernels& kernels) {
 
 const QuantizedKernels& choose() {
   const Choice fastest_first[] = {
+#ifdef FASTLSTM_FLOAT16
+      {&avx512fp16_quantized, "avx512"},
+#endif
 #ifdef FASTLSTM_X86
       {&avx512bf16_quantized, "avx512"},  //
       {&avx512vnni_quantized, "avx512"},  //

@@ -35,13 +35,14 @@ void run_lanes(Lane* const* lanes, i64 count, i64 steps, bool projected, const S
   each([](Lane& lane) { lane.end_sequence(); });
 }
 
-// The panels of bfloat16 weights in float32.
-inline Buffer<float> widened(Threads& threads, const void* data, i64 panels, i64 K) {
-  const i64 pairs = ceil_div(K, 2), size = pairs * 2 * kColumns;
-  Buffer<float> wide(panels * size);
-  parallel(threads, panels,
-           [&](i64 k) { widen_panel(static_cast<const uint16_t*>(data) + k * size, pairs, &wide[k * size]); });
-  return wide;
+// Has products take prepared panels of a matrix, which are returned.
+template <class W>
+Buffer<char> prepare(Threads& threads, Panels& w, i64 panels) {
+  const i64 bytes = W::prepared_bytes(w);
+  Buffer<char> prepared(panels * bytes);
+  parallel(threads, panels, [&](i64 k) { W::prepare(w, k, &prepared[k * bytes]); });
+  w.prepared = prepared.get();
+  return prepared;
 }
 
 template <class W, bool has_cell>
@@ -49,17 +50,17 @@ void quantized_layer(const QuantizedParams& p) {
   using Lane = QuantizedLane<W, has_cell>;
   const Sizes& s = p.sizes;
   const QuantizedPlan plan = make_quantized_plan(s, p.int8, p.threads->count(), this_machine());
-  WideWeights wide[2];
-  if (plan.wide)
-    for (i64 d = 0; d < s.D; ++d) {
-      const QuantizedDirection& w = p.weights[d];
-      wide[d].w_ih = widened(*p.threads, w.w_ih, Lane::panels_of(s), s.I);
-      wide[d].w_hh = widened(*p.threads, w.w_hh, Lane::panels_of(s), s.P);
-      wide[d].w_hr = widened(*p.threads, w.w_hr, Lane::out_panels_of(s), s.H);
+  Matrices<W> matrices[2] = {{p.weights[0], s}, {p.weights[s.D - 1], s}};
+  Buffer<char> prepared[6];
+  if constexpr (W::kPrepares)
+    for (i64 d = 0; plan.prepares && d < s.D; ++d) {
+      prepared[3 * d] = prepare<W>(*p.threads, matrices[d].ih, Lane::panels_of(s));
+      prepared[3 * d + 1] = prepare<W>(*p.threads, matrices[d].hh, Lane::panels_of(s));
+      prepared[3 * d + 2] = prepare<W>(*p.threads, matrices[d].hr, Lane::out_panels_of(s));
     }
   if (!plan.split_units) {  // a thread takes a lane from its first step to its last
     parallel(*p.threads, s.D * plan.lanes, [&](i64 item) {
-      Lane lane(p, plan, wide[item / plan.lanes], item / plan.lanes, item % plan.lanes), *const only = &lane;
+      Lane lane(p, plan, matrices[item / plan.lanes], item / plan.lanes, item % plan.lanes), *const only = &lane;
       run_lanes(&only, 1, s.T, s.projected, [&](i64 panels, const auto& work) { work(lane, 0, panels); });
     });
     return;
@@ -67,7 +68,7 @@ void quantized_layer(const QuantizedParams& p) {
   std::unique_ptr<Lane> owners[2];
   Lane* lanes[2] = {};
   for (i64 d = 0; d < s.D; ++d) {
-    owners[d].reset(new Lane(p, plan, wide[d], d, 0));
+    owners[d].reset(new Lane(p, plan, matrices[d], d, 0));
     lanes[d] = owners[d].get();
   }
   const i64 shares = ceil_div(p.threads->count(), s.D);

@@ -18,9 +18,15 @@
 namespace fastlstm {
 namespace {
 
-// The weights of a direction in float32, if there are any: Panels::wide.
-struct WideWeights {
-  Buffer<float> w_ih, w_hh, w_hr;
+// The matrices of a direction.
+template <class W>
+struct Matrices {
+  Panels ih, hh, hr;
+
+  Matrices(const QuantizedDirection& w, const Sizes& s)
+      : ih{w.w_ih, w.rows, W::kNumbers * kColumns, s.I, nullptr},
+        hh{w.w_hh, w.rows + W::kInHidden * kColumns, W::kNumbers * kColumns, s.P, nullptr},
+        hr{w.w_hr, w.rows_hr, W::kNumbersOfProjection * kColumns, s.H, nullptr} {}
 };
 
 template <class W, bool has_cell>
@@ -29,7 +35,7 @@ class QuantizedLane {
   static constexpr i64 kAtOnce = 8;                            // panels, times rows, whose states follow together
 
  public:
-  QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan, const WideWeights& wide, i64 direction, i64 lane);
+  QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan, const Matrices<W>& w, i64 direction, i64 lane);
 
   static i64 panels_of(const Sizes& s) { return ceil_div(s.H, kUnits); }
   static i64 out_panels_of(const Sizes& s) { return s.projected ? ceil_div(s.P, kColumns) : 0; }
@@ -63,8 +69,8 @@ class QuantizedLane {
   const LaneRows rows_;
   const bool backwards_;  // see call_order
   const i64 panels_, out_panels_, hidden_pitch_, output_pitch_, steps_;
-  const Panels w_ih_, w_hh_, w_hr_;
-  const float* bias_;   // of panel k at k * w_ih_.pitch
+  const Matrices<W> w_;
+  const float* bias_;   // of panel k at k * w_.ih.pitch
   Buffer<char> block_;  // of a step of a small layer, to allocate each by itself would be a noticeable part
   Buffer<float> c_, m_, h_, copy_;
   Buffer<Columns> z_;                                  // [panel][row of the chunk]
@@ -78,16 +84,10 @@ inline i64 padded(i64 n) { return round_up(n, kColumns) + kBlock; }
 
 template <class W, bool has_cell>
 inline QuantizedLane<W, has_cell>::QuantizedLane(const QuantizedParams& p, const QuantizedPlan& plan,
-                                                 const WideWeights& wide, i64 direction, i64 lane)
+                                                 const Matrices<W>& w, i64 direction, i64 lane)
     : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), backwards_(call_order()),
       panels_(panels_of(s_)), out_panels_(out_panels_of(s_)), hidden_pitch_(padded(s_.H)), output_pitch_(padded(s_.P)),
-      steps_(plan.input_steps),
-      w_ih_{p.weights[direction].w_ih, p.weights[direction].rows, W::kNumbers * kColumns, s_.I, wide.w_ih.get()},
-      w_hh_{p.weights[direction].w_hh, p.weights[direction].rows + W::kInHidden * kColumns, W::kNumbers * kColumns,
-            s_.P, wide.w_hh.get()},
-      w_hr_{p.weights[direction].w_hr, p.weights[direction].rows_hr, W::kNumbersOfProjection * kColumns, s_.H,
-            wide.w_hr.get()},
-      bias_(p.weights[direction].rows + W::kInBias * kColumns) {
+      steps_(plan.input_steps), w_(w), bias_(p.weights[direction].rows + W::kInBias * kColumns) {
   using Floats = Buffer<float>;
   const i64 n = rows_.rows, states = n * hidden_pitch_, cells = has_cell ? states : 0, sums = panels_ * n * steps_;
   const i64 outputs = s_.projected ? n * output_pitch_ : 0, copied = p.dtype == Dtype::f32 ? 0 : s_.I;
@@ -121,8 +121,8 @@ template <class W, bool has_cell>
 inline void QuantizedLane<W, has_cell>::inputs(i64 begin, i64 end) {
   for (i64 panel = begin; panel < end; ++panel) {
     for (i64 row = 0; row < chunk_rows_; ++row)
-      std::memcpy(z(panel, row), bias_ + panel * w_ih_.pitch, sizeof(Columns));
-    W::multiply(w_ih_, panel, x_of_, 0, chunk_rows_, z(panel, 0));
+      std::memcpy(z(panel, row), bias_ + panel * w_.ih.pitch, sizeof(Columns));
+    W::multiply(w_.ih, panel, x_of_, 0, chunk_rows_, z(panel, 0));
   }
 }
 
@@ -152,7 +152,7 @@ inline void QuantizedLane<W, has_cell>::gates(i64 begin, i64 end) {
     const i64 first = begin + (backwards ? blocks - 1 - k : k) * at_once, last = smaller(first + at_once, end);
     for (i64 panel = first; panel < last; ++panel) {
       if (!inputs_ahead()) inputs(panel, panel + 1);
-      W::multiply(w_hh_, panel, h_of_, 0, n_, z(panel, first_row_));
+      W::multiply(w_.hh, panel, h_of_, 0, n_, z(panel, first_row_));
     }
     for (i64 panel = first; panel < last; ++panel) update(panel);
   }
@@ -191,7 +191,7 @@ inline void QuantizedLane<W, has_cell>::project(i64 begin, i64 end) {
     for (i64 first = 0; first < n_; first += kBlock) {
       const i64 n = smaller(kBlock, n_ - first);
       std::memset(sums, 0, sizeof sums);
-      W::multiply(w_hr_, panel, m_of_, first, n, sums);
+      W::multiply(w_.hr, panel, m_of_, first, n, sums);
       for (i64 i = 0; i < n; ++i) std::memcpy(output(first + i) + panel * kColumns, sums[i], sizeof sums[i]);
     }
 }

@@ -5,16 +5,15 @@
 #include "cpu/plan.h"
 #include "cpu/quantized/bfloat16.h"
 #include "cpu/quantized/quantized.h"
-#include "cpu/quantized/widened_panels.h"
 
 namespace fastlstm {
 namespace {
 
 struct QuantizedPlan {
-  i64 lanes;          // per direction
-  bool split_units;   // all threads share every step (one lane a direction)
-  i64 input_steps;    // whose input products are computed together
-  bool wide = false;  // whether bfloat16 weights are widened once: see widened_panels.h
+  i64 lanes;              // per direction
+  bool split_units;       // all threads share every step (one lane a direction)
+  i64 input_steps;        // whose input products are computed together
+  bool prepares = false;  // whether panels of bfloat16 weights are prepared: see bfloat16.h
 };
 
 constexpr i64 kAheadRows = 48;           // rows of input products that are computed together
@@ -25,11 +24,11 @@ constexpr double kMeetingCycles = 3000;  // of the threads that share a step
 inline double weight_bytes(const Sizes& s, bool int8, i64 K) { return double(s.gate_units() * K) * (int8 ? 1 : 2); }
 
 inline double step_cycles(const Sizes& s, bool int8, i64 rows, i64 shares, i64 steps, const Machine& machine,
-                          bool wide = false) {
+                          bool prepared = false) {
   const auto product = [&](i64 K, i64 together) {
     const double numbers = double(s.gate_units()) * double(K) / double(shares);
-    const double reading = read_cycles((wide ? 2 : 1) * weight_bytes(s, int8, K) / double(shares), machine);
-    const double rate = int8 ? kInt8Rate : wide ? kWidenedRate : kBfloat16Rate;
+    const double reading = read_cycles(double(prepared ? kPreparing.bytes : int8 ? 1 : 2) * numbers, machine);
+    const double rate = int8 ? kInt8Rate : prepared ? kPreparing.rate : kBfloat16Rate;
     return Cost{double(rows) * numbers / rate, reading / double(together)}.cycles();
   };
   return product(s.P, 1) + product(s.I, steps) + double(rows * s.H) * kUnitCycles / double(shares);
@@ -46,12 +45,13 @@ int quantized_worthwhile(const Sizes& s, bool int8, int threads) {
   return int(larger(1, smaller(threads, i64(work / (4 * kMeetingCycles)))));
 }
 
-// Whether all rows of a plan should take wide panels.
-inline bool widens(const Sizes& s, i64 rows, i64 shares, i64 steps, const Machine& machine) {
-  if (!kWidens || rows <= kBfloat16Most) return false;
+// Whether all rows of a plan should take prepared panels.
+inline bool prepares(const Sizes& s, i64 rows, i64 shares, i64 steps, const Machine& machine) {
+  if (kPreparing.rate == 0 || rows < kPreparing.least) return false;
   const double narrow = step_cycles(s, false, rows, shares, steps, machine);
   const double saved = narrow - step_cycles(s, false, rows, shares, steps, machine, true);
-  return double(s.T) * saved > 3 * weight_bytes(s, false, s.I + s.P) / double(shares) / kWideningRate;
+  const double touched = double(s.gate_units() * (s.I + s.P)) * double(2 + kPreparing.bytes) / double(shares);
+  return double(s.T) * saved > touched / kPreparing.speed;
 }
 
 inline QuantizedPlan spread(const Sizes& s, bool int8, int threads, const Machine& machine) {
@@ -74,7 +74,7 @@ inline QuantizedPlan spread(const Sizes& s, bool int8, int threads, const Machin
 inline QuantizedPlan make_quantized_plan(const Sizes& s, bool int8, int threads, const Machine& machine) {
   QuantizedPlan plan = spread(s, int8, threads, machine);
   const i64 rows = ceil_div(larger(s.B, 1), plan.lanes), shares = plan.split_units ? ceil_div(threads, s.D) : 1;
-  plan.wide = !int8 && widens(s, rows, shares, plan.input_steps, machine);
+  plan.prepares = !int8 && prepares(s, rows, shares, plan.input_steps, machine);
   return plan;
 }
 

@@ -12,18 +12,17 @@
 #include "cpu/quantized/bfloat16.h"
 #include "cpu/quantized/cell.h"
 #include "cpu/quantized/int8_rows.h"
-#include "cpu/quantized/widened_panels.h"
 
 namespace fastlstm {
 namespace {
 
-// A matrix of weights in panels. numbers: what `rows` has of it, [panel][pitch]; wide: bfloat16 panels in float32, or
-// null.
+// A matrix of weights in panels. numbers: what `rows` has of it, [panel][pitch]; prepared: panels that products of many
+// rows take instead, or null.
 struct Panels {
   const void* data;
   const float* numbers;
   i64 pitch, K;
-  const float* wide;
+  const char* prepared;
 };
 
 // 8-bit weights: exact sums of products, then z = fma(scale of the row * scale of the column, sum, z).
@@ -32,6 +31,7 @@ struct Int8 {
   using Quotient = DefinedQuotient;
   static constexpr i64 kNumbers = 5, kNumbersOfProjection = 2, kBytes = 1;
   static constexpr i64 kInHidden = 2, kInBias = 4;  // where w_hh and the bias begin among the numbers of a panel
+  static constexpr bool kPrepares = false;
 
   static void multiply(const Panels& w, i64 panel, const Rows& rows, i64 first, i64 n, Columns* z) {
     const i64 groups = ceil_div(w.K, 4), parts = ceil_div(n, kMostRows);
@@ -66,37 +66,57 @@ struct Int8 {
 struct Bfloat16 {
   using Rows = Bfloat16Rows;
   using Quotient = FastQuotient;
-  static constexpr i64 kNumbers = 1, kNumbersOfProjection = 0, kBytes = 2;
-  static constexpr i64 kInHidden = 0, kInBias = 0;
+  static constexpr i64 kNumbers = 3, kNumbersOfProjection = 1, kBytes = 2;
+  static constexpr i64 kInHidden = 1, kInBias = 2;
+  static constexpr bool kPrepares = kPreparing.rate > 0;
 
-  static void multiply(const Panels& w, i64 panel, const Rows& rows, i64 first, i64 n, Columns* z) {
-    constexpr int kMost = kBfloat16Most;
-    if (w.wide && n > kMost) return multiply_wide(w, panel, rows, first, n, z);
-    const i64 pairs = ceil_div(w.K, 2), together = ceil_div(n, kPaired), parts = ceil_div(together, kMost / kPaired);
-    const uint16_t* data = static_cast<const uint16_t*>(w.data) + panel * pairs * 2 * kColumns;
-    decltype(rows.data(0)) a[kMost];
-    alignas(64) Columns sums[kMost];
-    for (i64 part = 0; part < parts; ++part) {
-      const i64 begin = part * together / parts * kPaired;
-      const i64 end = smaller(n, (part + 1) * together / parts * kPaired);
-      for (i64 r = begin; r < end; ++r) a[r - begin] = rows.data(first + r);
-      with_rows<kMost>(end - begin, [&](auto count) { bfloat16_dots<decltype(count)::value>(a, data, pairs, sums); });
-      for (i64 r = begin; r < end; ++r)
-        for (int k = 0; k < kColumns; k += kLanes<float>) store(z[r] + k, load(z[r] + k) + load(sums[r - begin] + k));
-    }
+  template <class AnyRows>
+  static void multiply(const Panels& w, i64 panel, const AnyRows& rows, i64 first, i64 n, Columns* z) {
+    const i64 pairs = ceil_div(w.K, 2);
+    const float* scales = w.numbers + panel * w.pitch;
+    if constexpr (kPrepares)
+      if (w.prepared && n >= kPreparing.least)
+        return each_part<kPreparing.most, 1>(scales, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
+          prepared_dots(count, a, w.prepared + panel * prepared_bytes(w), pairs, sums);
+        });
+    const uint16_t* data = data_of(w, panel);
+    each_part<kBfloat16Most, kPaired>(scales, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
+      with_rows<kBfloat16Most>(
+          count, [&](auto constant) { bfloat16_dots<decltype(constant)::value>(a, data, scales, pairs, sums); });
+    });
+  }
+
+  static i64 prepared_bytes(const Panels& w) { return ceil_div(w.K, 2) * 2 * kColumns * kPreparing.bytes; }
+
+  template <class Out>
+  static void prepare(const Panels& w, i64 panel, Out* out) {
+    prepare_panel(data_of(w, panel), w.numbers + panel * w.pitch, ceil_div(w.K, 2), out);
   }
 
  private:
-  template <class WideRows>
-  static void multiply_wide(const Panels& w, i64 panel, const WideRows& rows, i64 first, i64 n, Columns* z) {
-    if constexpr (kWidens) {
-      const i64 pairs = ceil_div(w.K, 2), groups = ceil_div(n, kPanelRows);
-      for (i64 group = 0; group < groups; ++group) {
-        const i64 begin = group * n / groups, end = (group + 1) * n / groups;
-        const float* a[kPanelRows];
-        for (i64 r = begin; r < end; ++r) a[r - begin] = rows.data(first + r);
-        multiply_widened(end - begin, a, w.wide + panel * pairs * 2 * kColumns, pairs, z + begin);
-      }
+  static const uint16_t* data_of(const Panels& w, i64 panel) {
+    return static_cast<const uint16_t*>(w.data) + panel * ceil_div(w.K, 2) * 2 * kColumns;
+  }
+
+  // Calls product(count, rows, sums) for parts of `most` rows or fewer, each a multiple of `together` but the last.
+  template <i64 most, i64 together, class AnyRows, class Product>
+  static void each_part(const float* scales, const AnyRows& rows, i64 first, i64 n, Columns* z,
+                        const Product& product) {
+    const i64 groups = ceil_div(n, together), parts = ceil_div(groups, most / together);
+    decltype(rows.data(0)) a[most];
+    alignas(64) Columns sums[most];
+    for (i64 part = 0; part < parts; ++part) {
+      const i64 begin = part * groups / parts * together, end = smaller(n, (part + 1) * groups / parts * together);
+      for (i64 r = begin; r < end; ++r) a[r - begin] = rows.data(first + r);
+      product(end - begin, a, sums);
+      for (i64 r = begin; r < end; ++r)
+        for (int k = 0; k < kColumns; k += kLanes<float>) {
+          const Vec<float> sum = load(sums[r - begin] + k);
+          if constexpr (kScaled)
+            store(z[r] + k, fused(sum, load(scales + k) * rows.scale(first + r), load(z[r] + k)));
+          else
+            store(z[r] + k, load(z[r] + k) + sum);
+        }
     }
   }
 };

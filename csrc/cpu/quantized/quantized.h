@@ -11,10 +11,10 @@
 // K is rounded up, with zeros. `rows` has float32 numbers of each row of the weights, [panel][numbers][64]:
 //
 //   int8      scale and sum of w_ih, scale and sum of w_hh, bias; of a projection scale and sum
-//   bfloat16  bias; of a projection nothing
+//   bfloat16  power of w_ih, power of w_hh, bias; of a projection power
 //
-// A weight is scale * its integer; the sum is that of a row's integers, which float32 holds exactly; bias is the sum of
-// both biases.
+// A weight is scale * its integer; the sum is that of a row's integers, which float32 holds exactly; the power is the
+// power of two of a row's largest number, at least 2^-100; bias is the sum of both biases.
 #pragma once
 
 #include "lstm.h"
