@@ -168,8 +168,18 @@ uint64_t PackedWeights::pack_copy(const Call& call, Threads& threads) const {
 uint64_t PackedWeights::hash_weights(const Call& call, const DirectionWeights* weights, Threads& threads) const {
   const Kernels& kernels = cpu_kernels();
   const Sizes& s = call.sizes;
-  const i64 tag[] = {
-      s.I, s.H, s.P, s.D, s.G, s.bias, s.projected, s.layer_norm, i64(call.dtype), orders_.forward, orders_.backward};
+  const i64 tag[] = {s.I,
+                     s.H,
+                     s.P,
+                     s.D,
+                     s.G,
+                     s.bias,
+                     s.projected,
+                     s.layer_norm,
+                     i64(call.dtype),
+                     orders_.forward,
+                     orders_.backward,
+                     kernels.float16_passes(s, call.dtype)};
   uint64_t h = kernels.hash(tag, sizeof tag, 1);
   const size_t e = element_bytes(call);
   for (i64 d = 0; d < s.D; ++d) {

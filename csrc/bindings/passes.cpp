@@ -177,7 +177,7 @@ PackedWeights::Orders Backward::orders() const {
   const bool computes_gates = !p.gates.data && call.sizes.G > 1;
   const Kernels& kernels = cpu_kernels();
   return {computes_gates && !kernels.forward_reads_stored(call.sizes, call.dtype == Dtype::f64),
-          !kernels.backward_reads_stored(call.sizes), true};
+          !kernels.backward_reads_stored(call.sizes, call.dtype), true};
 }
 
 void Backward::run(const PackedWeights& packed, Threads& threads) {

@@ -46,7 +46,8 @@ i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hid
   s.B = B;
   s.G = gates;
   const bool needs_forward = purpose != "backward" && !kernels.forward_reads_stored(s, is_double);
-  const bool needs_backward = purpose != "forward" && !kernels.backward_reads_stored(s);
+  const bool needs_backward =
+      purpose != "forward" && !kernels.backward_reads_stored(s, is_double ? Dtype::f64 : Dtype::f32);
   if (!needs_forward && !needs_backward) return 0;
   const size_t forward = PackedWeights::round_up(kernels.forward_bytes(s, is_double));
   const size_t backward = PackedWeights::round_up(kernels.backward_bytes(s, is_double));

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/convert.h"
+#include "cpu/float16_rows.h"
 #include "cpu/gemm.h"
 #include "cpu/transpose.h"
 
@@ -22,6 +23,49 @@ namespace {
 // adds these in shorter chains than other products: of terms that are nearly equal, ours have to be as short.
 constexpr i64 kProjectionChain = 16, kShortChain = smaller(kChain, 32);
 inline i64 gradient_chain(const Sizes& s) { return s.projected ? kShortChain : kChain; }
+
+// A short call, of up to kShortCall steps, is better off without packed weights: looking for edits of the weights takes
+// as long as a step of few rows. Its products are dot products with the stored weights (dots.h), if the I + P numbers
+// of each are so many vectors that the sums over lanes at its end are a small part of it. Longer calls have packed
+// weights, which are up to a fifth faster for many rows.
+constexpr i64 kShortCall = 4;
+constexpr i64 kDotVectors = 8;
+
+// Whether the forward pass reads the weights as they are stored. Its products then have other bits, so that this must
+// not depend on the batch or on threads.
+template <class S>
+bool forward_reads_stored(const Sizes& s) {
+  return s.T <= kShortCall && (s.I + s.P) / kLanes<S> >= kDotVectors;
+}
+
+// What computes products of bfloat16 tensors in float16; null: they are those of gemm.h. Bits depend on it, so it must
+// depend neither on the batch nor on threads. Errors are a part of what bfloat16 makes, but twice those of float16
+// tensors, which therefore have products in float32. Layer normalisation has other products.
+template <class S>
+const Float16Kernels* float16_products(const Sizes& s, Dtype dtype) {
+  const bool takes = kPanel<S> == 64 && dtype == Dtype::bf16 && s.I > 1 && s.P > 1 && !s.layer_norm;
+  return takes ? float16_kernels() : nullptr;
+}
+// Of packed weights with x and h.
+template <class S>
+const Float16Kernels* float16_in_forward(const Sizes& s, Dtype dtype) {
+  return forward_reads_stored<S>(s) ? nullptr : float16_products<S>(s, dtype);
+}
+// Of the gradients of gates. A short call of few rows reads stored weights.
+template <class S>
+const Float16Kernels* float16_in_backward(const Sizes& s, Dtype dtype) {
+  return s.T <= kShortCall ? nullptr : float16_products<S>(s, dtype);
+}
+
+// sums[r] = (add ? sums[r] : 0) + product with a packed panel, for up to kPanelRows rows: of `half`, if there are
+// kernels for them, else of `rows`. next: see multiply_panel.
+template <class S>
+inline void multiply_rounded(const Float16Kernels* kernels, i64 n, const S* const* rows, const Float16Matrix& half,
+                             i64 K, const S* panel, S (*sums)[kPanel<S>], bool add, const S* next) {
+  if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
+    if (kernels) return kernels->multiply(n, half, K, panel, sums, add);
+  multiply_panel<S>(n, rows, K, panel, sums, add, next);
+}
 
 // Where each matrix of one direction starts, in elements.
 template <class S>
@@ -80,19 +124,49 @@ inline void transpose_lanes(S* dst, i64 dst_pitch, const S* src, i64 K, i64 lane
     for (i64 lane = 0; lane < kLanes<S>; ++lane) dst[k * dst_pitch + lane] = lane < lanes ? src[lane * K + k] : S(0);
 }
 
-// The product of a panel [K][kPanel] with zeros: zero, but NaN where a weight is not finite.
+// A matrix [rows, K] of gate units on its way into forward panels. Two neighbours of a row of bfloat16 that become
+// float16 are moved as one float, so nothing is widened; an odd K is.
 template <class S>
-inline void product_of_zero(i64 K, const S* panel, S* out) {
-  Vec<S> sum[kPanelVectors] = {};
-  for (i64 k = 0; k < K; ++k, panel += kPanel<S>)
-    for (int v = 0; v < kPanelVectors; ++v) sum[v] = add_product(sum[v], load(panel + v * kLanes<S>), Vec<S>{});
-  for (int v = 0; v < kPanelVectors; ++v) store(out + v * kLanes<S>, sum[v]);
-}
+class GateMatrix {
+ public:
+  GateMatrix(const Float16Kernels* half, const void* data, Dtype dtype, i64 rows, i64 K)
+      : half_(half), in_pairs_(half && K % 2 == 0), K_(K), stored_(static_cast<const float*>(data)),
+        wide_(in_pairs_ ? nullptr : data, dtype, rows * K) {}
+
+  // Puts rows [row, row + lanes) into a vector of columns of a panel.
+  void put(i64 row, i64 lanes, S* column) const {
+    if constexpr (sizeof(S) == sizeof(float))
+      if (in_pairs_) return transpose_lanes(column, kPanel<S>, stored_ + row * (K_ / 2), K_ / 2, lanes);
+    transpose_lanes(column, kPanel<S>, wide_.get() + row * K_, K_, lanes);
+  }
+  // After all vectors.
+  void end_panel(S* panel) const {
+    if constexpr (sizeof(S) == sizeof(float))
+      if (half_) in_pairs_ ? half_->pack_pairs(panel, K_) : half_->pack(panel, K_);
+  }
+  // The product of a panel with zeros: zero, but NaN where a weight is not finite.
+  void product_of_zero(const S* panel, S* out) const {
+    Vec<S> sum[kPanelVectors] = {};
+    const i64 first = half_ ? ceil_div(K_, 2) : 0, last = half_ ? first + 1 : K_;  // scales, or rows
+    for (i64 k = first; k < last; ++k)
+      for (int v = 0; v < kPanelVectors; ++v)
+        sum[v] = add_product(sum[v], load(panel + k * kPanel<S> + v * kLanes<S>), Vec<S>{});
+    for (int v = 0; v < kPanelVectors; ++v) store(out + v * kLanes<S>, sum[v]);
+  }
+
+ private:
+  const Float16Kernels* const half_;
+  const bool in_pairs_;
+  const i64 K_;
+  const float* const stored_;
+  const AsCompute<S> wide_;
+};
 
 template <class S>
 inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
   const ForwardPack<S> at(s);
-  const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
+  const Float16Kernels* const half = float16_in_forward<S>(s, dtype);
+  const GateMatrix<S> w_ih(half, w.w_ih, dtype, s.gate_units(), s.I), w_hh(half, w.w_hh, dtype, s.gate_units(), s.P);
   const AsCompute<S> b_ih(w.b_ih, dtype, s.gate_units()), b_hh(w.b_hh, dtype, s.gate_units());
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
   const bool add_bias = s.bias && !s.layer_norm;  // layer normalisation needs the products without the bias
@@ -101,15 +175,15 @@ inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights
       const i64 first = (s.G == 1 ? tile * kPanelVectors + v : tile) * kLanes<S>, column = v * kLanes<S>;
       const i64 lanes = larger(0, smaller(kLanes<S>, s.H - first));
       const i64 row = lanes == 0 ? 0 : s.G == 1 ? first : v * s.H + first;
-      transpose_lanes(packed + at.w_ih + tile * s.I * kPanel<S> + column, kPanel<S>, w_ih.get() + row * s.I, s.I,
-                      lanes);
-      transpose_lanes(packed + at.w_hh + tile * s.P * kPanel<S> + column, kPanel<S>, w_hh.get() + row * s.P, s.P,
-                      lanes);
+      w_ih.put(row, lanes, packed + at.w_ih + tile * s.I * kPanel<S> + column);
+      w_hh.put(row, lanes, packed + at.w_hh + tile * s.P * kPanel<S> + column);
       S* bias = packed + at.bias + tile * kPanel<S> + column;
       for (i64 lane = 0; lane < kLanes<S>; ++lane)
         bias[lane] = add_bias && lane < lanes ? b_ih.get()[row + lane] + b_hh.get()[row + lane] : S(0);
     }
-    product_of_zero(s.P, packed + at.w_hh + tile * s.P * kPanel<S>, packed + at.of_zero + tile * kPanel<S>);
+    w_ih.end_panel(packed + at.w_ih + tile * s.I * kPanel<S>);
+    w_hh.end_panel(packed + at.w_hh + tile * s.P * kPanel<S>);
+    w_hh.product_of_zero(packed + at.w_hh + tile * s.P * kPanel<S>, packed + at.of_zero + tile * kPanel<S>);
   }
   for (i64 panel = 0; panel < at.out_panels; ++panel)
     for (i64 first = panel * kPanel<S>, v = 0; v < kPanelVectors; ++v, first += kLanes<S>) {
@@ -129,15 +203,38 @@ inline void pack_row(S* panels, i64 K, i64 k, const S* row, i64 n) {
   }
 }
 
+// Of bfloat16 weights.
+template <class S>
+inline void pack_backward_float16(const Float16Kernels& half, const Sizes& s, const BackwardPack<S>& at,
+                                  const DirectionWeights& w, S* packed) {
+  if constexpr (sizeof(S) == sizeof(float)) {
+    const i64 K = s.gate_units();
+    const auto row = [&](const void* data, i64 q, i64 n) {
+      return q < K ? static_cast<const uint16_t*>(data) + gate_row<S>(s, q) * n : nullptr;
+    };
+    for (i64 q = 0; q < K; q += 2) {
+      half.put_pair(row(w.w_ih, q, s.I), row(w.w_ih, q + 1, s.I), s.I, q / 2, K, packed + at.w_ih);
+      half.put_pair(row(w.w_hh, q, s.P), row(w.w_hh, q + 1, s.P), s.P, q / 2, K, packed + at.w_hh);
+    }
+    for (i64 panel = 0; panel < at.in_panels + at.state_panels; ++panel)  // w_hh follows w_ih
+      half.pack_pairs(packed + panel * K * kPanel<S>, K);
+  }
+}
+
 template <class S>
 inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
   const BackwardPack<S> at(s);
-  const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
-  for (i64 q = 0; q < s.gate_units(); ++q) {
-    const i64 row = gate_row<S>(s, q);
-    pack_row(packed + at.w_ih, s.gate_units(), q, w_ih.get() + row * s.I, s.I);
-    pack_row(packed + at.w_hh, s.gate_units(), q, w_hh.get() + row * s.P, s.P);
+  const Float16Kernels* const half = float16_in_backward<S>(s, dtype);
+  if (half) {
+    pack_backward_float16(*half, s, at, w, packed);
+  } else {
+    const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
+    for (i64 q = 0; q < s.gate_units(); ++q) {
+      const i64 row = gate_row<S>(s, q);
+      pack_row(packed + at.w_ih, s.gate_units(), q, w_ih.get() + row * s.I, s.I);
+      pack_row(packed + at.w_hh, s.gate_units(), q, w_hh.get() + row * s.P, s.P);
+    }
   }
   if (s.projected)
     for (i64 p = 0; p < s.P; ++p) pack_row(packed + at.w_hr, s.P, p, w_hr.get() + p * s.H, s.H);

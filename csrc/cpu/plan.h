@@ -88,20 +88,6 @@ i64 steps_ahead(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
   return smaller(s.T, ceil_div(room < kProductRows ? kPanelRows : kProductRows, rows));
 }
 
-// A short call, of up to kShortCall steps, is better off without packed weights: looking for edits of the weights takes
-// as long as a step of few rows. Its products are dot products with the stored weights (dots.h), if the I + P numbers
-// of each are so many vectors that the sums over lanes at its end are a small part of it. Longer calls have packed
-// weights, which are up to a fifth faster for many rows.
-constexpr i64 kShortCall = 4;
-constexpr i64 kDotVectors = 8;
-
-// Whether the forward pass reads the weights as they are stored. Its products then have other bits, so that this must
-// not depend on the batch or on threads.
-template <class S>
-bool forward_reads_stored(const Sizes& s) {
-  return s.T <= kShortCall && (s.I + s.P) / kLanes<S> >= kDotVectors;
-}
-
 // Whether both products of a gate sum are one sum there: adding up the lanes of each would show beside so few numbers.
 // In wider layers long runs of memory are faster, and input products of all steps that read w_ih once. This changes
 // bits too, so it does not depend on the batch.
@@ -123,10 +109,13 @@ i64 input_steps(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
 }
 
 // Rows of a backward pass up to which it reads the weights as they are stored: with so few, packing them would take
-// longer than what it makes faster. The bits are the same.
+// longer than what it makes faster. The bits are the same; products in float16, which have others, are those of all
+// calls.
 constexpr i64 kFewRowsInAll = 64;
 
-inline bool backward_reads_stored(const Sizes& s) { return s.T * s.B <= kFewRowsInAll; }
+inline bool backward_reads_stored(const Sizes& s, Dtype dtype) {
+  return s.T * s.B <= kFewRowsInAll && !float16_in_backward<float>(s, dtype);
+}
 
 constexpr i64 kForkBytes = 512 << 10;  // weights that several threads should read: ~10 us for one core
 constexpr i64 kWakeBytes = 768 << 10;  // of one step, for each thread: it has to be woken

@@ -5,6 +5,7 @@
 // A sum has three levels, because one long chain would be inaccurate: blocks of rows, a group of blocks, all groups.
 #pragma once
 
+#include "cpu/float16.h"
 #include "cpu/gemm.h"
 #include "cpu/long_sum.h"
 #include "cpu/transpose.h"
@@ -17,10 +18,11 @@ class WeightGrad {
  public:
   WeightGrad() = default;
   // The sums are [panels of N][K][kPanel]. They are not set until rows are added. bias: whether the sums of d are
-  // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk.
-  WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows)
-      : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {
-    if (chunks * ceil_div(rows, kRows) > kGroup) groups_ = Buffer<S>(panels_ * K * kPanel<S>);
+  // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk. half: null for products of
+  // gemm.h.
+  WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows, const Float16Kernels* half = nullptr)
+      : K_(K), N_(N), half_(half), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {
+    if (chunks * ceil_div(rows, block_rows()) > kGroup) groups_ = Buffer<S>(panels_ * K * kPanel<S>);
     if (!bias) return;
     bias_ = Buffer<LongSum<S>>(panels_ * kPanelVectors);
     bias_.zero();
@@ -43,11 +45,13 @@ class WeightGrad {
     const i64 panel_groups = parts / depth_groups(), group = part / panel_groups, which = part % panel_groups;
     const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups();
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
-    const i64 a_pitch = pitch<S>(k_end - k_begin);
-    const Buffer<S> a(smaller(rows, kRows) * a_pitch);
-    for (i64 first = 0; first < rows; first += kRows) {
-      const i64 count = smaller(kRows, rows - first), block = blocks_ + first / kRows;
+    const i64 a_pitch = pitch<S>(k_end - k_begin), most = block_rows();
+    const Buffer<S> a(smaller(rows, most) * a_pitch);
+    const HalfBlock half(half_ ? k_end - k_begin : 0);
+    for (i64 first = 0; first < rows; first += most) {
+      const i64 count = smaller(most, rows - first), block = blocks_ + first / most;
       for (i64 row = 0; row < count; ++row) fill(first + row, k_begin, k_end, &a[row * a_pitch]);
+      if (half_) round(half, count, a.get(), a_pitch, k_end - k_begin);
       for (i64 panel = panel_begin; panel < panel_end; ++panel) {
         const S* dp = d + first * d_pitch + panel * kPanel<S>;
         const i64 at = (panel * K_ + k_begin) * kPanel<S>, width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
@@ -55,6 +59,10 @@ class WeightGrad {
           for (i64 v = 0; v < ceil_div(width, kLanes<S>); ++v)
             bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
         if (block > 0 && block % kGroup == 0) end_group(at, (k_end - k_begin) * kPanel<S>, block == kGroup);
+        if (half_) {
+          add_rounded(half, count, k_end - k_begin, dp, d_pitch, width, &sums_[at], block % kGroup > 0);
+          continue;
+        }
         // This product has the k of the sums as its rows, and the rows of a and d as its k.
         multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, &sums_[at], kPanel<S>, width,
                          block % kGroup > 0);
@@ -62,7 +70,7 @@ class WeightGrad {
     }
   }
   // After all parts of a chunk.
-  void end_chunk(i64 rows) { blocks_ += ceil_div(rows, kRows); }
+  void end_chunk(i64 rows) { blocks_ += ceil_div(rows, block_rows()); }
   // Adds the last group to the others, for one panel.
   void end_panel(i64 panel) const {
     const i64 n = K_ * kPanel<S>;
@@ -110,7 +118,31 @@ class WeightGrad {
   static constexpr i64 kGroup = 256;  // blocks: as many as a sum of all rows has in most calls
   static constexpr i64 kParts = 4;    // for each of several threads
   static constexpr i64 kPartPanels = 4;  // of a part, at least, where there are more parts than threads
-  i64 depth_groups() const { return ceil_div(K_, kDepth); }
+  // In float16 there are half as many bytes, and chains of their own.
+  static constexpr i64 kHalfRows = 4 * kRows, kHalfDepth = 2 * kDepth;
+  i64 block_rows() const { return half_ ? kHalfRows : kRows; }
+  i64 depth_groups() const { return ceil_div(K_, half_ ? kHalfDepth : kDepth); }
+
+  // Columns of a in a block of rows, rounded to float16.
+  struct HalfBlock {
+    i64 pitch;
+    Buffer<uint16_t> columns;
+    Buffer<float> scales;
+    explicit HalfBlock(i64 K) : pitch(round_up(K, 16)), columns(kHalfRows * pitch), scales(pitch) {}
+  };
+  void round(const HalfBlock& half, i64 rows, const S* a, i64 a_pitch, i64 K) const {
+    if constexpr (sizeof(S) == sizeof(float))
+      half_->round_columns(rows, a, a_pitch, K, 0, half.columns.get(), half.pitch, half.scales.get());
+  }
+  void add_rounded(const HalfBlock& half, i64 rows, i64 K, const S* d, i64 d_pitch, i64 width, S* sums,
+                   bool add) const {
+    if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64) {
+      alignas(64) uint16_t columns[kHalfRows * kPanel<S>];
+      alignas(64) float scales[kPanel<S>];
+      half_->round_columns(rows, d, d_pitch, width, kLargestWeight, columns, kPanel<S>, scales);
+      half_->multiply_columns(rows, half.columns.get(), half.pitch, half.scales.get(), K, columns, scales, sums, add);
+    }
+  }
 
   // Adds n sums from place `at` on to those of all groups; they begin anew.
   void end_group(i64 at, i64 n, bool first) const {
@@ -118,7 +150,9 @@ class WeightGrad {
       store(&groups_[k], first ? load(&sums_[k]) : load(&groups_[k]) + load(&sums_[k]));
   }
 
-  i64 K_ = 0, N_ = 0, panels_ = 0;
+  i64 K_ = 0, N_ = 0;
+  const Float16Kernels* half_ = nullptr;
+  i64 panels_ = 0;
   Buffer<S> sums_, groups_;  // groups_: of all groups but the last one, where there are several
   Buffer<LongSum<S>> bias_;  // [panels of N][kPanelVectors]
   i64 blocks_ = 0;           // of earlier chunks

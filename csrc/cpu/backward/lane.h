@@ -61,6 +61,7 @@ class BackwardLane {
   void plain_gate_grads(i64 row_begin, i64 row_end);
   void rnn_gate_grads(i64 row_begin, i64 row_end) const;
   void recur_direct(i64 panel_begin, i64 panel_end);
+  void recur_float16(const S* panel, i64 begin, i64 width);
   void load_state(i64 i);
   void store_state(i64 i) const;
 
@@ -84,6 +85,7 @@ class BackwardLane {
   const S* packed_;  // null: the weights are read as they are stored
   const Chunk<S>& chunk_;
   const i64 hidden_pitch_, state_pitch_;
+  const Float16Kernels* const half_;
   const Extended<S>* const extended_;
   Buffer<S> dh_, dc_, dm_;  // gradients that go back in time; dm_: gradient of the hidden state before its projection
   Buffer<S> dh_stayed_;     // the part of dh that zoneout leads past this step

@@ -14,9 +14,13 @@ inline void BackwardDirection<S>::input_grad(i64 row_begin, i64 row_end, i64 pan
   constexpr i64 kGroup = kTileRows * 8;
   for (i64 first = row_begin; first < row_end; first += kGroup) {
     const i64 n = smaller(kGroup, row_end - first);
-    multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(),
-                      packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, {sum[0], kPanel<S>}, width,
-                      packed_ + at_.w_ih + (panel + 1) * s_.gate_units() * kPanel<S>, gradient_chain(s_));
+    if (half_)
+      multiply_rounded<S>(half_, n, nullptr, chunk.half.from(first), s_.gate_units(),
+                          packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, sum, false, nullptr);
+    else
+      multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(),
+                        packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, {sum[0], kPanel<S>}, width,
+                        packed_ + at_.w_ih + (panel + 1) * s_.gate_units() * kPanel<S>, gradient_chain(s_));
     for (i64 i = 0; i < n; ++i) put_input_grad(first + i, begin, width, sum[i]);
   }
 }

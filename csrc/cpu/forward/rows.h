@@ -10,7 +10,8 @@ template <class S, Cell cell>
 inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& plan, const Extended<S>* extended,
                                          i64 direction, i64 lane)
     : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes), w_(p.weights[direction]),
-      packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr), sums_{s_, at_, packed_},
+      packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr),
+      sums_{s_, at_, packed_, float16_in_forward<S>(s_, p.dtype)},
       direct_(packed_ ? DirectSums<S>() : DirectSums<S>(s_, p.dtype, w_)), backwards_(call_order()),
       hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), gate_pitch_(pitch<S>(4 * s_.H)),
       inputs_ahead_(plan.input_steps > 0 || (kByRow && s_.layer_norm)),
@@ -32,6 +33,10 @@ inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& pla
   cell_row_ = y_row_ + n;
   gates_row_ = cell_row_ + n;
   if (element_bytes(p.dtype) != sizeof(S)) x_copy_ = Buffer<S>(n * steps_ * s_.I);
+  if (sums_.half) {
+    x_half_ = Float16Rows(sums_.half, n * steps_, s_.I);
+    h_half_ = Float16Rows(sums_.half, n, s_.P);
+  }
   if (inputs_ahead_) input_products_ = Buffer<S>(n * steps_ * (kByRow ? gate_pitch_ : at_.tiles * kPanel<S>));
   if (kByRow) z_ = Buffer<S>(n * gate_pitch_);
   if (kByRow && p.cell.h_mask.data) h_masked_ = Buffer<S>(n * state_pitch_);
@@ -48,6 +53,8 @@ inline void ForwardLane<S, cell>::begin_chunk(i64 step) {
       if (x_copy_) {
         convert_in(&x_copy_[chunk_rows_ * s_.I], p_.x.data, p_.dtype, offset, s_.I);
         x_row_[chunk_rows_] = &x_copy_[chunk_rows_ * s_.I];
+        if constexpr (sizeof(S) == sizeof(float))
+          if (x_half_) x_half_.put(chunk_rows_, x_row_[chunk_rows_]);
       } else {
         x_row_[chunk_rows_] = element<const S>(p_.x.data, offset);
       }
@@ -75,6 +82,8 @@ inline void ForwardLane<S, cell>::begin_step(i64 step) {
     if (p_.gates.data) gates_row_[i] = element<S>(p_.gates.data, rows_.offset(p_.gates, t_, b));
   }
   if (p_.reset) reset_states();
+  if constexpr (sizeof(S) == sizeof(float))
+    for (i64 i = 0; h_half_ && !from_zero_ && i < n_; ++i) h_half_.put(i, product_state(i));
 }
 
 // Whether the states of all rows are zero, as they are at first in most calls: the product with w_hh need not be made.

@@ -5,17 +5,31 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/float16.h"
 #include "cpu/isa/x86.h"
-#include "lstm.h"
 
 namespace fastlstm {
 
 #ifdef FASTLSTM_X86
 extern const Kernels avx512_kernels, avx2_kernels;
 #endif
+#ifdef FASTLSTM_FLOAT16
+extern const Float16Kernels avx512fp16_products;
+#endif
 extern const Kernels portable_kernels;
 
 namespace {
+
+// What FASTLSTM_ISA names the kernels of avx512 with products in float16.
+constexpr char kFloat16[] = "avx512fp16";
+
+bool has_float16() {
+#ifdef FASTLSTM_FLOAT16
+  return x86_features().avx512_fp16;
+#else
+  return false;
+#endif
+}
 
 bool supported(const Kernels& kernels) {
 #ifdef FASTLSTM_X86
@@ -37,7 +51,8 @@ const Kernels& choose() {
     for (const Kernels* kernels : fastest_first)
       if (supported(*kernels)) return *kernels;
   }
-  std::string available;
+  std::string available = has_float16() ? kFloat16 : "";
+  if (wanted == available) return *fastest_first[0];
   for (const Kernels* kernels : fastest_first) {
     if (!supported(*kernels)) continue;
     if (std::strcmp(wanted, kernels->name) == 0) return *kernels;
@@ -47,10 +62,23 @@ const Kernels& choose() {
                            " is not available on this machine; choose one of: " + available + ", or unset it");
 }
 
+const Float16Kernels* choose_float16() {
+#ifdef FASTLSTM_FLOAT16
+  const char* wanted = std::getenv("FASTLSTM_ISA");
+  if (has_float16() && (!wanted || !*wanted || std::strcmp(wanted, kFloat16) == 0)) return &avx512fp16_products;
+#endif
+  return nullptr;
+}
+
 }  // namespace
 
 const Kernels& cpu_kernels() {
   static const Kernels& kernels = choose();
+  return kernels;
+}
+
+const Float16Kernels* float16_kernels() {
+  static const Float16Kernels* const kernels = choose_float16();
   return kernels;
 }
 

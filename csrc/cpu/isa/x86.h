@@ -4,6 +4,9 @@
 
 #ifdef __x86_64__
 #define FASTLSTM_X86 1
+#ifdef __FLT16_MANT_DIG__  // of compilers that know AVX-512 FP16, as setup.py asks
+#define FASTLSTM_FLOAT16 1
+#endif
 
 #include <cpuid.h>
 

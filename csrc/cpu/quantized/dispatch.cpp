@@ -14,10 +14,9 @@ namespace fastlstm {
 
 #ifdef FASTLSTM_X86
 extern const QuantizedKernels avx512bf16_quantized, avx512vnni_quantized, avxvnni_quantized, avx2_quantized;
-#ifdef __FLT16_MANT_DIG__  // by compilers that know it, as setup.py asks
-extern const QuantizedKernels avx512fp16_quantized;
-#define FASTLSTM_FLOAT16
 #endif
+#ifdef FASTLSTM_FLOAT16
+extern const QuantizedKernels avx512fp16_quantized;
 #endif
 #ifdef FASTLSTM_ARM
 extern const QuantizedKernels i8mm_quantized, dotprod_quantized;
@@ -62,7 +61,7 @@ bool proven([[maybe_unused]] const QuantizedKernels& kernels) {
 const QuantizedKernels& choose() {
   const Choice fastest_first[] = {
 #ifdef FASTLSTM_FLOAT16
-      {&avx512fp16_quantized, "avx512"},
+      {&avx512fp16_quantized, "avx512fp16"},
 #endif
 #ifdef FASTLSTM_X86
       {&avx512bf16_quantized, "avx512"},  //

@@ -1,0 +1,49 @@
+// Products of 16-bit tensors in float16, which the kernels of avx512 take instead of those of gemm.h where the CPU has
+// AVX-512 FP16: twice as many multiply-adds as of float32.
+//
+// float16 has more bits than bfloat16 but a smaller range. So every row of a product, and every column, is divided by
+// the power of two of its largest number: what is smaller than 2^-20 of that may be lost. A chain has 64 terms, in two
+// halves, that are summed in float16; chains are summed in float32. Terms and their roundings are the same for every
+// number of rows, so that a row's bits do not depend on its batch.
+#pragma once
+
+#include "lstm.h"
+
+namespace fastlstm {
+
+// Rows of float16: row r is at data + r * pitch, and stands for its numbers times scales[r * step]. A scale below zero
+// says that not all numbers are finite, and counts as its absolute value.
+struct Float16Matrix {
+  const uint16_t* data = nullptr;
+  i64 pitch = 0;
+  const float* scales = nullptr;
+  i64 step = 0;
+};
+
+struct Float16Kernels {
+  // Rounds x [K] to a row; returns its scale. `to` has room for whole vectors of float32.
+  float (*round_row)(const float* x, i64 K, uint16_t* to);
+  // Make a panel of K > 1 rows and 64 columns one of float16, in place: [ceil(K / 2)][64] pairs of rows, then 64
+  // scales. NaN is the scale of a column whose numbers are not all finite. From float32 [K][64], or from pairs of
+  // bfloat16.
+  void (*pack)(float* panel, i64 K);
+  void (*pack_pairs)(float* panel, i64 K);
+  // Puts two rows of n bfloat16 numbers, or one and zeros, into pair `pair` of panels of K rows.
+  void (*put_pair)(const uint16_t* first, const uint16_t* second, i64 n, i64 pair, i64 K, float* panels);
+  // sums[r] = (add ? sums[r] : 0) + product of row r of `a` and a packed panel, for up to kPanelRows rows.
+  void (*multiply)(i64 rows, const Float16Matrix& a, i64 K, const float* panel, float (*sums)[64], bool add);
+  // Rounds the columns of x [rows][n], each with a scale of its own, to pairs of rows: [rows / 2][to_pitch][2]. Columns
+  // from n on are zero. largest: the power of two that the largest number of a column gets.
+  void (*round_columns)(i64 rows, const float* x, i64 pitch, i64 n, int largest, uint16_t* to, i64 to_pitch,
+                        float* scales);
+  // sums [K][64] = (add ? sums : 0) + a^T d, of rounded columns a, up to K, and d, 64 columns.
+  void (*multiply_columns)(i64 rows, const uint16_t* a, i64 a_pitch, const float* a_scales, i64 K, const uint16_t* d,
+                           const float* d_scales, float* sums, bool add);
+};
+
+// Null where the CPU has no AVX-512 FP16, or FASTLSTM_ISA names other kernels.
+const Float16Kernels* float16_kernels();
+
+constexpr int kLargestWeight = 7;  // weights are below 2^8, activations below 2, sums of 64 products below 2^15
+
+}  // namespace fastlstm

@@ -1,0 +1,168 @@
+// Products in float16, compiled for AVX-512 with FP16 (float16.h says what they are). setup.py has the flags.
+#include "cpu/float16_chain.h"
+
+namespace fastlstm {
+namespace {
+
+constexpr int kColumns = 64;
+// Of panels: those of weights of 16 bits are at least 2^-133, and what is below 2^-100 is nothing to a product.
+constexpr int32_t kLeastExponent = 27;
+
+// The bits of the largest absolute value so far, of 16 columns.
+FASTLSTM_INLINE __m512i larger_bits(__m512i largest, Vec<float> x) {
+  return _mm512_max_epi32(largest, _mm512_and_si512((__m512i)x, _mm512_set1_epi32(0x7fffffff)));
+}
+
+// What 16 columns are multiplied by, so that the largest number of each has the power of two `shift`, and what that
+// stands for: NaN, if not all of its numbers are finite.
+struct ColumnScale {
+  Vec<float> factor, scale;
+  __m512i power;
+  FASTLSTM_INLINE ColumnScale(__m512i largest, int shift, int32_t least) {
+    const __m512i found = _mm512_srli_epi32(largest, 23);
+    const __m512i exponent =
+        _mm512_min_epi32(_mm512_max_epi32(found, _mm512_set1_epi32(least)), _mm512_set1_epi32(253));
+    factor = (Vec<float>)_mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(254 + shift), exponent), 23);
+    const __mmask16 strange = _mm512_cmpeq_epi32_mask(found, _mm512_set1_epi32(255));
+    power = _mm512_slli_epi32(exponent, 23);
+    scale = (Vec<float>)_mm512_mask_mov_epi32(power, strange, _mm512_set1_epi32(0x7fc00000));
+  }
+};
+
+// Two rows of 16 numbers as pairs of float16.
+FASTLSTM_INLINE __m512i pairs_of(Vec<float> first, Vec<float> second) {
+  const __m256i low = _mm512_cvtps_ph((__m512)first, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i high = _mm512_cvtps_ph((__m512)second, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// Vector by vector: pair p is written where rows 2p and before were.
+void pack(float* panel, i64 K) {
+  const i64 pairs = ceil_div(K, 2);
+  alignas(64) float scales[kColumns], factors[kColumns];
+  for (int k = 0; k < kColumns; k += 16) {
+    __m512i largest = _mm512_setzero_si512();
+    for (i64 row = 0; row < K; ++row) largest = larger_bits(largest, load(panel + row * kColumns + k));
+    const ColumnScale of(largest, kLargestWeight, kLeastExponent);
+    store(scales + k, of.scale);
+    store(factors + k, of.factor);
+  }
+  for (i64 pair = 0; pair < pairs; ++pair)
+    for (int k = 0; k < kColumns; k += 16) {
+      const float* const from = panel + 2 * pair * kColumns + k;
+      const Vec<float> factor = load(factors + k);
+      const Vec<float> second = 2 * pair + 1 < K ? load(from + kColumns) * factor : Vec<float>{};
+      _mm512_storeu_si512(panel + pair * kColumns + k, pairs_of(load(from) * factor, second));
+    }
+  std::memcpy(panel + pairs * kColumns, scales, sizeof scales);
+}
+
+void pack_pairs(float* panel, i64 K) {
+  const i64 pairs = ceil_div(K, 2);
+  for (int k = 0; k < kColumns; k += 16) {
+    __m512i both = _mm512_setzero_si512();
+    for (i64 pair = 0; pair < pairs; ++pair) {
+      const __m512i bits = _mm512_loadu_si512(panel + pair * kColumns + k);
+      both = _mm512_max_epu16(both, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
+    }
+    const __m512i low = _mm512_slli_epi32(both, 16), high = _mm512_and_si512(both, _mm512_set1_epi32(0x7fff0000));
+    const ColumnScale of(_mm512_max_epi32(low, high), kLargestWeight, kLeastExponent);
+    const Scaled scaled(of.power);
+    for (i64 pair = 0; pair < pairs; ++pair) {
+      float* const at = panel + pair * kColumns + k;
+      _mm512_storeu_si512(at, scaled(_mm512_loadu_si512(at)));
+    }
+    store(panel + pairs * kColumns + k, of.scale);
+  }
+}
+
+void put_pair(const uint16_t* first, const uint16_t* second, i64 n, i64 pair, i64 K, float* panels) {
+  for (i64 k = 0; k < round_up(n, kColumns); k += 16) {
+    const i64 lanes = larger(0, smaller(16, n - k));
+    const auto row = [&](const uint16_t* from) {
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << lanes) - 1), from + k));
+    };
+    float* const to = panels + k / kColumns * K * kColumns + pair * kColumns + k % kColumns;
+    _mm512_storeu_si512(to, _mm512_or_si512(row(first), second ? _mm512_slli_epi32(row(second), 16) : __m512i{}));
+  }
+}
+
+// The sums of a row that has numbers which are not finite: as float32 has them.
+void strange_row(const uint16_t* a, const uint16_t* w, i64 pairs, float* sums) {
+  for (int v = 0; v < 4; ++v) {
+    __m512 sum = _mm512_setzero_ps();
+    for (i64 pair = 0; pair < pairs; ++pair) {
+      const __m512i two = _mm512_loadu_si512(w + pair * 2 * kColumns + 32 * v);
+      const auto add = [&](uint16_t number, __m512i halves) {
+        const __m512 weights = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves));
+        sum = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm256_set1_epi16(int16_t(number))), weights, sum);
+      };
+      add(a[2 * pair], two);
+      add(a[2 * pair + 1], _mm512_srli_epi32(two, 16));
+    }
+    _mm512_storeu_ps(sums + 16 * v, _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / (1 << kLargestWeight))));
+  }
+}
+
+void multiply(i64 rows, const Float16Matrix& a, i64 K, const float* panel, float (*sums)[kColumns], bool add) {
+  const i64 pairs = ceil_div(K, 2);
+  const auto* w = reinterpret_cast<const uint16_t*>(panel);
+  const float* const scales = panel + pairs * kColumns;
+  alignas(64) float products[kPanelRows][kColumns];
+  const uint16_t* at[kPanelRows];
+  for (i64 r = 0; r < rows; ++r) at[r] = a.data + r * a.pitch;
+  float16_products(rows, at, 2, w, pairs, products);
+  for (i64 r = 0; r < rows; ++r) {
+    const float scale = a.scales[r * a.step];
+    if (scale < 0) strange_row(at[r], w, pairs, products[r]);
+    for (int k = 0; k < kColumns; k += 16) {
+      const Vec<float> factor = load(scales + k) * __builtin_fabsf(scale), product = load(&products[r][k]);
+      store(&sums[r][k], add ? fma(product, factor, load(&sums[r][k])) : product * factor);
+    }
+  }
+}
+
+void round_columns(i64 rows, const float* x, i64 pitch, i64 n, int largest, uint16_t* to, i64 to_pitch, float* scales) {
+  for (i64 k = 0; k < to_pitch; k += 16) {
+    if (k >= n) {
+      store(scales + k, Vec<float>{});
+      for (i64 row = 0; row < rows; row += 2) _mm512_storeu_si512(to + row * to_pitch + 2 * k, _mm512_setzero_si512());
+      continue;
+    }
+    __m512i bits = _mm512_setzero_si512();
+    for (i64 row = 0; row < rows; ++row) bits = larger_bits(bits, load(x + row * pitch + k));
+    const ColumnScale of(bits, largest, 1 + largest);
+    store(scales + k, of.scale);
+    for (i64 row = 0; row < rows; row += 2) {
+      const float* const from = x + row * pitch + k;
+      const Vec<float> second = row + 1 < rows ? load(from + pitch) * of.factor : Vec<float>{};
+      _mm512_storeu_si512(to + row * to_pitch + 2 * k, pairs_of(load(from) * of.factor, second));
+    }
+  }
+}
+
+void multiply_columns(i64 rows, const uint16_t* a, i64 a_pitch, const float* a_scales, i64 K, const uint16_t* d,
+                      const float* d_scales, float* sums, bool add) {
+  const i64 parts = ceil_div(K, kPanelRows), pairs = ceil_div(rows, 2);
+  alignas(64) float products[kPanelRows][kColumns];
+  const uint16_t* at[kPanelRows];
+  for (i64 part = 0; part < parts; ++part) {
+    const i64 begin = part * K / parts, end = (part + 1) * K / parts;
+    for (i64 k = begin; k < end; ++k) at[k - begin] = a + 2 * k;
+    float16_products(end - begin, at, 2 * a_pitch, d, pairs, products);
+    for (i64 k = begin; k < end; ++k)
+      for (int v = 0; v < kColumns; v += 16) {
+        float* const sum = sums + k * kColumns + v;
+        const Vec<float> factor = load(d_scales + v) * a_scales[k], product = load(&products[k - begin][v]);
+        store(sum, add ? fma(product, factor, load(sum)) : product * factor);
+      }
+  }
+}
+
+}  // namespace
+
+extern const Float16Kernels avx512fp16_products;
+const Float16Kernels avx512fp16_products = {round_row, pack,          pack_pairs,      put_pair,
+                                            multiply,  round_columns, multiply_columns};
+
+}  // namespace fastlstm
