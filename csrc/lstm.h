@@ -151,8 +151,8 @@ struct Kernels {
   size_t (*forward_bytes)(const Sizes&, bool is_double);
   size_t (*backward_bytes)(const Sizes&, bool is_double);
   uint64_t (*hash)(const void* data, size_t bytes, uint64_t seed);
-  void (*pack_forward)(const Sizes&, Dtype, const DirectionWeights*, void* packed);
-  void (*pack_backward)(const Sizes&, Dtype, const DirectionWeights*, void* packed);
+  void (*pack_forward)(const Sizes&, Dtype, const DirectionWeights*, void* packed, Threads&);
+  void (*pack_backward)(const Sizes&, Dtype, const DirectionWeights*, void* packed, Threads&);
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
   void (*weight_grads)(const WeightGradParams&);

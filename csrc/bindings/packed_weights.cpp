@@ -95,7 +95,7 @@ PackedWeights::PackedWeights(const Call& call, Orders orders, const Array& cache
   if (fits && share(call, static_cast<char*>(cache.data), size_t(cache.sizes[0]), threads)) return;
   own_ = allocate(bytes);
   data_ = own_.get();
-  pack(call, call.weights);
+  pack(call, call.weights, threads);
 }
 
 PackedWeights::~PackedWeights() {
@@ -130,7 +130,7 @@ bool PackedWeights::share(const Call& call, char* base, size_t bytes, Threads& t
   if (header->orders.exchange(orders, std::memory_order_relaxed) == 0) prefer_huge_pages(data_, base + bytes);
   try {
     if (turn)
-      pack(call, call.weights);
+      pack(call, call.weights, threads);
     else
       header->hash.store(pack_copy(call, threads), std::memory_order_release);
   } catch (...) {
@@ -142,10 +142,10 @@ bool PackedWeights::share(const Call& call, char* base, size_t bytes, Threads& t
   return true;
 }
 
-void PackedWeights::pack(const Call& call, const DirectionWeights* weights) const {
+void PackedWeights::pack(const Call& call, const DirectionWeights* weights, Threads& threads) const {
   const Kernels& kernels = cpu_kernels();
-  if (orders_.backward) kernels.pack_backward(call.sizes, call.dtype, weights, data_);
-  if (orders_.forward) kernels.pack_forward(call.sizes, call.dtype, weights, data_ + backward_bytes_);
+  if (orders_.backward) kernels.pack_backward(call.sizes, call.dtype, weights, data_, threads);
+  if (orders_.forward) kernels.pack_forward(call.sizes, call.dtype, weights, data_ + backward_bytes_, threads);
 }
 
 // Packs a copy of the weights, and returns the hash of this copy.
@@ -161,7 +161,7 @@ uint64_t PackedWeights::pack_copy(const Call& call, Threads& threads) const {
       data = memory.back().get();
     });
   }
-  pack(call, copies);
+  pack(call, copies, threads);
   return hash_weights(call, copies, threads);
 }
 

@@ -49,7 +49,7 @@ class PackedWeights {
 
   static Memory allocate(size_t bytes);
   bool share(const Call& call, char* base, size_t bytes, Threads& threads);
-  void pack(const Call& call, const DirectionWeights* weights) const;
+  void pack(const Call& call, const DirectionWeights* weights, Threads& threads) const;
   uint64_t pack_copy(const Call& call, Threads& threads) const;
   uint64_t hash_weights(const Call& call, const DirectionWeights* weights, Threads& threads) const;
 

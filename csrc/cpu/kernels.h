@@ -22,22 +22,22 @@ size_t backward_bytes(const Sizes& s, bool is_double) {
   return size_t(s.D) * (is_double ? size_t(BackwardPack<double>(s).size) * 8 : size_t(BackwardPack<float>(s).size) * 4);
 }
 
-void pack_forward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed) {
+void pack_forward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed, Threads& threads) {
   const FlushDenormals flush;
   for (i64 d = 0; d < s.D; ++d)
     if (dtype == Dtype::f64)
-      pack_forward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * ForwardPack<double>(s).size);
+      pack_forward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * ForwardPack<double>(s).size, threads);
     else
-      pack_forward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * ForwardPack<float>(s).size);
+      pack_forward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * ForwardPack<float>(s).size, threads);
 }
 
-void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed) {
+void pack_backward(const Sizes& s, Dtype dtype, const DirectionWeights* weights, void* packed, Threads& threads) {
   const FlushDenormals flush;
   for (i64 d = 0; d < s.D; ++d)
     if (dtype == Dtype::f64)
-      pack_backward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * BackwardPack<double>(s).size);
+      pack_backward_one(s, dtype, weights[d], static_cast<double*>(packed) + d * BackwardPack<double>(s).size, threads);
     else
-      pack_backward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * BackwardPack<float>(s).size);
+      pack_backward_one(s, dtype, weights[d], static_cast<float*>(packed) + d * BackwardPack<float>(s).size, threads);
 }
 
 // Calls f(integral_constant<Cell, cell>) with the cell of a call.

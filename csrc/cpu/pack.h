@@ -14,6 +14,7 @@
 #include "cpu/convert.h"
 #include "cpu/float16_rows.h"
 #include "cpu/gemm.h"
+#include "cpu/parallel.h"
 #include "cpu/transpose.h"
 
 namespace fastlstm {
@@ -38,12 +39,16 @@ bool forward_reads_stored(const Sizes& s) {
   return s.T <= kShortCall && (s.I + s.P) / kLanes<S> >= kDotVectors;
 }
 
+// Numbers of a row of x and of h that are worth rounding to float16.
+constexpr i64 kFloat16Terms = 64;
+
 // What computes products of bfloat16 tensors in float16; null: they are those of gemm.h. Bits depend on it, so it must
 // depend neither on the batch nor on threads. Errors are a part of what bfloat16 makes, but twice those of float16
 // tensors, which therefore have products in float32. Layer normalisation has other products.
 template <class S>
 const Float16Kernels* float16_products(const Sizes& s, Dtype dtype) {
-  const bool takes = kPanel<S> == 64 && dtype == Dtype::bf16 && s.I > 1 && s.P > 1 && !s.layer_norm;
+  const bool takes =
+      kPanel<S> == 64 && dtype == Dtype::bf16 && s.I > 1 && s.P > 1 && s.I + s.P >= kFloat16Terms && !s.layer_norm;
   return takes ? float16_kernels() : nullptr;
 }
 // Of packed weights with x and h.
@@ -162,15 +167,24 @@ class GateMatrix {
   const AsCompute<S> wide_;
 };
 
+// Calls f(k) for every k of [0, n) on any of the threads, each of which takes long runs.
+template <class F>
+inline void share_packing(Threads& threads, i64 n, const F& f) {
+  const i64 pieces = smaller(n, threads.count() == 1 ? 1 : 4 * threads.count());
+  parallel(threads, pieces, [&](i64 piece) {
+    for (i64 k = piece * n / pieces; k < (piece + 1) * n / pieces; ++k) f(k);
+  });
+}
+
 template <class S>
-inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
+inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed, Threads& threads) {
   const ForwardPack<S> at(s);
   const Float16Kernels* const half = float16_in_forward<S>(s, dtype);
   const GateMatrix<S> w_ih(half, w.w_ih, dtype, s.gate_units(), s.I), w_hh(half, w.w_hh, dtype, s.gate_units(), s.P);
   const AsCompute<S> b_ih(w.b_ih, dtype, s.gate_units()), b_hh(w.b_hh, dtype, s.gate_units());
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
   const bool add_bias = s.bias && !s.layer_norm;  // layer normalisation needs the products without the bias
-  for (i64 tile = 0; tile < at.tiles; ++tile) {
+  share_packing(threads, at.tiles, [&](i64 tile) {
     for (i64 v = 0; v < kPanelVectors; ++v) {
       const i64 first = (s.G == 1 ? tile * kPanelVectors + v : tile) * kLanes<S>, column = v * kLanes<S>;
       const i64 lanes = larger(0, smaller(kLanes<S>, s.H - first));
@@ -184,13 +198,14 @@ inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights
     w_ih.end_panel(packed + at.w_ih + tile * s.I * kPanel<S>);
     w_hh.end_panel(packed + at.w_hh + tile * s.P * kPanel<S>);
     w_hh.product_of_zero(packed + at.w_hh + tile * s.P * kPanel<S>, packed + at.of_zero + tile * kPanel<S>);
-  }
-  for (i64 panel = 0; panel < at.out_panels; ++panel)
+  });
+  share_packing(threads, at.out_panels, [&](i64 panel) {
     for (i64 first = panel * kPanel<S>, v = 0; v < kPanelVectors; ++v, first += kLanes<S>) {
       const i64 lanes = larger(0, smaller(kLanes<S>, s.P - first));
       transpose_lanes(packed + at.w_hr + panel * s.H * kPanel<S> + v * kLanes<S>, kPanel<S>,
                       w_hr.get() + (lanes ? first : 0) * s.H, s.H, lanes);
     }
+  });
 }
 
 // panels[p][k][..] = row source(k) of a [.., n] matrix, columns p * kPanel onwards, zero past n.
@@ -206,38 +221,39 @@ inline void pack_row(S* panels, i64 K, i64 k, const S* row, i64 n) {
 // Of bfloat16 weights.
 template <class S>
 inline void pack_backward_float16(const Float16Kernels& half, const Sizes& s, const BackwardPack<S>& at,
-                                  const DirectionWeights& w, S* packed) {
+                                  const DirectionWeights& w, S* packed, Threads& threads) {
   if constexpr (sizeof(S) == sizeof(float)) {
     const i64 K = s.gate_units();
     const auto row = [&](const void* data, i64 q, i64 n) {
       return q < K ? static_cast<const uint16_t*>(data) + gate_row<S>(s, q) * n : nullptr;
     };
-    for (i64 q = 0; q < K; q += 2) {
-      half.put_pair(row(w.w_ih, q, s.I), row(w.w_ih, q + 1, s.I), s.I, q / 2, K, packed + at.w_ih);
-      half.put_pair(row(w.w_hh, q, s.P), row(w.w_hh, q + 1, s.P), s.P, q / 2, K, packed + at.w_hh);
-    }
-    for (i64 panel = 0; panel < at.in_panels + at.state_panels; ++panel)  // w_hh follows w_ih
-      half.pack_pairs(packed + panel * K * kPanel<S>, K);
+    share_packing(threads, ceil_div(K, 2), [&](i64 pair) {
+      const i64 q = 2 * pair;
+      half.put_pair(row(w.w_ih, q, s.I), row(w.w_ih, q + 1, s.I), s.I, pair, K, packed + at.w_ih);
+      half.put_pair(row(w.w_hh, q, s.P), row(w.w_hh, q + 1, s.P), s.P, pair, K, packed + at.w_hh);
+    });
+    share_packing(threads, at.in_panels + at.state_panels,  // w_hh follows w_ih
+                  [&](i64 panel) { half.pack_pairs(packed + panel * K * kPanel<S>, K); });
   }
 }
 
 template <class S>
-inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed) {
+inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed, Threads& threads) {
   const BackwardPack<S> at(s);
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
   const Float16Kernels* const half = float16_in_backward<S>(s, dtype);
   if (half) {
-    pack_backward_float16(*half, s, at, w, packed);
+    pack_backward_float16(*half, s, at, w, packed, threads);
   } else {
     const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
-    for (i64 q = 0; q < s.gate_units(); ++q) {
+    share_packing(threads, s.gate_units(), [&](i64 q) {
       const i64 row = gate_row<S>(s, q);
       pack_row(packed + at.w_ih, s.gate_units(), q, w_ih.get() + row * s.I, s.I);
       pack_row(packed + at.w_hh, s.gate_units(), q, w_hh.get() + row * s.P, s.P);
-    }
+    });
   }
   if (s.projected)
-    for (i64 p = 0; p < s.P; ++p) pack_row(packed + at.w_hr, s.P, p, w_hr.get() + p * s.H, s.H);
+    share_packing(threads, s.P, [&](i64 p) { pack_row(packed + at.w_hr, s.P, p, w_hr.get() + p * s.H, s.H); });
 }
 
 }  // namespace
