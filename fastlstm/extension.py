@@ -91,7 +91,11 @@ def load_cuda(emulated: bool) -> None:
 
 
 def isa() -> str:
-    """Return the instruction set of the loaded CPU kernels: "avx512", "avx2" or "portable"."""
+    """Return the instruction set of the loaded CPU kernels, as FASTLSTM_ISA names it.
+
+    "avx512fp16", "avx512", "avx2" or "portable". The first one has the kernels of the second, but
+    for products of bfloat16 modules, which are in float16.
+    """
     with untraced():
         return str(torch.ops.fastlstm.cpu_isa())
 

@@ -54,7 +54,8 @@ def test_more_cores_are_never_slower(H: int, B: int) -> None:
 
 
 @pytest.mark.skipif(
-    extension.error() is not None or extension.isa() != "avx512", reason="the table is of AVX-512"
+    extension.error() is not None or not extension.isa().startswith("avx512"),
+    reason="the table is of AVX-512",
 )
 def test_the_page_says_what_scales() -> None:
     """csrc/README.md: how many times as fast 2 to 64 cores are."""

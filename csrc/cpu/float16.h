@@ -3,8 +3,11 @@
 //
 // float16 has more bits than bfloat16 but a smaller range. So every row of a product, and every column, is divided by
 // the power of two of its largest number: what is smaller than 2^-20 of that may be lost. A chain has 64 terms, in two
-// halves, that are summed in float16; chains are summed in float32. Terms and their roundings are the same for every
-// number of rows, so that a row's bits do not depend on its batch.
+// halves, that are summed in float16; chains are summed in float32. That errs by some 2^-10 of what sums usually are.
+// Of h and of gradients PyTorch's bfloat16 loses as much, but nothing of x: so where sums of a row of x with a panel
+// may be so large that such errors show in open gates, they are made in float32. Which ones those are depends on the
+// row and the panel alone, and terms and their roundings are the same for every number of rows: a row's bits do not
+// depend on its batch.
 #pragma once
 
 #include "lstm.h"
@@ -30,8 +33,11 @@ struct Float16Kernels {
   void (*pack_pairs)(float* panel, i64 K);
   // Puts two rows of n bfloat16 numbers, or one and zeros, into pair `pair` of panels of K rows.
   void (*put_pair)(const uint16_t* first, const uint16_t* second, i64 n, i64 pair, i64 K, float* panels);
-  // sums[r] = (add ? sums[r] : 0) + product of row r of `a` and a packed panel, for up to kPanelRows rows.
-  void (*multiply)(i64 rows, const Float16Matrix& a, i64 K, const float* panel, float (*sums)[64], bool add);
+  // sums[r] = (add ? sums[r] : 0) + product of row r of `a` and a packed panel, for up to kPanelRows rows. In float32,
+  // from `exact`, are those of rows that have numbers which are not finite, and sums that may be large, of rows whose
+  // scale is above `least`.
+  void (*multiply)(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K, const float* panel,
+                   float (*sums)[64], bool add, float least);
   // Rounds the columns of x [rows][n], each with a scale of its own, to pairs of rows: [rows / 2][to_pitch][2]. Columns
   // from n on are zero. largest: the power of two that the largest number of a column gets.
   void (*round_columns)(i64 rows, const float* x, i64 pitch, i64 n, int largest, uint16_t* to, i64 to_pitch,

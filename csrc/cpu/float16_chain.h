@@ -59,6 +59,14 @@ class Scaled {
   __m512i less_;
 };
 
+// The upper halves of lanes, float16, as float32: with a bias of 15 instead of 127 in their exponents, so 2^112 is
+// missing. What becomes of weights is too large, though.
+FASTLSTM_INLINE __m512 small_float(__m512i halves) {
+  const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(halves, 3), _mm512_set1_epi32(int32_t(0x8fffe000)));
+  return _mm512_castsi512_ps(bits);
+}
+constexpr float kMissing = 0x1p112f / (1 << kLargestWeight);
+
 // One chain: sums[r] = (add ? sums[r] : 0) + a[r] times `pairs` pairs of a panel w, times 2^-kLargestWeight. Pairs of
 // a[r] are a_step numbers apart. weights(v, bits) makes vector v of a pair, as it lies in memory, float16.
 template <int R, class Weights>
@@ -82,15 +90,12 @@ FASTLSTM_INLINE void float16_chain(const uint16_t* const (&a)[R], i64 a_step, co
       for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_fmadd_ph(row, column[v], acc[r][v]);
     }
   }
-  // The sum of both halves of a lane. The upper one becomes a float32: with a bias of 15 instead of 127 in its
-  // exponent, so 2^112 is missing, and weights are too large.
+  // The sum of both halves of a lane.
 #pragma GCC unroll 32
   for (int k = 0; k < R * 4; ++k) {
     const __m512i halves = _mm512_castph_si512(acc[k / 4][k % 4]);
     const __m512h both = _mm512_add_ph(acc[k / 4][k % 4], _mm512_castsi512_ph(_mm512_rol_epi32(halves, 16)));
-    const __m512i upper = _mm512_srai_epi32(_mm512_castph_si512(both), 3);
-    const __m512 small = _mm512_castsi512_ps(_mm512_and_si512(upper, _mm512_set1_epi32(int32_t(0x8fffe000))));
-    const __m512 missing = _mm512_set1_ps(0x1p112f / (1 << kLargestWeight));
+    const __m512 small = small_float(_mm512_castph_si512(both)), missing = _mm512_set1_ps(kMissing);
     float* sum = sums[k / 4] + k % 4 * 16;
     _mm512_storeu_ps(sum, add ? _mm512_fmadd_ps(small, missing, _mm512_loadu_ps(sum)) : _mm512_mul_ps(small, missing));
   }
@@ -113,6 +118,50 @@ FASTLSTM_INLINE void float16_dots(const uint16_t* const* rows, i64 a_step, const
   } while (from < pairs);
 }
 
+// sums[r] = product of R rows with a panel in float32: number(r, k) is number k of row r, 2 * pairs of them.
+template <int R, class Number, class Weights>
+FASTLSTM_INLINE void float32_dots(const Number& number, const uint16_t* w, const Weights& weights, i64 pairs,
+                                  float (*sums)[64]) {
+  __m512 acc[R][4];
+#pragma GCC unroll 32
+  for (int k = 0; k < R * 4; ++k) acc[k / 4][k % 4] = _mm512_setzero_ps();
+#pragma GCC unroll 1
+  for (i64 pair = 0; pair < pairs; ++pair, w += 128) {
+    __m512 first[R], second[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      first[r] = _mm512_set1_ps(number(r, 2 * pair));
+      second[r] = _mm512_set1_ps(number(r, 2 * pair + 1));
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m512i two = weights(v, _mm512_loadu_si512(w + 32 * v));
+      const auto widened = [](__m512i halves) FASTLSTM_INLINE_LAMBDA {
+        return _mm512_mul_ps(small_float(halves), _mm512_set1_ps(kMissing));
+      };
+      const __m512 even = widened(_mm512_slli_epi32(two, 16)), odd = widened(two);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        acc[r][v] = _mm512_fmadd_ps(second[r], odd, _mm512_fmadd_ps(first[r], even, acc[r][v]));
+    }
+  }
+#pragma GCC unroll 32
+  for (int k = 0; k < R * 4; ++k) _mm512_storeu_ps(sums[k / 4] + k % 4 * 16, acc[k / 4][k % 4]);
+}
+constexpr int kExactRows = 4;  // 4 rows x 4 vectors of sums, 8 numbers and 4 of weights
+
+// The power of two of a row's largest number from which on its sums with K weights, the largest of which have the
+// powers `scales`, are so large that errors of float16 may show in open gates.
+constexpr float kLargeSums = 8;
+inline float largest_row(const float* scales, i64 K) {
+  const __m512 left = _mm512_max_ps(_mm512_loadu_ps(scales), _mm512_loadu_ps(scales + 16));
+  const __m512 right = _mm512_max_ps(_mm512_loadu_ps(scales + 32), _mm512_loadu_ps(scales + 48));
+  return kLargeSums / (_mm512_reduce_max_ps(_mm512_max_ps(left, right)) * __builtin_sqrtf(float(K)));
+}
+
+// Of panels that are float16 already.
+constexpr auto kAsTheyAre = [](int, __m512i bits) FASTLSTM_INLINE_LAMBDA { return bits; };
+
 // One chain of a panel that is float16 already, from `pair` on. Not inlined: one copy serves every product.
 template <int R>
 __attribute__((noinline)) void float16_panel(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
@@ -120,8 +169,7 @@ __attribute__((noinline)) void float16_panel(const uint16_t* const* rows, i64 a_
   const uint16_t* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = rows[r] + pair * a_step;
-  const auto weights = [](int, __m512i bits) FASTLSTM_INLINE_LAMBDA { return bits; };
-  float16_chain<R>(a, a_step, w, weights, pairs, sums, add);
+  float16_chain<R>(a, a_step, w, kAsTheyAre, pairs, sums, add);
 }
 
 // sums[r] = product of n rows with such a panel. All rows pass over a part of it, one chain, while that is in L1.

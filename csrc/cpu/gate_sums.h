@@ -48,12 +48,12 @@ struct GateSums {
   void start(i64 rows, const S* const* x, const Float16Matrix& x_half, i64 tile, S (*sums)[kPanel<S>],
              const S* next) const {
     for (i64 r = 0; r < rows; ++r) std::memcpy(sums[r], packed + at.bias + tile * kPanel<S>, sizeof sums[r]);
-    multiply_rounded<S>(half, rows, x, x_half, s.I, input_panel(tile), sums, true, next);
+    multiply_rounded<S>(half, rows, x, x_half, s.I, input_panel(tile), sums, true, next, 0.0f);
   }
   // sums += h w_hh^T. h: [rows] rows of P.
   void add_hidden(i64 rows, const S* const* h, const Float16Matrix& h_half, i64 tile, S (*sums)[kPanel<S>],
                   const S* next) const {
-    multiply_rounded<S>(half, rows, h, h_half, s.P, hidden_panel(tile), sums, true, next);
+    multiply_rounded<S>(half, rows, h, h_half, s.P, hidden_panel(tile), sums, true, next, 1.0f);
   }
   // acc, sums += h w_hh^T for states of zeros: the same bits.
   template <int R, int P>

@@ -62,13 +62,16 @@ const Float16Kernels* float16_in_backward(const Sizes& s, Dtype dtype) {
   return s.T <= kShortCall ? nullptr : float16_products<S>(s, dtype);
 }
 
-// sums[r] = (add ? sums[r] : 0) + product with a packed panel, for up to kPanelRows rows: of `half`, if there are
-// kernels for them, else of `rows`. next: see multiply_panel.
+// `least` of gradients: what follows from them is linear.
+constexpr float kNeverLarge = __builtin_inff();
+
+// sums[r] = (add ? sums[r] : 0) + product of rows with a packed panel, for up to kPanelRows of them: of `half`, which
+// are the same rows, if there are kernels for them. least: see Float16Kernels::multiply; next: see multiply_panel.
 template <class S>
 inline void multiply_rounded(const Float16Kernels* kernels, i64 n, const S* const* rows, const Float16Matrix& half,
-                             i64 K, const S* panel, S (*sums)[kPanel<S>], bool add, const S* next) {
+                             i64 K, const S* panel, S (*sums)[kPanel<S>], bool add, const S* next, float least) {
   if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
-    if (kernels) return kernels->multiply(n, half, K, panel, sums, add);
+    if (kernels) return kernels->multiply(n, half, rows, K, panel, sums, add, least);
   multiply_panel<S>(n, rows, K, panel, sums, add, next);
 }
 

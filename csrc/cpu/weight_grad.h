@@ -5,6 +5,8 @@
 // A sum has three levels, because one long chain would be inaccurate: blocks of rows, a group of blocks, all groups.
 #pragma once
 
+#include <limits>
+
 #include "cpu/float16.h"
 #include "cpu/gemm.h"
 #include "cpu/long_sum.h"
@@ -39,9 +41,11 @@ class WeightGrad {
   }
 
   // sums += a^T d over the `rows` rows of a chunk, for part `part` of `parts`. d: rows of N (padded to whole vectors)
-  // at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out.
+  // at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out. scales: of rows of d, if
+  // products are in float16.
   template <class Fill>
-  void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill) const {
+  void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill,
+           const float* scales = nullptr) const {
     const i64 panel_groups = parts / depth_groups(), group = part / panel_groups, which = part % panel_groups;
     const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups();
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
@@ -51,7 +55,8 @@ class WeightGrad {
     for (i64 first = 0; first < rows; first += most) {
       const i64 count = smaller(most, rows - first), block = blocks_ + first / most;
       for (i64 row = 0; row < count; ++row) fill(first + row, k_begin, k_end, &a[row * a_pitch]);
-      if (half_) round(half, count, a.get(), a_pitch, k_end - k_begin);
+      const bool rounds = half_ && !uneven(count, a.get(), a_pitch, k_end - k_begin, scales + first);
+      if (rounds) round(half, count, a.get(), a_pitch, k_end - k_begin);
       for (i64 panel = panel_begin; panel < panel_end; ++panel) {
         const S* dp = d + first * d_pitch + panel * kPanel<S>;
         const i64 at = (panel * K_ + k_begin) * kPanel<S>, width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
@@ -59,7 +64,7 @@ class WeightGrad {
           for (i64 v = 0; v < ceil_div(width, kLanes<S>); ++v)
             bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
         if (block > 0 && block % kGroup == 0) end_group(at, (k_end - k_begin) * kPanel<S>, block == kGroup);
-        if (half_) {
+        if (rounds) {
           add_rounded(half, count, k_end - k_begin, dp, d_pitch, width, &sums_[at], block % kGroup > 0);
           continue;
         }
@@ -122,6 +127,34 @@ class WeightGrad {
   static constexpr i64 kHalfRows = 4 * kRows, kHalfDepth = 2 * kDepth;
   i64 block_rows() const { return half_ ? kHalfRows : kRows; }
   i64 depth_groups() const { return ceil_div(K_, half_ ? kHalfDepth : kDepth); }
+
+  // Whether some rows are so much larger than others that columns, each of which float16 scales by its largest number,
+  // would lose these. What a large row adds may be nothing, as where it has closed all gates. scales: of rows of d,
+  // which get smaller from step to step.
+  static bool uneven(i64 rows, const S* a, i64 a_pitch, i64 K, const float* scales) {
+    Range of_a, of_d;
+    for (i64 row = 0; row < rows; ++row) {
+      of_d.add(scales[row] > std::numeric_limits<float>::min() ? scales[row] : 0);
+      Vec<S> vector = {};
+      for_vectors<S>(K, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
+        const Vec<S> v = load_n(a + row * a_pitch + k, n), size = v < 0 ? -v : v;
+        vector = size > vector ? size : vector;
+      });
+      S largest = 0;
+      for (int lane = 0; lane < kLanes<S>; ++lane) largest = vector[lane] > largest ? vector[lane] : largest;
+      of_a.add(largest);
+    }
+    return of_a.most > 0x1p10 * of_a.least || of_d.most > 0x1p14 * of_d.least;
+  }
+  // Of positive numbers.
+  struct Range {
+    double least = std::numeric_limits<double>::max(), most = 0;
+    void add(double number) {
+      if (number <= 0) return;
+      least = number < least ? number : least;
+      most = number > most ? number : most;
+    }
+  };
 
   // Columns of a in a block of rows, rounded to float16.
   struct HalfBlock {

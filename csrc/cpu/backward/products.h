@@ -14,13 +14,14 @@ inline void BackwardDirection<S>::input_grad(i64 row_begin, i64 row_end, i64 pan
   constexpr i64 kGroup = kTileRows * 8;
   for (i64 first = row_begin; first < row_end; first += kGroup) {
     const i64 n = smaller(kGroup, row_end - first);
-    if (half_)
-      multiply_rounded<S>(half_, n, nullptr, chunk.half.from(first), s_.gate_units(),
-                          packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, sum, false, nullptr);
-    else
-      multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(),
-                        packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, {sum[0], kPanel<S>}, width,
-                        packed_ + at_.w_ih + (panel + 1) * s_.gate_units() * kPanel<S>, gradient_chain(s_));
+    const S *const w = packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, *rows[kGroup];
+    if (half_) {
+      for (i64 i = 0; i < n; ++i) rows[i] = chunk.dgates_row(first + i);
+      multiply_rounded<S>(half_, n, rows, chunk.half.from(first), s_.gate_units(), w, sum, false, w, kNeverLarge);
+    } else {
+      multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(), w, {sum[0], kPanel<S>}, width,
+                        w + s_.gate_units() * kPanel<S>, gradient_chain(s_));
+    }
     for (i64 i = 0; i < n; ++i) put_input_grad(first + i, begin, width, sum[i]);
   }
 }
@@ -41,8 +42,10 @@ inline void BackwardDirection<S>::put_input_grad(i64 row, i64 begin, i64 count, 
 // x^T dinputs alone.
 template <class S>
 inline void BackwardDirection<S>::gate_weight_grad(i64 part, i64 parts) {
-  gates_.add(part, parts, chunk_rows(), chunk.dinputs_row(0), chunk.gate_pitch,
-             [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, k_begin, k_end, out); });
+  gates_.add(
+      part, parts, chunk_rows(), chunk.dinputs_row(0), chunk.gate_pitch,
+      [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, k_begin, k_end, out); },
+      chunk.half.from(0).scales);
 }
 
 // With layer normalisation: adds h_previous^T drecurrent.

@@ -141,10 +141,12 @@ inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
 template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::recur_float16(const S* panel, i64 begin, i64 width) {
   alignas(64) S sums[kPanelRows][kPanel<S>];
+  const S* rows[kPanelRows];
   for (i64 first = 0; first < n_; first += kPanelRows) {
     const i64 n = smaller(kPanelRows, n_ - first);
-    multiply_rounded<S>(half_, n, nullptr, chunk_.half.from(row(first), rows_.stride), s_.gate_units(), panel, sums,
-                        false, nullptr);
+    for (i64 i = 0; i < n; ++i) rows[i] = chunk_.dgates_row(row(first + i));
+    multiply_rounded<S>(half_, n, rows, chunk_.half.from(row(first), rows_.stride), s_.gate_units(), panel, sums, false,
+                        panel, kNeverLarge);
     for (i64 i = 0; i < n; ++i)
       std::memcpy(&dh_[(first + i) * state_pitch_ + begin], sums[i], size_t(width) * sizeof(S));
   }

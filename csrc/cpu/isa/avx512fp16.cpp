@@ -87,37 +87,39 @@ void put_pair(const uint16_t* first, const uint16_t* second, i64 n, i64 pair, i6
   }
 }
 
-// The sums of a row that has numbers which are not finite: as float32 has them.
-void strange_row(const uint16_t* a, const uint16_t* w, i64 pairs, float* sums) {
-  for (int v = 0; v < 4; ++v) {
-    __m512 sum = _mm512_setzero_ps();
-    for (i64 pair = 0; pair < pairs; ++pair) {
-      const __m512i two = _mm512_loadu_si512(w + pair * 2 * kColumns + 32 * v);
-      const auto add = [&](uint16_t number, __m512i halves) {
-        const __m512 weights = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves));
-        sum = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm256_set1_epi16(int16_t(number))), weights, sum);
-      };
-      add(a[2 * pair], two);
-      add(a[2 * pair + 1], _mm512_srli_epi32(two, 16));
-    }
-    _mm512_storeu_ps(sums + 16 * v, _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / (1 << kLargestWeight))));
-  }
-}
-
-void multiply(i64 rows, const Float16Matrix& a, i64 K, const float* panel, float (*sums)[kColumns], bool add) {
+void multiply(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K, const float* panel,
+              float (*sums)[kColumns], bool add, float least) {
   const i64 pairs = ceil_div(K, 2);
   const auto* w = reinterpret_cast<const uint16_t*>(panel);
   const float* const scales = panel + pairs * kColumns;
+  const float by_size = largest_row(scales, K), most = by_size > least ? by_size : least;
   alignas(64) float products[kPanelRows][kColumns];
   const uint16_t* at[kPanelRows];
-  for (i64 r = 0; r < rows; ++r) at[r] = a.data + r * a.pitch;
-  float16_products(rows, at, 2, w, pairs, products);
+  i64 row_of[kPanelRows], n = 0, end = rows;  // rows for float16, then those for float32
   for (i64 r = 0; r < rows; ++r) {
     const float scale = a.scales[r * a.step];
-    if (scale < 0) strange_row(at[r], w, pairs, products[r]);
+    if (scale < 0 || scale > most) {
+      row_of[--end] = r;
+    } else {
+      at[n] = a.data + r * a.pitch;
+      row_of[n++] = r;
+    }
+  }
+  float16_products(n, at, 2, w, pairs, products);
+  for (i64 first = n; first < rows; first += kExactRows)
+    with_rows<kExactRows>(rows - first, [&](auto count) {
+      constexpr int R = decltype(count)::value;
+      const float* x[R];
+      for (int r = 0; r < R; ++r) x[r] = exact[row_of[first + r]];
+      const auto number = [&](int r, i64 k) FASTLSTM_INLINE_LAMBDA { return k < K ? x[r][k] : 0.0f; };
+      float32_dots<R>(number, w, kAsTheyAre, pairs, products + first);
+    });
+  for (i64 place = 0; place < rows; ++place) {
+    const i64 r = row_of[place];
+    const float scale = place < n ? a.scales[r * a.step] : 1.0f;
     for (int k = 0; k < kColumns; k += 16) {
-      const Vec<float> factor = load(scales + k) * __builtin_fabsf(scale), product = load(&products[r][k]);
-      store(&sums[r][k], add ? fma(product, factor, load(&sums[r][k])) : product * factor);
+      const Vec<float> product = load(&products[place][k]) * load(scales + k) * scale;
+      store(&sums[r][k], add ? load(&sums[r][k]) + product : product);
     }
   }
 }
@@ -153,8 +155,8 @@ void multiply_columns(i64 rows, const uint16_t* a, i64 a_pitch, const float* a_s
     for (i64 k = begin; k < end; ++k)
       for (int v = 0; v < kColumns; v += 16) {
         float* const sum = sums + k * kColumns + v;
-        const Vec<float> factor = load(d_scales + v) * a_scales[k], product = load(&products[k - begin][v]);
-        store(sum, add ? fma(product, factor, load(sum)) : product * factor);
+        const Vec<float> product = load(&products[k - begin][v]) * load(d_scales + v) * a_scales[k];
+        store(sum, add ? load(sum) + product : product);
       }
   }
 }

@@ -5,7 +5,7 @@
 //   Bfloat16Rows    activations as the products take them
 //   kBfloat16Most   rows that one call takes at most
 //   kPaired         rows that one instruction takes together: calls begin at a multiple of it
-//   kScaled         whether sums are to be multiplied by the scale of their row of activations and that of their column
+//   kScaled         whether sums are to be multiplied by the scales of their row and column: see below
 //   kPreparing      of panels that are prepared once a call, if there are such
 //   bfloat16_dots<R>(a, w, scales, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs
 //                                                 terms; scales of the columns
@@ -14,6 +14,12 @@
 //
 //   prepare_panel(w, scales, pairs, out)
 //   prepared_dots(n, a, panel, pairs, sums)   what bfloat16_dots makes, of n rows
+//
+// and if it is kScaled, in Bfloat16Rows
+//
+//   largest_scale(scales, K)   rows of a larger scale, and those of one below zero, have exact_dots instead
+//   kExactRows                 rows that one call takes of these
+//   exact_dots<R>(a, w, scales, pairs, sums)   what bfloat16_dots makes, of float32 rows times their scale
 //
 // Where products are those of 16-bit numbers, activations are rounded. Terms and their roundings are the same for every
 // number of rows, so that a row's bits do not depend on its batch.

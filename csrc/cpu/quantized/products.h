@@ -73,14 +73,14 @@ struct Bfloat16 {
   template <class AnyRows>
   static void multiply(const Panels& w, i64 panel, const AnyRows& rows, i64 first, i64 n, Columns* z) {
     const i64 pairs = ceil_div(w.K, 2);
-    const float* scales = w.numbers + panel * w.pitch;
+    const float* scales = scales_of(w, panel);
     if constexpr (kPrepares)
       if (w.prepared && n >= kPreparing.least)
-        return each_part<kPreparing.most, 1>(scales, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
+        return each_part<kPreparing.most, 1>(w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
           prepared_dots(count, a, w.prepared + panel * prepared_bytes(w), pairs, sums);
         });
     const uint16_t* data = data_of(w, panel);
-    each_part<kBfloat16Most, kPaired>(scales, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
+    each_part<kBfloat16Most, kPaired>(w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
       with_rows<kBfloat16Most>(
           count, [&](auto constant) { bfloat16_dots<decltype(constant)::value>(a, data, scales, pairs, sums); });
     });
@@ -90,7 +90,7 @@ struct Bfloat16 {
 
   template <class Out>
   static void prepare(const Panels& w, i64 panel, Out* out) {
-    prepare_panel(data_of(w, panel), w.numbers + panel * w.pitch, ceil_div(w.K, 2), out);
+    prepare_panel(data_of(w, panel), scales_of(w, panel), ceil_div(w.K, 2), out);
   }
 
  private:
@@ -98,25 +98,64 @@ struct Bfloat16 {
     return static_cast<const uint16_t*>(w.data) + panel * ceil_div(w.K, 2) * 2 * kColumns;
   }
 
-  // Calls product(count, rows, sums) for parts of `most` rows or fewer, each a multiple of `together` but the last.
+  static const float* scales_of(const Panels& w, i64 panel) { return w.numbers + panel * w.pitch; }
+
+  // Calls product(count, rows, sums) for parts of `most` rows or fewer, each a multiple of `together` but the last, and
+  // adds the sums to z.
   template <i64 most, i64 together, class AnyRows, class Product>
-  static void each_part(const float* scales, const AnyRows& rows, i64 first, i64 n, Columns* z,
+  static void each_part(const Panels& w, i64 panel, const AnyRows& rows, i64 first, i64 n, Columns* z,
                         const Product& product) {
     const i64 groups = ceil_div(n, together), parts = ceil_div(groups, most / together);
-    decltype(rows.data(0)) a[most];
-    alignas(64) Columns sums[most];
     for (i64 part = 0; part < parts; ++part) {
       const i64 begin = part * groups / parts * together, end = smaller(n, (part + 1) * groups / parts * together);
-      for (i64 r = begin; r < end; ++r) a[r - begin] = rows.data(first + r);
-      product(end - begin, a, sums);
-      for (i64 r = begin; r < end; ++r)
-        for (int k = 0; k < kColumns; k += kLanes<float>) {
-          const Vec<float> sum = load(sums[r - begin] + k);
-          if constexpr (kScaled)
-            store(z[r] + k, fused(sum, load(scales + k) * rows.scale(first + r), load(z[r] + k)));
-          else
-            store(z[r] + k, load(z[r] + k) + sum);
-        }
+      if constexpr (kScaled)
+        add_scaled<most>(w, panel, rows, first + begin, end - begin, z + begin, product);
+      else
+        add_part<most>(rows, first + begin, end - begin, z + begin, product);
+    }
+  }
+
+  template <i64 most, class AnyRows, class Product>
+  static void add_part(const AnyRows& rows, i64 first, i64 n, Columns* z, const Product& product) {
+    decltype(rows.data(0)) a[most];
+    alignas(64) Columns sums[most];
+    for (i64 r = 0; r < n; ++r) a[r] = rows.data(first + r);
+    product(n, a, sums);
+    for (i64 r = 0; r < n; ++r)
+      for (int k = 0; k < kColumns; k += kLanes<float>) store(z[r] + k, load(z[r] + k) + load(sums[r] + k));
+  }
+
+  // First the rows of products, then those of exact_dots from the end on.
+  template <i64 most, class AnyRows, class Product>
+  static void add_scaled(const Panels& w, i64 panel, const AnyRows& rows, i64 first, i64 n, Columns* z,
+                         const Product& product) {
+    const float* const scales = scales_of(w, panel);
+    const float large = AnyRows::largest_scale(scales, w.K);
+    decltype(rows.data(0)) a[most];
+    alignas(64) Columns sums[most];
+    i64 row_of[most], count = 0, end = n;
+    for (i64 r = 0; r < n; ++r) {
+      const float scale = rows.scale(first + r);
+      if (scale < 0 || scale > large) {
+        row_of[--end] = r;
+      } else {
+        a[count] = rows.data(first + r);
+        row_of[count++] = r;
+      }
+    }
+    if (count > 0) product(count, a, sums);
+    for (i64 k = count; k < n; k += AnyRows::kExactRows)
+      with_rows<AnyRows::kExactRows>(n - k, [&](auto constant) {
+        constexpr int R = decltype(constant)::value;
+        const float* exact[R];
+        for (int r = 0; r < R; ++r) exact[r] = rows.exact(first + row_of[k + r]);
+        AnyRows::template exact_dots<R>(exact, data_of(w, panel), scales, ceil_div(w.K, 2), sums + k);
+      });
+    for (i64 place = 0; place < n; ++place) {
+      const float scale = place < count ? rows.scale(first + row_of[place]) : 1.0f;
+      float* const to = z[row_of[place]];
+      for (int k = 0; k < kColumns; k += kLanes<float>)
+        store(to + k, load(to + k) + load(sums[place] + k) * load(scales + k) * scale);
     }
   }
 };
