@@ -5,8 +5,6 @@
 // A sum has three levels, because one long chain would be inaccurate: blocks of rows, a group of blocks, all groups.
 #pragma once
 
-#include <limits>
-
 #include "cpu/float16.h"
 #include "cpu/gemm.h"
 #include "cpu/long_sum.h"
@@ -128,33 +126,26 @@ class WeightGrad {
   i64 block_rows() const { return half_ ? kHalfRows : kRows; }
   i64 depth_groups() const { return ceil_div(K_, half_ ? kHalfDepth : kDepth); }
 
-  // Whether some rows are so much larger than others that columns, each of which float16 scales by its largest number,
-  // would lose these. What a large row adds may be nothing, as where it has closed all gates. scales: of rows of d,
-  // which get smaller from step to step.
+  // Whether the largest numbers of a and d are in different rows, so that columns, which float16 scales by these, would
+  // lose what is added: rows that have closed their gates add nothing, however large they are. scales: of rows of d.
   static bool uneven(i64 rows, const S* a, i64 a_pitch, i64 K, const float* scales) {
-    Range of_a, of_d;
+    constexpr double kUneven = 1024;
+    double most_a = 0, most_d = 0, most_together = 0;
     for (i64 row = 0; row < rows; ++row) {
-      of_d.add(scales[row] > std::numeric_limits<float>::min() ? scales[row] : 0);
-      Vec<S> vector = {};
+      Vec<S> sizes = {};
       for_vectors<S>(K, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
         const Vec<S> v = load_n(a + row * a_pitch + k, n), size = v < 0 ? -v : v;
-        vector = size > vector ? size : vector;
+        sizes = size > sizes ? size : sizes;
       });
-      S largest = 0;
-      for (int lane = 0; lane < kLanes<S>; ++lane) largest = vector[lane] > largest ? vector[lane] : largest;
-      of_a.add(largest);
+      S of_a = 0;
+      for (int lane = 0; lane < kLanes<S>; ++lane) of_a = sizes[lane] > of_a ? sizes[lane] : of_a;
+      const double of_d = double(scales[row]), together = double(of_a) * of_d;
+      most_a = double(of_a) > most_a ? double(of_a) : most_a;
+      most_d = of_d > most_d ? of_d : most_d;
+      most_together = together > most_together ? together : most_together;
     }
-    return of_a.most > 0x1p10 * of_a.least || of_d.most > 0x1p14 * of_d.least;
+    return most_a * most_d > kUneven * most_together;
   }
-  // Of positive numbers.
-  struct Range {
-    double least = std::numeric_limits<double>::max(), most = 0;
-    void add(double number) {
-      if (number <= 0) return;
-      least = number < least ? number : least;
-      most = number > most ? number : most;
-    }
-  };
 
   // Columns of a in a block of rows, rounded to float16.
   struct HalfBlock {
