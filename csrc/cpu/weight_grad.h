@@ -49,7 +49,7 @@ class WeightGrad {
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
     const i64 a_pitch = pitch<S>(k_end - k_begin), most = block_rows();
     const Buffer<S> a(smaller(rows, most) * a_pitch);
-    const HalfBlock half(half_ ? k_end - k_begin : 0);
+    const HalfBlock half(half_ ? k_end - k_begin : 0, smaller(rows, most));
     for (i64 first = 0; first < rows; first += most) {
       const i64 count = smaller(most, rows - first), block = blocks_ + first / most;
       for (i64 row = 0; row < count; ++row) fill(first + row, k_begin, k_end, &a[row * a_pitch]);
@@ -152,7 +152,7 @@ class WeightGrad {
     i64 pitch;
     Buffer<uint16_t> columns;
     Buffer<float> scales;
-    explicit HalfBlock(i64 K) : pitch(round_up(K, 16)), columns(kHalfRows * pitch), scales(pitch) {}
+    HalfBlock(i64 K, i64 rows) : pitch(round_up(K, 16)), columns(round_up(rows, 2) * pitch), scales(pitch) {}
   };
   void round(const HalfBlock& half, i64 rows, const S* a, i64 a_pitch, i64 K) const {
     if constexpr (sizeof(S) == sizeof(float))
