@@ -128,14 +128,12 @@ def test_a_large_number_leaves_the_others_of_its_row(backend: str) -> None:
     ours, exact = fastlstm.LSTM(64, 64, dtype=BFLOAT16), nn.LSTM(64, 64, dtype=torch.float64)
     x = torch.randn(8, 8, 64, dtype=BFLOAT16)
     with torch.no_grad():
-        want, _ = ours(x)
         ours.weight_ih_l0[:, 0] = 0
         exact.load_state_dict(ours.state_dict())
         ours_without, truth = ours(x)[0], exact(x.double())[0]
         x[:, 0, 0] = 1e8
         got, _ = ours(x)
     assert (got - truth).abs().max() <= 2 * (ours_without - truth).abs().max()
-    assert not torch.equal(got, want)
 
 
 def gradients(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:

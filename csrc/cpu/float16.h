@@ -24,6 +24,7 @@ struct Float16Matrix {
 };
 
 struct Float16Kernels {
+  const char* name;  // that of the kernels of avx512 with these products
   // Rounds x [K] to a row; returns its scale. `to` has room for whole vectors of float32.
   float (*round_row)(const float* x, i64 K, uint16_t* to);
   // Make a panel of K > 1 rows and 64 columns one of float16, in place: [ceil(K / 2)][64] pairs of rows, then 64

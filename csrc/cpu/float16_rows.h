@@ -29,5 +29,23 @@ class Float16Rows {
   Buffer<float> scales_;
 };
 
+// Which of n rows have products in float16, and which in float32: those of a scale below zero, and those of one above
+// both `least` and limit(), which is asked for only if it matters.
+template <i64 most>
+struct Division {
+  i64 row_of[most];  // first rows for float16, then those for float32
+  i64 count = 0;     // of the first ones
+
+  template <class ScaleOf, class Limit>
+  Division(i64 n, const ScaleOf& scale_of, float least, const Limit& limit) {
+    float large = -1;
+    for (i64 r = 0, end = n; r < n; ++r) {
+      const float scale = scale_of(r);
+      if (scale > least && large < 0) large = limit();
+      row_of[scale < 0 || (scale > least && scale > large) ? --end : count++] = r;
+    }
+  }
+};
+
 }  // namespace
 }  // namespace fastlstm

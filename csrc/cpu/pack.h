@@ -43,8 +43,8 @@ bool forward_reads_stored(const Sizes& s) {
 constexpr i64 kFloat16Terms = 64;
 
 // What computes products of bfloat16 tensors in float16; null: they are those of gemm.h. Bits depend on it, so it must
-// depend neither on the batch nor on threads. Errors are a part of what bfloat16 makes, but twice those of float16
-// tensors, which therefore have products in float32. Layer normalisation has other products.
+// depend neither on the batch nor on threads. Errors are small beside bfloat16's own. Beside those of float16 tensors
+// they would not be, so these have products in float32. Layer normalisation has other products.
 template <class S>
 const Float16Kernels* float16_products(const Sizes& s, Dtype dtype) {
   const bool takes =

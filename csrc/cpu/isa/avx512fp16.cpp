@@ -1,5 +1,6 @@
 // Products in float16, compiled for AVX-512 with FP16 (float16.h says what they are). setup.py has the flags.
 #include "cpu/float16_chain.h"
+#include "cpu/float16_rows.h"
 
 namespace fastlstm {
 namespace {
@@ -92,31 +93,23 @@ void multiply(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K
   const i64 pairs = ceil_div(K, 2);
   const auto* w = reinterpret_cast<const uint16_t*>(panel);
   const float* const scales = panel + pairs * kColumns;
-  const float by_size = largest_row(scales, K), most = by_size > least ? by_size : least;
+  const Division<kPanelRows> part(
+      rows, [&](i64 r) { return a.scales[r * a.step]; }, least, [&] { return largest_row(scales, K); });
   alignas(64) float products[kPanelRows][kColumns];
   const uint16_t* at[kPanelRows];
-  i64 row_of[kPanelRows], n = 0, end = rows;  // rows for float16, then those for float32
-  for (i64 r = 0; r < rows; ++r) {
-    const float scale = a.scales[r * a.step];
-    if (scale < 0 || scale > most) {
-      row_of[--end] = r;
-    } else {
-      at[n] = a.data + r * a.pitch;
-      row_of[n++] = r;
-    }
-  }
-  float16_products(n, at, 2, w, pairs, products);
-  for (i64 first = n; first < rows; first += kExactRows)
+  for (i64 place = 0; place < part.count; ++place) at[place] = a.data + part.row_of[place] * a.pitch;
+  float16_products(part.count, at, 2, w, pairs, products);
+  for (i64 first = part.count; first < rows; first += kExactRows)
     with_rows<kExactRows>(rows - first, [&](auto count) {
       constexpr int R = decltype(count)::value;
       const float* x[R];
-      for (int r = 0; r < R; ++r) x[r] = exact[row_of[first + r]];
+      for (int r = 0; r < R; ++r) x[r] = exact[part.row_of[first + r]];
       const auto number = [&](int r, i64 k) FASTLSTM_INLINE_LAMBDA { return k < K ? x[r][k] : 0.0f; };
       float32_dots<R>(number, w, kAsTheyAre, pairs, products + first);
     });
   for (i64 place = 0; place < rows; ++place) {
-    const i64 r = row_of[place];
-    const float scale = place < n ? a.scales[r * a.step] : 1.0f;
+    const i64 r = part.row_of[place];
+    const float scale = place < part.count ? a.scales[r * a.step] : 1.0f;
     for (int k = 0; k < kColumns; k += 16) {
       const Vec<float> product = load(&products[place][k]) * load(scales + k) * scale;
       store(&sums[r][k], add ? load(&sums[r][k]) + product : product);
@@ -164,7 +157,7 @@ void multiply_columns(i64 rows, const uint16_t* a, i64 a_pitch, const float* a_s
 }  // namespace
 
 extern const Float16Kernels avx512fp16_products;
-const Float16Kernels avx512fp16_products = {round_row, pack,          pack_pairs,      put_pair,
-                                            multiply,  round_columns, multiply_columns};
+const Float16Kernels avx512fp16_products = {"avx512fp16", round_row, pack,          pack_pairs,
+                                            put_pair,     multiply,  round_columns, multiply_columns};
 
 }  // namespace fastlstm

@@ -20,15 +20,12 @@ extern const Kernels portable_kernels;
 
 namespace {
 
-// What FASTLSTM_ISA names the kernels of avx512 with products in float16.
-constexpr char kFloat16[] = "avx512fp16";
-
-bool has_float16() {
+// What this CPU has of products in float16, or null.
+const Float16Kernels* supported_float16() {
 #ifdef FASTLSTM_FLOAT16
-  return x86_features().avx512_fp16;
-#else
-  return false;
+  if (x86_features().avx512_fp16) return &avx512fp16_products;
 #endif
+  return nullptr;
 }
 
 bool supported(const Kernels& kernels) {
@@ -51,7 +48,8 @@ const Kernels& choose() {
     for (const Kernels* kernels : fastest_first)
       if (supported(*kernels)) return *kernels;
   }
-  std::string available = has_float16() ? kFloat16 : "";
+  const Float16Kernels* const half = supported_float16();
+  std::string available = half ? half->name : "";
   if (wanted == available) return *fastest_first[0];
   for (const Kernels* kernels : fastest_first) {
     if (!supported(*kernels)) continue;
@@ -63,11 +61,9 @@ const Kernels& choose() {
 }
 
 const Float16Kernels* choose_float16() {
-#ifdef FASTLSTM_FLOAT16
+  const Float16Kernels* const half = supported_float16();
   const char* wanted = std::getenv("FASTLSTM_ISA");
-  if (has_float16() && (!wanted || !*wanted || std::strcmp(wanted, kFloat16) == 0)) return &avx512fp16_products;
-#endif
-  return nullptr;
+  return half && wanted && *wanted && std::strcmp(wanted, half->name) != 0 ? nullptr : half;
 }
 
 }  // namespace

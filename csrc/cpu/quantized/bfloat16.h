@@ -17,7 +17,8 @@
 //
 // and if it is kScaled, in Bfloat16Rows
 //
-//   largest_scale(scales, K)   rows of a larger scale, and those of one below zero, have exact_dots instead
+//   largest_scale(scales, K)   rows of a larger scale that is above 1, and those of one below zero, have exact_dots
+//                              instead
 //   kExactRows                 rows that one call takes of these
 //   exact_dots<R>(a, w, scales, pairs, sums)   what bfloat16_dots makes, of float32 rows times their scale
 //

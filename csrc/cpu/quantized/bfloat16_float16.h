@@ -48,7 +48,7 @@ class Bfloat16Rows {
 
   // Of products of which rows are in float32: see bfloat16.h.
   static constexpr int kExactRows = fastlstm::kExactRows;
-  static float largest_scale(const float* scales, i64 K) { return __builtin_fmaxf(1, largest_row(scales, K)); }
+  static float largest_scale(const float* scales, i64 K) { return largest_row(scales, K); }
   template <int R>
   __attribute__((noinline)) static void exact_dots(const float* const* a, const uint16_t* w, const float* scales,
                                                    i64 pairs, Columns* sums) {

@@ -8,6 +8,7 @@
 // Each sum is the same whatever rows are computed with it.
 #pragma once
 
+#include "cpu/float16_rows.h"
 #include "cpu/gemm.h"
 #include "cpu/quantized/bfloat16.h"
 #include "cpu/quantized/cell.h"
@@ -29,7 +30,7 @@ struct Panels {
 struct Int8 {
   using Rows = Int8Rows;
   using Quotient = DefinedQuotient;
-  static constexpr i64 kNumbers = 5, kNumbersOfProjection = 2, kBytes = 1;
+  static constexpr i64 kNumbers = 5, kNumbersOfProjection = 2;
   static constexpr i64 kInHidden = 2, kInBias = 4;  // where w_hh and the bias begin among the numbers of a panel
   static constexpr bool kPrepares = false;
 
@@ -66,7 +67,7 @@ struct Int8 {
 struct Bfloat16 {
   using Rows = Bfloat16Rows;
   using Quotient = FastQuotient;
-  static constexpr i64 kNumbers = 3, kNumbersOfProjection = 1, kBytes = 2;
+  static constexpr i64 kNumbers = 3, kNumbersOfProjection = 1;
   static constexpr i64 kInHidden = 1, kInBias = 2;
   static constexpr bool kPrepares = kPreparing.rate > 0;
 
@@ -125,35 +126,27 @@ struct Bfloat16 {
       for (int k = 0; k < kColumns; k += kLanes<float>) store(z[r] + k, load(z[r] + k) + load(sums[r] + k));
   }
 
-  // First the rows of products, then those of exact_dots from the end on.
   template <i64 most, class AnyRows, class Product>
   static void add_scaled(const Panels& w, i64 panel, const AnyRows& rows, i64 first, i64 n, Columns* z,
                          const Product& product) {
     const float* const scales = scales_of(w, panel);
-    const float large = AnyRows::largest_scale(scales, w.K);
+    const Division<most> part(
+        n, [&](i64 r) { return rows.scale(first + r); }, 1, [&] { return AnyRows::largest_scale(scales, w.K); });
     decltype(rows.data(0)) a[most];
     alignas(64) Columns sums[most];
-    i64 row_of[most], count = 0, end = n;
-    for (i64 r = 0; r < n; ++r) {
-      const float scale = rows.scale(first + r);
-      if (scale < 0 || scale > large) {
-        row_of[--end] = r;
-      } else {
-        a[count] = rows.data(first + r);
-        row_of[count++] = r;
-      }
-    }
-    if (count > 0) product(count, a, sums);
-    for (i64 k = count; k < n; k += AnyRows::kExactRows)
+    for (i64 place = 0; place < part.count; ++place) a[place] = rows.data(first + part.row_of[place]);
+    if (part.count > 0) product(part.count, a, sums);
+    for (i64 k = part.count; k < n; k += AnyRows::kExactRows)
       with_rows<AnyRows::kExactRows>(n - k, [&](auto constant) {
         constexpr int R = decltype(constant)::value;
         const float* exact[R];
-        for (int r = 0; r < R; ++r) exact[r] = rows.exact(first + row_of[k + r]);
+        for (int r = 0; r < R; ++r) exact[r] = rows.exact(first + part.row_of[k + r]);
         AnyRows::template exact_dots<R>(exact, data_of(w, panel), scales, ceil_div(w.K, 2), sums + k);
       });
     for (i64 place = 0; place < n; ++place) {
-      const float scale = place < count ? rows.scale(first + row_of[place]) : 1.0f;
-      float* const to = z[row_of[place]];
+      const i64 r = part.row_of[place];
+      const float scale = place < part.count ? rows.scale(first + r) : 1.0f;
+      float* const to = z[r];
       for (int k = 0; k < kColumns; k += kLanes<float>)
         store(to + k, load(to + k) + load(sums[place] + k) * load(scales + k) * scale);
     }
