@@ -25,7 +25,7 @@ void set_weight_gradients(const Call& call, const std::vector<Array>& dweights, 
   for (i64 d = 0; d < s.D && !dweights.empty(); ++d) {
     const Array* t = dweights.data() + d * each;
     for (i64 k = 0; k < each; ++k) {
-      t[k].check_dtype("a weight gradient", call.compute_type);
+      t[k].check_dtype("a weight gradient", call.type);
       FASTLSTM_CHECK(t[k].contiguous(), "fastlstm: weight gradients must be contiguous");
     }
     t[0].check_shape("gradient of weight_ih", {s.gate_units(), s.I});

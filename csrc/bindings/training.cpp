@@ -96,8 +96,8 @@ std::vector<Output> lstm_plain_bwd_cpu(Handle x_, const HandleList& weights_, i6
   for (size_t k = 0; wants_dweights && k < weights.size(); ++k) {
     const Array& w = weights[k];
     if (bias && i64(k) % each == 3) continue;
-    dweights.push_back(w.dim == 2 ? Array::empty({w.sizes[0], w.sizes[1]}, compute_type)
-                                  : Array::empty({w.sizes[0]}, compute_type));
+    dweights.push_back(w.dim == 2 ? Array::empty({w.sizes[0], w.sizes[1]}, x.dtype)
+                                  : Array::empty({w.sizes[0]}, x.dtype));
   }
   run_pass<Backward>(0, cache, x, weights, D, h0, c0, batch_sizes, lengths, reset, y, c_all, gates, dy, dh_n, dc_n,
                      none, dx, dh0, dc0, dweights, false, false, none, 0.0, 0.0, none);
@@ -107,8 +107,8 @@ std::vector<Output> lstm_plain_bwd_cpu(Handle x_, const HandleList& weights_, i6
   for (size_t k = 0; k < dweights.size(); ++k) {
     Array& own = dweights[k];
     const bool of_bias = bias && i64(k) % (each - 1) == 2;
-    Array other = of_bias ? Array::empty({4 * H}, compute_type) : Array();
-    if (of_bias) std::memcpy(other.data, own.data, size_t(4 * H) * aoti_torch_dtype_element_size(compute_type));
+    Array other = of_bias ? Array::empty({4 * H}, x.dtype) : Array();
+    if (of_bias) std::memcpy(other.data, own.data, size_t(4 * H) * aoti_torch_dtype_element_size(x.dtype));
     found.push_back(own.release());
     if (of_bias) found.push_back(other.release());
   }

@@ -3,11 +3,13 @@
 // runs over the rows in one fixed order, whatever the number of threads is, so results are reproducible.
 //
 // A sum has three levels, because one long chain would be inaccurate: blocks of rows, a group of blocks, all groups.
+// Blocks that fit in L2 together make a pass: a panel then takes all of them before the next one does.
 #pragma once
 
 #include "cpu/float16.h"
 #include "cpu/gemm.h"
 #include "cpu/long_sum.h"
+#include "cpu/machine.h"
 #include "cpu/transpose.h"
 
 namespace fastlstm {
@@ -21,14 +23,15 @@ class WeightGrad {
   // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk. half: null for products of
   // gemm.h.
   WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows, const Float16Kernels* half = nullptr)
-      : K_(K), N_(N), half_(half), panels_(ceil_div(N, kPanel<S>)), sums_(panels_ * K * kPanel<S>) {
+      : K_(K), N_(N), half_(half), panels_(ceil_div(N, kPanel<S>)), pass_rows_(rows_of_pass()) {
+    if (chunks > 1 || rows > pass_rows_) sums_ = Buffer<S>(panels_ * K * kPanel<S>);
     if (chunks * ceil_div(rows, block_rows()) > kGroup) groups_ = Buffer<S>(panels_ * K * kPanel<S>);
     if (!bias) return;
     bias_ = Buffer<LongSum<S>>(panels_ * kPanelVectors);
     bias_.zero();
   }
 
-  bool allocated() const { return bool(sums_); }
+  bool wanted() const { return panels_ > 0; }
 
   // Into how many independent parts `add` should be divided for this many threads: several for each, so that none waits
   // long for the last one. But each part copies its columns of a, which should be little beside its product.
@@ -40,64 +43,68 @@ class WeightGrad {
 
   // sums += a^T d over the `rows` rows of a chunk, for part `part` of `parts`. d: rows of N (padded to whole vectors)
   // at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out. scales: of rows of d, if
-  // products are in float16.
-  template <class Fill>
-  void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill,
-           const float* scales = nullptr) const {
+  // products are in float16. last: no chunk follows; take(panel, k_begin, k_end, sums) then copies sums [k_end -
+  // k_begin][kPanel], while they are in cache.
+  template <class Fill, class Take>
+  void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill, const float* scales, bool last,
+           const Take& take) const {
     const i64 panel_groups = parts / depth_groups(), group = part / panel_groups, which = part % panel_groups;
-    const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups();
+    const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups(), depth = k_end - k_begin;
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
-    const i64 a_pitch = pitch<S>(k_end - k_begin), most = block_rows();
-    const Buffer<S> a(smaller(rows, most) * a_pitch);
-    const HalfBlock half(half_ ? k_end - k_begin : 0, smaller(rows, most));
-    for (i64 first = 0; first < rows; first += most) {
-      const i64 count = smaller(most, rows - first), block = blocks_ + first / most;
-      for (i64 row = 0; row < count; ++row) fill(first + row, k_begin, k_end, &a[row * a_pitch]);
-      const bool rounds = half_ && !uneven(count, a.get(), a_pitch, k_end - k_begin, scales + first);
-      if (rounds) round(half, count, a.get(), a_pitch, k_end - k_begin);
+    const i64 a_pitch = pitch<S>(depth), most = block_rows();
+    const Buffer<S> a(smaller(rows, pass_rows_) * a_pitch), own(sums_ ? 0 : depth * kPanel<S>);
+    const HalfBlock half(half_ ? depth : 0, smaller(rows, most));
+    const auto finish = [&](i64 panel, i64 at, i64 blocks) {
+      S* sums = sums_ ? &sums_[at] : own.get();
+      if (blocks > kGroup)
+        for (i64 k = 0; k < depth * kPanel<S>; k += kLanes<S>) store(&sums[k], load(&groups_[at + k]) + load(&sums[k]));
+      take(panel, k_begin, k_end, sums);
+    };
+    const auto place = [&](i64 panel) { return (panel * K_ + k_begin) * kPanel<S>; };
+    if (last && !rows)  // sequences have ended in an earlier chunk
+      for (i64 panel = panel_begin; panel < panel_end; ++panel) finish(panel, place(panel), blocks_);
+    for (i64 begin = 0; begin < rows; begin += pass_rows_) {
+      const i64 end = smaller(begin + pass_rows_, rows);
+      for (i64 row = begin; row < end; ++row) fill(row, k_begin, k_end, &a[(row - begin) * a_pitch]);
+      const bool rounds = half_ && !uneven(end - begin, a.get(), a_pitch, depth, scales + begin);
+      if (rounds) round(half, end - begin, a.get(), a_pitch, depth);
       for (i64 panel = panel_begin; panel < panel_end; ++panel) {
-        const S* dp = d + first * d_pitch + panel * kPanel<S>;
-        const i64 at = (panel * K_ + k_begin) * kPanel<S>, width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
-        if (group == 0 && bias_)
-          for (i64 v = 0; v < ceil_div(width, kLanes<S>); ++v)
-            bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
-        if (block > 0 && block % kGroup == 0) end_group(at, (k_end - k_begin) * kPanel<S>, block == kGroup);
-        if (rounds) {
-          add_rounded(half, count, k_end - k_begin, dp, d_pitch, width, &sums_[at], block % kGroup > 0);
-          continue;
+        const i64 at = place(panel), width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
+        S* sums = sums_ ? &sums_[at] : own.get();
+        for (i64 first = begin; first < end; first += most) {
+          const i64 count = smaller(most, end - first), block = blocks_ + first / most;
+          const S* dp = d + first * d_pitch + panel * kPanel<S>;
+          if (group == 0 && bias_)
+            for (i64 v = 0; v < ceil_div(width, kLanes<S>); ++v)
+              bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
+          if (block > 0 && block % kGroup == 0) end_group(at, depth * kPanel<S>, block == kGroup);
+          // This product has the k of the sums as its rows, and the rows of a and d as its k.
+          if (rounds)
+            add_rounded(half, count, depth, dp, d_pitch, width, sums, block % kGroup > 0);
+          else
+            multiply_rows<S>(depth, &a[(first - begin) * a_pitch], 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
+                             width, block % kGroup > 0);
         }
-        // This product has the k of the sums as its rows, and the rows of a and d as its k.
-        multiply_rows<S>(k_end - k_begin, a.get(), 1, a_pitch, count, dp, d_pitch, &sums_[at], kPanel<S>, width,
-                         block % kGroup > 0);
+        if (last && end == rows) finish(panel, at, blocks_ + ceil_div(rows, most));
       }
     }
   }
   // After all parts of a chunk.
   void end_chunk(i64 rows) { blocks_ += ceil_div(rows, block_rows()); }
-  // Adds the last group to the others, for one panel.
-  void end_panel(i64 panel) const {
-    const i64 n = K_ * kPanel<S>;
-    if (blocks_ > kGroup)
-      for (i64 k = panel * n; k < (panel + 1) * n; k += kLanes<S>)
-        store(&sums_[k], load(&groups_[k]) + load(&sums_[k]));
-  }
 
-  i64 panels() const { return panels_; }
-
-  // Copies the sums of d of one panel: out(n) = sum of d[.][n].
-  template <class Out>
-  void copy_bias(i64 panel, const Out& out) const {
+  // put(n, sum of d[.][n]) for all columns of one panel.
+  template <class Put>
+  void copy_bias(i64 panel, const Put& put) const {
     for (i64 n = panel * kPanel<S>; n < smaller(N_, (panel + 1) * kPanel<S>); ++n)
-      out(n) = bias_[n / kLanes<S>].total()[n % kLanes<S>];
+      put(n, bias_[n / kLanes<S>].total()[n % kLanes<S>]);
   }
 
-  // Copies the columns of one panel, after end_panel: row(n)[k] = sum of a[.][k_begin + k] * d[.][n] for k < count.
+  // Copies sums [count][kPanel] of one panel: row(n)[k] = sum of a[.][k] * d[.][n]. Returns how many n the panel has.
   template <class Row>
-  void copy_panel(i64 panel, i64 k_begin, i64 count, const Row& row) const {
+  i64 copy_panel(i64 panel, const S* sums, i64 count, const Row& row) const {
     const i64 width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
     S* rows[kPanel<S>];
     for (i64 lane = 0; lane < width; ++lane) rows[lane] = row(panel * kPanel<S> + lane);
-    const S* sums = &sums_[(panel * K_ + k_begin) * kPanel<S>];
     i64 k = 0;
     for (; k + kLine<S> <= count; k += kLine<S>, sums += kLine<S> * kPanel<S>) {
       i64 lane = 0;
@@ -113,6 +120,7 @@ class WeightGrad {
     }
     for (i64 lane = 0; lane < width; ++lane)
       for (i64 j = k; j < count; ++j) rows[lane][j] = sums[(j - k) * kPanel<S> + lane];
+    return width;
   }
 
  private:
@@ -125,6 +133,11 @@ class WeightGrad {
   static constexpr i64 kHalfRows = 4 * kRows, kHalfDepth = 2 * kDepth;
   i64 block_rows() const { return half_ ? kHalfRows : kRows; }
   i64 depth_groups() const { return ceil_div(K_, half_ ? kHalfDepth : kDepth); }
+  i64 rows_of_pass() const {
+    if (half_) return kHalfRows;
+    const i64 block = kRows * pitch<S>(ceil_div(K_, larger(1, depth_groups()))) * i64(sizeof(S));
+    return kRows * smaller(kGroup, larger(1, this_machine().second_level / 2 / block));
+  }
 
   // Whether the largest numbers of a and d are in different rows, so that columns, which float16 scales by these, would
   // lose what is added: rows that have closed their gates add nothing, however large they are. scales: of rows of d.
@@ -177,7 +190,9 @@ class WeightGrad {
   i64 K_ = 0, N_ = 0;
   const Float16Kernels* half_ = nullptr;
   i64 panels_ = 0;
-  Buffer<S> sums_, groups_;  // groups_: of all groups but the last one, where there are several
+  i64 pass_rows_ = 0;
+  Buffer<S> sums_,
+      groups_;  // sums_: if there are several passes; groups_: of all groups but the last, if there are more
   Buffer<LongSum<S>> bias_;  // [panels of N][kPanelVectors]
   i64 blocks_ = 0;           // of earlier chunks
 };

@@ -107,7 +107,7 @@ def gradients(
         _empty(t, dtype) if wanted and t is not None else None
         for t, wanted in zip((x, h0, c0), needed[:3], strict=True)
     )
-    dweights = _weight_gradients(call, weights, dtype) if any(needed[3:]) else []
+    dweights = _weight_gradients(call, weights) if any(needed[3:]) else []
     purpose = "both" if spec.is_lstm and len(kept) < 3 else "backward"
     packed = then
     if then is None or not backend.takes_weights_of_forward:
@@ -178,7 +178,7 @@ def apart(copies: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(w.shape) for part, w in zip(parts, like, strict=True)]
 
 
-def _weight_gradients(call: Call, weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _weight_gradients(call: Call, weights: Sequence[Tensor]) -> list[Tensor]:
     """Allocate the gradients of the weights; one serves both biases."""
     each = call.spec.weights_per_direction
     found = []
@@ -186,7 +186,7 @@ def _weight_gradients(call: Call, weights: Sequence[Tensor], dtype: torch.dtype)
         group = list(weights[start : start + each])
         if call.spec.bias:
             del group[2]
-        found += [_empty(w, dtype) for w in group]
+        found += [_empty(w, w.dtype) for w in group]
     return found
 
 

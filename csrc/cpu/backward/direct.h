@@ -46,9 +46,14 @@ inline void BackwardDirection<S>::direct_weight_grads(i64 panel_begin, i64 panel
   const i64 rows = chunk_rows();
   // Rows [row, row + count) of a gradient [.., K] from columns q on of d and from what went into the product.
   const auto multiply = [&](void* out, i64 row, i64 count, i64 K, const S* d, i64 d_pitch, const Buffer<S>& inputs) {
+    alignas(64) S block[kPanel<S>][kPanel<S>];
     for (i64 k = 0; k < K && out; k += kPanel<S>)
-      multiply_rows<S>(count, d, 1, d_pitch, rows, &inputs[k], pitch<S>(K), static_cast<S*>(out) + row * K + k, K,
-                       smaller(kPanel<S>, K - k), false);
+      for (i64 i = 0; i < count; i += kPanel<S>) {
+        const i64 n = smaller(kPanel<S>, count - i), width = smaller(kPanel<S>, K - k), at = (row + i) * K + k;
+        multiply_rows<S>(n, d + i, 1, d_pitch, rows, &inputs[k], pitch<S>(K),
+                         rounds_ ? block[0] : static_cast<S*>(out) + at, rounds_ ? kPanel<S> : K, width, false);
+        for (i64 r = 0; r < n && rounds_; ++r) convert_out(out, p_.dtype, at + r * K, block[r], width);
+      }
   };
   const auto runs = [&](i64 N, const auto& row_of,
                         const auto& f) {  // f(q, row, count): runs of rows that are neighbours
@@ -68,7 +73,7 @@ inline void BackwardDirection<S>::direct_weight_grads(i64 panel_begin, i64 panel
           if (!dw_.b || s_.layer_norm) return;  // vector_grads has the bias then
           for_vectors<S>(count, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
             const Vec<S> sum = sum_rows<S>(chunk.dgates_row(0) + q + k, chunk.gate_pitch, rows);
-            store_n(static_cast<S*>(dw_.b) + row + k, sum, n);
+            put_vector(dw_.b, row + k, sum, n);
           });
         });
   if (dw_.w_hr)

@@ -10,8 +10,9 @@
 //   ..._weight_grad         products that are added to the weight gradients
 //   end_chunk
 //
-// After the last chunk the write_... functions copy the weight gradients to their tensors. Files: rows.h (buffers,
-// where the numbers of a row are), recompute.h, vector_grads.h, products.h, direct.h, layer.h (the loop).
+// Of the last chunk, the products copy the weight gradients to their tensors; write_vector_grads and zero_weight_grads
+// follow. Files: rows.h (buffers, where the numbers of a row are), recompute.h, vector_grads.h, products.h, direct.h,
+// layer.h (the loop).
 #pragma once
 
 #include "cpu/backward/chunk.h"
@@ -34,6 +35,7 @@ class BackwardDirection {
   // Time of step k when this direction walks back.
   i64 time(i64 step) const { return all_.direction == 0 ? s_.T - 1 - step : step; }
   void begin_chunk(i64 first_step, i64 steps);
+  bool last_chunk() const { return first_step_ + steps_ == s_.T; }
   i64 chunk_rows() const { return chunk.start[steps_]; }
   void end_chunk();
 
@@ -51,19 +53,17 @@ class BackwardDirection {
   const WeightGrad<S>& gate_weights() const { return gates_; }
   const WeightGrad<S>& recurrent_weights() const { return recurrent_; }
   const WeightGrad<S>& projection_weights() const { return projection_; }
-  void gate_weight_grad(i64 part, i64 parts);
-  void recurrent_weight_grad(i64 part, i64 parts);
-  void projection_weight_grad(i64 part, i64 parts);
-  void write_gate_grads(i64 panel) const;
+  void gate_weight_grad(i64 part, i64 parts) const;
+  void recurrent_weight_grad(i64 part, i64 parts) const;
+  void projection_weight_grad(i64 part, i64 parts) const;
   // Without packed weights there is one chunk, of few rows.
   bool direct() const { return !packed_; }
   void direct_input_grad(i64 column_begin, i64 column_end) const;
   void collect_inputs();
   void direct_weight_grads(i64 panel_begin, i64 panel_end) const;
   i64 out_panels() const { return ceil_div(larger(s_.gate_units(), s_.projected ? s_.P : 0), kPanel<S>); }
-  void write_projection_grads(i64 panel) const;
-  // Without a single row there are no sums to copy.
-  bool has_rows() const { return !first_rows_; }
+  // Whether there is a row up to the end of this chunk. Else there are no sums of weight gradients.
+  bool has_rows() const { return has_rows_; }
   void zero_weight_grads() const;
 
   Chunk<S> chunk;
@@ -74,6 +74,15 @@ class BackwardDirection {
     Buffer<S> buffer(n);
     buffer.zero();
     return buffer;
+  }
+
+  // Numbers [first, first + n) of a gradient.
+  void put_vector(void* out, i64 first, Vec<S> v, i64 n) const {
+    if (!rounds_) return store_n(static_cast<S*>(out) + first, v, n);
+    for (i64 lane = 0; lane < n; ++lane) {
+      const S number = v[lane];
+      convert_out(out, p_.dtype, first + lane, &number, 1);
+    }
   }
 
   // rows.h
@@ -88,6 +97,9 @@ class BackwardDirection {
   // products.h
   void put_input_grad(i64 row, i64 begin, i64 count, const S* from) const;
   void hidden_before_projection(i64 row, i64 begin, i64 end, S* out) const;
+  template <class RowOf>
+  void write_panel(const WeightGrad<S>& grad, i64 panel, i64 begin, i64 end, const S* sums, void* out, i64 count,
+                   const RowOf& row_of) const;
 
   // recompute.h
   // At most kProductRows rows: what goes into their gates.
@@ -119,6 +131,7 @@ class BackwardDirection {
   const S* packed_;  // null: the weights are read as they are stored
   const Float16Kernels* const half_;
   const BackwardParams::Gradients& dw_;
+  const bool rounds_;                  // whether weight gradients have 16 bits
   const Extended<S>* const extended_;  // null if the cell is not extended
   WeightGrad<S> gates_;                // of [w_ih | w_hh] and b; with layer normalisation of w_ih
   WeightGrad<S> recurrent_;            // of w_hh, with layer normalisation
@@ -126,7 +139,7 @@ class BackwardDirection {
   Buffer<LongSum<S>> vectors_;         // [tiles][vectors()] sums of vector_grads
   const i64 capacity_;                 // steps of a full chunk
   i64 first_step_ = 0, steps_ = 0;
-  bool first_rows_ = true;  // nothing has been added to the weight gradients yet
+  bool has_rows_ = false;
 };
 
 }  // namespace

@@ -64,7 +64,7 @@ class BackwardLayer {
       for (i64 d = 0; d < s_.D; ++d) directions_[d]->end_chunk();
     }
     for (i64 k = 0; k < lane_count_; ++k) lanes_[k]->end_sequence();
-    write_weight_grads();
+    write_other_grads();
   }
 
  private:
@@ -149,10 +149,13 @@ class BackwardLayer {
   }
   void weight_grads() const {
     if (directions_[0]->direct()) return direct_weight_grads();
-    const auto add = [&](const WeightGrad<S>& grad, void (Direction::*part)(i64, i64)) {
-      if (!grad.allocated()) return;
+    const auto add = [&](const WeightGrad<S>& grad, void (Direction::*part)(i64, i64) const) {
+      if (!grad.wanted()) return;
       const i64 parts = grad.parts(shares_);
-      parallel(*p_.threads, s_.D * parts, [&](i64 item) { ((*directions_[item / parts]).*part)(item % parts, parts); });
+      parallel(*p_.threads, s_.D * parts, [&](i64 item) {
+        const Direction& direction = *directions_[item / parts];
+        if (direction.has_rows()) (direction.*part)(item % parts, parts);
+      });
     };
     add(directions_[0]->gate_weights(), &Direction::gate_weight_grad);
     add(directions_[0]->recurrent_weights(), &Direction::recurrent_weight_grad);
@@ -163,16 +166,7 @@ class BackwardLayer {
     for (i64 d = 0; d < s_.D; ++d) directions_[d]->collect_inputs();
     share_directions(panels, [](const Direction& direction, i64 a, i64 b) { direction.direct_weight_grads(a, b); });
   }
-  void write_weight_grads() const {
-    const auto write = [&](const WeightGrad<S>& grad, void (Direction::*panel)(i64) const) {
-      if (grad.allocated())
-        parallel(*p_.threads, s_.D * grad.panels(),
-                 [&](i64 item) { ((*directions_[item / grad.panels()]).*panel)(item % grad.panels()); });
-    };
-    if (directions_[0]->has_rows()) {
-      write(directions_[0]->gate_weights(), &Direction::write_gate_grads);
-      write(directions_[0]->projection_weights(), &Direction::write_projection_grads);
-    }
+  void write_other_grads() const {
     for (i64 d = 0; d < s_.D; ++d) {
       if (!directions_[d]->has_rows()) directions_[d]->zero_weight_grads();
       if (directions_[d]->has_vectors()) directions_[d]->write_vector_grads();

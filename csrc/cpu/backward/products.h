@@ -39,21 +39,68 @@ inline void BackwardDirection<S>::put_input_grad(i64 row, i64 begin, i64 count, 
 }
 
 // Adds part `part` of [x | h_previous]^T dgates of this chunk, and of the sum of dgates; with layer normalisation of
-// x^T dinputs alone.
+// x^T dinputs alone, as vector_grads has the bias.
 template <class S>
-inline void BackwardDirection<S>::gate_weight_grad(i64 part, i64 parts) {
+inline void BackwardDirection<S>::gate_weight_grad(i64 part, i64 parts) const {
+  const auto row_of = [this](i64 q) { return gate_row<S>(s_, q); };
   gates_.add(
       part, parts, chunk_rows(), chunk.dinputs_row(0), chunk.gate_pitch,
       [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, k_begin, k_end, out); },
-      chunk.half.from(0).scales);
+      chunk.half.from(0).scales, last_chunk(),
+      [&](i64 panel, i64 k_begin, i64 k_end, const S* sums) {
+        write_panel(gates_, panel, k_begin, smaller(k_end, s_.I), sums, dw_.w_ih, s_.I, row_of);
+        if (s_.layer_norm) return;
+        const i64 h_begin = larger(k_begin, s_.I);
+        write_panel(gates_, panel, h_begin - s_.I, k_end - s_.I, sums + (h_begin - k_begin) * kPanel<S>, dw_.w_hh, s_.P,
+                    row_of);
+        if (dw_.b && k_begin == 0)
+          gates_.copy_bias(panel, [&](i64 q, S sum) { convert_out(dw_.b, p_.dtype, row_of(q), &sum, 1); });
+      });
 }
 
 // With layer normalisation: adds h_previous^T drecurrent.
 template <class S>
-inline void BackwardDirection<S>::recurrent_weight_grad(i64 part, i64 parts) {
+inline void BackwardDirection<S>::recurrent_weight_grad(i64 part, i64 parts) const {
   recurrent_.add(
       part, parts, chunk_rows(), chunk.drecurrent_row(0), chunk.gate_pitch,
-      [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, s_.I + k_begin, s_.I + k_end, out); });
+      [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, s_.I + k_begin, s_.I + k_end, out); }, nullptr,
+      last_chunk(),
+      [&](i64 panel, i64 k_begin, i64 k_end, const S* sums) {
+        write_panel(recurrent_, panel, k_begin, k_end, sums, dw_.w_hh, s_.P,
+                    [this](i64 q) { return gate_row<S>(s_, q); });
+      });
+}
+
+// Adds m^T dh of this chunk.
+template <class S>
+inline void BackwardDirection<S>::projection_weight_grad(i64 part, i64 parts) const {
+  projection_.add(
+      part, parts, chunk_rows(), chunk.dhidden.get(), chunk.state_pitch,
+      [&](i64 row, i64 k_begin, i64 k_end, S* out) { hidden_before_projection(row, k_begin, k_end, out); }, nullptr,
+      last_chunk(),
+      [&](i64 panel, i64 k_begin, i64 k_end, const S* sums) {
+        write_panel(projection_, panel, k_begin, k_end, sums, dw_.w_hr, s_.H, [](i64 q) { return q; });
+      });
+}
+
+// Copies sums [end - begin][kPanel] to columns [begin, end) of rows row_of(n) of `out` [.., count], which may be
+// absent; rounded where it has 16 bits.
+template <class S>
+template <class RowOf>
+inline void BackwardDirection<S>::write_panel(const WeightGrad<S>& grad, i64 panel, i64 begin, i64 end, const S* sums,
+                                              void* out, i64 count, const RowOf& row_of) const {
+  if (!out || begin >= end) return;
+  if (!rounds_) {
+    grad.copy_panel(panel, sums, end - begin, [&](i64 n) { return static_cast<S*>(out) + row_of(n) * count + begin; });
+    return;
+  }
+  alignas(64) S block[kPanel<S>][kPanel<S>];
+  for (i64 k = begin; k < end; k += kPanel<S>, sums += kPanel<S> * kPanel<S>) {
+    const i64 columns = smaller(kPanel<S>, end - k), first = panel * kPanel<S>;
+    const i64 width = grad.copy_panel(panel, sums, columns, [&](i64 n) { return block[n - first]; });
+    for (i64 lane = 0; lane < width; ++lane)
+      convert_out(out, p_.dtype, row_of(first + lane) * count + k, block[lane], columns);
+  }
 }
 
 // Copies the gradients of the gate sums to their tensor, where they are in the order of the weights.
@@ -70,13 +117,6 @@ inline void BackwardDirection<S>::put_sum_grads() const {
         std::memcpy(to + gate * s_.H + unit, from, size_t(n) * sizeof(S));
     }
   }
-}
-
-// Adds m^T dh of this chunk.
-template <class S>
-inline void BackwardDirection<S>::projection_weight_grad(i64 part, i64 parts) {
-  projection_.add(part, parts, chunk_rows(), chunk.dhidden.get(), chunk.state_pitch,
-                  [&](i64 row, i64 k_begin, i64 k_end, S* out) { hidden_before_projection(row, k_begin, k_end, out); });
 }
 
 // Units [begin, end) of m = o * tanh(c), the hidden state of a row of the chunk before its projection.
@@ -98,33 +138,10 @@ inline void BackwardDirection<S>::hidden_before_projection(i64 row, i64 begin, i
   }
 }
 
-// Copies the gradients of a panel of gate units, or of projected units, to the tensors that are wanted.
-template <class S>
-inline void BackwardDirection<S>::write_gate_grads(i64 panel) const {
-  const auto write = [&](const WeightGrad<S>& grad, void* out, i64 k_begin, i64 count) {
-    if (out)
-      grad.copy_panel(panel, k_begin, count, [&](i64 q) { return static_cast<S*>(out) + gate_row<S>(s_, q) * count; });
-  };
-  gates_.end_panel(panel);
-  write(gates_, dw_.w_ih, 0, s_.I);
-  if (s_.layer_norm) {  // vector_grads has the bias
-    recurrent_.end_panel(panel);
-    return write(recurrent_, dw_.w_hh, 0, s_.P);
-  }
-  write(gates_, dw_.w_hh, s_.I, s_.P);
-  if (dw_.b) gates_.copy_bias(panel, [&](i64 q) -> S& { return static_cast<S*>(dw_.b)[gate_row<S>(s_, q)]; });
-}
-
-template <class S>
-inline void BackwardDirection<S>::write_projection_grads(i64 panel) const {
-  projection_.end_panel(panel);
-  projection_.copy_panel(panel, 0, s_.H, [&](i64 q) { return static_cast<S*>(dw_.w_hr) + q * s_.H; });
-}
-
 template <class S>
 inline void BackwardDirection<S>::zero_weight_grads() const {
-  const auto zero = [](void* out, i64 n) {
-    if (out) std::memset(out, 0, size_t(n) * sizeof(S));
+  const auto zero = [this](void* out, i64 n) {
+    if (out) std::memset(out, 0, size_t(n) * element_bytes(p_.dtype));
   };
   zero(dw_.w_ih, s_.gate_units() * s_.I);
   zero(dw_.w_hh, s_.gate_units() * s_.P);

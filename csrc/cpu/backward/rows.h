@@ -11,7 +11,8 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
                                                i64 capacity)
     : p_(p), s_(p.sizes), all_(p.sizes, p.ragged, direction, 0, 1), at_(p.sizes),
       packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr),
-      half_(float16_in_backward<S>(s_, p.dtype)), dw_(p.dw[direction]), extended_(extended), capacity_(capacity) {
+      half_(float16_in_backward<S>(s_, p.dtype)), dw_(p.dw[direction]), rounds_(element_bytes(p.dtype) != sizeof(S)),
+      extended_(extended), capacity_(capacity) {
   const i64 rows = capacity * s_.B, chunks = ceil_div(s_.T, capacity);
   chunk.gate_pitch = pitch<S>(s_.gate_units());
   chunk.hidden_pitch = pitch<S>(s_.H);
@@ -49,7 +50,6 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
 
 template <class S>
 inline void BackwardDirection<S>::end_chunk() {
-  first_rows_ = first_rows_ && chunk_rows() == 0;
   gates_.end_chunk(chunk_rows());
   recurrent_.end_chunk(chunk_rows());
   projection_.end_chunk(chunk_rows());
@@ -61,6 +61,7 @@ inline void BackwardDirection<S>::begin_chunk(i64 first_step, i64 steps) {
   steps_ = steps;
   chunk.start[0] = 0;
   for (i64 k = 0; k < steps; ++k) chunk.start[k + 1] = chunk.start[k] + all_.active(time(first_step + k));
+  has_rows_ = has_rows_ || chunk_rows() > 0;
 }
 
 // Time and slot of a row of the chunk.

@@ -108,7 +108,7 @@ inline void BackwardDirection<S>::write_vector_grads() const {
     const i64 unit = tile * kLanes<S>, n = smaller(kLanes<S>, s_.H - unit);
     const LongSum<S>* sum = &vectors_[tile * vectors()];
     const auto write = [&](void* out, i64 first) {
-      if (out) store_n(static_cast<S*>(out) + first + unit, sum->total(), n);
+      if (out) put_vector(out, first + unit, sum->total(), n);
       ++sum;
     };
     for (i64 k = 0; k < 3 && s_.peephole; ++k) write(dw_.w_ch, k * s_.H);
