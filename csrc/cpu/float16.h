@@ -40,8 +40,8 @@ struct Float16Kernels {
   void (*multiply)(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K, const float* panel,
                    float (*sums)[64], bool add, float least);
   // Rounds the columns of x [rows][n], each with a scale of its own, to pairs of rows: [rows / 2][to_pitch][2]. Columns
-  // from n on are zero. largest: the power of two that the largest number of a column gets.
-  void (*round_columns)(i64 rows, const float* x, i64 pitch, i64 n, int largest, uint16_t* to, i64 to_pitch,
+  // from n to `width`, whole vectors, are zero. largest: the power of two that the largest number of a column gets.
+  void (*round_columns)(i64 rows, const float* x, i64 pitch, i64 n, i64 width, int largest, uint16_t* to, i64 to_pitch,
                         float* scales);
   // sums [K][64] = (add ? sums : 0) + a^T d, of rounded columns a, up to K, and d, 64 columns.
   void (*multiply_columns)(i64 rows, const uint16_t* a, i64 a_pitch, const float* a_scales, i64 K, const uint16_t* d,

@@ -3,10 +3,11 @@
 // runs over the rows in one fixed order, whatever the number of threads is, so results are reproducible.
 //
 // A sum has three levels, because one long chain would be inaccurate: blocks of rows, a group of blocks, all groups.
-// Blocks that fit in L2 together make a pass: a panel then takes all of them before the next one does.
+// Where all rows of a call fit in L2, a panel takes them one block after the other, and its sums stay in cache too.
+// Else all panels take a block, then the next one.
 #pragma once
 
-#include "cpu/float16.h"
+#include "cpu/float16_columns.h"
 #include "cpu/gemm.h"
 #include "cpu/long_sum.h"
 #include "cpu/machine.h"
@@ -23,7 +24,11 @@ class WeightGrad {
   // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk. half: null for products of
   // gemm.h.
   WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows, const Float16Kernels* half = nullptr)
-      : K_(K), N_(N), half_(half), panels_(ceil_div(N, kPanel<S>)), pass_rows_(rows_of_pass()) {
+      : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)) {
+    if (half) columns_ = Float16Columns(half, rows, K, ceil_div(K, kHalfDepth));
+    const i64 all = rows * smaller(K, half ? kHalfDepth : kDepth) * i64(half ? sizeof(uint16_t) : sizeof(S));
+    const bool together = chunks == 1 && rows <= kGroup * block_rows() && all <= this_machine().second_level / 2;
+    pass_rows_ = together ? round_up(rows, block_rows()) : block_rows();
     if (chunks > 1 || rows > pass_rows_) sums_ = Buffer<S>(panels_ * K * kPanel<S>);
     if (chunks * ceil_div(rows, block_rows()) > kGroup) groups_ = Buffer<S>(panels_ * K * kPanel<S>);
     if (!bias) return;
@@ -34,11 +39,21 @@ class WeightGrad {
   bool wanted() const { return panels_ > 0; }
 
   // Into how many independent parts `add` should be divided for this many threads: several for each, so that none waits
-  // long for the last one. But each part copies its columns of a, which should be little beside its product.
+  // long for the last one, and as many for each where they are few. But each part copies its columns of a, which should
+  // be little beside its product.
   i64 parts(i64 threads) const {
     if (threads == 1) return depth_groups();
     const i64 least = ceil_div(threads, depth_groups()), most = larger(least, panels_ / kPartPanels);
-    return depth_groups() * smaller(panels_, smaller(most, ceil_div(kParts * threads, depth_groups())));
+    i64 groups = ceil_div(kParts * threads, depth_groups());
+    while (groups < most && groups * depth_groups() % threads) ++groups;
+    return depth_groups() * smaller(panels_, smaller(most, groups));
+  }
+
+  // Products in float16 need their inputs rounded before: slice by slice, of a chunk of `rows` rows. fill: as below.
+  i64 slices(i64 rows) const { return columns_ ? columns_.slices(rows) : 0; }
+  template <class Fill>
+  void round(i64 slice, i64 rows, const Fill& fill) const {
+    if constexpr (sizeof(S) == sizeof(float)) columns_.round(slice, rows, fill);
   }
 
   // sums += a^T d over the `rows` rows of a chunk, for part `part` of `parts`. d: rows of N (padded to whole vectors)
@@ -52,8 +67,8 @@ class WeightGrad {
     const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups(), depth = k_end - k_begin;
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
     const i64 a_pitch = pitch<S>(depth), most = block_rows();
-    const Buffer<S> a(smaller(rows, pass_rows_) * a_pitch), own(sums_ ? 0 : depth * kPanel<S>);
-    const HalfBlock half(half_ ? depth : 0, smaller(rows, most));
+    const Buffer<S> own(sums_ ? 0 : depth * kPanel<S>);
+    Buffer<S> a;
     const auto finish = [&](i64 panel, i64 at, i64 blocks) {
       S* sums = sums_ ? &sums_[at] : own.get();
       if (blocks > kGroup)
@@ -65,9 +80,14 @@ class WeightGrad {
       for (i64 panel = panel_begin; panel < panel_end; ++panel) finish(panel, place(panel), blocks_);
     for (i64 begin = 0; begin < rows; begin += pass_rows_) {
       const i64 end = smaller(begin + pass_rows_, rows);
-      for (i64 row = begin; row < end; ++row) fill(row, k_begin, k_end, &a[(row - begin) * a_pitch]);
-      const bool rounds = half_ && !uneven(end - begin, a.get(), a_pitch, depth, scales + begin);
-      if (rounds) round(half, end - begin, a.get(), a_pitch, depth);
+      bool rounds[kGroup];  // of its blocks
+      for (i64 first = begin; first < end; first += most) {
+        const i64 count = smaller(most, end - first);
+        rounds[(first - begin) / most] = columns_ && columns_.even(first / most, group, count, scales + first);
+        if (rounds[(first - begin) / most]) continue;
+        if (!a) a = Buffer<S>((end - begin) * a_pitch);
+        for (i64 row = first; row < first + count; ++row) fill(row, k_begin, k_end, &a[(row - begin) * a_pitch]);
+      }
       for (i64 panel = panel_begin; panel < panel_end; ++panel) {
         const i64 at = place(panel), width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
         S* sums = sums_ ? &sums_[at] : own.get();
@@ -79,8 +99,8 @@ class WeightGrad {
               bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
           if (block > 0 && block % kGroup == 0) end_group(at, depth * kPanel<S>, block == kGroup);
           // This product has the k of the sums as its rows, and the rows of a and d as its k.
-          if (rounds)
-            add_rounded(half, count, depth, dp, d_pitch, width, sums, block % kGroup > 0);
+          if (rounds[(first - begin) / most])
+            multiply_rounded(first / most, group, count, dp, d_pitch, width, sums, block % kGroup > 0);
           else
             multiply_rows<S>(depth, &a[(first - begin) * a_pitch], 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
                              width, block % kGroup > 0);
@@ -129,58 +149,14 @@ class WeightGrad {
   static constexpr i64 kGroup = 256;  // blocks: as many as a sum of all rows has in most calls
   static constexpr i64 kParts = 4;    // for each of several threads
   static constexpr i64 kPartPanels = 4;  // of a part, at least, where there are more parts than threads
-  // In float16 there are half as many bytes, and chains of their own.
-  static constexpr i64 kHalfRows = 4 * kRows, kHalfDepth = 2 * kDepth;
-  i64 block_rows() const { return half_ ? kHalfRows : kRows; }
-  i64 depth_groups() const { return ceil_div(K_, half_ ? kHalfDepth : kDepth); }
-  i64 rows_of_pass() const {
-    if (half_) return kHalfRows;
-    const i64 block = kRows * pitch<S>(ceil_div(K_, larger(1, depth_groups()))) * i64(sizeof(S));
-    return kRows * smaller(kGroup, larger(1, this_machine().second_level / 2 / block));
-  }
+  // In float16, whose a is rounded once for all panels; d is, for each block of columns.
+  static constexpr i64 kHalfDepth = 1024;
+  i64 block_rows() const { return columns_ ? Float16Columns::kRows : kRows; }
+  i64 depth_groups() const { return ceil_div(K_, columns_ ? kHalfDepth : kDepth); }
 
-  // Whether the largest numbers of a and d are in different rows, so that columns, which float16 scales by these, would
-  // lose what is added: rows that have closed their gates add nothing, however large they are. scales: of rows of d.
-  static bool uneven(i64 rows, const S* a, i64 a_pitch, i64 K, const float* scales) {
-    constexpr double kUneven = 1024;
-    double most_a = 0, most_d = 0, most_together = 0;
-    for (i64 row = 0; row < rows; ++row) {
-      Vec<S> sizes = {};
-      for_vectors<S>(K, [&](i64 k, i64 n) FASTLSTM_INLINE_LAMBDA {
-        const Vec<S> v = load_n(a + row * a_pitch + k, n), size = v < 0 ? -v : v;
-        sizes = size > sizes ? size : sizes;
-      });
-      S of_a = 0;
-      for (int lane = 0; lane < kLanes<S>; ++lane) of_a = sizes[lane] > of_a ? sizes[lane] : of_a;
-      const double of_d = double(scales[row]), together = double(of_a) * of_d;
-      most_a = double(of_a) > most_a ? double(of_a) : most_a;
-      most_d = of_d > most_d ? of_d : most_d;
-      most_together = together > most_together ? together : most_together;
-    }
-    return most_a * most_d > kUneven * most_together;
+  void multiply_rounded(i64 block, i64 group, i64 rows, const S* d, i64 d_pitch, i64 width, S* sums, bool add) const {
+    if constexpr (sizeof(S) == sizeof(float)) columns_.multiply(block, group, rows, d, d_pitch, width, sums, add);
   }
-
-  // Columns of a in a block of rows, rounded to float16.
-  struct HalfBlock {
-    i64 pitch;
-    Buffer<uint16_t> columns;
-    Buffer<float> scales;
-    HalfBlock(i64 K, i64 rows) : pitch(round_up(K, 16)), columns(round_up(rows, 2) * pitch), scales(pitch) {}
-  };
-  void round(const HalfBlock& half, i64 rows, const S* a, i64 a_pitch, i64 K) const {
-    if constexpr (sizeof(S) == sizeof(float))
-      half_->round_columns(rows, a, a_pitch, K, 0, half.columns.get(), half.pitch, half.scales.get());
-  }
-  void add_rounded(const HalfBlock& half, i64 rows, i64 K, const S* d, i64 d_pitch, i64 width, S* sums,
-                   bool add) const {
-    if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64) {
-      alignas(64) uint16_t columns[kHalfRows * kPanel<S>];
-      alignas(64) float scales[kPanel<S>];
-      half_->round_columns(rows, d, d_pitch, width, kLargestWeight, columns, kPanel<S>, scales);
-      half_->multiply_columns(rows, half.columns.get(), half.pitch, half.scales.get(), K, columns, scales, sums, add);
-    }
-  }
-
   // Adds n sums from place `at` on to those of all groups; they begin anew.
   void end_group(i64 at, i64 n, bool first) const {
     for (i64 k = at; k < at + n; k += kLanes<S>)
@@ -188,9 +164,9 @@ class WeightGrad {
   }
 
   i64 K_ = 0, N_ = 0;
-  const Float16Kernels* half_ = nullptr;
   i64 panels_ = 0;
-  i64 pass_rows_ = 0;
+  Float16Columns columns_;  // of a, if products are in float16
+  i64 pass_rows_ = 0;       // of rows that a panel takes before the next one does
   Buffer<S> sums_,
       groups_;  // sums_: if there are several passes; groups_: of all groups but the last, if there are more
   Buffer<LongSum<S>> bias_;  // [panels of N][kPanelVectors]

@@ -30,7 +30,7 @@ template <class S>
 inline void BackwardDirection<S>::collect_inputs() {
   const i64 rows = chunk_rows();
   const auto collect = [&](Buffer<S>& to, i64 columns, const auto& fill) {
-    to = zeros(rows * pitch<S>(columns));
+    to = padded(rows, columns);
     for (i64 row = 0; row < rows; ++row) fill(row, &to[row * pitch<S>(columns)]);
   };
   if (dw_.w_ih) {

@@ -53,6 +53,8 @@ class BackwardDirection {
   const WeightGrad<S>& gate_weights() const { return gates_; }
   const WeightGrad<S>& recurrent_weights() const { return recurrent_; }
   const WeightGrad<S>& projection_weights() const { return projection_; }
+  i64 input_slices() const { return gates_.slices(chunk_rows()); }
+  void round_inputs(i64 slice) const;
   void gate_weight_grad(i64 part, i64 parts) const;
   void recurrent_weight_grad(i64 part, i64 parts) const;
   void projection_weight_grad(i64 part, i64 parts) const;
@@ -69,10 +71,12 @@ class BackwardDirection {
   Chunk<S> chunk;
 
  private:
-  // The padding of rows is read, though its values are never used: zeros keep it free of slow denormals.
-  static Buffer<S> zeros(i64 n) {
-    Buffer<S> buffer(n);
-    buffer.zero();
+  // Rows of n numbers. They are read by whole vectors, though what lies behind the numbers is never used: zeros keep it
+  // free of slow denormals.
+  static Buffer<S> padded(i64 rows, i64 n) {
+    Buffer<S> buffer(rows * pitch<S>(n));
+    for (i64 row = 0; row < rows && n % kLanes<S>; ++row)
+      store(&buffer[row * pitch<S>(n) + n / kLanes<S> * kLanes<S>], Vec<S>{});
     return buffer;
   }
 

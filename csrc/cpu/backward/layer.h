@@ -157,6 +157,13 @@ class BackwardLayer {
         if (direction.has_rows()) (direction.*part)(item % parts, parts);
       });
     };
+    i64 slices = 0;
+    for (i64 d = 0; d < s_.D; ++d) slices = larger(slices, directions_[d]->input_slices());
+    if (slices)
+      parallel(*p_.threads, s_.D * slices, [&](i64 item) {
+        const Direction& direction = *directions_[item / slices];
+        if (item % slices < direction.input_slices()) direction.round_inputs(item % slices);
+      });
     add(directions_[0]->gate_weights(), &Direction::gate_weight_grad);
     add(directions_[0]->recurrent_weights(), &Direction::recurrent_weight_grad);
     add(directions_[0]->projection_weights(), &Direction::projection_weight_grad);

@@ -38,6 +38,13 @@ inline void BackwardDirection<S>::put_input_grad(i64 row, i64 begin, i64 count, 
     std::memcpy(dx, from, size_t(count) * sizeof(S));
 }
 
+// Rounds a slice of [x | h_previous] of this chunk for products in float16, before they are added.
+template <class S>
+inline void BackwardDirection<S>::round_inputs(i64 slice) const {
+  gates_.round(slice, chunk_rows(),
+               [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, k_begin, k_end, out); });
+}
+
 // Adds part `part` of [x | h_previous]^T dgates of this chunk, and of the sum of dgates; with layer normalisation of
 // x^T dinputs alone, as vector_grads has the bias.
 template <class S>

@@ -17,15 +17,15 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
   chunk.gate_pitch = pitch<S>(s_.gate_units());
   chunk.hidden_pitch = pitch<S>(s_.H);
   chunk.state_pitch = pitch<S>(s_.P);
-  chunk.dgates = zeros(rows * chunk.gate_pitch);
+  chunk.dgates = padded(rows, s_.gate_units());
   if (half_) chunk.half = Float16Rows(half_, rows, s_.gate_units());
-  if (s_.projected) chunk.dhidden = zeros(rows * chunk.state_pitch);
+  if (s_.projected) chunk.dhidden = padded(rows, s_.P);
   if (s_.G > 1 && !p.gates.data) chunk.gates = Buffer<S>(rows * chunk.gate_pitch);
   if (extended && dw_.w_hr) chunk.m = Buffer<S>(rows * chunk.hidden_pitch);
   if (s_.layer_norm) {
-    chunk.inputs = zeros(rows * chunk.gate_pitch);
+    chunk.inputs = padded(rows, s_.gate_units());
     chunk.recurrent = Buffer<S>(rows * chunk.gate_pitch);
-    chunk.drecurrent = zeros(rows * chunk.gate_pitch);
+    chunk.drecurrent = padded(rows, s_.gate_units());
     chunk.normalised = Buffer<typename Chunk<S>::Normalised>(rows);
     chunk.cell = Buffer<S>(rows * chunk.hidden_pitch);
     chunk.dcell = Buffer<S>(rows * chunk.hidden_pitch);

@@ -117,8 +117,9 @@ void multiply(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K
   }
 }
 
-void round_columns(i64 rows, const float* x, i64 pitch, i64 n, int largest, uint16_t* to, i64 to_pitch, float* scales) {
-  for (i64 k = 0; k < to_pitch; k += 16) {
+void round_columns(i64 rows, const float* x, i64 pitch, i64 n, i64 width, int largest, uint16_t* to, i64 to_pitch,
+                   float* scales) {
+  for (i64 k = 0; k < width; k += 16) {
     if (k >= n) {
       store(scales + k, Vec<float>{});
       for (i64 row = 0; row < rows; row += 2) _mm512_storeu_si512(to + row * to_pitch + 2 * k, _mm512_setzero_si512());
