@@ -3,6 +3,7 @@
 // operator.
 #include "bindings/quantized.h"
 
+#include "bindings/heap.h"
 #include "bindings/operators.h"
 #include "bindings/passes.h"
 #include "bindings/slice.h"
@@ -60,6 +61,8 @@ void run_layer(const Call& call, const QuantizedDirection* weights, bool int8, b
   call.set_reset(reset, p);
   p.relu = relu;
   p.weights = weights;
+  const i64 rows = call.packed_rows ? call.rows : s.T * s.B;
+  expect_again(size_t(s.D * s.gate_units() * (s.I + s.P) + rows * (s.I + s.D * s.P)) * sizeof(float));
   PassThreads threads(s, quantized_kernels().worthwhile, int8);
   p.threads = &threads;
   together(threads, [&] { quantized_kernels().forward(p); });

@@ -13,7 +13,7 @@
 // and if there are such panels
 //
 //   prepare_panel(w, scales, pairs, out)
-//   prepared_dots(n, a, panel, pairs, sums)   what bfloat16_dots makes, of n rows
+//   prepared_dots(n, a, panel, pairs, sums)   what bfloat16_dots makes, of n rows; added, if it is not kScaled
 //
 // and if it is kScaled, in Bfloat16Rows
 //

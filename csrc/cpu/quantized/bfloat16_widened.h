@@ -6,12 +6,19 @@
 namespace fastlstm {
 namespace {
 
-constexpr double kBfloat16Rate = 28;
-constexpr int kBfloat16Most = kTileRows, kPaired = 1;
+// Of two vectors of products a cycle, a seventh is spent on widening, if rows are many enough to share it.
+constexpr double kBfloat16Rate = 1.45 * kLanes<float>;
+constexpr int kBfloat16Most = kTallestTile, kPaired = 1;
 constexpr bool kScaled = false;
 
+// Vectors of columns that R rows take at once: sums of all of them, and weights of two terms, are in registers.
+template <int R>
+constexpr int kColumnsAtOnce = R == 1 && kColumns / kLanes<float> > 4 ? 8
+                               : kTileRows > 4 || R < 3               ? 4
+                                                                      : 2;
+
 // Panels in float32: twice as many bytes, but nothing to do before a product.
-constexpr Preparing kPreparing{31, 4, 4, kBfloat16Most + 1, kPanelRows};
+constexpr Preparing kPreparing{1.7 * kLanes<float>, 4, 4, kBfloat16Most + 1, kPanelRows};
 
 constexpr i64 kPairsOfChain = 64;  // of weights: a chain of multiply-adds has no more
 
@@ -73,7 +80,7 @@ __attribute__((noinline)) void bfloat16_columns(const float* const* rows, const 
 
 template <int R>
 void bfloat16_dots(const float* const* a, const uint16_t* w, const float*, i64 pairs, Columns* sums) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kColumnsAtOnce<R>;
   std::memset(sums, 0, R * sizeof sums[0]);
   for (int first = 0; first < kColumns; first += kAtOnce * kLanes<float>)
     bfloat16_columns<R, kAtOnce>(a, w, pairs, sums, first);
@@ -94,13 +101,19 @@ inline void prepare_panel(const uint16_t* w, const float*, i64 pairs, void* to) 
       }
 }
 
-inline void prepared_dots(i64 n, const float* const* a, const void* data, i64 pairs, Columns* sums) {
+template <class Row>  // Columns
+inline void prepared_dots(i64 n, const float* const* a, const void* data, i64 pairs, Row* z) {
   const float* panel = static_cast<const float*>(data);
-  alignas(64) float part_sums[kPanelRows][kPanel<float>];
+  if constexpr (kPartsOfPanel == 1)
+    return multiply_panel<float>(n, a, 2 * pairs, panel, z, true, panel + 2 * pairs * kPanel<float>, 2 * kPairsOfChain);
+  alignas(64) float sums[kPanelRows][kPanel<float>];
   for (int part = 0; part < kPartsOfPanel; ++part, panel += 2 * pairs * kPanel<float>) {
-    multiply_panel<float>(n, a, 2 * pairs, panel, part_sums, false, panel + 2 * pairs * kPanel<float>,
-                          2 * kPairsOfChain);
-    for (i64 r = 0; r < n; ++r) std::memcpy(sums[r] + part * kPanel<float>, part_sums[r], sizeof part_sums[r]);
+    multiply_panel<float>(n, a, 2 * pairs, panel, sums, false, panel + 2 * pairs * kPanel<float>, 2 * kPairsOfChain);
+    for (i64 r = 0; r < n; ++r)
+      for (int k = 0; k < kPanel<float>; k += kLanes<float>) {
+        float* const to = z[r] + part * kPanel<float> + k;
+        store(to, load(to) + load(sums[r] + k));
+      }
   }
 }
 

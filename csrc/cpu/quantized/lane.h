@@ -170,10 +170,10 @@ inline void QuantizedLane<W, has_cell>::update(i64 panel) {
       const auto gate = [&](i64 g) FASTLSTM_INLINE_LAMBDA { return load(sums + g * kBlock + k); };
       if constexpr (has_cell) {
         Vec<float> state = load(c + k);
-        store(h + k, next_state<typename W::Quotient>(gate(0), gate(1), gate(2), gate(3), state));
+        store(h + k, next_state<typename W::Arithmetic>(gate(0), gate(1), gate(2), gate(3), state));
         store(c + k, state);
       } else {
-        store(h + k, next_state<typename W::Quotient>(gate(0), p_.relu));
+        store(h + k, next_state<typename W::Arithmetic>(gate(0), p_.relu));
       }
     }
   }

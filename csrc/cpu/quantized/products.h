@@ -29,7 +29,7 @@ struct Panels {
 // 8-bit weights: exact sums of products, then z = fma(scale of the row * scale of the column, sum, z).
 struct Int8 {
   using Rows = Int8Rows;
-  using Quotient = DefinedQuotient;
+  using Arithmetic = DefinedArithmetic;
   static constexpr i64 kNumbers = 5, kNumbersOfProjection = 2;
   static constexpr i64 kInHidden = 2, kInBias = 4;  // where w_hh and the bias begin among the numbers of a panel
   static constexpr bool kPrepares = false;
@@ -66,7 +66,7 @@ struct Int8 {
 // 16-bit weights: products with what bfloat16.h makes of the activations, sums in float32.
 struct Bfloat16 {
   using Rows = Bfloat16Rows;
-  using Quotient = FastQuotient;
+  using Arithmetic = FastArithmetic;
   static constexpr i64 kNumbers = 3, kNumbersOfProjection = 1;
   static constexpr i64 kInHidden = 1, kInBias = 2;
   static constexpr bool kPrepares = kPreparing.rate > 0;
@@ -102,7 +102,7 @@ struct Bfloat16 {
   static const float* scales_of(const Panels& w, i64 panel) { return w.numbers + panel * w.pitch; }
 
   // Calls product(count, rows, sums) for parts of `most` rows or fewer, each a multiple of `together` but the last, and
-  // adds the sums to z.
+  // adds the sums to z. Where they are not scaled, a product of prepared panels does that by itself.
   template <i64 most, i64 together, class AnyRows, class Product>
   static void each_part(const Panels& w, i64 panel, const AnyRows& rows, i64 first, i64 n, Columns* z,
                         const Product& product) {
@@ -112,15 +112,16 @@ struct Bfloat16 {
       if constexpr (kScaled)
         add_scaled<most>(w, panel, rows, first + begin, end - begin, z + begin, product);
       else
-        add_part<most>(rows, first + begin, end - begin, z + begin, product);
+        add_part<most, most == kPreparing.most>(rows, first + begin, end - begin, z + begin, product);
     }
   }
 
-  template <i64 most, class AnyRows, class Product>
+  template <i64 most, bool prepared, class AnyRows, class Product>
   static void add_part(const AnyRows& rows, i64 first, i64 n, Columns* z, const Product& product) {
     decltype(rows.data(0)) a[most];
-    alignas(64) Columns sums[most];
     for (i64 r = 0; r < n; ++r) a[r] = rows.data(first + r);
+    if constexpr (prepared) return product(n, a, z);
+    alignas(64) Columns sums[most];
     product(n, a, sums);
     for (i64 r = 0; r < n; ++r)
       for (int k = 0; k < kColumns; k += kLanes<float>) store(z[r] + k, load(z[r] + k) + load(sums[r] + k));
