@@ -67,11 +67,12 @@ FASTLSTM_INLINE __m512 small_float(__m512i halves) {
 }
 constexpr float kMissing = 0x1p112f / (1 << kLargestWeight);
 
-// One chain: sums[r] = (add ? sums[r] : 0) + a[r] times `pairs` pairs of a panel w, times 2^-kLargestWeight. Pairs of
-// a[r] are a_step numbers apart. weights(v, bits) makes vector v of a pair, as it lies in memory, float16.
-template <int R, class Weights>
+// One chain: put(r, v, sum) for vector v of (add ? sums[r] : 0) + a[r] times `pairs` pairs of a panel w, times
+// 2^-kLargestWeight. Pairs of a[r] are a_step numbers apart. weights(v, bits) makes vector v of a pair, as it lies in
+// memory, float16.
+template <int R, class Weights, class Put>
 FASTLSTM_INLINE void float16_chain(const uint16_t* const (&a)[R], i64 a_step, const uint16_t* w, const Weights& weights,
-                                   i64 pairs, float (*sums)[64], bool add) {
+                                   i64 pairs, const float (*sums)[64], bool add, const Put& put) {
   __m512h acc[R][4];
 #pragma GCC unroll 32
   for (int k = 0; k < R * 4; ++k) acc[k / 4][k % 4] = _mm512_setzero_ph();
@@ -96,10 +97,30 @@ FASTLSTM_INLINE void float16_chain(const uint16_t* const (&a)[R], i64 a_step, co
     const __m512i halves = _mm512_castph_si512(acc[k / 4][k % 4]);
     const __m512h both = _mm512_add_ph(acc[k / 4][k % 4], _mm512_castsi512_ph(_mm512_rol_epi32(halves, 16)));
     const __m512 small = small_float(_mm512_castph_si512(both)), missing = _mm512_set1_ps(kMissing);
-    float* sum = sums[k / 4] + k % 4 * 16;
-    _mm512_storeu_ps(sum, add ? _mm512_fmadd_ps(small, missing, _mm512_loadu_ps(sum)) : _mm512_mul_ps(small, missing));
+    const float* const sum = sums[k / 4] + k % 4 * 16;
+    put(k / 4, k % 4, add ? _mm512_fmadd_ps(small, missing, _mm512_loadu_ps(sum)) : _mm512_mul_ps(small, missing));
   }
 }
+
+// Puts the sums of a product where they are.
+struct PutSums {
+  float (*sums)[64];
+  FASTLSTM_INLINE void operator()(int r, int v, __m512 sum) const { _mm512_storeu_ps(sums[r] + 16 * v, sum); }
+  PutSums from(i64 row) const { return {sums + row}; }
+};
+
+// rows[r] = (add ? rows[r] : 0) + sums times the scales of their columns and of their row.
+struct PutScaled {
+  float* const* rows;
+  const float *columns, *of_rows;
+  bool add;
+  FASTLSTM_INLINE void operator()(int r, int v, __m512 sum) const {
+    const Vec<float> scaled = (Vec<float>)sum * load(columns + 16 * v) * of_rows[r];
+    float* const to = rows[r] + 16 * v;
+    store(to, add ? load(to) + scaled : scaled);
+  }
+  PutScaled from(i64 row) const { return {rows + row, columns, of_rows + row, add}; }
+};
 
 // sums[r] = product of row r of a, R of them, with a panel, chain by chain.
 template <int R, class Weights>
@@ -110,7 +131,7 @@ FASTLSTM_INLINE void float16_dots(const uint16_t* const* rows, i64 a_step, const
   for (int r = 0; r < R; ++r) a[r] = rows[r];
   i64 from = 0;
   do {
-    float16_chain<R>(a, a_step, w, weights, smaller(kPairsOfChain, pairs - from), sums, from > 0);
+    float16_chain<R>(a, a_step, w, weights, smaller(kPairsOfChain, pairs - from), sums, from > 0, PutSums{sums});
     from += kPairsOfChain;
     w += kPairsOfChain * 128;
 #pragma GCC unroll 8
@@ -163,18 +184,20 @@ inline float largest_row(const float* scales, i64 K) {
 constexpr auto kAsTheyAre = [](int, __m512i bits) FASTLSTM_INLINE_LAMBDA { return bits; };
 
 // One chain of a panel that is float16 already, from `pair` on. Not inlined: one copy serves every product.
-template <int R>
+template <int R, class Put>
 __attribute__((noinline)) void float16_panel(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
-                                             i64 pairs, float (*sums)[64], bool add) {
+                                             i64 pairs, const float (*sums)[64], const Put& put) {
   const uint16_t* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = rows[r] + pair * a_step;
-  float16_chain<R>(a, a_step, w, kAsTheyAre, pairs, sums, add);
+  float16_chain<R>(a, a_step, w, kAsTheyAre, pairs, sums, pair > 0, put);
 }
 
-// sums[r] = product of n rows with such a panel. All rows pass over a part of it, one chain, while that is in L1.
+// put(r, v, sum) for the product of n rows with such a panel; sums: what is left from chain to chain. All rows pass
+// over a part of the panel, one chain, while that is in L1.
+template <class Put>
 inline void float16_products(i64 n, const uint16_t* const* a, i64 a_step, const uint16_t* w, i64 pairs,
-                             float (*sums)[64]) {
+                             float (*sums)[64], const Put& put) {
   const i64 parts = ceil_div(n, kFloat16Rows);
   i64 pair = 0;
   do {
@@ -182,7 +205,11 @@ inline void float16_products(i64 n, const uint16_t* const* a, i64 a_step, const 
     for (i64 part = 0; part < parts; ++part) {
       const i64 begin = part * n / parts, end = (part + 1) * n / parts;
       with_rows<kFloat16Rows>(end - begin, [&](auto count) {
-        float16_panel<decltype(count)::value>(a + begin, a_step, pair, w, length, sums + begin, pair > 0);
+        constexpr int R = decltype(count)::value;
+        if (pair + length < pairs)
+          float16_panel<R>(a + begin, a_step, pair, w, length, sums + begin, PutSums{sums + begin});
+        else
+          float16_panel<R>(a + begin, a_step, pair, w, length, sums + begin, put.from(begin));
       });
     }
     pair += kPairsOfChain;

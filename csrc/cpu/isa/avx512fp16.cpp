@@ -97,8 +97,15 @@ void multiply(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K
       rows, [&](i64 r) { return a.scales[r * a.step]; }, least, [&] { return largest_row(scales, K); });
   alignas(64) float products[kPanelRows][kColumns];
   const uint16_t* at[kPanelRows];
-  for (i64 place = 0; place < part.count; ++place) at[place] = a.data + part.row_of[place] * a.pitch;
-  float16_products(part.count, at, 2, w, pairs, products);
+  float *out[kPanelRows], of_rows[kPanelRows];
+  for (i64 place = 0; place < rows; ++place) {
+    const i64 r = part.row_of[place];
+    at[place] = a.data + r * a.pitch;
+    out[place] = sums[r];
+    of_rows[place] = place < part.count ? a.scales[r * a.step] : 1.0f;
+  }
+  const PutScaled put{out, scales, of_rows, add};
+  float16_products(part.count, at, 2, w, pairs, products, put);
   for (i64 first = part.count; first < rows; first += kExactRows)
     with_rows<kExactRows>(rows - first, [&](auto count) {
       constexpr int R = decltype(count)::value;
@@ -107,14 +114,8 @@ void multiply(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K
       const auto number = [&](int r, i64 k) FASTLSTM_INLINE_LAMBDA { return k < K ? x[r][k] : 0.0f; };
       float32_dots<R>(number, w, kAsTheyAre, pairs, products + first);
     });
-  for (i64 place = 0; place < rows; ++place) {
-    const i64 r = part.row_of[place];
-    const float scale = place < part.count ? a.scales[r * a.step] : 1.0f;
-    for (int k = 0; k < kColumns; k += 16) {
-      const Vec<float> product = load(&products[place][k]) * load(scales + k) * scale;
-      store(&sums[r][k], add ? load(&sums[r][k]) + product : product);
-    }
-  }
+  for (i64 place = part.count; place < rows; ++place)
+    for (int v = 0; v < 4; ++v) put(int(place), v, _mm512_loadu_ps(&products[place][16 * v]));
 }
 
 void round_columns(i64 rows, const float* x, i64 pitch, i64 n, i64 width, int largest, uint16_t* to, i64 to_pitch,
@@ -142,16 +143,14 @@ void multiply_columns(i64 rows, const uint16_t* a, i64 a_pitch, const float* a_s
   const i64 parts = ceil_div(K, kPanelRows), pairs = ceil_div(rows, 2);
   alignas(64) float products[kPanelRows][kColumns];
   const uint16_t* at[kPanelRows];
+  float* out[kPanelRows];
   for (i64 part = 0; part < parts; ++part) {
     const i64 begin = part * K / parts, end = (part + 1) * K / parts;
-    for (i64 k = begin; k < end; ++k) at[k - begin] = a + 2 * k;
-    float16_products(end - begin, at, 2 * a_pitch, d, pairs, products);
-    for (i64 k = begin; k < end; ++k)
-      for (int v = 0; v < kColumns; v += 16) {
-        float* const sum = sums + k * kColumns + v;
-        const Vec<float> product = load(&products[k - begin][v]) * load(d_scales + v) * a_scales[k];
-        store(sum, add ? load(sum) + product : product);
-      }
+    for (i64 k = begin; k < end; ++k) {
+      at[k - begin] = a + 2 * k;
+      out[k - begin] = sums + k * kColumns;
+    }
+    float16_products(end - begin, at, 2 * a_pitch, d, pairs, products, PutScaled{out, d_scales, a_scales + begin, add});
   }
 }
 

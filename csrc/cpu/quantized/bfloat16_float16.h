@@ -72,7 +72,7 @@ __attribute__((noinline)) void bfloat16_dots(const uint16_t* const* a, const uin
 }
 
 inline void prepared_dots(i64 n, const uint16_t* const* a, const void* panel, i64 pairs, Columns* sums) {
-  float16_products(n, a, 2, static_cast<const uint16_t*>(panel), pairs, sums);
+  float16_products(n, a, 2, static_cast<const uint16_t*>(panel), pairs, sums, PutSums{sums});
 }
 
 inline void prepare_panel(const uint16_t* w, const float* scales, i64 pairs, void* to) {

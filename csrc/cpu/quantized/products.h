@@ -77,11 +77,12 @@ struct Bfloat16 {
     const float* scales = scales_of(w, panel);
     if constexpr (kPrepares)
       if (w.prepared && n >= kPreparing.least)
-        return each_part<kPreparing.most, 1>(w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
-          prepared_dots(count, a, w.prepared + panel * prepared_bytes(w), pairs, sums);
-        });
+        return each_part<kPreparing.most, 1, !kScaled>(
+            w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
+              prepared_dots(count, a, w.prepared + panel * prepared_bytes(w), pairs, sums);
+            });
     const uint16_t* data = data_of(w, panel);
-    each_part<kBfloat16Most, kPaired>(w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
+    each_part<kBfloat16Most, kPaired, false>(w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
       with_rows<kBfloat16Most>(
           count, [&](auto constant) { bfloat16_dots<decltype(constant)::value>(a, data, scales, pairs, sums); });
     });
@@ -102,8 +103,8 @@ struct Bfloat16 {
   static const float* scales_of(const Panels& w, i64 panel) { return w.numbers + panel * w.pitch; }
 
   // Calls product(count, rows, sums) for parts of `most` rows or fewer, each a multiple of `together` but the last, and
-  // adds the sums to z. Where they are not scaled, a product of prepared panels does that by itself.
-  template <i64 most, i64 together, class AnyRows, class Product>
+  // adds the sums to z, unless the product does that by itself.
+  template <i64 most, i64 together, bool adds, class AnyRows, class Product>
   static void each_part(const Panels& w, i64 panel, const AnyRows& rows, i64 first, i64 n, Columns* z,
                         const Product& product) {
     const i64 groups = ceil_div(n, together), parts = ceil_div(groups, most / together);
@@ -112,15 +113,15 @@ struct Bfloat16 {
       if constexpr (kScaled)
         add_scaled<most>(w, panel, rows, first + begin, end - begin, z + begin, product);
       else
-        add_part<most, most == kPreparing.most>(rows, first + begin, end - begin, z + begin, product);
+        add_part<most, adds>(rows, first + begin, end - begin, z + begin, product);
     }
   }
 
-  template <i64 most, bool prepared, class AnyRows, class Product>
+  template <i64 most, bool adds, class AnyRows, class Product>
   static void add_part(const AnyRows& rows, i64 first, i64 n, Columns* z, const Product& product) {
     decltype(rows.data(0)) a[most];
     for (i64 r = 0; r < n; ++r) a[r] = rows.data(first + r);
-    if constexpr (prepared) return product(n, a, z);
+    if constexpr (adds) return product(n, a, z);
     alignas(64) Columns sums[most];
     product(n, a, sums);
     for (i64 r = 0; r < n; ++r)
