@@ -1,4 +1,4 @@
-// Memory that comes and goes with every training step.
+// Memory that comes and goes with every call.
 #pragma once
 
 #include <algorithm>

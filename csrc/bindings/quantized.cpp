@@ -62,7 +62,8 @@ void run_layer(const Call& call, const QuantizedDirection* weights, bool int8, b
   p.relu = relu;
   p.weights = weights;
   const i64 rows = call.packed_rows ? call.rows : s.T * s.B;
-  expect_again(size_t(s.D * s.gate_units() * (s.I + s.P) + rows * (s.I + s.D * s.P)) * sizeof(float));
+  const i64 prepared = int8 || s.T == 1 ? 0 : s.D * s.gate_units() * (s.I + s.P);  // weights, at most
+  expect_again(size_t(prepared + rows * (s.I + s.D * s.P)) * sizeof(float));
   PassThreads threads(s, quantized_kernels().worthwhile, int8);
   p.threads = &threads;
   together(threads, [&] { quantized_kernels().forward(p); });

@@ -39,14 +39,15 @@ class WeightGrad {
   bool wanted() const { return panels_ > 0; }
 
   // Into how many independent parts `add` should be divided for this many threads: several for each, so that none waits
-  // long for the last one, and as many for each where they are few. But each part copies its columns of a, which should
-  // be little beside its product.
+  // long for the last one, and as many for each. But in float32 each part copies its columns of a, which should be
+  // little beside its product.
   i64 parts(i64 threads) const {
     if (threads == 1) return depth_groups();
-    const i64 least = ceil_div(threads, depth_groups()), most = larger(least, panels_ / kPartPanels);
-    i64 groups = ceil_div(kParts * threads, depth_groups());
-    while (groups < most && groups * depth_groups() % threads) ++groups;
-    return depth_groups() * smaller(panels_, smaller(most, groups));
+    const i64 least = ceil_div(threads, depth_groups());
+    const i64 most = columns_ ? panels_ : larger(least, panels_ / kPartPanels);
+    i64 groups = smaller(most, ceil_div(kParts * threads, depth_groups()));
+    while (groups < panels_ && groups * depth_groups() % threads) ++groups;
+    return depth_groups() * smaller(panels_, groups);
   }
 
   // Products in float16 need their inputs rounded before: slice by slice, of a chunk of `rows` rows. fill: as below.
@@ -67,24 +68,25 @@ class WeightGrad {
     const i64 k_begin = group * K_ / depth_groups(), k_end = (group + 1) * K_ / depth_groups(), depth = k_end - k_begin;
     const i64 panel_begin = which * panels_ / panel_groups, panel_end = (which + 1) * panels_ / panel_groups;
     const i64 a_pitch = pitch<S>(depth), most = block_rows();
-    const Buffer<S> own(sums_ ? 0 : depth * kPanel<S>);
-    Buffer<S> a;
+    const Buffer<S> own(sums_ ? 0 : depth * kPanel<S>);  // sums of one panel, if nobody needs them later
+    Buffer<S> a;                                         // only for products in float32
+    const auto place = [&](i64 panel) { return (panel * K_ + k_begin) * kPanel<S>; };  // of its sums
+    // blocks: of the whole call.
     const auto finish = [&](i64 panel, i64 at, i64 blocks) {
       S* sums = sums_ ? &sums_[at] : own.get();
       if (blocks > kGroup)
         for (i64 k = 0; k < depth * kPanel<S>; k += kLanes<S>) store(&sums[k], load(&groups_[at + k]) + load(&sums[k]));
       take(panel, k_begin, k_end, sums);
     };
-    const auto place = [&](i64 panel) { return (panel * K_ + k_begin) * kPanel<S>; };
     if (last && !rows)  // sequences have ended in an earlier chunk
       for (i64 panel = panel_begin; panel < panel_end; ++panel) finish(panel, place(panel), blocks_);
     for (i64 begin = 0; begin < rows; begin += pass_rows_) {
       const i64 end = smaller(begin + pass_rows_, rows);
-      bool rounds[kGroup];  // of its blocks
+      bool in_float16[kGroup];  // for each block of the pass, whether its product is
       for (i64 first = begin; first < end; first += most) {
         const i64 count = smaller(most, end - first);
-        rounds[(first - begin) / most] = columns_ && columns_.even(first / most, group, count, scales + first);
-        if (rounds[(first - begin) / most]) continue;
+        in_float16[(first - begin) / most] = columns_ && columns_.even(first / most, group, count, scales + first);
+        if (in_float16[(first - begin) / most]) continue;
         if (!a) a = Buffer<S>((end - begin) * a_pitch);
         for (i64 row = first; row < first + count; ++row) fill(row, k_begin, k_end, &a[(row - begin) * a_pitch]);
       }
@@ -99,7 +101,7 @@ class WeightGrad {
               bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
           if (block > 0 && block % kGroup == 0) end_group(at, depth * kPanel<S>, block == kGroup);
           // This product has the k of the sums as its rows, and the rows of a and d as its k.
-          if (rounds[(first - begin) / most])
+          if (in_float16[(first - begin) / most])
             multiply_rounded(first / most, group, count, dp, d_pitch, width, sums, block % kGroup > 0);
           else
             multiply_rows<S>(depth, &a[(first - begin) * a_pitch], 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
@@ -149,13 +151,14 @@ class WeightGrad {
   static constexpr i64 kGroup = 256;  // blocks: as many as a sum of all rows has in most calls
   static constexpr i64 kParts = 4;    // for each of several threads
   static constexpr i64 kPartPanels = 4;  // of a part, at least, where there are more parts than threads
-  // In float16, whose a is rounded once for all panels; d is, for each block of columns.
+  // In float16 a is rounded once for all panels, and d again for every so many columns of a.
   static constexpr i64 kHalfDepth = 1024;
   i64 block_rows() const { return columns_ ? Float16Columns::kRows : kRows; }
   i64 depth_groups() const { return ceil_div(K_, columns_ ? kHalfDepth : kDepth); }
 
   void multiply_rounded(i64 block, i64 group, i64 rows, const S* d, i64 d_pitch, i64 width, S* sums, bool add) const {
-    if constexpr (sizeof(S) == sizeof(float)) columns_.multiply(block, group, rows, d, d_pitch, width, sums, add);
+    if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
+      columns_.multiply(block, group, rows, d, d_pitch, width, sums, add);
   }
   // Adds n sums from place `at` on to those of all groups; they begin anew.
   void end_group(i64 at, i64 n, bool first) const {
@@ -165,10 +168,10 @@ class WeightGrad {
 
   i64 K_ = 0, N_ = 0;
   i64 panels_ = 0;
-  Float16Columns columns_;  // of a, if products are in float16
-  i64 pass_rows_ = 0;       // of rows that a panel takes before the next one does
-  Buffer<S> sums_,
-      groups_;  // sums_: if there are several passes; groups_: of all groups but the last, if there are more
+  Float16Columns columns_;   // of a, if products are in float16
+  i64 pass_rows_ = 0;        // rows that a panel takes before the next one does
+  Buffer<S> sums_;           // if there are several passes
+  Buffer<S> groups_;         // of all groups of blocks but the last one, if there are several
   Buffer<LongSum<S>> bias_;  // [panels of N][kPanelVectors]
   i64 blocks_ = 0;           // of earlier chunks
 };

@@ -51,8 +51,8 @@ inline void BackwardDirection<S>::direct_weight_grads(i64 panel_begin, i64 panel
       for (i64 i = 0; i < count; i += kPanel<S>) {
         const i64 n = smaller(kPanel<S>, count - i), width = smaller(kPanel<S>, K - k), at = (row + i) * K + k;
         multiply_rows<S>(n, d + i, 1, d_pitch, rows, &inputs[k], pitch<S>(K),
-                         rounds_ ? block[0] : static_cast<S*>(out) + at, rounds_ ? kPanel<S> : K, width, false);
-        for (i64 r = 0; r < n && rounds_; ++r) convert_out(out, p_.dtype, at + r * K, block[r], width);
+                         narrow_ ? block[0] : static_cast<S*>(out) + at, narrow_ ? kPanel<S> : K, width, false);
+        for (i64 r = 0; r < n && narrow_; ++r) convert_out(out, p_.dtype, at + r * K, block[r], width);
       }
   };
   const auto runs = [&](i64 N, const auto& row_of,

@@ -71,18 +71,19 @@ class BackwardDirection {
   Chunk<S> chunk;
 
  private:
-  // Rows of n numbers. They are read by whole vectors, though what lies behind the numbers is never used: zeros keep it
-  // free of slow denormals.
+  // Rows of n numbers. They are read by vectors that end behind the numbers, though what is there is never used: zeros
+  // keep it free of slow denormals.
   static Buffer<S> padded(i64 rows, i64 n) {
     Buffer<S> buffer(rows * pitch<S>(n));
-    for (i64 row = 0; row < rows && n % kLanes<S>; ++row)
-      store(&buffer[row * pitch<S>(n) + n / kLanes<S> * kLanes<S>], Vec<S>{});
+    for (i64 row = 0; row < rows; ++row)
+      for (i64 k = n / kLanes<S> * kLanes<S>; k < pitch<S>(n); k += kLanes<S>)
+        store(&buffer[row * pitch<S>(n) + k], Vec<S>{});
     return buffer;
   }
 
   // Numbers [first, first + n) of a gradient.
   void put_vector(void* out, i64 first, Vec<S> v, i64 n) const {
-    if (!rounds_) return store_n(static_cast<S*>(out) + first, v, n);
+    if (!narrow_) return store_n(static_cast<S*>(out) + first, v, n);
     for (i64 lane = 0; lane < n; ++lane) {
       const S number = v[lane];
       convert_out(out, p_.dtype, first + lane, &number, 1);
@@ -135,7 +136,7 @@ class BackwardDirection {
   const S* packed_;  // null: the weights are read as they are stored
   const Float16Kernels* const half_;
   const BackwardParams::Gradients& dw_;
-  const bool rounds_;                  // whether weight gradients have 16 bits
+  const bool narrow_;                  // whether weight gradients have 16 bits
   const Extended<S>* const extended_;  // null if the cell is not extended
   WeightGrad<S> gates_;                // of [w_ih | w_hh] and b; with layer normalisation of w_ih
   WeightGrad<S> recurrent_;            // of w_hh, with layer normalisation

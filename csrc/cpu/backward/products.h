@@ -97,7 +97,7 @@ template <class RowOf>
 inline void BackwardDirection<S>::write_panel(const WeightGrad<S>& grad, i64 panel, i64 begin, i64 end, const S* sums,
                                               void* out, i64 count, const RowOf& row_of) const {
   if (!out || begin >= end) return;
-  if (!rounds_) {
+  if (!narrow_) {
     grad.copy_panel(panel, sums, end - begin, [&](i64 n) { return static_cast<S*>(out) + row_of(n) * count + begin; });
     return;
   }

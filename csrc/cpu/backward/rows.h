@@ -11,7 +11,7 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
                                                i64 capacity)
     : p_(p), s_(p.sizes), all_(p.sizes, p.ragged, direction, 0, 1), at_(p.sizes),
       packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr),
-      half_(float16_in_backward<S>(s_, p.dtype)), dw_(p.dw[direction]), rounds_(element_bytes(p.dtype) != sizeof(S)),
+      half_(float16_in_backward<S>(s_, p.dtype)), dw_(p.dw[direction]), narrow_(element_bytes(p.dtype) != sizeof(S)),
       extended_(extended), capacity_(capacity) {
   const i64 rows = capacity * s_.B, chunks = ceil_div(s_.T, capacity);
   chunk.gate_pitch = pitch<S>(s_.gate_units());

@@ -17,7 +17,7 @@ inline BackwardLane<S, kCell>::BackwardLane(const BackwardParams& p, const Plan&
   if (kHasCell) dc_ = Buffer<S>(rows_.rows * hidden_pitch_);
   if (s_.projected) {
     dm_ = Buffer<S>(rows_.rows * hidden_pitch_);
-    dm_.zero();  // see `zeros`
+    dm_.zero();  // see `padded`
   }
   if (kByRow && extended->zone_h) dh_stayed_ = Buffer<S>(rows_.rows * state_pitch_);
 }

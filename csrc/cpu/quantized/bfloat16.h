@@ -13,7 +13,8 @@
 // and if there are such panels
 //
 //   prepare_panel(w, scales, pairs, out)
-//   prepared_dots(n, a, panel, pairs, sums)   what bfloat16_dots makes, of n rows; added, if it is not kScaled
+//   prepared_dots(n, a, panel, pairs, sums)   what bfloat16_dots makes, of n rows; if it is not kScaled,
+//                                             added to what is in sums
 //
 // and if it is kScaled, in Bfloat16Rows
 //

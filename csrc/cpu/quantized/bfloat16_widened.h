@@ -11,7 +11,8 @@ constexpr double kBfloat16Rate = 1.45 * kLanes<float>;
 constexpr int kBfloat16Most = kTallestTile, kPaired = 1;
 constexpr bool kScaled = false;
 
-// Vectors of columns that R rows take at once: sums of all of them, and weights of two terms, are in registers.
+// Vectors of columns that R rows take at once: enough sums to keep the multipliers busy, and as few as the registers
+// hold beside the weights.
 template <int R>
 constexpr int kColumnsAtOnce = R == 1 && kColumns / kLanes<float> > 4 ? 8
                                : kTileRows > 4 || R < 3               ? 4
@@ -101,7 +102,8 @@ inline void prepare_panel(const uint16_t* w, const float*, i64 pairs, void* to) 
       }
 }
 
-template <class Row>  // Columns
+// A template, so that what other widths of panels do is not compiled.
+template <class Row>
 inline void prepared_dots(i64 n, const float* const* a, const void* data, i64 pairs, Row* z) {
   const float* panel = static_cast<const float*>(data);
   if constexpr (kPartsOfPanel == 1)
