@@ -16,7 +16,7 @@ from benchmarks import __main__ as command
 from benchmarks.gpu import kernels
 from benchmarks.gpu.machine_code import counts, false_waits, instructions, time_loop
 from benchmarks.gpu.triton_kernels import compile_variant
-from benchmarks.gpu.variants import DTYPES, Layer, Variant, layers, sample, variants
+from benchmarks.gpu.variants import DTYPES, SAMPLED, Layer, Variant, layers, sample, variants
 from benchmarks.speed.worker import Failed, Worker
 from fastlstm.kernels.triton.config import Device
 
@@ -310,11 +310,7 @@ def test_a_sample_has_every_kernel_with_every_cell() -> None:
         found = worker.run(variants, layers(DTYPES, quick=True), [80, 90], timeout=60)
     chosen = sample(found)
     assert chosen == sample(found) and 60 < len(chosen) < len(found) / 2
-    for names in (
-        ("kernel", "arch", "regime", "cell"),
-        ("kernel", "arch", "dtype", "precision"),
-        ("kernel", "regime", "fused", "rows"),
-    ):
+    for names in SAMPLED:
         kinds = {tuple(each.facts[name] for name in names) for each in found}
         assert kinds == {tuple(each.facts[name] for name in names) for each in chosen}
 

@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--sample", action="store_true",
-        help="triton: of these, only the first of each kernel, cell, type and kind of rows",
+        help="triton: of these, only the first of a kernel with a cell, type or kind of rows",
     )  # fmt: skip
     add(
         "--json", nargs="?", type=Path, const=STDOUT, metavar="FILE",

@@ -136,16 +136,23 @@ def variants(layers: Iterable[Layer], archs: Iterable[int]) -> list[Variant]:
     return list(dict.fromkeys(v for arch in archs for l in layers for v in _of(l, arch)))
 
 
-# What of the source a compiler gets to see depends on these.
-SAMPLED = ("kernel", "arch", "regime", "cell", "dtype", "precision", "fused", "rows")
+# What of the source a compiler gets to see depends on these. A sample has these combinations.
+SAMPLED = (
+    ("kernel", "arch", "regime", "cell"),
+    ("kernel", "arch", "dtype", "precision"),
+    ("kernel", "regime", "fused", "rows"),
+)
 
 
 def sample(found: Iterable[Variant]) -> list[Variant]:
-    """Keep the first of each kernel, GPU, regime, cell, type of number and kind of rows."""
-    first: dict[tuple[Any, ...], Variant] = {}
+    """Keep those that have a new cell, type of number or kind of rows for their kernel."""
+    kept, seen = [], set()
     for variant in found:
-        first.setdefault(tuple(variant.facts[name] for name in SAMPLED), variant)
-    return list(first.values())
+        kinds = {(names, *[variant.facts[name] for name in names]) for names in SAMPLED}
+        if kinds - seen:
+            kept.append(variant)
+            seen |= kinds
+    return kept
 
 
 def _of(layer: Layer, arch: int) -> Iterator[Variant]:

@@ -9,17 +9,19 @@ namespace fastlstm {
 namespace {
 
 // Columns 0 .. K of up to `rows` rows, in `groups` groups, each of nearly equal width. Rows are taken in blocks, each
-// of which scales its columns anew. Without kernels there are none.
+// of which scales its columns anew. What they become does not depend on the number of threads. Without kernels there
+// are none.
 class Float16Columns {
  public:
   static constexpr i64 kRows = 512;  // of a block
 
   Float16Columns() = default;
-  Float16Columns(const Float16Kernels* kernels, i64 rows, i64 K, i64 groups)
-      : kernels_(kernels), K_(K), groups_(groups), depth_(ceil_div(K, groups)), slices_(ceil_div(depth_, kSlice)),
-        pitch_(round_up(depth_, 16) + 16), block_rows_(round_up(smaller(rows, kRows), 2)),
-        data_(blocks(rows) * groups * block_rows_ * pitch_), scales_(blocks(rows) * groups * pitch_),
-        largest_(blocks(rows) * groups * slices_ * block_rows_) {}
+  Float16Columns(const Float16Kernels* kernels, i64 rows, i64 K, i64 groups, i64 threads)
+      : kernels_(kernels), K_(K), groups_(groups), depth_(ceil_div(K, groups)),
+        slice_(smaller(kWidestSlice, round_up(ceil_div(K, 2 * threads), kPanelColumns))),
+        slices_(ceil_div(depth_, slice_)), pitch_(round_up(depth_, 16) + 16),
+        block_rows_(round_up(smaller(rows, kRows), 2)), data_(blocks(rows) * groups * block_rows_ * pitch_),
+        scales_(blocks(rows) * groups * pitch_), largest_(blocks(rows) * groups * slices_ * block_rows_) {}
 
   explicit operator bool() const { return kernels_; }
   static i64 blocks(i64 rows) { return ceil_div(rows, kRows); }
@@ -30,16 +32,16 @@ class Float16Columns {
   template <class Fill>
   void round(i64 slice, i64 rows, const Fill& fill) const {
     const i64 place = slice / slices_, group = place % groups_, first = place / groups_ * kRows;
-    const i64 k = slice % slices_ * kSlice, n = smaller(kSlice, begin(group + 1) - begin(group) - k);
+    const i64 k = slice % slices_ * slice_, n = smaller(slice_, begin(group + 1) - begin(group) - k);
     if (n <= 0) return;
-    const i64 count = smaller(kRows, rows - first);
-    const Buffer<float> numbers(count * kPitch);
+    const i64 count = smaller(kRows, rows - first), numbers_pitch = pitch<float>(n);
+    const Buffer<float> numbers(count * numbers_pitch);
     for (i64 row = 0; row < count; ++row) {
-      float* const to = &numbers[row * kPitch];
+      float* const to = &numbers[row * numbers_pitch];
       fill(first + row, begin(group) + k, begin(group) + k + n, to);
       largest_[slice * block_rows_ + row] = largest_of(to, n);
     }
-    kernels_->round_columns(count, numbers.get(), kPitch, n, round_up(n, 16), 0, at(place) + 2 * k, pitch_,
+    kernels_->round_columns(count, numbers.get(), numbers_pitch, n, round_up(n, 16), 0, at(place) + 2 * k, pitch_,
                             &scales_[place * pitch_ + k]);
   }
 
@@ -50,7 +52,7 @@ class Float16Columns {
     constexpr double kUneven = 1024;
     double most_a = 0, most_d = 0, most_together = 0;
     const float* const largest = &largest_[(block * groups_ + group) * slices_ * block_rows_];
-    const i64 filled = ceil_div(begin(group + 1) - begin(group), kSlice);
+    const i64 filled = ceil_div(begin(group + 1) - begin(group), slice_);
     for (i64 row = 0; row < rows; ++row) {
       double of_a = 0;
       for (i64 slice = 0; slice < filled; ++slice) {
@@ -68,15 +70,15 @@ class Float16Columns {
   // sums [columns of the group][64] = (add ? sums : 0) + a^T d, of `rows` rows of a block and `width` columns of d.
   void multiply(i64 block, i64 group, i64 rows, const float* d, i64 d_pitch, i64 width, float* sums, bool add) const {
     const i64 place = block * groups_ + group;
-    alignas(64) uint16_t columns[kRows * kSlice];
-    alignas(64) float scales[kSlice];
-    kernels_->round_columns(rows, d, d_pitch, width, kSlice, kLargestWeight, columns, kSlice, scales);
+    alignas(64) uint16_t columns[kRows * kPanelColumns];
+    alignas(64) float scales[kPanelColumns];
+    kernels_->round_columns(rows, d, d_pitch, width, kPanelColumns, kLargestWeight, columns, kPanelColumns, scales);
     kernels_->multiply_columns(rows, at(place), pitch_, &scales_[place * pitch_], begin(group + 1) - begin(group),
                                columns, scales, sums, add);
   }
 
  private:
-  static constexpr i64 kSlice = 64, kPitch = kSlice + 16;  // a panel is as wide
+  static constexpr i64 kPanelColumns = 64, kWidestSlice = 256;  // of which the rows of a block stay in L2
   uint16_t* at(i64 place) const { return &data_[place * block_rows_ * pitch_]; }
 
   static float largest_of(const float* x, i64 n) {
@@ -92,7 +94,7 @@ class Float16Columns {
 
   const Float16Kernels* kernels_ = nullptr;
   i64 K_ = 0, groups_ = 0, depth_ = 0;
-  i64 slices_ = 0;  // of a group of a block
+  i64 slice_ = 0, slices_ = 0;  // columns of a slice, slices of a group of a block
   i64 pitch_ = 0, block_rows_ = 0;
   Buffer<uint16_t> data_;  // [blocks][groups][block_rows / 2][pitch][2]
   Buffer<float> scales_;   // [blocks][groups][pitch] of columns

@@ -22,10 +22,10 @@ class WeightGrad {
   WeightGrad() = default;
   // The sums are [panels of N][K][kPanel]. They are not set until rows are added. bias: whether the sums of d are
   // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk. half: null for products of
-  // gemm.h.
-  WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows, const Float16Kernels* half = nullptr)
+  // gemm.h; threads: that round for those of float16.
+  WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows, const Float16Kernels* half = nullptr, i64 threads = 1)
       : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)) {
-    if (half) columns_ = Float16Columns(half, rows, K, ceil_div(K, kHalfDepth));
+    if (half) columns_ = Float16Columns(half, rows, K, ceil_div(K, kHalfDepth), threads);
     const i64 all = rows * smaller(K, half ? kHalfDepth : kDepth) * i64(half ? sizeof(uint16_t) : sizeof(S));
     const bool together = chunks == 1 && rows <= kGroup * block_rows() && all <= this_machine().second_level / 2;
     pass_rows_ = together ? round_up(rows, block_rows()) : block_rows();

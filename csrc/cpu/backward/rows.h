@@ -43,7 +43,7 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
   if (!packed_) return;  // then weight gradients are written as they are stored
   if (dw_.w_ih)
     gates_ = WeightGrad<S>(s_.layer_norm ? s_.I : s_.I + s_.P, s_.gate_units(), s_.bias && !s_.layer_norm, chunks, rows,
-                           half_);
+                           half_, p.threads->count());
   if (dw_.w_ih && s_.layer_norm) recurrent_ = WeightGrad<S>(s_.P, 4 * s_.H, false, chunks, rows);
   if (dw_.w_hr) projection_ = WeightGrad<S>(s_.H, s_.P, false, chunks, rows);
 }
