@@ -104,7 +104,7 @@ struct ForwardParams {
 
 struct BackwardParams {
   Sizes sizes;
-  Dtype dtype;  // of x, y, h0, c0 and the weights and their gradients; everything else has the compute type
+  Dtype dtype;  // of x, y, dy, h0, c0, the weights and their gradients; everything else has the compute type
   Ragged ragged;
   Rows x, y, c_all, gates;  // from the forward pass; gates may be absent
   States h0, c0;

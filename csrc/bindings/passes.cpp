@@ -158,7 +158,7 @@ Backward::Backward(Call&& call_, const Array& x, const Array& h0, const Array& r
   p.y = call.rows_of(y, "y", s.P, call.type);
   p.h0 = call.states_of(h0, "h0", s.P, call.type);
   call.set_reset(reset, p);
-  p.dy = call.rows_of(dy, "dy", s.P, grad);
+  p.dy = call.rows_of(dy, "dy", s.P, call.type);
   p.dh_n = call.states_of(dh_n, "dh_n", s.P, grad);
   p.dx = call.shared_rows_of(dx, "dx", s.I, grad);
   p.dh0 = call.states_of(dh0, "dh0", s.P, grad);

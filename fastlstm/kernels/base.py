@@ -108,8 +108,8 @@ class Backend:
     """Whether one call of the operators computes an ensemble of layers (``members=E``)."""
 
     wide: bool = False
-    """Whether kept gates and gradients of a 16-bit layer, but for those of weights, are float32
-    and not 16 bit."""
+    """Whether kept gates and gradients of a 16-bit layer, but for those of y and of weights, are
+    float32 and not 16 bit."""
 
     takes_weights_of_forward: bool = False
     """Whether its backward operators find the weights of the forward pass in `cache`, to compute

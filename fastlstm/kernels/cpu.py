@@ -151,8 +151,8 @@ class CpuBackend(Backend):
         if x.element_size() > 2:
             return _PLAIN_BWD(x, weights, spec.directions, h0, c0, *rest, *sequences, packed)
         *kept, dy, dh_n, dc_n, dx, dh0, dc0, dweights = rest
-        incoming = [None if t is None else t.float() for t in (dy, dh_n, dc_n)]
-        arguments = *kept, *incoming, dx, dh0, dc0, dweights
+        states = [None if t is None else t.float() for t in (dh_n, dc_n)]
+        arguments = *kept, dy, *states, dx, dh0, dc0, dweights
         found = _PLAIN_BWD(x, weights, spec.directions, h0, c0, *arguments, *sequences, packed)
         return [t.to(x.dtype) for t in found]
 

@@ -21,8 +21,8 @@ of [T, B]. :mod:`fastlstm.reference` defines what a step computes.
   the backend. Without them backward computes them again, those of all steps at once. A layer with
   layer normalisation never keeps them;
 - ``c_all``: [T, B, D*H], c of every step, float32 when the layer is 16-bit. So are ``gates`` and
-  every gradient but ``dweights`` of a backend with ``wide``; all others have the dtype of the
-  layer;
+  every gradient but ``dy`` and ``dweights`` of a backend with ``wide``; all others have the dtype
+  of the layer;
 - ``cache``: a buffer of bytes in which the backend may keep the weights in an order of its own.
   Of a backend with ``takes_weights_of_forward`` it is None or, in backward without gates, the
   weights of the forward pass in one tensor: gates are those of these weights, whatever has become

@@ -102,7 +102,10 @@ def gradients(
     if call.short and not (call.members or torch.compiler.is_compiling()):
         return _short_gradients(call, needed, inputs, kept, incoming)
     dtype = compute_dtype(x.dtype) if backend.wide else x.dtype
-    arriving = [None if grad is None else _dense(_as(grad, dtype)) for grad in incoming]
+    arriving = [
+        None if grad is None else _dense(_as(grad, dtype if place else x.dtype))
+        for place, grad in enumerate(incoming)  # that of y comes first
+    ]
     dx, dh0, dc0 = (
         _empty(t, dtype) if wanted and t is not None else None
         for t, wanted in zip((x, h0, c0), needed[:3], strict=True)

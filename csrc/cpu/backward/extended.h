@@ -37,8 +37,7 @@ template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::extended_gate_grads(i64 row_begin, i64 row_end) {
   for (i64 first = row_begin; first < row_end; first += kRowGroup) {
     const i64 last = smaller(first + kRowGroup, row_end);
-    for (i64 i = first; i < last && !s_.projected; ++i)
-      zone_hidden(i, p_.dy.data ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, rows_.batch(i))) : nullptr);
+    for (i64 i = first; i < last && !s_.projected; ++i) zone_hidden(i, output_grad(i));
     if (s_.layer_norm) {
       normalised_gate_grads(first, last - first);
       continue;

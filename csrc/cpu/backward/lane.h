@@ -58,6 +58,7 @@ class BackwardLane {
   }
 
   // steps.h
+  const S* output_grad(i64 i) const;
   void plain_gate_grads(i64 row_begin, i64 row_end);
   void rnn_gate_grads(i64 row_begin, i64 row_end) const;
   void recur_direct(i64 panel_begin, i64 panel_end);
@@ -88,6 +89,7 @@ class BackwardLane {
   const Float16Kernels* const half_;
   const Extended<S>* const extended_;
   Buffer<S> dh_, dc_, dm_;  // gradients that go back in time; dm_: gradient of the hidden state before its projection
+  Buffer<S> dy_;            // [n][state_pitch_] of this step, as S: only of 16-bit layers
   Buffer<S> dh_stayed_;     // the part of dh that zoneout leads past this step
   i64 entered_ = 0;         // rows whose final gradient is loaded
   i64 t_ = 0, n_ = 0, first_ = 0;  // this step: time, number of active rows, first row in the chunk

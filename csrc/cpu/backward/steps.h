@@ -19,6 +19,7 @@ inline BackwardLane<S, kCell>::BackwardLane(const BackwardParams& p, const Plan&
     dm_ = Buffer<S>(rows_.rows * hidden_pitch_);
     dm_.zero();  // see `padded`
   }
+  if (p.dy.data && element_bytes(p.dtype) != sizeof(S)) dy_ = Buffer<S>(rows_.rows * state_pitch_);
   if (kByRow && extended->zone_h) dh_stayed_ = Buffer<S>(rows_.rows * state_pitch_);
 }
 
@@ -31,13 +32,22 @@ inline void BackwardLane<S, kCell>::begin_step(i64 t, i64 first) {
   if (!s_.projected) return;  // then gate_grads adds dy
   for (i64 i = 0; i < n_; ++i) {
     S* dh = &dh_[i * state_pitch_];
-    if (p_.dy.data) {
-      const S* dy = element<S>(p_.dy.data, rows_.offset(p_.dy, t_, rows_.batch(i)));
+    if (const S* dy = output_grad(i))
       for (i64 k = 0; k < s_.P; ++k) dh[k] += dy[k];
-    }
     if (kByRow) zone_hidden(i, nullptr);
     std::memcpy(chunk_.dhidden_row(row(i)), dh, size_t(s_.P) * sizeof(S));
   }
+}
+
+// The gradient of y of row i at this step; null for zeros.
+template <class S, Cell kCell>
+inline const S* BackwardLane<S, kCell>::output_grad(i64 i) const {
+  if (!p_.dy.data) return nullptr;
+  const i64 offset = rows_.offset(p_.dy, t_, rows_.batch(i));
+  if (!dy_) return element<S>(p_.dy.data, offset);
+  S* copy = &dy_[i * state_pitch_];
+  convert_in(copy, p_.dy.data, p_.dtype, offset, s_.P);
+  return copy;
 }
 
 // dm = dh w_hr for a range of panels of H.
@@ -80,7 +90,7 @@ inline void BackwardLane<S, kCell>::plain_gate_grads(i64 row_begin, i64 row_end)
     const S* gates = gates_at(i, b);
     const S* cell = element<S>(p_.c_all.data, rows_.offset(p_.c_all, t_, b));
     const S* dc_out = p_.dc_all.data ? element<S>(p_.dc_all.data, rows_.offset(p_.dc_all, t_, b)) : nullptr;
-    const S* dy = p_.dy.data && !s_.projected ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, b)) : nullptr;
+    const S* dy = s_.projected ? nullptr : output_grad(i);
     const S* previous = previous_cell(p_, rows_, chunk_.c0, t_, i, b);
     S* dgates = chunk_.dgates_row(row(i));
     S* dc = &dc_[i * hidden_pitch_];
@@ -105,7 +115,7 @@ template <class S, Cell kCell>
 inline void BackwardLane<S, kCell>::rnn_gate_grads(i64 row_begin, i64 row_end) const {
   for (i64 i = row_begin; i < row_end; ++i) {
     const i64 b = rows_.batch(i), y = rows_.offset(p_.y, t_, b);
-    const S* dy = p_.dy.data ? element<S>(p_.dy.data, rows_.offset(p_.dy, t_, b)) : nullptr;
+    const S* dy = output_grad(i);
     for_vectors<S>(s_.H, [&](i64 unit, i64 n) FASTLSTM_INLINE_LAMBDA {
       alignas(64) S values[kLanes<S>] = {};
       convert_in(values, p_.y.data, p_.dtype, y + unit, n);
