@@ -70,36 +70,38 @@ class WeightGrad {
     const i64 a_pitch = pitch<S>(depth), most = block_rows();
     const Buffer<S> own(sums_ ? 0 : depth * kPanel<S>);  // sums of one panel, if nobody needs them later
     Buffer<S> a;                                         // only for products in float32
-    const auto place = [&](i64 panel) { return (panel * K_ + k_begin) * kPanel<S>; };  // of its sums
-    // blocks: of the whole call.
-    const auto finish = [&](i64 panel, i64 at, i64 blocks) {
-      S* sums = sums_ ? &sums_[at] : own.get();
+    const auto place = [&](i64 panel) { return (panel * K_ + k_begin) * kPanel<S>; };  // in sums_ and groups_
+    const auto sums_of = [&](i64 panel) { return sums_ ? &sums_[place(panel)] : own.get(); };
+    const auto finish = [&](i64 panel, i64 blocks) {  // blocks: of the whole call
+      S* const sums = sums_of(panel);
       if (blocks > kGroup)
-        for (i64 k = 0; k < depth * kPanel<S>; k += kLanes<S>) store(&sums[k], load(&groups_[at + k]) + load(&sums[k]));
+        for (i64 k = 0; k < depth * kPanel<S>; k += kLanes<S>)
+          store(&sums[k], load(&groups_[place(panel) + k]) + load(&sums[k]));
       take(panel, k_begin, k_end, sums);
     };
     if (last && !rows)  // sequences have ended in an earlier chunk
-      for (i64 panel = panel_begin; panel < panel_end; ++panel) finish(panel, place(panel), blocks_);
+      for (i64 panel = panel_begin; panel < panel_end; ++panel) finish(panel, blocks_);
     for (i64 begin = 0; begin < rows; begin += pass_rows_) {
       const i64 end = smaller(begin + pass_rows_, rows);
       bool in_float16[kGroup];  // for each block of the pass, whether its product is
       for (i64 first = begin; first < end; first += most) {
         const i64 count = smaller(most, end - first);
-        in_float16[(first - begin) / most] = columns_ && columns_.even(first / most, group, count, scales + first);
-        if (in_float16[(first - begin) / most]) continue;
+        bool& rounds = in_float16[(first - begin) / most];
+        rounds = columns_ && columns_.even(first / most, group, count, scales + first);
+        if (rounds) continue;
         if (!a) a = Buffer<S>((end - begin) * a_pitch);
         for (i64 row = first; row < first + count; ++row) fill(row, k_begin, k_end, &a[(row - begin) * a_pitch]);
       }
       for (i64 panel = panel_begin; panel < panel_end; ++panel) {
-        const i64 at = place(panel), width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
-        S* sums = sums_ ? &sums_[at] : own.get();
+        const i64 width = smaller(kPanel<S>, N_ - panel * kPanel<S>);
+        S* const sums = sums_of(panel);
         for (i64 first = begin; first < end; first += most) {
           const i64 count = smaller(most, end - first), block = blocks_ + first / most;
           const S* dp = d + first * d_pitch + panel * kPanel<S>;
           if (group == 0 && bias_)
             for (i64 v = 0; v < ceil_div(width, kLanes<S>); ++v)
               bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
-          if (block > 0 && block % kGroup == 0) end_group(at, depth * kPanel<S>, block == kGroup);
+          if (block > 0 && block % kGroup == 0) end_group(place(panel), depth * kPanel<S>, block == kGroup);
           // This product has the k of the sums as its rows, and the rows of a and d as its k.
           if (in_float16[(first - begin) / most])
             multiply_rounded(first / most, group, count, dp, d_pitch, width, sums, block % kGroup > 0);
@@ -107,7 +109,7 @@ class WeightGrad {
             multiply_rows<S>(depth, &a[(first - begin) * a_pitch], 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
                              width, block % kGroup > 0);
         }
-        if (last && end == rows) finish(panel, at, blocks_ + ceil_div(rows, most));
+        if (last && end == rows) finish(panel, blocks_ + ceil_div(rows, most));
       }
     }
   }
@@ -160,6 +162,7 @@ class WeightGrad {
     if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
       columns_.multiply(block, group, rows, d, d_pitch, width, sums, add);
   }
+
   // Adds n sums from place `at` on to those of all groups; they begin anew.
   void end_group(i64 at, i64 n, bool first) const {
     for (i64 k = at; k < at + n; k += kLanes<S>)
