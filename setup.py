@@ -89,6 +89,7 @@ X86_SOURCES = {
     "csrc/cpu/quantized/avx2.cpp": AVX2,
     "csrc/cpu/quantized/avxvnni.cpp": [*AVX2, "-mavxvnni"],
     "csrc/cpu/isa/avx512.cpp": AVX512.split(),
+    "csrc/cpu/isa/avx512bf16.cpp": [*AVX512.split(), "-mavx512bf16"],
     "csrc/cpu/isa/avx512fp16.cpp": [*AVX512.split(), "-mavx512fp16"],
     "csrc/cpu/quantized/avx512vnni.cpp": [*AVX512.split(), "-mavx512vnni"],
     "csrc/cpu/quantized/avx512bf16.cpp": [*AVX512.split(), "-mavx512vnni", "-mavx512bf16"],

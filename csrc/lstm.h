@@ -159,8 +159,8 @@ struct Kernels {
   // Whether a pass needs no packed weights (cpu/plan.h).
   bool (*forward_reads_stored)(const Sizes&, bool is_double);
   bool (*backward_reads_stored)(const Sizes&, Dtype);
-  // Whether products of the forward pass (1) and of backward (2) are in float16, which has panels of its own.
-  int (*float16_passes)(const Sizes&, Dtype);
+  // Whether products of the forward pass (1) and of backward (2) are those of pairs, which have panels of their own.
+  int (*pair_passes)(const Sizes&, Dtype);
   int (*worthwhile)(const Sizes&, i64 members, int threads);
   void (*describe)(const Sizes&, int threads, const i64* machine, char* text, size_t size);
 };

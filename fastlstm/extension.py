@@ -93,8 +93,8 @@ def load_cuda(emulated: bool) -> None:
 def isa() -> str:
     """Return the instruction set of the loaded CPU kernels, as FASTLSTM_ISA names it.
 
-    "avx512fp16", "avx512", "avx2" or "portable". The first one has the kernels of the second, but
-    for products of bfloat16 modules, which are in float16.
+    "avx512fp16", "avx512bf16", "avx512", "avx2" or "portable". The first two have the kernels of
+    the third, but for products of bfloat16 modules, which take pairs of float16 or bfloat16.
     """
     with untraced():
         return str(torch.ops.fastlstm.cpu_isa())

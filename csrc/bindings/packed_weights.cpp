@@ -179,7 +179,7 @@ uint64_t PackedWeights::hash_weights(const Call& call, const DirectionWeights* w
                      i64(call.dtype),
                      orders_.forward,
                      orders_.backward,
-                     kernels.float16_passes(s, call.dtype)};
+                     kernels.pair_passes(s, call.dtype)};
   uint64_t h = kernels.hash(tag, sizeof tag, 1);
   const size_t e = element_bytes(call);
   for (i64 d = 0; d < s.D; ++d) {

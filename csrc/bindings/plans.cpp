@@ -4,7 +4,7 @@
 
 #include "bindings/operators.h"
 #include "bindings/packed_weights.h"
-#include "cpu/float16.h"
+#include "cpu/pairs.h"
 #include "cuda/plan.h"
 
 namespace fastlstm {
@@ -57,7 +57,7 @@ i64 cpu_cache_bytes(const std::string& purpose, i64 T, i64 B, i64 input, i64 hid
   return PackedWeights::kHeaderBytes + i64(bytes);
 }
 
-std::string cpu_isa() { return float16_kernels() ? float16_kernels()->name : cpu_kernels().name; }
+std::string cpu_isa() { return pair_kernels() ? pair_kernels()->name : cpu_kernels().name; }
 
 // machine: bytes of L2 and L3, and 1 if some cores are slower than others; empty: this machine.
 std::string cpu_plan(i64 T, i64 B, i64 input, i64 hidden, i64 projected, i64 directions, i64 threads,

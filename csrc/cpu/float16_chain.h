@@ -1,8 +1,7 @@
-// The inner loop of products in float16, with AVX-512 FP16: of float16.h, and of bfloat16 weights (quantized/).
+// The inner loop of products in float16, with AVX-512 FP16: of pairs.h, and of bfloat16 weights (quantized/).
 #pragma once
 
-#include "cpu/float16.h"
-#include "cpu/gemm.h"
+#include "cpu/pair_products.h"
 
 namespace fastlstm {
 namespace {
@@ -102,13 +101,6 @@ FASTLSTM_INLINE void float16_chain(const uint16_t* const (&a)[R], i64 a_step, co
   }
 }
 
-// Puts the sums of a product where they are.
-struct PutSums {
-  float (*sums)[64];
-  FASTLSTM_INLINE void operator()(int r, int v, __m512 sum) const { _mm512_storeu_ps(sums[r] + 16 * v, sum); }
-  PutSums from(i64 row) const { return {sums + row}; }
-};
-
 // rows[r] = (add ? rows[r] : 0) + sums times the scales of their columns and of their row.
 struct PutScaled {
   float* const* rows;
@@ -183,39 +175,19 @@ inline float largest_row(const float* scales, i64 K) {
 // Of panels that are float16 already.
 constexpr auto kAsTheyAre = [](int, __m512i bits) FASTLSTM_INLINE_LAMBDA { return bits; };
 
-// One chain of a panel that is float16 already, from `pair` on. Not inlined: one copy serves every product.
-template <int R, class Put>
-__attribute__((noinline)) void float16_panel(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
-                                             i64 pairs, const float (*sums)[64], const Put& put) {
-  const uint16_t* a[R];
+// Of a panel that is float16 already: what pair_products.h takes.
+struct Float16Chain {
+  static constexpr i64 kPairs = kPairsOfChain;
+  static constexpr int kRows = kFloat16Rows;
+  template <int R, class Put>
+  __attribute__((noinline)) static void add(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
+                                            i64 pairs, const float (*sums)[64], const Put& put) {
+    const uint16_t* a[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) a[r] = rows[r] + pair * a_step;
-  float16_chain<R>(a, a_step, w, kAsTheyAre, pairs, sums, pair > 0, put);
-}
-
-// put(r, v, sum) for the product of n rows with such a panel; sums: what is left from chain to chain. All rows pass
-// over a part of the panel, one chain, while that is in L1.
-template <class Put>
-inline void float16_products(i64 n, const uint16_t* const* a, i64 a_step, const uint16_t* w, i64 pairs,
-                             float (*sums)[64], const Put& put) {
-  const i64 parts = ceil_div(n, kFloat16Rows);
-  i64 pair = 0;
-  do {
-    const i64 length = smaller(kPairsOfChain, pairs - pair);
-    for (i64 part = 0; part < parts; ++part) {
-      const i64 begin = part * n / parts, end = (part + 1) * n / parts;
-      with_rows<kFloat16Rows>(end - begin, [&](auto count) {
-        constexpr int R = decltype(count)::value;
-        if (pair + length < pairs)
-          float16_panel<R>(a + begin, a_step, pair, w, length, sums + begin, PutSums{sums + begin});
-        else
-          float16_panel<R>(a + begin, a_step, pair, w, length, sums + begin, put.from(begin));
-      });
-    }
-    pair += kPairsOfChain;
-    w += kPairsOfChain * 128;
-  } while (pair < pairs);
-}
+    for (int r = 0; r < R; ++r) a[r] = rows[r] + pair * a_step;
+    float16_chain<R>(a, a_step, w, kAsTheyAre, pairs, sums, pair > 0, put);
+  }
+};
 
 }  // namespace
 }  // namespace fastlstm

@@ -15,7 +15,7 @@ struct GateSums {
   const Sizes& s;
   const ForwardPack<S>& at;
   const S* packed;
-  const Float16Kernels* half;  // null: products are those of gemm.h
+  const PairKernels* pairs;  // null: products are those of gemm.h
 
   // acc[r][p * kPanelVectors + v] is vector v of tile + p, for row r.
   // acc = x w_ih^T + bias. x: [R] rows of I.
@@ -43,17 +43,17 @@ struct GateSums {
       for (int v = 0; v < P * kPanelVectors; ++v) acc[r][v] += load(sum[r * P * kPanelVectors + v]);
   }
 
-  // The same for one tile and up to kPanelRows rows, through memory, sums [rows][kPanel], and of rows in float16 where
+  // The same for one tile and up to kPanelRows rows, through memory, sums [rows][kPanel], and of rows in pairs where
   // there are such products; next: the panel that is read after this one. sums = x w_ih^T + bias.
-  void start(i64 rows, const S* const* x, const Float16Matrix& x_half, i64 tile, S (*sums)[kPanel<S>],
+  void start(i64 rows, const S* const* x, const PairMatrix& x_pairs, i64 tile, S (*sums)[kPanel<S>],
              const S* next) const {
     for (i64 r = 0; r < rows; ++r) std::memcpy(sums[r], packed + at.bias + tile * kPanel<S>, sizeof sums[r]);
-    multiply_rounded<S>(half, rows, x, x_half, s.I, input_panel(tile), sums, true, next, 0.0f);
+    multiply_rounded<S>(pairs, rows, x, x_pairs, s.I, input_panel(tile), sums, true, next, 0.0f);
   }
   // sums += h w_hh^T. h: [rows] rows of P.
-  void add_hidden(i64 rows, const S* const* h, const Float16Matrix& h_half, i64 tile, S (*sums)[kPanel<S>],
+  void add_hidden(i64 rows, const S* const* h, const PairMatrix& h_pairs, i64 tile, S (*sums)[kPanel<S>],
                   const S* next) const {
-    multiply_rounded<S>(half, rows, h, h_half, s.P, hidden_panel(tile), sums, true, next, 1.0f);
+    multiply_rounded<S>(pairs, rows, h, h_pairs, s.P, hidden_panel(tile), sums, true, next, 1.0f);
   }
   // acc, sums += h w_hh^T for states of zeros: the same bits.
   template <int R, int P>

@@ -74,8 +74,8 @@ bool forward_reads_stored_of(const Sizes& s, bool is_double) {
   return is_double ? forward_reads_stored<double>(s) : forward_reads_stored<float>(s);
 }
 
-int float16_passes(const Sizes& s, Dtype dtype) {
-  return (float16_in_forward<float>(s, dtype) ? 1 : 0) + (float16_in_backward<float>(s, dtype) ? 2 : 0);
+int pair_passes(const Sizes& s, Dtype dtype) {
+  return (pairs_in_forward<float>(s, dtype) ? 1 : 0) + (pairs_in_backward<float>(s, dtype) ? 2 : 0);
 }
 
 int worthwhile_here(const Sizes& s, i64 members, int most) { return int(worthwhile(s, members, most, this_machine())); }
@@ -125,7 +125,7 @@ void describe(const Sizes& s, int most, const i64* other, char* text, size_t siz
                                  weight_grads,            \
                                  forward_reads_stored_of, \
                                  backward_reads_stored,   \
-                                 float16_passes,          \
+                                 pair_passes,             \
                                  worthwhile_here,         \
                                  describe};               \
   }

@@ -12,8 +12,8 @@
 #pragma once
 
 #include "cpu/convert.h"
-#include "cpu/float16_rows.h"
 #include "cpu/gemm.h"
+#include "cpu/pair_rows.h"
 #include "cpu/parallel.h"
 #include "cpu/transpose.h"
 
@@ -39,39 +39,36 @@ bool forward_reads_stored(const Sizes& s) {
   return s.T <= kShortCall && (s.I + s.P) / kLanes<S> >= kDotVectors;
 }
 
-// Numbers of a row of x and of h that are worth rounding to float16.
-constexpr i64 kFloat16Terms = 64;
-
-// What computes products of bfloat16 tensors in float16; null: they are those of gemm.h. Bits depend on it, so it must
-// depend neither on the batch nor on threads. Errors are small beside bfloat16's own. Beside those of float16 tensors
-// they would not be, so these have products in float32. Layer normalisation has other products.
+// What computes products of bfloat16 tensors by pairs (pairs.h); null: they are those of gemm.h. Bits depend on it, so
+// it must depend neither on the batch nor on threads. Errors are small beside bfloat16's own. Beside those of float16
+// tensors they would not be, so these have products in float32. Layer normalisation has other products.
 template <class S>
-const Float16Kernels* float16_products(const Sizes& s, Dtype dtype) {
-  const bool takes =
-      kPanel<S> == 64 && dtype == Dtype::bf16 && s.I > 1 && s.P > 1 && s.I + s.P >= kFloat16Terms && !s.layer_norm;
-  return takes ? float16_kernels() : nullptr;
+const PairKernels* pair_kernels_for(const Sizes& s, Dtype dtype) {
+  if (kPanel<S> != 64 || dtype != Dtype::bf16 || s.I < 2 || s.P < 2 || s.layer_norm) return nullptr;
+  const PairKernels* const kernels = pair_kernels();
+  return kernels && s.I + s.P >= kernels->least_terms ? kernels : nullptr;
 }
 // Of packed weights with x and h.
 template <class S>
-const Float16Kernels* float16_in_forward(const Sizes& s, Dtype dtype) {
-  return forward_reads_stored<S>(s) ? nullptr : float16_products<S>(s, dtype);
+const PairKernels* pairs_in_forward(const Sizes& s, Dtype dtype) {
+  return forward_reads_stored<S>(s) ? nullptr : pair_kernels_for<S>(s, dtype);
 }
 // Of the gradients of gates. A short call of few rows reads stored weights.
 template <class S>
-const Float16Kernels* float16_in_backward(const Sizes& s, Dtype dtype) {
-  return s.T <= kShortCall ? nullptr : float16_products<S>(s, dtype);
+const PairKernels* pairs_in_backward(const Sizes& s, Dtype dtype) {
+  return s.T <= kShortCall ? nullptr : pair_kernels_for<S>(s, dtype);
 }
 
 // `least` of gradients: what follows from them is linear.
 constexpr float kNeverLarge = __builtin_inff();
 
-// sums[r] = (add ? sums[r] : 0) + product of rows with a packed panel, for up to kPanelRows of them: of `half`, which
-// are the same rows, if there are kernels for them. least: see Float16Kernels::multiply; next: see multiply_panel.
+// sums[r] = (add ? sums[r] : 0) + product of rows with a packed panel, for up to kPanelRows of them: of `pairs`, which
+// are the same rows, if there are kernels for them. least: see PairKernels::multiply; next: see multiply_panel.
 template <class S>
-inline void multiply_rounded(const Float16Kernels* kernels, i64 n, const S* const* rows, const Float16Matrix& half,
-                             i64 K, const S* panel, S (*sums)[kPanel<S>], bool add, const S* next, float least) {
+inline void multiply_rounded(const PairKernels* kernels, i64 n, const S* const* rows, const PairMatrix& pairs, i64 K,
+                             const S* panel, S (*sums)[kPanel<S>], bool add, const S* next, float least) {
   if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
-    if (kernels) return kernels->multiply(n, half, rows, K, panel, sums, add, least);
+    if (kernels) return kernels->multiply(n, pairs, rows, K, panel, sums, add, least);
   multiply_panel<S>(n, rows, K, panel, sums, add, next);
 }
 
@@ -132,13 +129,13 @@ inline void transpose_lanes(S* dst, i64 dst_pitch, const S* src, i64 K, i64 lane
     for (i64 lane = 0; lane < kLanes<S>; ++lane) dst[k * dst_pitch + lane] = lane < lanes ? src[lane * K + k] : S(0);
 }
 
-// A matrix [rows, K] of gate units on its way into forward panels. Two neighbours of a row of bfloat16 that become
-// float16 are moved as one float, so nothing is widened; an odd K is.
+// A matrix [rows, K] of gate units on its way into forward panels. Two neighbours of a row of bfloat16 that stay
+// a pair are moved as one float, so nothing is widened; an odd K is.
 template <class S>
 class GateMatrix {
  public:
-  GateMatrix(const Float16Kernels* half, const void* data, Dtype dtype, i64 rows, i64 K)
-      : half_(half), in_pairs_(half && K % 2 == 0), K_(K), stored_(static_cast<const float*>(data)),
+  GateMatrix(const PairKernels* pairs, const void* data, Dtype dtype, i64 rows, i64 K)
+      : pairs_(pairs), in_pairs_(pairs && K % 2 == 0), K_(K), stored_(static_cast<const float*>(data)),
         wide_(in_pairs_ ? nullptr : data, dtype, rows * K) {}
 
   // Puts rows [row, row + lanes) into a vector of columns of a panel.
@@ -150,12 +147,12 @@ class GateMatrix {
   // After all vectors.
   void end_panel(S* panel) const {
     if constexpr (sizeof(S) == sizeof(float))
-      if (half_) in_pairs_ ? half_->pack_pairs(panel, K_) : half_->pack(panel, K_);
+      if (pairs_) in_pairs_ ? pairs_->pack_pairs(panel, K_) : pairs_->pack(panel, K_);
   }
   // The product of a panel with zeros: zero, but NaN where a weight is not finite.
   void product_of_zero(const S* panel, S* out) const {
     Vec<S> sum[kPanelVectors] = {};
-    const i64 first = half_ ? ceil_div(K_, 2) : 0, last = half_ ? first + 1 : K_;  // scales, or rows
+    const i64 first = pairs_ ? ceil_div(K_, 2) : 0, last = pairs_ ? first + 1 : K_;  // scales, or rows
     for (i64 k = first; k < last; ++k)
       for (int v = 0; v < kPanelVectors; ++v)
         sum[v] = add_product(sum[v], load(panel + k * kPanel<S> + v * kLanes<S>), Vec<S>{});
@@ -163,7 +160,7 @@ class GateMatrix {
   }
 
  private:
-  const Float16Kernels* const half_;
+  const PairKernels* const pairs_;
   const bool in_pairs_;
   const i64 K_;
   const float* const stored_;
@@ -182,8 +179,8 @@ inline void share_packing(Threads& threads, i64 n, const F& f) {
 template <class S>
 inline void pack_forward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed, Threads& threads) {
   const ForwardPack<S> at(s);
-  const Float16Kernels* const half = float16_in_forward<S>(s, dtype);
-  const GateMatrix<S> w_ih(half, w.w_ih, dtype, s.gate_units(), s.I), w_hh(half, w.w_hh, dtype, s.gate_units(), s.P);
+  const PairKernels* const pairs = pairs_in_forward<S>(s, dtype);
+  const GateMatrix<S> w_ih(pairs, w.w_ih, dtype, s.gate_units(), s.I), w_hh(pairs, w.w_hh, dtype, s.gate_units(), s.P);
   const AsCompute<S> b_ih(w.b_ih, dtype, s.gate_units()), b_hh(w.b_hh, dtype, s.gate_units());
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
   const bool add_bias = s.bias && !s.layer_norm;  // layer normalisation needs the products without the bias
@@ -223,8 +220,8 @@ inline void pack_row(S* panels, i64 K, i64 k, const S* row, i64 n) {
 
 // Of bfloat16 weights.
 template <class S>
-inline void pack_backward_float16(const Float16Kernels& half, const Sizes& s, const BackwardPack<S>& at,
-                                  const DirectionWeights& w, S* packed, Threads& threads) {
+inline void pack_backward_pairs(const PairKernels& pairs, const Sizes& s, const BackwardPack<S>& at,
+                                const DirectionWeights& w, S* packed, Threads& threads) {
   if constexpr (sizeof(S) == sizeof(float)) {
     const i64 K = s.gate_units();
     const auto row = [&](const void* data, i64 q, i64 n) {
@@ -232,11 +229,11 @@ inline void pack_backward_float16(const Float16Kernels& half, const Sizes& s, co
     };
     share_packing(threads, ceil_div(K, 2), [&](i64 pair) {
       const i64 q = 2 * pair;
-      half.put_pair(row(w.w_ih, q, s.I), row(w.w_ih, q + 1, s.I), s.I, pair, K, packed + at.w_ih);
-      half.put_pair(row(w.w_hh, q, s.P), row(w.w_hh, q + 1, s.P), s.P, pair, K, packed + at.w_hh);
+      pairs.put_pair(row(w.w_ih, q, s.I), row(w.w_ih, q + 1, s.I), s.I, pair, K, packed + at.w_ih);
+      pairs.put_pair(row(w.w_hh, q, s.P), row(w.w_hh, q + 1, s.P), s.P, pair, K, packed + at.w_hh);
     });
     share_packing(threads, at.in_panels + at.state_panels,  // w_hh follows w_ih
-                  [&](i64 panel) { half.pack_pairs(packed + panel * K * kPanel<S>, K); });
+                  [&](i64 panel) { pairs.pack_pairs(packed + panel * K * kPanel<S>, K); });
   }
 }
 
@@ -244,9 +241,9 @@ template <class S>
 inline void pack_backward_one(const Sizes& s, Dtype dtype, const DirectionWeights& w, S* packed, Threads& threads) {
   const BackwardPack<S> at(s);
   const AsCompute<S> w_hr(w.w_hr, dtype, s.P * s.H);
-  const Float16Kernels* const half = float16_in_backward<S>(s, dtype);
-  if (half) {
-    pack_backward_float16(*half, s, at, w, packed, threads);
+  const PairKernels* const pairs = pairs_in_backward<S>(s, dtype);
+  if (pairs) {
+    pack_backward_pairs(*pairs, s, at, w, packed, threads);
   } else {
     const AsCompute<S> w_ih(w.w_ih, dtype, s.gate_units() * s.I), w_hh(w.w_hh, dtype, s.gate_units() * s.P);
     share_packing(threads, s.gate_units(), [&](i64 q) {

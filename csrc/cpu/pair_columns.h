@@ -1,9 +1,9 @@
-// What the products of weight gradients take in float16: the columns of a, rows by groups of columns. They are rounded
-// once for all panels, in slices that threads share.
+// What the products of weight gradients take in pairs (pairs.h): the columns of a, rows by groups of columns. They are
+// rounded once for all panels, in slices that threads share.
 #pragma once
 
-#include "cpu/float16.h"
 #include "cpu/memory.h"
+#include "cpu/pairs.h"
 
 namespace fastlstm {
 namespace {
@@ -11,12 +11,12 @@ namespace {
 // Columns 0 .. K of up to `rows` rows, in `groups` groups, each of nearly equal width. Rows are taken in blocks, each
 // of which scales its columns anew. What they become does not depend on the number of threads. Without kernels there
 // are none.
-class Float16Columns {
+class PairColumns {
  public:
   static constexpr i64 kRows = 512;  // of a block
 
-  Float16Columns() = default;
-  Float16Columns(const Float16Kernels* kernels, i64 rows, i64 K, i64 groups, i64 threads)
+  PairColumns() = default;
+  PairColumns(const PairKernels* kernels, i64 rows, i64 K, i64 groups, i64 threads)
       : kernels_(kernels), K_(K), groups_(groups), depth_(ceil_div(K, groups)),
         slice_(smaller(kWidestSlice, round_up(ceil_div(K, 2 * threads), kPanelColumns))),
         slices_(ceil_div(depth_, slice_)), pitch_(round_up(depth_, 16) + 16),
@@ -39,7 +39,7 @@ class Float16Columns {
     for (i64 row = 0; row < count; ++row) {
       float* const to = &numbers[row * numbers_pitch];
       fill(first + row, begin(group) + k, begin(group) + k + n, to);
-      largest_[slice * block_rows_ + row] = largest_of(to, n);
+      if (kernels_->scaled) largest_[slice * block_rows_ + row] = largest_of(to, n);
     }
     kernels_->round_columns(count, numbers.get(), numbers_pitch, n, round_up(n, 16), 0, at(place) + 2 * k, pitch_,
                             &scales_[place * pitch_ + k]);
@@ -49,6 +49,7 @@ class Float16Columns {
   // rows. Else columns, which float16 scales by these, would lose what is added: rows that have closed their gates add
   // nothing, however large they are. d_scales: of the rows of d in the block.
   bool even(i64 block, i64 group, i64 rows, const float* d_scales) const {
+    if (!kernels_->scaled) return true;
     constexpr double kUneven = 1024;
     double most_a = 0, most_d = 0, most_together = 0;
     const float* const largest = &largest_[(block * groups_ + group) * slices_ * block_rows_];
@@ -92,7 +93,7 @@ class Float16Columns {
     return largest;
   }
 
-  const Float16Kernels* kernels_ = nullptr;
+  const PairKernels* kernels_ = nullptr;
   i64 K_ = 0, groups_ = 0, depth_ = 0;
   i64 slice_ = 0, slices_ = 0;  // columns of a slice, slices of a group of a block
   i64 pitch_ = 0, block_rows_ = 0;

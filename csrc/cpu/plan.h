@@ -109,12 +109,12 @@ i64 input_steps(const Sizes& s, i64 rows, i64 shares, const Machine& machine) {
 }
 
 // Rows of a backward pass up to which it reads the weights as they are stored: with so few, packing them would take
-// longer than what it makes faster. The bits are the same; products in float16, which have others, are those of all
+// longer than what it makes faster. The bits are the same; products of pairs, which have others, are those of all
 // calls.
 constexpr i64 kFewRowsInAll = 64;
 
 inline bool backward_reads_stored(const Sizes& s, Dtype dtype) {
-  return s.T * s.B <= kFewRowsInAll && !float16_in_backward<float>(s, dtype);
+  return s.T * s.B <= kFewRowsInAll && !pairs_in_backward<float>(s, dtype);
 }
 
 constexpr i64 kForkBytes = 512 << 10;  // weights that several threads should read: ~10 us for one core

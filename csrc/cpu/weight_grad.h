@@ -7,10 +7,10 @@
 // Else all panels take a block, then the next one.
 #pragma once
 
-#include "cpu/float16_columns.h"
 #include "cpu/gemm.h"
 #include "cpu/long_sum.h"
 #include "cpu/machine.h"
+#include "cpu/pair_columns.h"
 #include "cpu/transpose.h"
 
 namespace fastlstm {
@@ -21,12 +21,12 @@ class WeightGrad {
  public:
   WeightGrad() = default;
   // The sums are [panels of N][K][kPanel]. They are not set until rows are added. bias: whether the sums of d are
-  // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk. half: null for products of
-  // gemm.h; threads: that round for those of float16.
-  WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows, const Float16Kernels* half = nullptr, i64 threads = 1)
+  // wanted too. chunks, rows: how many chunks there will be at most, and rows of a chunk. pairs: null for products of
+  // gemm.h; threads: that round for those of pairs.
+  WeightGrad(i64 K, i64 N, bool bias, i64 chunks, i64 rows, const PairKernels* pairs = nullptr, i64 threads = 1)
       : K_(K), N_(N), panels_(ceil_div(N, kPanel<S>)) {
-    if (half) columns_ = Float16Columns(half, rows, K, ceil_div(K, kHalfDepth), threads);
-    const i64 all = rows * smaller(K, half ? kHalfDepth : kDepth) * i64(half ? sizeof(uint16_t) : sizeof(S));
+    if (pairs) columns_ = PairColumns(pairs, rows, K, ceil_div(K, kPairDepth), threads);
+    const i64 all = rows * smaller(K, pairs ? kPairDepth : kDepth) * i64(pairs ? sizeof(uint16_t) : sizeof(S));
     const bool together = chunks == 1 && rows <= kGroup * block_rows() && all <= this_machine().second_level / 2;
     pass_rows_ = together ? round_up(rows, block_rows()) : block_rows();
     if (chunks > 1 || rows > pass_rows_) sums_ = Buffer<S>(panels_ * K * kPanel<S>);
@@ -50,7 +50,7 @@ class WeightGrad {
     return depth_groups() * smaller(panels_, groups);
   }
 
-  // Products in float16 need their inputs rounded before: slice by slice, of a chunk of `rows` rows. fill: as below.
+  // Products of pairs need their inputs rounded before: slice by slice, of a chunk of `rows` rows. fill: as below.
   i64 slices(i64 rows) const { return columns_ ? columns_.slices(rows) : 0; }
   template <class Fill>
   void round(i64 slice, i64 rows, const Fill& fill) const {
@@ -59,7 +59,7 @@ class WeightGrad {
 
   // sums += a^T d over the `rows` rows of a chunk, for part `part` of `parts`. d: rows of N (padded to whole vectors)
   // at d_pitch. fill(row, k_begin, k_end, out) writes a[row][k_begin .. k_end) to out. scales: of rows of d, if
-  // products are in float16. last: no chunk follows; take(panel, k_begin, k_end, sums) then copies sums [k_end -
+  // products are those of pairs. last: no chunk follows; take(panel, k_begin, k_end, sums) then copies sums [k_end -
   // k_begin][kPanel], while they are in cache.
   template <class Fill, class Take>
   void add(i64 part, i64 parts, i64 rows, const S* d, i64 d_pitch, const Fill& fill, const float* scales, bool last,
@@ -83,10 +83,10 @@ class WeightGrad {
       for (i64 panel = panel_begin; panel < panel_end; ++panel) finish(panel, blocks_);
     for (i64 begin = 0; begin < rows; begin += pass_rows_) {
       const i64 end = smaller(begin + pass_rows_, rows);
-      bool in_float16[kGroup];  // for each block of the pass, whether its product is
+      bool in_pairs[kGroup];  // for each block of the pass, whether its product is one of pairs
       for (i64 first = begin; first < end; first += most) {
         const i64 count = smaller(most, end - first);
-        bool& rounds = in_float16[(first - begin) / most];
+        bool& rounds = in_pairs[(first - begin) / most];
         rounds = columns_ && columns_.even(first / most, group, count, scales + first);
         if (rounds) continue;
         if (!a) a = Buffer<S>((end - begin) * a_pitch);
@@ -103,7 +103,7 @@ class WeightGrad {
               bias_[panel * kPanelVectors + v].add(sum_rows<S>(dp + v * kLanes<S>, d_pitch, count));
           if (block > 0 && block % kGroup == 0) end_group(place(panel), depth * kPanel<S>, block == kGroup);
           // This product has the k of the sums as its rows, and the rows of a and d as its k.
-          if (in_float16[(first - begin) / most])
+          if (in_pairs[(first - begin) / most])
             multiply_rounded(first / most, group, count, dp, d_pitch, width, sums, block % kGroup > 0);
           else
             multiply_rows<S>(depth, &a[(first - begin) * a_pitch], 1, a_pitch, count, dp, d_pitch, sums, kPanel<S>,
@@ -153,10 +153,10 @@ class WeightGrad {
   static constexpr i64 kGroup = 256;  // blocks: as many as a sum of all rows has in most calls
   static constexpr i64 kParts = 4;    // for each of several threads
   static constexpr i64 kPartPanels = 4;  // of a part, at least, where there are more parts than threads
-  // In float16 a is rounded once for all panels, and d again for every so many columns of a.
-  static constexpr i64 kHalfDepth = 1024;
-  i64 block_rows() const { return columns_ ? Float16Columns::kRows : kRows; }
-  i64 depth_groups() const { return ceil_div(K_, columns_ ? kHalfDepth : kDepth); }
+  // Of pairs a is rounded once for all panels, and d again for every so many columns of a.
+  static constexpr i64 kPairDepth = 1024;
+  i64 block_rows() const { return columns_ ? PairColumns::kRows : kRows; }
+  i64 depth_groups() const { return ceil_div(K_, columns_ ? kPairDepth : kDepth); }
 
   void multiply_rounded(i64 block, i64 group, i64 rows, const S* d, i64 d_pitch, i64 width, S* sums, bool add) const {
     if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
@@ -171,7 +171,7 @@ class WeightGrad {
 
   i64 K_ = 0, N_ = 0;
   i64 panels_ = 0;
-  Float16Columns columns_;   // of a, if products are in float16
+  PairColumns columns_;      // of a, if products are those of pairs
   i64 pass_rows_ = 0;        // rows that a panel takes before the next one does
   Buffer<S> sums_;           // if there are several passes
   Buffer<S> groups_;         // of all groups of blocks but the last one, if there are several

@@ -55,7 +55,7 @@ def isa() -> str:
     On x86-64 "avx512fp16", "avx512bf16", "avx512vnni", "avxvnni" or "avx2", on ARM "i8mm" or
     "dotprod", else "portable". For products with bfloat16 weights activations are rounded to
     float16 with "avx512fp16", to bfloat16 with "avx512bf16" and "i8mm". Both of AVX-512 differ
-    from "avx512vnni" in these products alone; "avx512bf16" is taken only where it is named.
+    from "avx512vnni" in these products alone; Intel's CPUs take "avx512bf16" only if it is named.
     """
     extension.load()
     return str(_ISA())

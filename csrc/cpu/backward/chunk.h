@@ -3,8 +3,8 @@
 // while it is still in cache. Working memory is one chunk, however long the sequences are.
 #pragma once
 
-#include "cpu/float16_rows.h"
 #include "cpu/lane.h"
+#include "cpu/pair_rows.h"
 
 namespace fastlstm {
 namespace {
@@ -14,7 +14,7 @@ template <class S>
 struct Chunk {
   Buffer<S> gates;    // [rows][gate_pitch] what the forward pass would have kept; only if it has not
   Buffer<S> dgates;   // [rows][gate_pitch] gradients of the gate sums, in tile order
-  Float16Rows half;   // dgates, if products are in float16
+  PairRows pairs;     // dgates, if products are those of pairs
   Buffer<S> dhidden;  // [rows][state_pitch] gradient of the projected h; only with a projection
   Buffer<S> m;        // [rows][hidden_pitch] h before its projection; only of extended cells
   Buffer<S> c0;       // [B][H] by slot: c0 as S, for 16-bit states

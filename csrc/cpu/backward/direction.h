@@ -111,7 +111,7 @@ class BackwardDirection {
   struct Sources {
     Buffer<S> x_copy, h_copy;
     const S *x[kProductRows], *h[kProductRows], *c[kProductRows];  // c: null for zero
-    Float16Rows x_half, h_half;
+    PairRows x_pairs, h_pairs;
   };
   void find_sources(Sources& from, i64 row_begin, i64 n) const;
   void recompute_sums(const Sources& from, i64 row_begin, i64 n) const;
@@ -134,7 +134,7 @@ class BackwardDirection {
   const LaneRows all_;  // all sequences of the direction
   const BackwardPack<S> at_;
   const S* packed_;  // null: the weights are read as they are stored
-  const Float16Kernels* const half_;
+  const PairKernels* const pairs_;
   const BackwardParams::Gradients& dw_;
   const bool narrow_;                  // whether weight gradients have 16 bits
   const Extended<S>* const extended_;  // null if the cell is not extended

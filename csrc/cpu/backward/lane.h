@@ -62,7 +62,7 @@ class BackwardLane {
   void plain_gate_grads(i64 row_begin, i64 row_end);
   void rnn_gate_grads(i64 row_begin, i64 row_end) const;
   void recur_direct(i64 panel_begin, i64 panel_end);
-  void recur_float16(const S* panel, i64 begin, i64 width);
+  void recur_pairs(const S* panel, i64 begin, i64 width);
   void load_state(i64 i);
   void store_state(i64 i) const;
 
@@ -86,7 +86,7 @@ class BackwardLane {
   const S* packed_;  // null: the weights are read as they are stored
   const Chunk<S>& chunk_;
   const i64 hidden_pitch_, state_pitch_;
-  const Float16Kernels* const half_;
+  const PairKernels* const pairs_;
   const Extended<S>* const extended_;
   Buffer<S> dh_, dc_, dm_;  // gradients that go back in time; dm_: gradient of the hidden state before its projection
   Buffer<S> dy_;            // [n][state_pitch_] of this step, as S: only of 16-bit layers

@@ -15,9 +15,9 @@ inline void BackwardDirection<S>::input_grad(i64 row_begin, i64 row_end, i64 pan
   for (i64 first = row_begin; first < row_end; first += kGroup) {
     const i64 n = smaller(kGroup, row_end - first);
     const S *const w = packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, *rows[kGroup];
-    if (half_) {
+    if (pairs_) {
       for (i64 i = 0; i < n; ++i) rows[i] = chunk.dgates_row(first + i);
-      multiply_rounded<S>(half_, n, rows, chunk.half.from(first), s_.gate_units(), w, sum, false, w, kNeverLarge);
+      multiply_rounded<S>(pairs_, n, rows, chunk.pairs.from(first), s_.gate_units(), w, sum, false, w, kNeverLarge);
     } else {
       multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(), w, {sum[0], kPanel<S>}, width,
                         w + s_.gate_units() * kPanel<S>, gradient_chain(s_));
@@ -38,7 +38,7 @@ inline void BackwardDirection<S>::put_input_grad(i64 row, i64 begin, i64 count, 
     std::memcpy(dx, from, size_t(count) * sizeof(S));
 }
 
-// Rounds a slice of [x | h_previous] of this chunk for products in float16, before they are added.
+// Rounds a slice of [x | h_previous] of this chunk for products of pairs, before they are added.
 template <class S>
 inline void BackwardDirection<S>::round_inputs(i64 slice) const {
   gates_.round(slice, chunk_rows(),
@@ -53,7 +53,7 @@ inline void BackwardDirection<S>::gate_weight_grad(i64 part, i64 parts) const {
   gates_.add(
       part, parts, chunk_rows(), chunk.dinputs_row(0), chunk.gate_pitch,
       [&](i64 row, i64 k_begin, i64 k_end, S* out) { product_input(row, k_begin, k_end, out); },
-      chunk.half.from(0).scales, last_chunk(),
+      chunk.pairs.from(0).scales, last_chunk(),
       [&](i64 panel, i64 k_begin, i64 k_end, const S* sums) {
         write_panel(gates_, panel, k_begin, smaller(k_end, s_.I), sums, dw_.w_ih, s_.I, row_of);
         if (s_.layer_norm) return;

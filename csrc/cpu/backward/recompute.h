@@ -25,9 +25,9 @@ inline void BackwardDirection<S>::find_sources(Sources& from, i64 row_begin, i64
   const bool narrow = element_bytes(p_.dtype) != sizeof(S);
   from.x_copy = Buffer<S>(narrow ? n * s_.I : 0);
   from.h_copy = Buffer<S>(n * s_.P);
-  if (const Float16Kernels* half = float16_in_forward<S>(s_, p_.dtype)) {
-    from.x_half = Float16Rows(half, n, s_.I);
-    from.h_half = Float16Rows(half, n, s_.P);
+  if (const PairKernels* pairs = pairs_in_forward<S>(s_, p_.dtype)) {
+    from.x_pairs = PairRows(pairs, n, s_.I);
+    from.h_pairs = PairRows(pairs, n, s_.P);
   }
   for (i64 i = 0; i < n; ++i) {
     i64 t, slot;
@@ -39,9 +39,9 @@ inline void BackwardDirection<S>::find_sources(Sources& from, i64 row_begin, i64
     previous_hidden(&from.h_copy[i * s_.P], t, slot, b, 0, s_.P);
     from.c[i] = previous_cell(p_, all_, chunk.c0, t, slot, b);
     if constexpr (sizeof(S) == sizeof(float))
-      if (from.x_half) {
-        from.x_half.put(i, from.x[i]);
-        from.h_half.put(i, from.h[i]);
+      if (from.x_pairs) {
+        from.x_pairs.put(i, from.x[i]);
+        from.h_pairs.put(i, from.h[i]);
       }
   }
 }
@@ -52,19 +52,19 @@ template <class S>
 inline void BackwardDirection<S>::recompute_sums(const Sources& from, i64 row_begin, i64 n) const {
   const ForwardPack<S> at(s_);
   const GateSums<S> of{s_, at, static_cast<const S*>(p_.packed_forward) + all_.direction * at.size,
-                       float16_in_forward<S>(s_, p_.dtype)};
+                       pairs_in_forward<S>(s_, p_.dtype)};
   alignas(64) S sums[kPanelRows][kPanel<S>];
   const i64 groups = ceil_div(n, kPanelRows);
   for (i64 tile = 0; tile < at.tiles; ++tile)
     for (i64 group = 0; group < groups; ++group) {
       const i64 first = group * n / groups, rows = (group + 1) * n / groups - first;
       const S* after = of.input_panel(group + 1 < groups ? tile : smaller(tile + 1, at.tiles - 1));
-      of.start(rows, &from.x[first], from.x_half.from(first), tile, sums, of.hidden_panel(tile));
+      of.start(rows, &from.x[first], from.x_pairs.from(first), tile, sums, of.hidden_panel(tile));
       if (s_.layer_norm) {
         put_sums(chunk.inputs, row_begin + first, rows, tile, sums);
         std::memset(sums, 0, size_t(rows) * sizeof sums[0]);
       }
-      of.add_hidden(rows, &from.h[first], from.h_half.from(first), tile, sums, after);
+      of.add_hidden(rows, &from.h[first], from.h_pairs.from(first), tile, sums, after);
       for (i64 r = 0; r < rows && !extended_; ++r) activate(sums[r], kLanes<S>);
       put_sums(s_.layer_norm ? chunk.recurrent : chunk.gates, row_begin + first, rows, tile, sums);
     }

@@ -11,14 +11,14 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
                                                i64 capacity)
     : p_(p), s_(p.sizes), all_(p.sizes, p.ragged, direction, 0, 1), at_(p.sizes),
       packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr),
-      half_(float16_in_backward<S>(s_, p.dtype)), dw_(p.dw[direction]), narrow_(element_bytes(p.dtype) != sizeof(S)),
+      pairs_(pairs_in_backward<S>(s_, p.dtype)), dw_(p.dw[direction]), narrow_(element_bytes(p.dtype) != sizeof(S)),
       extended_(extended), capacity_(capacity) {
   const i64 rows = capacity * s_.B, chunks = ceil_div(s_.T, capacity);
   chunk.gate_pitch = pitch<S>(s_.gate_units());
   chunk.hidden_pitch = pitch<S>(s_.H);
   chunk.state_pitch = pitch<S>(s_.P);
   chunk.dgates = padded(rows, s_.gate_units());
-  if (half_) chunk.half = Float16Rows(half_, rows, s_.gate_units());
+  if (pairs_) chunk.pairs = PairRows(pairs_, rows, s_.gate_units());
   if (s_.projected) chunk.dhidden = padded(rows, s_.P);
   if (s_.G > 1 && !p.gates.data) chunk.gates = Buffer<S>(rows * chunk.gate_pitch);
   if (extended && dw_.w_hr) chunk.m = Buffer<S>(rows * chunk.hidden_pitch);
@@ -43,7 +43,7 @@ inline BackwardDirection<S>::BackwardDirection(const BackwardParams& p, const Ex
   if (!packed_) return;  // then weight gradients are written as they are stored
   if (dw_.w_ih)
     gates_ = WeightGrad<S>(s_.layer_norm ? s_.I : s_.I + s_.P, s_.gate_units(), s_.bias && !s_.layer_norm, chunks, rows,
-                           half_, p.threads->count());
+                           pairs_, p.threads->count());
   if (dw_.w_ih && s_.layer_norm) recurrent_ = WeightGrad<S>(s_.P, 4 * s_.H, false, chunks, rows);
   if (dw_.w_hr) projection_ = WeightGrad<S>(s_.H, s_.P, false, chunks, rows);
 }

@@ -11,7 +11,7 @@ inline BackwardLane<S, kCell>::BackwardLane(const BackwardParams& p, const Plan&
                                             i64 direction, i64 lane, const Chunk<S>& chunk)
     : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes), w_(p.weights[direction]),
       packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr), chunk_(chunk),
-      hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), half_(float16_in_backward<S>(s_, p.dtype)),
+      hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), pairs_(pairs_in_backward<S>(s_, p.dtype)),
       extended_(extended) {
   dh_ = Buffer<S>(rows_.rows * state_pitch_);
   if (kHasCell) dc_ = Buffer<S>(rows_.rows * hidden_pitch_);
@@ -78,7 +78,7 @@ inline void BackwardLane<S, kCell>::gate_grads(i64 row_begin, i64 row_end) {
   else
     plain_gate_grads(row_begin, row_end);
   if constexpr (sizeof(S) == sizeof(float))
-    for (i64 i = row_begin; chunk_.half && i < row_end; ++i) chunk_.half.put(row(i), chunk_.dgates_row(row(i)));
+    for (i64 i = row_begin; chunk_.pairs && i < row_end; ++i) chunk_.pairs.put(row(i), chunk_.dgates_row(row(i)));
 }
 
 template <class S, Cell kCell>
@@ -137,8 +137,8 @@ inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   i64 panel = reads_backwards() ? panel_end - 1 : panel_begin;
   for (i64 left = panel_end - panel_begin; left > 0; --left, panel += direction) {
     const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
-    if (chunk_.half)
-      recur_float16(w_hh(panel), begin, width);
+    if (chunk_.pairs)
+      recur_pairs(w_hh(panel), begin, width);
     else
       multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
                         w_hh(panel), {&dh_[begin], state_pitch_}, width, w_hh(left > 1 ? panel + direction : panel),
@@ -147,16 +147,16 @@ inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   }
 }
 
-// The same of one panel, in float16.
+// The same of one panel, by pairs.
 template <class S, Cell kCell>
-inline void BackwardLane<S, kCell>::recur_float16(const S* panel, i64 begin, i64 width) {
+inline void BackwardLane<S, kCell>::recur_pairs(const S* panel, i64 begin, i64 width) {
   alignas(64) S sums[kPanelRows][kPanel<S>];
   const S* rows[kPanelRows];
   for (i64 first = 0; first < n_; first += kPanelRows) {
     const i64 n = smaller(kPanelRows, n_ - first);
     for (i64 i = 0; i < n; ++i) rows[i] = chunk_.dgates_row(row(first + i));
-    multiply_rounded<S>(half_, n, rows, chunk_.half.from(row(first), rows_.stride), s_.gate_units(), panel, sums, false,
-                        panel, kNeverLarge);
+    multiply_rounded<S>(pairs_, n, rows, chunk_.pairs.from(row(first), rows_.stride), s_.gate_units(), panel, sums,
+                        false, panel, kNeverLarge);
     for (i64 i = 0; i < n; ++i)
       std::memcpy(&dh_[(first + i) * state_pitch_ + begin], sums[i], size_t(width) * sizeof(S));
   }

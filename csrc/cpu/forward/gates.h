@@ -15,7 +15,7 @@ inline void ForwardLane<S, cell>::input_products(i64 tile_begin, i64 tile_end) {
   for (i64 tile = tile_begin; tile < tile_end; ++tile)
     for (i64 group = 0; group < groups; ++group) {
       const i64 first = group * chunk_rows_ / groups, last = (group + 1) * chunk_rows_ / groups;
-      sums_.start(last - first, &x_row_[first], x_half_.from(first), tile, sums,
+      sums_.start(last - first, &x_row_[first], x_pairs_.from(first), tile, sums,
                   sums_.input_panel(group + 1 < groups ? tile : smaller(tile + 1, tile_end - 1)));
       for (i64 row = first; row < last; ++row) put_panel(input_product(tile, row), tile, sums[row - first]);
     }
@@ -34,7 +34,7 @@ inline void ForwardLane<S, cell>::gates(i64 tile_begin, i64 tile_end) {
   alignas(64) S sums[kPanelRows][kPanel<S>];
   if (!packed_) {
     direct_gates(tile_begin, tile_end);
-  } else if (n_ <= kTallestTile && !sums_.half) {  // few rows: several tiles at once keep the multipliers busy
+  } else if (n_ <= kTallestTile && !sums_.pairs) {  // few rows: several tiles at once keep the multipliers busy
     with_rows<kTallestTile>(n_, [&](auto height) {
       constexpr int R = decltype(height)::value, P = R == 1 ? 2 : larger(1, kTileRows / R);
       if (n_ != R) return;  // no rows at all
@@ -100,7 +100,7 @@ inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 rows, i64 tile, S (*s
   if (kByRow && s_.layer_norm)  // which adds the input products later
     std::memset(sums, 0, size_t(rows) * sizeof sums[0]);
   else if (!inputs_ahead_)
-    sums_.start(rows, &x_row_[first_row_ + first], x_half_.from(first_row_ + first), tile, sums,
+    sums_.start(rows, &x_row_[first_row_ + first], x_pairs_.from(first_row_ + first), tile, sums,
                 sums_.hidden_panel(tile));
   else
     for (i64 r = 0; r < rows; ++r) {
@@ -111,7 +111,7 @@ inline void ForwardLane<S, cell>::sum_gates(i64 first, i64 rows, i64 tile, S (*s
   if (from_zero_)
     sums_.add_zero_hidden(rows, tile, sums);
   else
-    sums_.add_hidden(rows, h, h_half_.from(first), tile, sums,
+    sums_.add_hidden(rows, h, h_pairs_.from(first), tile, sums,
                      inputs_ahead_ ? sums_.hidden_panel(next) : sums_.input_panel(next));
   if constexpr (kByRow)
     for (i64 r = 0; r < rows; ++r) put_panel(z_row(first + r) + tile * kPanel<S>, tile, sums[r]);

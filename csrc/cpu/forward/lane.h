@@ -125,11 +125,11 @@ class ForwardLane {
   Buffer<const S*> x_row_;        // input rows of the chunk, active ones only, step by step
   Buffer<S*> rows_out_;           // where each active row of this step goes:
   S **y_row_, **cell_row_, **gates_row_;
-  Buffer<S> x_copy_;             // the input rows of the chunk converted to S, for 16-bit input
-  Float16Rows x_half_, h_half_;  // rows of the chunk and of this step, if products are in float16
-  Buffer<S> input_products_;  // [tile][row of the chunk][kPanel]; of an extended cell [row of the chunk][gate_pitch_]
-  Buffer<S> z_;               // [rows][gate_pitch_] of an extended cell: gate sums, then gates
-  Buffer<S> h_masked_;        // h * h_mask
+  Buffer<S> x_copy_;            // the input rows of the chunk converted to S, for 16-bit input
+  PairRows x_pairs_, h_pairs_;  // rows of the chunk and of this step, if products are those of pairs
+  Buffer<S> input_products_;    // [tile][row of the chunk][kPanel]; of an extended cell [row of the chunk][gate_pitch_]
+  Buffer<S> z_;                 // [rows][gate_pitch_] of an extended cell: gate sums, then gates
+  Buffer<S> h_masked_;          // h * h_mask
   i64 chunk_rows_ = 0, next_row_ = 0, first_row_ = 0;  // of the chunk: rows; first row of the next step, of this step
   i64 entered_ = 0;                                    // rows whose initial state is loaded
   i64 t_ = 0, n_ = 0;                                  // this step: time and number of active rows

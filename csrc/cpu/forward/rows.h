@@ -11,7 +11,7 @@ inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& pla
                                          i64 direction, i64 lane)
     : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes), w_(p.weights[direction]),
       packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr),
-      sums_{s_, at_, packed_, float16_in_forward<S>(s_, p.dtype)},
+      sums_{s_, at_, packed_, pairs_in_forward<S>(s_, p.dtype)},
       direct_(packed_ ? DirectSums<S>() : DirectSums<S>(s_, p.dtype, w_)), backwards_(call_order()),
       hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), gate_pitch_(pitch<S>(4 * s_.H)),
       inputs_ahead_(plan.input_steps > 0 || (kByRow && s_.layer_norm)),
@@ -33,9 +33,9 @@ inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& pla
   cell_row_ = y_row_ + n;
   gates_row_ = cell_row_ + n;
   if (element_bytes(p.dtype) != sizeof(S)) x_copy_ = Buffer<S>(n * steps_ * s_.I);
-  if (sums_.half) {
-    x_half_ = Float16Rows(sums_.half, n * steps_, s_.I);
-    h_half_ = Float16Rows(sums_.half, n, s_.P);
+  if (sums_.pairs) {
+    x_pairs_ = PairRows(sums_.pairs, n * steps_, s_.I);
+    h_pairs_ = PairRows(sums_.pairs, n, s_.P);
   }
   if (inputs_ahead_) input_products_ = Buffer<S>(n * steps_ * (kByRow ? gate_pitch_ : at_.tiles * kPanel<S>));
   if (kByRow) z_ = Buffer<S>(n * gate_pitch_);
@@ -54,7 +54,7 @@ inline void ForwardLane<S, cell>::begin_chunk(i64 step) {
         convert_in(&x_copy_[chunk_rows_ * s_.I], p_.x.data, p_.dtype, offset, s_.I);
         x_row_[chunk_rows_] = &x_copy_[chunk_rows_ * s_.I];
         if constexpr (sizeof(S) == sizeof(float))
-          if (x_half_) x_half_.put(chunk_rows_, x_row_[chunk_rows_]);
+          if (x_pairs_) x_pairs_.put(chunk_rows_, x_row_[chunk_rows_]);
       } else {
         x_row_[chunk_rows_] = element<const S>(p_.x.data, offset);
       }
@@ -83,7 +83,7 @@ inline void ForwardLane<S, cell>::begin_step(i64 step) {
   }
   if (p_.reset) reset_states();
   if constexpr (sizeof(S) == sizeof(float))
-    for (i64 i = 0; h_half_ && !from_zero_ && i < n_; ++i) h_half_.put(i, product_state(i));
+    for (i64 i = 0; h_pairs_ && !from_zero_ && i < n_; ++i) h_pairs_.put(i, product_state(i));
 }
 
 // Whether the states of all rows are zero, as they are at first in most calls: the product with w_hh need not be made.

@@ -1,11 +1,12 @@
-// Products in float16, compiled for AVX-512 with FP16 (float16.h says what they are). setup.py has the flags.
+// Products in float16, compiled for AVX-512 with FP16 (pairs.h says what they are). setup.py has the flags.
 #include "cpu/float16_chain.h"
-#include "cpu/float16_rows.h"
+#include "cpu/pair_rows.h"
 
 namespace fastlstm {
 namespace {
 
-constexpr int kColumns = 64;
+constexpr i64 kColumns = kPanel<float>;
+
 // Of panels: those of weights of 16 bits are at least 2^-133, and what is below 2^-100 is nothing to a product.
 constexpr int32_t kLeastExponent = 27;
 
@@ -77,18 +78,7 @@ void pack_pairs(float* panel, i64 K) {
   }
 }
 
-void put_pair(const uint16_t* first, const uint16_t* second, i64 n, i64 pair, i64 K, float* panels) {
-  for (i64 k = 0; k < round_up(n, kColumns); k += 16) {
-    const i64 lanes = larger(0, smaller(16, n - k));
-    const auto row = [&](const uint16_t* from) {
-      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << lanes) - 1), from + k));
-    };
-    float* const to = panels + k / kColumns * K * kColumns + pair * kColumns + k % kColumns;
-    _mm512_storeu_si512(to, _mm512_or_si512(row(first), second ? _mm512_slli_epi32(row(second), 16) : __m512i{}));
-  }
-}
-
-void multiply(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K, const float* panel,
+void multiply(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, const float* panel,
               float (*sums)[kColumns], bool add, float least) {
   const i64 pairs = ceil_div(K, 2);
   const auto* w = reinterpret_cast<const uint16_t*>(panel);
@@ -105,7 +95,7 @@ void multiply(i64 rows, const Float16Matrix& a, const float* const* exact, i64 K
     of_rows[place] = place < part.count ? a.scales[r * a.step] : 1.0f;
   }
   const PutScaled put{out, scales, of_rows, add};
-  float16_products(part.count, at, 2, w, pairs, products, put);
+  pair_products<Float16Chain>(part.count, at, 2, w, pairs, products, put);
   for (i64 first = part.count; first < rows; first += kExactRows)
     with_rows<kExactRows>(rows - first, [&](auto count) {
       constexpr int R = decltype(count)::value;
@@ -140,24 +130,17 @@ void round_columns(i64 rows, const float* x, i64 pitch, i64 n, i64 width, int la
 
 void multiply_columns(i64 rows, const uint16_t* a, i64 a_pitch, const float* a_scales, i64 K, const uint16_t* d,
                       const float* d_scales, float* sums, bool add) {
-  const i64 parts = ceil_div(K, kPanelRows), pairs = ceil_div(rows, 2);
-  alignas(64) float products[kPanelRows][kColumns];
-  const uint16_t* at[kPanelRows];
   float* out[kPanelRows];
-  for (i64 part = 0; part < parts; ++part) {
-    const i64 begin = part * K / parts, end = (part + 1) * K / parts;
-    for (i64 k = begin; k < end; ++k) {
-      at[k - begin] = a + 2 * k;
-      out[k - begin] = sums + k * kColumns;
-    }
-    float16_products(end - begin, at, 2 * a_pitch, d, pairs, products, PutScaled{out, d_scales, a_scales + begin, add});
-  }
+  column_products<Float16Chain>(rows, a, a_pitch, K, d, [&](i64 first) {
+    for (i64 k = 0; k < smaller(kPanelRows, K - first); ++k) out[k] = sums + (first + k) * kColumns;
+    return PutScaled{out, d_scales, a_scales + first, add};
+  });
 }
 
 }  // namespace
 
-extern const Float16Kernels avx512fp16_products;
-const Float16Kernels avx512fp16_products = {"avx512fp16", round_row, pack,          pack_pairs,
-                                            put_pair,     multiply,  round_columns, multiply_columns};
+extern const PairKernels avx512fp16_products;
+const PairKernels avx512fp16_products = {"avx512fp16", 64,       true,     round_row,     pack,
+                                         pack_pairs,   put_pair, multiply, round_columns, multiply_columns};
 
 }  // namespace fastlstm

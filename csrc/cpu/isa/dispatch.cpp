@@ -5,27 +5,32 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/float16.h"
 #include "cpu/isa/x86.h"
+#include "cpu/pairs.h"
 
 namespace fastlstm {
 
 #ifdef FASTLSTM_X86
 extern const Kernels avx512_kernels, avx2_kernels;
+extern const PairKernels avx512bf16_products;
 #endif
 #ifdef FASTLSTM_FLOAT16
-extern const Float16Kernels avx512fp16_products;
+extern const PairKernels avx512fp16_products;
 #endif
 extern const Kernels portable_kernels;
 
 namespace {
 
-// What this CPU has of products in float16, or null.
-const Float16Kernels* supported_float16() {
+// Calls f(kernels, whether they are taken without being named) for those that this CPU has, the best ones first.
+template <class F>
+void each_pair_kernels(const F& f) {
+#ifdef FASTLSTM_X86
+  const X86Features features = x86_features();
 #ifdef FASTLSTM_FLOAT16
-  if (x86_features().avx512_fp16) return &avx512fp16_products;
+  if (features.avx512_fp16) f(avx512fp16_products, true);
 #endif
-  return nullptr;
+  if (features.avx512_bf16) f(avx512bf16_products, features.fast_bf16);
+#endif
 }
 
 bool supported(const Kernels& kernels) {
@@ -48,22 +53,27 @@ const Kernels& choose() {
     for (const Kernels* kernels : fastest_first)
       if (supported(*kernels)) return *kernels;
   }
-  const Float16Kernels* const half = supported_float16();
-  std::string available = half ? half->name : "";
-  if (wanted == available) return *fastest_first[0];
+  if (pair_kernels()) return *fastest_first[0];
+  std::string available;
+  const auto list = [&](const char* name) { available += (available.empty() ? "" : ", ") + std::string(name); };
+  each_pair_kernels([&](const PairKernels& kernels, bool) { list(kernels.name); });
   for (const Kernels* kernels : fastest_first) {
     if (!supported(*kernels)) continue;
     if (std::strcmp(wanted, kernels->name) == 0) return *kernels;
-    available += (available.empty() ? "" : ", ") + std::string(kernels->name);
+    list(kernels->name);
   }
   throw std::runtime_error("FASTLSTM_ISA=" + std::string(wanted) +
                            " is not available on this machine; choose one of: " + available + ", or unset it");
 }
 
-const Float16Kernels* choose_float16() {
-  const Float16Kernels* const half = supported_float16();
-  const char* wanted = std::getenv("FASTLSTM_ISA");
-  return half && wanted && *wanted && std::strcmp(wanted, half->name) != 0 ? nullptr : half;
+const PairKernels* choose_pairs() {
+  const char* const wanted = std::getenv("FASTLSTM_ISA");
+  const PairKernels* chosen = nullptr;
+  each_pair_kernels([&](const PairKernels& kernels, bool by_itself) {
+    const bool take = wanted && *wanted ? std::strcmp(wanted, kernels.name) == 0 : by_itself;
+    if (take && !chosen) chosen = &kernels;
+  });
+  return chosen;
 }
 
 }  // namespace
@@ -73,8 +83,8 @@ const Kernels& cpu_kernels() {
   return kernels;
 }
 
-const Float16Kernels* float16_kernels() {
-  static const Float16Kernels* const kernels = choose_float16();
+const PairKernels* pair_kernels() {
+  static const PairKernels* const kernels = choose_pairs();
   return kernels;
 }
 

@@ -18,6 +18,8 @@ struct X86Features {
   // Dot products of bytes: with the registers of AVX-512, or with those of AVX2.
   bool avx512_vnni = false, avx_vnni = false;
   bool avx512_bf16 = false;  // dot products of bfloat16 numbers
+  // Whether these are twice as many products a cycle as float32 has. On Intel they are as many or fewer.
+  bool fast_bf16 = false;
   bool avx512_fp16 = false;  // arithmetic of float16
 };
 
@@ -37,6 +39,9 @@ inline X86Features x86_features() {
   const bool more = __get_cpuid_count(7, 1, &a, &b, &c, &d);
   features.avx_vnni = features.avx2 && more && has(a, 4);
   features.avx512_bf16 = features.avx512 && more && has(a, 5);
+  const unsigned amd[] = {0x68747541, 0x69746e65, 0x444d4163};  // "AuthenticAMD"
+  __get_cpuid(0, &a, &b, &c, &d);
+  features.fast_bf16 = features.avx512_bf16 && b == amd[0] && d == amd[1] && c == amd[2];
   return features;
 }
 

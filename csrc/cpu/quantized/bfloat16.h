@@ -7,8 +7,9 @@
 //   kPaired         rows that one instruction takes together: calls begin at a multiple of it
 //   kScaled         whether sums are to be multiplied by the scales of their row and column: see below
 //   kPreparing      of panels that are prepared once a call, if there are such
-//   bfloat16_dots<R>(a, w, scales, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs
-//                                                 terms; scales of the columns
+//   kAdds           whether sums are added to what is there
+//   bfloat16_dots(n, a, w, scales, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs
+//                                                 terms, for n rows; scales of the columns
 //
 // and if there are such panels
 //

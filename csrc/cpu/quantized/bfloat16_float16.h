@@ -1,4 +1,4 @@
-// AVX-512 with FP16: products in float16, as float16.h has them. See bfloat16.h.
+// AVX-512 with FP16: products in float16, as pairs.h has them. See bfloat16.h.
 #pragma once
 
 #include "cpu/float16_chain.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr double kBfloat16Rate = 36;
 constexpr int kBfloat16Most = kFloat16Rows, kPaired = 1;
-constexpr bool kScaled = true;
+constexpr bool kScaled = true, kAdds = false;
 
 // Panels of scaled weights.
 constexpr Preparing kPreparing{58, 2, 4, 1, kPanelRows};
@@ -65,14 +65,19 @@ class Bfloat16Rows {
 };
 
 template <int R>
-__attribute__((noinline)) void bfloat16_dots(const uint16_t* const* a, const uint16_t* w, const float* scales,
-                                             i64 pairs, Columns* sums) {
+__attribute__((noinline)) void tile_dots(const uint16_t* const* a, const uint16_t* w, const float* scales, i64 pairs,
+                                         Columns* sums) {
   with_scales(scales,
               [&](const auto& weights) FASTLSTM_INLINE_LAMBDA { float16_dots<R>(a, 2, w, weights, pairs, sums); });
 }
 
+inline void bfloat16_dots(i64 n, const uint16_t* const* a, const uint16_t* w, const float* scales, i64 pairs,
+                          Columns* sums) {
+  with_rows<kBfloat16Most>(n, [&](auto rows) { tile_dots<decltype(rows)::value>(a, w, scales, pairs, sums); });
+}
+
 inline void prepared_dots(i64 n, const uint16_t* const* a, const void* panel, i64 pairs, Columns* sums) {
-  float16_products(n, a, 2, static_cast<const uint16_t*>(panel), pairs, sums, PutSums{sums});
+  pair_products<Float16Chain>(n, a, 2, static_cast<const uint16_t*>(panel), pairs, sums, PutSums{sums});
 }
 
 inline void prepare_panel(const uint16_t* w, const float* scales, i64 pairs, void* to) {

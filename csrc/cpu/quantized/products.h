@@ -8,8 +8,8 @@
 // Each sum is the same whatever rows are computed with it.
 #pragma once
 
-#include "cpu/float16_rows.h"
 #include "cpu/gemm.h"
+#include "cpu/pair_rows.h"
 #include "cpu/quantized/bfloat16.h"
 #include "cpu/quantized/cell.h"
 #include "cpu/quantized/int8_rows.h"
@@ -82,9 +82,8 @@ struct Bfloat16 {
               prepared_dots(count, a, w.prepared + panel * prepared_bytes(w), pairs, sums);
             });
     const uint16_t* data = data_of(w, panel);
-    each_part<kBfloat16Most, kPaired, false>(w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
-      with_rows<kBfloat16Most>(
-          count, [&](auto constant) { bfloat16_dots<decltype(constant)::value>(a, data, scales, pairs, sums); });
+    each_part<kBfloat16Most, kPaired, kAdds>(w, panel, rows, first, n, z, [&](i64 count, const auto* a, Columns* sums) {
+      bfloat16_dots(count, a, data, scales, pairs, sums);
     });
   }
 
