@@ -23,6 +23,7 @@ struct Sizes {
   bool peephole, layer_norm;
 
   i64 gate_units() const { return G * H; }
+  i64 product_weights() const { return D * gate_units() * (I + P); }  // numbers of w_ih and w_hh
 };
 
 // Which rows exist when sequences have different lengths. Sequences are put into slots, the longest first, so that the
@@ -97,6 +98,7 @@ struct ForwardParams {
   const bool* reset;  // [T, B] or null
   i64 reset_step, reset_batch;
   const DirectionWeights* weights;  // one for each direction
+  i64 other_weights;                // numbers of those of the other layers of the same call, but biases
   CellOptions cell;
   const void* packed;  // from Kernels::pack_forward; null: the weights are read as they are stored
   Threads* threads;

@@ -31,6 +31,7 @@ bool infer_stack(const StackArguments& a, bool may_pack, const Make& make) {
   const Array none;
   Scratch before, between;
   const Array *y = nullptr, *h_n = nullptr, *c_n = nullptr;
+  i64 all_weights = 0;
   for (i64 k = 0; k < layers; ++k) {
     const Array& input = k ? before.array : x;
     Call call(input, {weights.data() + k * each, each}, directions, none, none, 4);
@@ -38,6 +39,7 @@ bool infer_stack(const StackArguments& a, bool may_pack, const Make& make) {
     if (!k) {
       Sizes deeper = s;
       deeper.I = s.D * s.P;
+      all_weights = s.product_weights() + (layers - 1) * deeper.product_weights();
       const auto packs = [&](const Sizes& of) {
         return !cpu_kernels().forward_reads_stored(of, call.dtype == Dtype::f64);
       };
@@ -53,8 +55,9 @@ bool infer_stack(const StackArguments& a, bool may_pack, const Make& make) {
     const bool last = k + 1 == layers;
     if (!last) between = Scratch({s.T, s.B, s.D * s.P}, x.dtype);
     const Slice h0_k(h0, k * s.D, s.D), c0_k(c0, k * s.D, s.D), h_k(*h_n, k * s.D, s.D), c_k(*c_n, k * s.D, s.D);
-    Forward(std::move(call), input, h0_k.array, c0_k.array, last ? *y : between.array, h_k.array, c_k.array)
-        .run(caches.empty() ? none : caches[size_t(k)]);
+    Forward forward(std::move(call), input, h0_k.array, c0_k.array, last ? *y : between.array, h_k.array, c_k.array);
+    forward.p.other_weights = all_weights - s.product_weights();
+    forward.run(caches.empty() ? none : caches[size_t(k)]);
     before = std::move(between);
   }
   return true;

@@ -20,7 +20,9 @@ class DirectSums {
   using Panel = S[kPanel<S>];
 
   DirectSums() = default;
-  DirectSums(const Sizes& s, Dtype dtype, const DirectionWeights& w) : s_(&s), w_(&w), dtype_(dtype) {
+  // far: whether the weights come from memory.
+  DirectSums(const Sizes& s, Dtype dtype, const DirectionWeights& w, bool far)
+      : s_(&s), w_(&w), dtype_(dtype), far_(far) {
     if (!s.bias || s.layer_norm) return;  // layer normalisation needs the products without the bias
     const i64 tiles = ForwardPack<S>(s).tiles;
     bias_ = Buffer<S>(tiles * kPanel<S>);
@@ -44,7 +46,7 @@ class DirectSums {
   }
 
   // What `multiply` and the like need for themselves; a thread has one of its own.
-  Dots<S> dots() const { return Dots<S>(dtype_, s_->I + s_->P); }
+  Dots<S> dots() const { return Dots<S>(dtype_, s_->I + s_->P, far_); }
 
   // sums[tile * N + n] (+)= x w_ih^T or h w_hh^T of a range of tiles, for N rows.
   void inputs(const Dots<S>& dots, Range tiles, const S* const* x, i64 N, Panel* sums, bool add) const {
@@ -95,6 +97,7 @@ class DirectSums {
   const Sizes* s_ = nullptr;
   const DirectionWeights* w_ = nullptr;
   Dtype dtype_ = Dtype::f32;
+  bool far_ = false;
   Buffer<S> bias_;  // [tiles][kPanel], the sum of both
 };
 

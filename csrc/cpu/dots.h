@@ -86,10 +86,13 @@ struct Factors {
   i64 K;
 };
 
+// Where the next rows of w are fetched to, while those before are multiplied.
+enum class Fetch { none, first_level, second_level };
+
 // out[n * out_pitch + r] (+)= the sum over all factors of row r of w . a[n], for `rows` rows of w and N of a; R rows of
-// w, a tile, at a time. What follows the last row up to a whole tile is overwritten. fetches: of the next tile into L1.
-// Not inlined, so that the inner loop has all registers for its sums.
-template <class S, int R, int N, bool fetches>
+// w, a tile, at a time. What follows the last row up to a whole tile is overwritten. fetches: where the next tile is
+// fetched to. Not inlined, so that the inner loop has all registers for its sums.
+template <class S, int R, int N, Fetch fetches>
 __attribute__((noinline)) void dot_rows(const Factors<S>* factors, i64 count, i64 rows, S* out, i64 out_pitch,
                                         bool add) {
 #pragma GCC unroll 1
@@ -128,9 +131,9 @@ __attribute__((noinline)) void dot_rows(const Factors<S>* factors, i64 count, i6
       i64 k = 0;
 #pragma GCC unroll 1
       for (; k + kLanes<S> <= K; k += kLanes<S>) {
-        if constexpr (fetches) {
+        if constexpr (fetches != Fetch::none) {
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) __builtin_prefetch(wr[r] + k + R * K);
+          for (int r = 0; r < R; ++r) __builtin_prefetch(wr[r] + k + R * K, 0, fetches == Fetch::first_level ? 3 : 2);
         }
         term([k](const S* p) FASTLSTM_INLINE_LAMBDA { return load(p + k); });
       }
@@ -142,7 +145,8 @@ __attribute__((noinline)) void dot_rows(const Factors<S>* factors, i64 count, i6
 
 // Bytes of a tile up to which the next one is fetched into L1 meanwhile. Longer rows the core foresees. With one or two
 // rows of the batch there is time for it only where vectors lie across lines: these wait for two lines each, so for
-// them it helps in tiles of twice as many bytes, too.
+// them it helps in tiles of twice as many bytes, too. More rows of the batch leave a core too little time to foresee
+// long rows that come from memory: these are fetched into L2.
 constexpr i64 kFetched = 4096;
 
 // Rows of weights in a tile: many where there are few rows of the batch, so that enough chains are in flight.
@@ -165,8 +169,8 @@ struct Stored {
 template <class S>
 class Dots {
  public:
-  // most: the largest sum of K.
-  Dots(Dtype dtype, i64 most) {
+  // most: the largest sum of K; far: whether the weights come from memory.
+  Dots(Dtype dtype, i64 most, bool far) : far_(far) {
     if (element_bytes(dtype) != sizeof(S)) wide_ = Buffer<S>(kFewRows<S> * most);
   }
 
@@ -191,7 +195,9 @@ class Dots {
       fits = fits && R * of.K * i64(sizeof(S)) <= (splits ? 2 : 1) * kFetched;
       split = split || splits;
     }
-    const bool fetches = fits && (N > 2 || split);
+    const Fetch fetches = fits && (N > 2 || split)  ? Fetch::first_level
+                          : far_ && !wide_ && N > 2 ? Fetch::second_level
+                                                    : Fetch::none;
     for (i64 row = 0; row < rows; row += step) {
       const i64 there = smaller(step, rows - row);
       const S* tile[count];
@@ -211,13 +217,18 @@ class Dots {
         with_rows<most>(end - begin, [&](auto n) {
           S* const at = out + begin * out_pitch + row;
           constexpr int each = decltype(n)::value;
-          fetches ? dot_rows<S, R, each, true>(factors, count, there, at, out_pitch, add)
-                  : dot_rows<S, R, each, false>(factors, count, there, at, out_pitch, add);
+          const auto dot = [&](auto to) FASTLSTM_INLINE_LAMBDA {
+            dot_rows<S, R, each, decltype(to)::value>(factors, count, there, at, out_pitch, add);
+          };
+          fetches == Fetch::none          ? dot(Constant<Fetch::none>{})
+          : fetches == Fetch::first_level ? dot(Constant<Fetch::first_level>{})
+                                          : dot(Constant<Fetch::second_level>{});
         });
       }
     }
   }
 
+  bool far_;
   Buffer<S> wide_;
 };
 

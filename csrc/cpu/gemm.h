@@ -142,9 +142,9 @@ FASTLSTM_INLINE void accumulate(Vec<S> (&acc)[R][P * V], const S* const (&a)[R],
 }
 
 // Calls f(integral_constant) for a register tile of 1..most rows.
-template <int N>
+template <auto N>
 struct Constant {
-  static constexpr int value = N;
+  static constexpr auto value = N;
 };
 template <int most, class F>
 FASTLSTM_INLINE void with_rows(i64 rows, const F& f) {

@@ -45,6 +45,12 @@ inline Level level_of(double bytes, const Machine& machine) {
   return bytes <= double(machine.third_level) ? Level::third : Level::memory;
 }
 
+// Whether the weights of a short call have left L3 since the call before, which read them and as many
+// numbers more as `others`.
+inline bool come_from_memory(const Sizes& s, Dtype dtype, i64 others, const Machine& machine) {
+  return double(s.product_weights() + others) * double(element_bytes(dtype)) > 0.75 * double(machine.third_level);
+}
+
 // Every second step reads backwards, so half of L2 still holds what the step before has read last.
 inline double read_cycles(double bytes, const Machine& machine) {
   const Level level = level_of(bytes, machine);

@@ -83,7 +83,7 @@ inline void BackwardDirection<S>::put_sums(const Buffer<S>& to, i64 first, i64 r
 // The same from stored weights.
 template <class S>
 inline void BackwardDirection<S>::recompute_direct_sums(const Sources& from, i64 row_begin, i64 n) const {
-  const DirectSums<S> direct(s_, p_.dtype, p_.weights[all_.direction]);
+  const DirectSums<S> direct(s_, p_.dtype, p_.weights[all_.direction], false);
   const Dots<S> dots = direct.dots();
   const i64 tiles = ForwardPack<S>(s_).tiles;
   alignas(64) S sums[kRowGroup][kPanel<S>];

@@ -66,7 +66,7 @@ inline void ForwardLane<S, cell>::direct_tiles(const Dots<S>& dots, i64 first, i
 // h = m w_hr^T for units [begin, begin + count) of P, one panel.
 template <class S, Cell cell>
 inline void ForwardLane<S, cell>::direct_projection(i64 begin, i64 count) {
-  const Dots<S> dots(p_.dtype, s_.H);
+  const Dots<S> dots(p_.dtype, s_.H, false);
   alignas(64) S sums[kRowGroup][kPanel<S>];
   const S* m[kRowGroup];
   for (i64 first = 0; first < n_; first += kRowGroup) {

@@ -12,9 +12,10 @@ inline ForwardLane<S, cell>::ForwardLane(const ForwardParams& p, const Plan& pla
     : p_(p), s_(p.sizes), rows_(p.sizes, p.ragged, direction, lane, plan.lanes), at_(p.sizes), w_(p.weights[direction]),
       packed_(p.packed ? static_cast<const S*>(p.packed) + direction * at_.size : nullptr),
       sums_{s_, at_, packed_, pairs_in_forward<S>(s_, p.dtype)},
-      direct_(packed_ ? DirectSums<S>() : DirectSums<S>(s_, p.dtype, w_)), backwards_(call_order()),
-      hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)), gate_pitch_(pitch<S>(4 * s_.H)),
-      inputs_ahead_(plan.input_steps > 0 || (kByRow && s_.layer_norm)),
+      direct_(packed_ ? DirectSums<S>()
+                      : DirectSums<S>(s_, p.dtype, w_, come_from_memory(s_, p.dtype, p.other_weights, this_machine()))),
+      backwards_(call_order()), hidden_pitch_(pitch<S>(s_.H)), state_pitch_(pitch<S>(s_.P)),
+      gate_pitch_(pitch<S>(4 * s_.H)), inputs_ahead_(plan.input_steps > 0 || (kByRow && s_.layer_norm)),
       stores_y_(!s_.projected && element_bytes(p.dtype) == sizeof(S) && !kByRow), steps_(larger(1, plan.input_steps)),
       out_pitch_(s_.projected ? hidden_pitch_ : state_pitch_), extended_(extended) {
   const i64 n = rows_.rows;
