@@ -26,7 +26,7 @@ struct Bfloat16Chain {
 
   // The pairs come in two halves, each a sum of its own. Of one or two rows both are added up at the same time, because
   // the sums of one half alone would wait for each other.
-  template <int R, class Put>
+  template <int R, int V, class Put>
   __attribute__((noinline)) static void add(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
                                             i64 pairs, const float (*sums)[64], const Put& put) {
     constexpr int kHalves = R <= 2 ? 2 : 1;
@@ -34,26 +34,26 @@ struct Bfloat16Chain {
     const uint16_t* a[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = rows[r] + pair * a_step;
-    const auto add_pair = [&](i64 k, __m512(&to)[R][4]) FASTLSTM_INLINE_LAMBDA {
-      __m512bh weights[4];
+    const auto add_pair = [&](i64 k, __m512(&to)[R][V]) FASTLSTM_INLINE_LAMBDA {
+      __m512bh weights[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(w + (4 * k + v) * 32);
+      for (int v = 0; v < V; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(w + (4 * k + v) * 32);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         int32_t two;
         std::memcpy(&two, a[r] + k * a_step, 4);
         const __m512bh row = (__m512bh)_mm512_set1_epi32(two);
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) to[r][v] = _mm512_dpbf16_ps(to[r][v], weights[v], row);
+        for (int v = 0; v < V; ++v) to[r][v] = _mm512_dpbf16_ps(to[r][v], weights[v], row);
       }
     };
-    alignas(64) float first_half[kHalves == 1 ? R : 1][64];
+    alignas(64) float first_half[kHalves == 1 ? R : 1][V * 16];
 #pragma GCC unroll 1
     for (int part = 0; part < 2 / kHalves; ++part) {
       const i64 begin = part * half, end = kHalves == 2 ? pairs / 2 : part == 0 ? half : pairs;
-      __m512 acc[kHalves][R][4];
+      __m512 acc[kHalves][R][V];
 #pragma GCC unroll 64
-      for (int k = 0; k < kHalves * R * 4; ++k) acc[k / (R * 4)][k / 4 % R][k % 4] = _mm512_setzero_ps();
+      for (int k = 0; k < kHalves * R * V; ++k) acc[k / (R * V)][k / V % R][k % V] = _mm512_setzero_ps();
 #pragma GCC unroll 1
       for (i64 k = begin; k < end; ++k) {
         add_pair(k, acc[0]);
@@ -61,8 +61,8 @@ struct Bfloat16Chain {
       }
       if (kHalves == 2 && pairs % 2) add_pair(half - 1, acc[0]);
 #pragma GCC unroll 32
-      for (int k = 0; k < R * 4; ++k) {
-        const int r = k / 4, v = k % 4;
+      for (int k = 0; k < R * V; ++k) {
+        const int r = k / V, v = k % V;
         if (kHalves == 1 && part == 0) {
           _mm512_storeu_ps(first_half[kHalves == 1 ? r : 0] + 16 * v, acc[0][r][v]);
           continue;

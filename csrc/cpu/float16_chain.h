@@ -66,38 +66,38 @@ FASTLSTM_INLINE __m512 small_float(__m512i halves) {
 }
 constexpr float kMissing = 0x1p112f / (1 << kLargestWeight);
 
-// One chain: put(r, v, sum) for vector v of (add ? sums[r] : 0) + a[r] times `pairs` pairs of a panel w, times
+// One chain: put(r, v, sum) for vector v < V of (add ? sums[r] : 0) + a[r] times `pairs` pairs of a panel w, times
 // 2^-kLargestWeight. Pairs of a[r] are a_step numbers apart. weights(v, bits) makes vector v of a pair, as it lies in
 // memory, float16.
-template <int R, class Weights, class Put>
+template <int R, int V, class Weights, class Put>
 FASTLSTM_INLINE void float16_chain(const uint16_t* const (&a)[R], i64 a_step, const uint16_t* w, const Weights& weights,
                                    i64 pairs, const float (*sums)[64], bool add, const Put& put) {
-  __m512h acc[R][4];
+  __m512h acc[R][V];
 #pragma GCC unroll 32
-  for (int k = 0; k < R * 4; ++k) acc[k / 4][k % 4] = _mm512_setzero_ph();
+  for (int k = 0; k < R * V; ++k) acc[k / V][k % V] = _mm512_setzero_ph();
   i64 at = 0;
 #pragma GCC unroll 1
   for (i64 pair = 0; pair < pairs; ++pair, w += 128, at += a_step) {
-    __m512h column[4];
+    __m512h column[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) column[v] = _mm512_castsi512_ph(weights(v, _mm512_loadu_si512(w + 32 * v)));
+    for (int v = 0; v < V; ++v) column[v] = _mm512_castsi512_ph(weights(v, _mm512_loadu_si512(w + 32 * v)));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int32_t two;
       std::memcpy(&two, a[r] + at, 4);
       const __m512h row = _mm512_castsi512_ph(_mm512_set1_epi32(two));
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_fmadd_ph(row, column[v], acc[r][v]);
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_fmadd_ph(row, column[v], acc[r][v]);
     }
   }
   // The sum of both halves of a lane.
 #pragma GCC unroll 32
-  for (int k = 0; k < R * 4; ++k) {
-    const __m512i halves = _mm512_castph_si512(acc[k / 4][k % 4]);
-    const __m512h both = _mm512_add_ph(acc[k / 4][k % 4], _mm512_castsi512_ph(_mm512_rol_epi32(halves, 16)));
+  for (int k = 0; k < R * V; ++k) {
+    const __m512i halves = _mm512_castph_si512(acc[k / V][k % V]);
+    const __m512h both = _mm512_add_ph(acc[k / V][k % V], _mm512_castsi512_ph(_mm512_rol_epi32(halves, 16)));
     const __m512 small = small_float(_mm512_castph_si512(both)), missing = _mm512_set1_ps(kMissing);
-    const float* const sum = sums[k / 4] + k % 4 * 16;
-    put(k / 4, k % 4, add ? _mm512_fmadd_ps(small, missing, _mm512_loadu_ps(sum)) : _mm512_mul_ps(small, missing));
+    const float* const sum = sums[k / V] + k % V * 16;
+    put(k / V, k % V, add ? _mm512_fmadd_ps(small, missing, _mm512_loadu_ps(sum)) : _mm512_mul_ps(small, missing));
   }
 }
 
@@ -123,7 +123,7 @@ FASTLSTM_INLINE void float16_dots(const uint16_t* const* rows, i64 a_step, const
   for (int r = 0; r < R; ++r) a[r] = rows[r];
   i64 from = 0;
   do {
-    float16_chain<R>(a, a_step, w, weights, smaller(kPairsOfChain, pairs - from), sums, from > 0, PutSums{sums});
+    float16_chain<R, 4>(a, a_step, w, weights, smaller(kPairsOfChain, pairs - from), sums, from > 0, PutSums{sums});
     from += kPairsOfChain;
     w += kPairsOfChain * 128;
 #pragma GCC unroll 8
@@ -179,13 +179,13 @@ constexpr auto kAsTheyAre = [](int, __m512i bits) FASTLSTM_INLINE_LAMBDA { retur
 struct Float16Chain {
   static constexpr i64 kPairs = kPairsOfChain;
   static constexpr int kRows = kFloat16Rows;
-  template <int R, class Put>
+  template <int R, int V, class Put>
   __attribute__((noinline)) static void add(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
                                             i64 pairs, const float (*sums)[64], const Put& put) {
     const uint16_t* a[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = rows[r] + pair * a_step;
-    float16_chain<R>(a, a_step, w, kAsTheyAre, pairs, sums, pair > 0, put);
+    float16_chain<R, V>(a, a_step, w, kAsTheyAre, pairs, sums, pair > 0, put);
   }
 };
 

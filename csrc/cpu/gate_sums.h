@@ -48,12 +48,12 @@ struct GateSums {
   void start(i64 rows, const S* const* x, const PairMatrix& x_pairs, i64 tile, S (*sums)[kPanel<S>],
              const S* next) const {
     for (i64 r = 0; r < rows; ++r) std::memcpy(sums[r], packed + at.bias + tile * kPanel<S>, sizeof sums[r]);
-    multiply_rounded<S>(pairs, rows, x, x_pairs, s.I, input_panel(tile), sums, true, next, 0.0f);
+    multiply_rounded<S>(pairs, rows, x, x_pairs, s.I, input_panel(tile), kPanel<S>, sums, true, next, 0.0f);
   }
   // sums += h w_hh^T. h: [rows] rows of P.
   void add_hidden(i64 rows, const S* const* h, const PairMatrix& h_pairs, i64 tile, S (*sums)[kPanel<S>],
                   const S* next) const {
-    multiply_rounded<S>(pairs, rows, h, h_pairs, s.P, hidden_panel(tile), sums, true, next, 1.0f);
+    multiply_rounded<S>(pairs, rows, h, h_pairs, s.P, hidden_panel(tile), kPanel<S>, sums, true, next, 1.0f);
   }
   // acc, sums += h w_hh^T for states of zeros: the same bits.
   template <int R, int P>

@@ -17,8 +17,8 @@ struct Machine {
   bool uneven;       // some cores are slower than others
 };
 
-// The L3 that a core reaches, or 0. What sysconf tells is that of a whole socket, of which an AMD core reaches an eighth
-// or less.
+// The L3 that a core reaches, or 0. What sysconf tells is that of a whole socket, of which an AMD core reaches an
+// eighth or less.
 inline i64 nearest_third_level() {
   long kilobytes = 0;
 #ifdef __linux__

@@ -63,12 +63,12 @@ const PairKernels* pairs_in_backward(const Sizes& s, Dtype dtype) {
 constexpr float kNeverLarge = __builtin_inff();
 
 // sums[r] = (add ? sums[r] : 0) + product of rows with a packed panel, for up to kPanelRows of them: of `pairs`, which
-// are the same rows, if there are kernels for them. least: see PairKernels::multiply; next: see multiply_panel.
+// are the same rows, if there are kernels for them. width, least: see PairKernels::multiply; next: see multiply_panel.
 template <class S>
 inline void multiply_rounded(const PairKernels* kernels, i64 n, const S* const* rows, const PairMatrix& pairs, i64 K,
-                             const S* panel, S (*sums)[kPanel<S>], bool add, const S* next, float least) {
+                             const S* panel, i64 width, S (*sums)[kPanel<S>], bool add, const S* next, float least) {
   if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
-    if (kernels) return kernels->multiply(n, pairs, rows, K, panel, sums, add, least);
+    if (kernels) return kernels->multiply(n, pairs, rows, K, panel, width, sums, add, least);
   multiply_panel<S>(n, rows, K, panel, sums, add, next);
 }
 

@@ -15,15 +15,15 @@ struct PutSums {
   PutSums from(i64 row) const { return {sums + row}; }
 };
 
-// put(r, v, sum) for vector v of the product of row r of a, n of them, with a panel; sums: what is left from chain to
-// chain. Pairs of a row are a_step numbers apart. All rows pass over a part of the panel, one chain, while that is in
-// L1. Chain has the pairs of a part, the rows that it takes together, and
+// put(r, v, sum) for vector v < V of the product of row r of a, n of them, with a panel; sums: what is left from chain
+// to chain. Pairs of a row are a_step numbers apart. All rows pass over a part of the panel, one chain, while that is
+// in L1. Chain has the pairs of a part, the rows that it takes together, and
 //
-//   add<R>(a, a_step, pair, w, pairs, sums, put)   put(r, v, (pair > 0 ? sums[r] : 0) + the sum of `pairs` pairs of
-//                                                  a[r], from `pair` on, with those of the panel from w on)
+//   add<R, V>(a, a_step, pair, w, pairs, sums, put)   put(r, v, (pair > 0 ? sums[r] : 0) + the sum of `pairs` pairs of
+//                                                     a[r], from `pair` on, with those of the panel from w on), v < V
 //
 // Not inlined: one copy of it serves every product.
-template <class Chain, class Put>
+template <class Chain, int V = kPanelVectors, class Put>
 inline void pair_products(i64 n, const uint16_t* const* a, i64 a_step, const uint16_t* w, i64 pairs,
                           float (*sums)[kPanel<float>], const Put& put) {
   const i64 parts = ceil_div(n, Chain::kRows);
@@ -35,9 +35,9 @@ inline void pair_products(i64 n, const uint16_t* const* a, i64 a_step, const uin
       with_rows<Chain::kRows>(end - begin, [&](auto count) {
         constexpr int R = decltype(count)::value;
         if (pair + length < pairs)
-          Chain::template add<R>(a + begin, a_step, pair, w, length, sums + begin, PutSums{sums + begin});
+          Chain::template add<R, V>(a + begin, a_step, pair, w, length, sums + begin, PutSums{sums + begin});
         else
-          Chain::template add<R>(a + begin, a_step, pair, w, length, sums + begin, put.from(begin));
+          Chain::template add<R, V>(a + begin, a_step, pair, w, length, sums + begin, put.from(begin));
       });
     }
     pair += length;

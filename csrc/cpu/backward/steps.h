@@ -155,8 +155,8 @@ inline void BackwardLane<S, kCell>::recur_pairs(const S* panel, i64 begin, i64 w
   for (i64 first = 0; first < n_; first += kPanelRows) {
     const i64 n = smaller(kPanelRows, n_ - first);
     for (i64 i = 0; i < n; ++i) rows[i] = chunk_.dgates_row(row(first + i));
-    multiply_rounded<S>(pairs_, n, rows, chunk_.pairs.from(row(first), rows_.stride), s_.gate_units(), panel, sums,
-                        false, panel, kNeverLarge);
+    multiply_rounded<S>(pairs_, n, rows, chunk_.pairs.from(row(first), rows_.stride), s_.gate_units(), panel, width,
+                        sums, false, panel, kNeverLarge);
     for (i64 i = 0; i < n; ++i)
       std::memcpy(&dh_[(first + i) * state_pitch_ + begin], sums[i], size_t(width) * sizeof(S));
   }

@@ -54,13 +54,15 @@ void pack(float* panel, i64 K) {
 
 void pack_pairs(float* panel, i64 K) { put_scales(panel, ceil_div(K, 2)); }
 
-void multiply(i64 rows, const PairMatrix& a, const float* const*, i64 K, const float* panel, float (*sums)[kColumns],
-              bool add, float) {
+void multiply(i64 rows, const PairMatrix& a, const float* const*, i64 K, const float* panel, i64 width,
+              float (*sums)[kColumns], bool add, float) {
   alignas(64) float products[kPanelRows][kColumns];
   const uint16_t* at[kPanelRows];
   for (i64 r = 0; r < rows; ++r) at[r] = a.data + r * a.pitch;
-  pair_products<Bfloat16Chain>(rows, at, 2, reinterpret_cast<const uint16_t*>(panel), ceil_div(K, 2), products,
-                               PutAdded{sums, add});
+  with_rows<kPanelVectors>(ceil_div(width, 16), [&](auto vectors) {
+    pair_products<Bfloat16Chain, decltype(vectors)::value>(rows, at, 2, reinterpret_cast<const uint16_t*>(panel),
+                                                           ceil_div(K, 2), products, PutAdded{sums, add});
+  });
 }
 
 void round_columns(i64 rows, const float* x, i64 pitch, i64 n, i64 width, int, uint16_t* to, i64 to_pitch, float*) {

@@ -78,7 +78,7 @@ void pack_pairs(float* panel, i64 K) {
   }
 }
 
-void multiply(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, const float* panel,
+void multiply(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, const float* panel, i64 width,
               float (*sums)[kColumns], bool add, float least) {
   const i64 pairs = ceil_div(K, 2);
   const auto* w = reinterpret_cast<const uint16_t*>(panel);
@@ -95,7 +95,9 @@ void multiply(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, c
     of_rows[place] = place < part.count ? a.scales[r * a.step] : 1.0f;
   }
   const PutScaled put{out, scales, of_rows, add};
-  pair_products<Float16Chain>(part.count, at, 2, w, pairs, products, put);
+  with_rows<kPanelVectors>(ceil_div(width, 16), [&](auto vectors) {
+    pair_products<Float16Chain, decltype(vectors)::value>(part.count, at, 2, w, pairs, products, put);
+  });
   for (i64 first = part.count; first < rows; first += kExactRows)
     with_rows<kExactRows>(rows - first, [&](auto count) {
       constexpr int R = decltype(count)::value;
