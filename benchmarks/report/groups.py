@@ -45,13 +45,18 @@ def by_case(results: Results) -> dict[str, dict[str, Group]]:
 
 
 def default_rows(results: Results) -> list[Row]:
-    """Return the rows of the named cases that were called in the default way."""
+    """Return the rows of the named cases that were called in the default way.
+
+    Where none has the default precision, those of all others count.
+    """
+    measured = {row["precision"] for row in results.rows}
+    precisions = measured & {"exact", "tf32"} or measured
     return [
         row
         for row in results.rows
         if row["group"] in NAMED
         and row["mode"] in ("train", "step" if row["shape"].endswith(",1") else "infer")
-        and row["precision"] in ("exact", "tf32")
+        and row["precision"] in precisions
         and not row["graph"]
         and row["threads"] == results.environment["threads"]
     ]
