@@ -28,7 +28,7 @@ struct Bfloat16Chain {
   // the sums of one half alone would wait for each other.
   template <int R, int V, class Put>
   __attribute__((noinline)) static void add(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
-                                            i64 pairs, const float (*sums)[64], const Put& put) {
+                                            i64 pairs, const float (*sums)[64], const Put& put, Ahead next) {
     constexpr int kHalves = R <= 2 ? 2 : 1;
     const i64 half = ceil_div(pairs, 2);
     const uint16_t* a[R];
@@ -56,6 +56,7 @@ struct Bfloat16Chain {
       for (int k = 0; k < kHalves * R * V; ++k) acc[k / (R * V)][k / V % R][k % V] = _mm512_setzero_ps();
 #pragma GCC unroll 1
       for (i64 k = begin; k < end; ++k) {
+        if constexpr (kHalves == 1) next.fetch();
         add_pair(k, acc[0]);
         if constexpr (kHalves == 2) add_pair(k + half, acc[1]);
       }

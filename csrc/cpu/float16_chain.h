@@ -181,7 +181,7 @@ struct Float16Chain {
   static constexpr int kRows = kFloat16Rows;
   template <int R, int V, class Put>
   __attribute__((noinline)) static void add(const uint16_t* const* rows, i64 a_step, i64 pair, const uint16_t* w,
-                                            i64 pairs, const float (*sums)[64], const Put& put) {
+                                            i64 pairs, const float (*sums)[64], const Put& put, Ahead) {
     const uint16_t* a[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) a[r] = rows[r] + pair * a_step;

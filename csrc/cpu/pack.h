@@ -68,7 +68,7 @@ template <class S>
 inline void multiply_rounded(const PairKernels* kernels, i64 n, const S* const* rows, const PairMatrix& pairs, i64 K,
                              const S* panel, i64 width, S (*sums)[kPanel<S>], bool add, const S* next, float least) {
   if constexpr (sizeof(S) == sizeof(float) && kPanel<S> == 64)
-    if (kernels) return kernels->multiply(n, pairs, rows, K, panel, width, sums, add, least);
+    if (kernels) return kernels->multiply(n, pairs, rows, K, panel, width, sums, add, next, least);
   multiply_panel<S>(n, rows, K, panel, sums, add, next);
 }
 

@@ -17,27 +17,34 @@ struct PutSums {
 
 // put(r, v, sum) for vector v < V of the product of row r of a, n of them, with a panel; sums: what is left from chain
 // to chain. Pairs of a row are a_step numbers apart. All rows pass over a part of the panel, one chain, while that is
-// in L1. Chain has the pairs of a part, the rows that it takes together, and
+// in L1. next: the panel that is read after this one. Chain has the pairs of a part, the rows that it takes together,
+// and
 //
-//   add<R, V>(a, a_step, pair, w, pairs, sums, put)   put(r, v, (pair > 0 ? sums[r] : 0) + the sum of `pairs` pairs of
-//                                                     a[r], from `pair` on, with those of the panel from w on), v < V
+//   add<R, V>(a, a_step, pair, w, pairs, sums, put, next)   put(r, v, (pair > 0 ? sums[r] : 0) + the sum of `pairs`
+//   pairs
+//                                                           of a[r], from `pair` on, with those of the panel from w
+//                                                           on), v < V; fetches `next` meanwhile, if that is of use
 //
 // Not inlined: one copy of it serves every product.
 template <class Chain, int V = kPanelVectors, class Put>
 inline void pair_products(i64 n, const uint16_t* const* a, i64 a_step, const uint16_t* w, i64 pairs,
-                          float (*sums)[kPanel<float>], const Put& put) {
+                          float (*sums)[kPanel<float>], const Put& put, const void* next) {
   const i64 parts = ceil_div(n, Chain::kRows);
   i64 pair = 0;
   do {
     const i64 length = smaller(Chain::kPairs, pairs - pair);
+    const auto* ahead = static_cast<const char*>(pair + length < pairs ? w + length * 128 : next);
     for (i64 part = 0; part < parts; ++part) {
       const i64 begin = part * n / parts, end = (part + 1) * n / parts;
       with_rows<Chain::kRows>(end - begin, [&](auto count) {
         constexpr int R = decltype(count)::value;
+        // Each tile of rows fetches its share of what follows.
+        const i64 step = round_up(ceil_div(i64(256) * R, n), 64);
+        const Ahead share{ahead + begin * length * step / R, step};
         if (pair + length < pairs)
-          Chain::template add<R, V>(a + begin, a_step, pair, w, length, sums + begin, PutSums{sums + begin});
+          Chain::template add<R, V>(a + begin, a_step, pair, w, length, sums + begin, PutSums{sums + begin}, share);
         else
-          Chain::template add<R, V>(a + begin, a_step, pair, w, length, sums + begin, put.from(begin));
+          Chain::template add<R, V>(a + begin, a_step, pair, w, length, sums + begin, put.from(begin), share);
       });
     }
     pair += length;
@@ -56,7 +63,7 @@ inline void column_products(i64 rows, const uint16_t* a, i64 a_pitch, i64 K, con
   for (i64 part = 0; part < parts; ++part) {
     const i64 begin = part * K / parts, end = (part + 1) * K / parts;
     for (i64 k = begin; k < end; ++k) at[k - begin] = a + 2 * k;
-    pair_products<Chain>(end - begin, at, 2 * a_pitch, d, ceil_div(rows, 2), products, put_from(begin));
+    pair_products<Chain>(end - begin, at, 2 * a_pitch, d, ceil_div(rows, 2), products, put_from(begin), d);
   }
 }
 

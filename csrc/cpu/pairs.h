@@ -41,8 +41,9 @@ struct PairKernels {
   // sums[r] = (add ? sums[r] : 0) + product of row r of `a` and a packed panel, for up to kPanelRows rows. In float32,
   // from `exact`, are those of rows that have numbers which are not finite, and sums that may be large, of rows whose
   // scale is above `least`. Of the first `width` columns; what becomes of the others does not matter.
+  // next: see multiply_panel.
   void (*multiply)(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, const float* panel, i64 width,
-                   float (*sums)[64], bool add, float least);
+                   float (*sums)[64], bool add, const float* next, float least);
   // Rounds the columns of x [rows][n], each with a scale of its own, to pairs of rows: [rows / 2][to_pitch][2]. Columns
   // from n to `width`, whole vectors, are zero. largest: the power of two that the largest number of a column gets.
   void (*round_columns)(i64 rows, const float* x, i64 pitch, i64 n, i64 width, int largest, uint16_t* to, i64 to_pitch,

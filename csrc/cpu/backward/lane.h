@@ -62,7 +62,7 @@ class BackwardLane {
   void plain_gate_grads(i64 row_begin, i64 row_end);
   void rnn_gate_grads(i64 row_begin, i64 row_end) const;
   void recur_direct(i64 panel_begin, i64 panel_end);
-  void recur_pairs(const S* panel, i64 begin, i64 width);
+  void recur_pairs(const S* panel, const S* next, i64 begin, i64 width);
   void load_state(i64 i);
   void store_state(i64 i) const;
 

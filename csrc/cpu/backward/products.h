@@ -17,8 +17,8 @@ inline void BackwardDirection<S>::input_grad(i64 row_begin, i64 row_end, i64 pan
     const S *const w = packed_ + at_.w_ih + panel * s_.gate_units() * kPanel<S>, *rows[kGroup];
     if (pairs_) {
       for (i64 i = 0; i < n; ++i) rows[i] = chunk.dgates_row(first + i);
-      multiply_rounded<S>(pairs_, n, rows, chunk.pairs.from(first), s_.gate_units(), w, width, sum, false, w,
-                          kNeverLarge);
+      multiply_rounded<S>(pairs_, n, rows, chunk.pairs.from(first), s_.gate_units(), w, width, sum, false,
+                          w + s_.gate_units() * kPanel<S>, kNeverLarge);
     } else {
       multiply_panel<S>(n, {chunk.dinputs_row(first), chunk.gate_pitch}, s_.gate_units(), w, {sum[0], kPanel<S>}, width,
                         w + s_.gate_units() * kPanel<S>, gradient_chain(s_));

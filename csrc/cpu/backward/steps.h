@@ -138,7 +138,7 @@ inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
   for (i64 left = panel_end - panel_begin; left > 0; --left, panel += direction) {
     const i64 begin = panel * kPanel<S>, width = smaller(kPanel<S>, s_.P - begin);
     if (chunk_.pairs)
-      recur_pairs(w_hh(panel), begin, width);
+      recur_pairs(w_hh(panel), w_hh(left > 1 ? panel + direction : panel), begin, width);
     else
       multiply_panel<S>(n_, {chunk_.drecurrent_row(row(0)), rows_.stride * chunk_.gate_pitch}, s_.gate_units(),
                         w_hh(panel), {&dh_[begin], state_pitch_}, width, w_hh(left > 1 ? panel + direction : panel),
@@ -149,14 +149,14 @@ inline void BackwardLane<S, kCell>::recur(i64 panel_begin, i64 panel_end) {
 
 // The same of one panel, by pairs.
 template <class S, Cell kCell>
-inline void BackwardLane<S, kCell>::recur_pairs(const S* panel, i64 begin, i64 width) {
+inline void BackwardLane<S, kCell>::recur_pairs(const S* panel, const S* next, i64 begin, i64 width) {
   alignas(64) S sums[kPanelRows][kPanel<S>];
   const S* rows[kPanelRows];
   for (i64 first = 0; first < n_; first += kPanelRows) {
     const i64 n = smaller(kPanelRows, n_ - first);
     for (i64 i = 0; i < n; ++i) rows[i] = chunk_.dgates_row(row(first + i));
     multiply_rounded<S>(pairs_, n, rows, chunk_.pairs.from(row(first), rows_.stride), s_.gate_units(), panel, width,
-                        sums, false, panel, kNeverLarge);
+                        sums, false, first + n < n_ ? panel : next, kNeverLarge);
     for (i64 i = 0; i < n; ++i)
       std::memcpy(&dh_[(first + i) * state_pitch_ + begin], sums[i], size_t(width) * sizeof(S));
   }

@@ -55,13 +55,13 @@ void pack(float* panel, i64 K) {
 void pack_pairs(float* panel, i64 K) { put_scales(panel, ceil_div(K, 2)); }
 
 void multiply(i64 rows, const PairMatrix& a, const float* const*, i64 K, const float* panel, i64 width,
-              float (*sums)[kColumns], bool add, float) {
+              float (*sums)[kColumns], bool add, const float* next, float) {
   alignas(64) float products[kPanelRows][kColumns];
   const uint16_t* at[kPanelRows];
   for (i64 r = 0; r < rows; ++r) at[r] = a.data + r * a.pitch;
   with_rows<kPanelVectors>(ceil_div(width, 16), [&](auto vectors) {
     pair_products<Bfloat16Chain, decltype(vectors)::value>(rows, at, 2, reinterpret_cast<const uint16_t*>(panel),
-                                                           ceil_div(K, 2), products, PutAdded{sums, add});
+                                                           ceil_div(K, 2), products, PutAdded{sums, add}, next);
   });
 }
 

@@ -79,7 +79,7 @@ void pack_pairs(float* panel, i64 K) {
 }
 
 void multiply(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, const float* panel, i64 width,
-              float (*sums)[kColumns], bool add, float least) {
+              float (*sums)[kColumns], bool add, const float* next, float least) {
   const i64 pairs = ceil_div(K, 2);
   const auto* w = reinterpret_cast<const uint16_t*>(panel);
   const float* const scales = panel + pairs * kColumns;
@@ -96,7 +96,7 @@ void multiply(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, c
   }
   const PutScaled put{out, scales, of_rows, add};
   with_rows<kPanelVectors>(ceil_div(width, 16), [&](auto vectors) {
-    pair_products<Float16Chain, decltype(vectors)::value>(part.count, at, 2, w, pairs, products, put);
+    pair_products<Float16Chain, decltype(vectors)::value>(part.count, at, 2, w, pairs, products, put, next);
   });
   for (i64 first = part.count; first < rows; first += kExactRows)
     with_rows<kExactRows>(rows - first, [&](auto count) {

@@ -15,7 +15,7 @@ using Bfloat16Rows = RoundedRows<1>;
 
 inline void bfloat16_dots(i64 n, const uint16_t* const* a, const uint16_t* w, const float*, i64 pairs, Columns* sums) {
   alignas(64) Columns products[kBfloat16Most];
-  pair_products<Bfloat16Chain>(n, a, 2, w, pairs, products, PutAdded{sums, true});
+  pair_products<Bfloat16Chain>(n, a, 2, w, pairs, products, PutAdded{sums, true}, w + pairs * 128);
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ inline void bfloat16_dots(i64 n, const uint16_t* const* a, const uint16_t* w, co
 }
 
 inline void prepared_dots(i64 n, const uint16_t* const* a, const void* panel, i64 pairs, Columns* sums) {
-  pair_products<Float16Chain>(n, a, 2, static_cast<const uint16_t*>(panel), pairs, sums, PutSums{sums});
+  pair_products<Float16Chain>(n, a, 2, static_cast<const uint16_t*>(panel), pairs, sums, PutSums{sums}, panel);
 }
 
 inline void prepare_panel(const uint16_t* w, const float* scales, i64 pairs, void* to) {
