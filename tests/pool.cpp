@@ -3,6 +3,7 @@
 //   pool WHAT    exits with 0 if every item of every region was computed once; 66 after a race
 //   pool quota MEMBERSHIP ROOT    prints quota_cores of a file and a folder
 //   pool uneven DEVICES           prints uneven_cores of a folder
+//   pool third DEVICES            prints nearest_third_level of a folder
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -123,6 +124,10 @@ int main(int count, char** words) {
   }
   if (what == "uneven" && count == 3) {
     std::printf("%d\n", uneven_cores(words[2]));
+    return 0;
+  }
+  if (what == "third" && count == 3) {
+    std::printf("%lld\n", static_cast<long long>(nearest_third_level(words[2])));
     return 0;
   }
   if (what == "callers") {

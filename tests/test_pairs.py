@@ -186,7 +186,7 @@ def test_under_autocast(backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["avx512", "avx512bf16", "avx512fp16"])
 def test_the_name_of_the_kernels(backend: str, name: str) -> None:
-    """FASTLSTM_ISA=avx512 leaves products in float32, and the name of both is told."""
+    """FASTLSTM_ISA=avx512 leaves products in float32; the name that is told is what it says."""
     mine = extension.isa()
     if not mine.startswith("avx512") or name not in ("avx512", mine):
         pytest.skip(f"the kernels of this machine, or of FASTLSTM_ISA, are {mine}")
@@ -205,6 +205,19 @@ def test_the_name_of_the_kernels(backend: str, name: str) -> None:
     torch.manual_seed(0)
     ours = fastlstm.LSTM(60, 33).bfloat16()(torch.randn(6, 5, 60).bfloat16())[0].float().sum()
     assert (float(total) == ours.item()) == (name == mine)
+
+
+@pytest.mark.parametrize(("I", "H"), [(300, 33), (40, 70), (33, 41), (600, 130)])
+def test_row_does_not_see_its_batch(backend: str, I: int, H: int) -> None:
+    """Outputs and gradients of rows alone, of two, which are summed otherwise, and of many."""
+    full = Case(T=6, B=64, I=I, H=H, directions=2, wrt=("x", "h0", "c0"))
+    numbers = draw(full, BFLOAT16)
+    want = evaluate(full, BFLOAT16, numbers, fast)
+    for start, stop in ((5, 6), (5, 7), (3, 6), (1, 8), (5, 55)):
+        rows = {k: v if k.startswith("w.") else v[:, start:stop] for k, v in numbers.items()}
+        got = evaluate(replace(full, B=stop - start), BFLOAT16, rows, fast)
+        for name in got:
+            assert torch.equal(got[name], want[name][:, start:stop]), (name, start, stop)
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)

@@ -96,11 +96,25 @@ def test_quota(
     ],
 )
 def test_uneven_cores(pool: Path, tmp_path: Path, files: dict[str, str], uneven: int) -> None:
+    assert said_of(files, tmp_path, pool, "uneven") == uneven
+
+
+@pytest.mark.parametrize(
+    ("level", "size", "third"),
+    [("3", "32768K", 32 << 20), ("4", "32768K", 0), ("3", "", 0), ("", "", 0)],
+)
+def test_the_third_level(pool: Path, tmp_path: Path, level: str, size: str, third: int) -> None:
+    cache = "system/cpu/cpu0/cache/index3"
+    files = {f"{cache}/level": level, f"{cache}/size": size}
+    assert said_of({k: v for k, v in files.items() if v}, tmp_path, pool, "third") == third
+
+
+def said_of(files: dict[str, str], devices: Path, *command: object) -> int:
+    """What a command of the program says of a folder of devices with these files."""
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    command = [str(pool), "uneven", str(tmp_path)]
-    assert subprocess.check_output(command, text=True) == f"{uneven}\n"
+        (devices / name).parent.mkdir(parents=True, exist_ok=True)
+        (devices / name).write_text(text + "\n")
+    return int(subprocess.check_output([*map(str, command), str(devices)], text=True))
 
 
 def run(code: str, **environment: str) -> str:

@@ -89,7 +89,7 @@ def test_a_committed_report_that_is_stale_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In each of the files that are filled or written."""
-    commit = load(FOLDER / "cpu-avx512-speed.json").environment["commit"][:7]
+    commit = load(FOLDER / "cpu-zen5-speed.json").environment["commit"][:7]
     results = tmp_path / "results"
     shutil.copytree(FOLDER, results)
     copies = [tmp_path / f"{number}.md" for number in range(len(READMES))]

@@ -99,10 +99,20 @@ bool uneven_cores(const std::string& devices) {
   return false;
 }
 
+int64_t nearest_third_level(const std::string& devices) {
+  const std::string cache = devices + "/system/cpu/cpu0/cache/index3";
+  int level = 0;
+  int64_t kilobytes = 0;
+  const bool known = (numbers_of(cache + "/level") >> level) && (numbers_of(cache + "/size") >> kilobytes);
+  return known && level == 3 ? kilobytes << 10 : 0;
+}
+
 int usable_cores() {
   static const int wanted = [] {
     const char* text = std::getenv("FASTLSTM_CORES");
-    return text ? std::atoi(text) : 0;
+    int cores = 0;
+    if (text) std::istringstream(text) >> cores;
+    return cores;
   }();
   if (wanted > 0) return wanted;
   constexpr int64_t kEvery = 100'000'000;

@@ -1,6 +1,7 @@
 // How many cores there are for the calling thread.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace fastlstm {
@@ -18,5 +19,8 @@ bool uneven_cores();
 
 // The same from what Linux says of its devices; devices: /sys/devices.
 bool uneven_cores(const std::string& devices);
+
+// Bytes of the L3 that a core reaches, as Linux says of its devices; 0 if it does not say.
+int64_t nearest_third_level(const std::string& devices);
 
 }  // namespace fastlstm

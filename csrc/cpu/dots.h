@@ -220,9 +220,9 @@ class Dots {
           const auto dot = [&](auto to) FASTLSTM_INLINE_LAMBDA {
             dot_rows<S, R, each, decltype(to)::value>(factors, count, there, at, out_pitch, add);
           };
-          fetches == Fetch::none          ? dot(Constant<Fetch::none>{})
-          : fetches == Fetch::first_level ? dot(Constant<Fetch::first_level>{})
-                                          : dot(Constant<Fetch::second_level>{});
+          if (fetches == Fetch::none) return dot(Constant<Fetch::none>{});
+          if (fetches == Fetch::first_level) return dot(Constant<Fetch::first_level>{});
+          if constexpr (most > 2) dot(Constant<Fetch::second_level>{});
         });
       }
     }

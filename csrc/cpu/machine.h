@@ -3,8 +3,6 @@
 
 #include <unistd.h>
 
-#include <cstdio>
-
 #include "cpu/cores.h"
 #include "lstm.h"
 
@@ -17,19 +15,6 @@ struct Machine {
   bool uneven;       // some cores are slower than others
 };
 
-// The L3 that a core reaches, or 0. What sysconf tells is that of a whole socket, of which an AMD core reaches an
-// eighth or less.
-inline i64 nearest_third_level() {
-  long kilobytes = 0;
-#ifdef __linux__
-  if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-    if (std::fscanf(file, "%ldK", &kilobytes) != 1) kilobytes = 0;
-    std::fclose(file);
-  }
-#endif
-  return i64(kilobytes) << 10;
-}
-
 // Where the system does not tell: a common server core.
 constexpr Machine kCommonMachine = {1 << 20, 16 << 20, false};
 
@@ -37,7 +22,8 @@ inline const Machine& this_machine() {
   static const Machine machine = [] {
     Machine m = kCommonMachine;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-    const i64 second = sysconf(_SC_LEVEL2_CACHE_SIZE), nearest = nearest_third_level();
+    const i64 second = sysconf(_SC_LEVEL2_CACHE_SIZE), nearest = nearest_third_level("/sys/devices");
+    // sysconf knows that of a whole socket, of which an AMD core reaches a part.
     const i64 third = nearest > 0 ? nearest : sysconf(_SC_LEVEL3_CACHE_SIZE);
     if (second > 0) m.second_level = second;
     // A large L3 is shared by many cores, and by other processes.

@@ -9,8 +9,8 @@ namespace fastlstm {
 namespace {
 
 // Columns 0 .. K of up to `rows` rows, in `groups` groups, each of nearly equal width. Rows are taken in blocks, each
-// of which scales its columns anew. What they become does not depend on the number of threads. Without kernels there
-// are none.
+// of which scales its columns anew, if there are scales. What they become does not depend on the number of threads.
+// Without kernels there are none.
 class PairColumns {
  public:
   static constexpr i64 kRows = 512;  // of a block

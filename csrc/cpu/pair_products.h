@@ -18,14 +18,11 @@ struct PutSums {
 // put(r, v, sum) for vector v < V of the product of row r of a, n of them, with a panel; sums: what is left from chain
 // to chain. Pairs of a row are a_step numbers apart. All rows pass over a part of the panel, one chain, while that is
 // in L1. next: the panel that is read after this one. Chain has the pairs of a part, the rows that it takes together,
-// and
+// and a function that is not inlined, so that one copy serves every product:
 //
-//   add<R, V>(a, a_step, pair, w, pairs, sums, put, next)   put(r, v, (pair > 0 ? sums[r] : 0) + the sum of `pairs`
-//   pairs
-//                                                           of a[r], from `pair` on, with those of the panel from w
-//                                                           on), v < V; fetches `next` meanwhile, if that is of use
-//
-// Not inlined: one copy of it serves every product.
+//   add<R, V>(a, a_step, pair, w, pairs, sums, put, next)
+//     put(r, v, (pair > 0 ? sums[r] : 0) + the sum of `pairs` pairs of a[r], from `pair` on, with those of the panel
+//     from w on), v < V. It fetches `next` meanwhile, if that is of use.
 template <class Chain, int V = kPanelVectors, class Put>
 inline void pair_products(i64 n, const uint16_t* const* a, i64 a_step, const uint16_t* w, i64 pairs,
                           float (*sums)[kPanel<float>], const Put& put, const void* next) {

@@ -18,7 +18,7 @@
 namespace fastlstm {
 
 // Rows of 16-bit numbers: row r is at data + r * pitch, and stands for its numbers times scales[r * step]. A scale
-// below zero says that not all numbers are finite, and counts as its absolute value.
+// below zero, of float16, says that not all numbers are finite, and counts as its absolute value.
 struct PairMatrix {
   const uint16_t* data = nullptr;
   i64 pitch = 0;
@@ -38,10 +38,10 @@ struct PairKernels {
   void (*pack_pairs)(float* panel, i64 K);
   // Puts two rows of n bfloat16 numbers, or one and zeros, into pair `pair` of panels of K rows.
   void (*put_pair)(const uint16_t* first, const uint16_t* second, i64 n, i64 pair, i64 K, float* panels);
-  // sums[r] = (add ? sums[r] : 0) + product of row r of `a` and a packed panel, for up to kPanelRows rows. In float32,
-  // from `exact`, are those of rows that have numbers which are not finite, and sums that may be large, of rows whose
-  // scale is above `least`. Of the first `width` columns; what becomes of the others does not matter.
-  // next: see multiply_panel.
+  // sums[r] = (add ? sums[r] : 0) + product of row r of `a` and a packed panel, for up to kPanelRows rows. Where
+  // there are scales, products in float32, from `exact`, are those of rows that have numbers which are not finite, and
+  // sums that may be large, of rows whose scale is above `least`. Of the first `width` columns; what becomes of the
+  // others does not matter. next: see multiply_panel.
   void (*multiply)(i64 rows, const PairMatrix& a, const float* const* exact, i64 K, const float* panel, i64 width,
                    float (*sums)[64], bool add, const float* next, float least);
   // Rounds the columns of x [rows][n], each with a scale of its own, to pairs of rows: [rows / 2][to_pitch][2]. Columns
@@ -56,7 +56,7 @@ struct PairKernels {
 // Null where the CPU gains nothing by any, or FASTLSTM_ISA names other kernels.
 const PairKernels* pair_kernels();
 
-constexpr int kLargestWeight =
-    7;  // of float16: weights are below 2^8, activations below 2, sums of 64 products below 2^15
+// Of float16: weights are below 2^8, activations below 2, sums of 64 products below 2^15.
+constexpr int kLargestWeight = 7;
 
 }  // namespace fastlstm

@@ -202,8 +202,8 @@ class QuantizedLSTM(_Layers):
         dtype: "int8": integers with a scale for each row of the weights; a row of the input and of
             h becomes integers at run time. "bfloat16": the weights are rounded. Some CPUs also
             round x and h for the products: Intel's with AVX-512 FP16 to float16, which hardly
-            changes errors, ARM's with BF16 to bfloat16, which makes them 1.3 to 1.4 times as
-            large.
+            changes errors, AMD's with AVX-512 BF16 and ARM's with BF16 to bfloat16, which makes
+            them 1.3 to 1.4 times as large.
 
     Raises:
         ValueError: another dtype.

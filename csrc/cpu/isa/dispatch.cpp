@@ -21,15 +21,17 @@ extern const Kernels portable_kernels;
 
 namespace {
 
-// Calls f(kernels, whether they are taken without being named) for those that this CPU has, the best ones first.
+// Calls f(kernels, whether they are taken without being named) for those that this CPU has, the best ones first: where
+// both are fast, bfloat16 is the more exact.
 template <class F>
 void each_pair_kernels(const F& f) {
 #ifdef FASTLSTM_X86
   const X86Features features = x86_features();
+  if (features.fast_bf16) f(avx512bf16_products, true);
 #ifdef FASTLSTM_FLOAT16
   if (features.avx512_fp16) f(avx512fp16_products, true);
 #endif
-  if (features.avx512_bf16) f(avx512bf16_products, features.fast_bf16);
+  if (features.avx512_bf16 && !features.fast_bf16) f(avx512bf16_products, false);
 #endif
 }
 

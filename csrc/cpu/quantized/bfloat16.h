@@ -7,7 +7,7 @@
 //   kPaired         rows that one instruction takes together: calls begin at a multiple of it
 //   kScaled         whether sums are to be multiplied by the scales of their row and column: see below
 //   kPreparing      of panels that are prepared once a call, if there are such
-//   kAdds           whether sums are added to what is there
+//   kAdds           whether bfloat16_dots adds to what is in sums; not if it is kScaled
 //   bfloat16_dots(n, a, w, scales, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs
 //                                                 terms, for n rows; scales of the columns
 //

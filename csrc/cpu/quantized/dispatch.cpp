@@ -1,6 +1,6 @@
 // Chooses the instruction set of the kernels with quantised weights, once, when the first one is called: the fastest
 // one on this CPU that FASTLSTM_ISA, if it is set, does not exclude. They give the same int8 results.
-// FASTLSTM_QUANTIZED_ISA names one of those that the CPU has, for tests.
+// FASTLSTM_QUANTIZED_ISA names any of those that the CPU has, for tests.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -50,10 +50,14 @@ bool supported(const QuantizedKernels& kernels) {
 }
 
 // Whether kernels that this CPU supports are taken without being named. With VDPBF16PS an Intel took 1.6 times as long
-// as in float32, where nothing is rounded.
+// as in float32, where nothing is rounded; where it is fast, float16 is not needed.
 bool gains([[maybe_unused]] const QuantizedKernels& kernels) {
 #ifdef FASTLSTM_X86
-  if (&kernels == &avx512bf16_quantized) return x86_features().fast_bf16;
+  static const bool fast_bf16 = x86_features().fast_bf16;
+  if (&kernels == &avx512bf16_quantized) return fast_bf16;
+#ifdef FASTLSTM_FLOAT16
+  if (&kernels == &avx512fp16_quantized) return !fast_bf16;
+#endif
 #endif
   return true;
 }
@@ -78,10 +82,11 @@ const QuantizedKernels& choose() {
   bool within = !limit || !*limit;
   std::string available;
   for (const Choice& choice : fastest_first) {
-    within = within || std::strcmp(limit, choice.isa) == 0;
-    if (!within || !supported(*choice.kernels)) continue;
-    const bool named = wanted && *wanted, as_others = limit && std::strcmp(limit, choice.isa) == 0;
-    if (named ? std::strcmp(wanted, choice.kernels->name) == 0 : as_others || gains(*choice.kernels))
+    const bool as_others = limit && std::strcmp(limit, choice.isa) == 0;
+    within = within || as_others;
+    if (!supported(*choice.kernels)) continue;
+    if (wanted && *wanted ? std::strcmp(wanted, choice.kernels->name) == 0
+                          : within && (as_others || gains(*choice.kernels)))
       return *choice.kernels;
     available += (available.empty() ? "" : ", ") + std::string(choice.kernels->name);
   }
