@@ -49,7 +49,7 @@ BY_FILE = ("interpreted", "emulated", "executed", "compiles")
 BY_CASE = ("interpreted", "emulated", "slow")
 # Of how many cases of a function --rest takes one; --all and -m take every one.
 # Precisions, types and GPUs take turns by 4, 3 and 2: the step must share no factor with them.
-THINNED = {"emulated": 23, "interpreted": 53, "executed": 85, "slow": 11}
+THINNED = {"emulated": 23, "interpreted": 61, "executed": 121, "slow": 11}
 EXECUTED = "executed in "  # and a precision: a property of reports, see test_executed.py
 MARK_OF_BACKEND = {"triton": "interpreted", "cuda": "emulated"}
 
