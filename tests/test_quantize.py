@@ -211,6 +211,11 @@ def test_what_quantize_refuses() -> None:
         lstm.weight_hh_l0[2, 1] = torch.inf
     with pytest.raises(ValueError, match=r"weight_hh_l0 .* has infinite numbers"):
         fastlstm.quantize(lstm)
+    with torch.no_grad():
+        lstm.weight_hh_l0[2, 1] = 3.4e38  # finite, but not when it is rounded to bfloat16
+    with pytest.raises(ValueError, match=r"weight_hh_l0 .* too large for torch.bfloat16"):
+        fastlstm.quantize(lstm, "bfloat16")
+    fastlstm.quantize(copy.deepcopy(lstm), "int8")
     with pytest.raises(ValueError, match="QuantizedLSTM has no layer_norm"):
         fastlstm.QuantizedLSTM.from_float(fastlstm.LSTM(3, 4, layer_norm=True).eval())
 

@@ -121,8 +121,15 @@ class Quantized(nn.Module):
 
     def _weight(self, source: nn.Module, name: str) -> Tensor:
         w = getattr(source, name.removesuffix("_l0") if self._is_cell else name).detach()
-        if w.is_meta or not w.isfinite().all():
-            what = "is on the meta device" if w.is_meta else "has infinite numbers or NaN"
+        stored = torch.bfloat16 if self.dtype == "bfloat16" and w.dim() > 1 else torch.float32
+        what = ""
+        if w.is_meta:
+            what = "is on the meta device"
+        elif not w.isfinite().all():
+            what = "has infinite numbers or NaN"
+        elif not w.to(stored).isfinite().all():
+            what = f"has numbers that are too large for {stored}"
+        if what:
             raise ValueError(f"quantize: {name} of this {class_name(type(source))} {what}")
         return w.float().cpu()
 
