@@ -98,7 +98,7 @@ struct ForwardParams {
   const bool* reset;  // [T, B] or null
   i64 reset_step, reset_batch;
   const DirectionWeights* weights;  // one for each direction
-  i64 other_weights;                // numbers of those of the other layers of the same call, but biases
+  i64 other_weights;                // how many numbers w_ih and w_hh of the call's other layers have
   CellOptions cell;
   const void* packed;  // from Kernels::pack_forward; null: the weights are read as they are stored
   Threads* threads;

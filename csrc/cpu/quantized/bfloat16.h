@@ -11,6 +11,8 @@
 //   bfloat16_dots(n, a, w, scales, pairs, sums)   sums[r][column] = a[r] times that column of the panel w, 2 * pairs
 //                                                 terms, for n rows; scales of the columns
 //
+// or, instead of the last two, tile_dots<R>, which makes the sums of R rows.
+//
 // and if there are such panels
 //
 //   prepare_panel(w, scales, pairs, out)
@@ -50,12 +52,29 @@ struct Preparing {
 }  // namespace fastlstm
 
 // The sources of kernels that take them say so: results must not depend on what else a compiler is allowed to use.
-#if defined(FASTLSTM_FLOAT16_PRODUCTS)
-#include "cpu/quantized/bfloat16_float16.h"
-#elif !defined(FASTLSTM_BFLOAT16_PRODUCTS)
-#include "cpu/quantized/bfloat16_widened.h"
-#elif defined(__AVX512BF16__)
+#if defined(FASTLSTM_BFLOAT16_PRODUCTS) && defined(__AVX512BF16__)
 #include "cpu/quantized/bfloat16_avx512.h"
 #else
+
+#if defined(FASTLSTM_FLOAT16_PRODUCTS)
+#include "cpu/quantized/bfloat16_float16.h"
+#elif defined(FASTLSTM_BFLOAT16_PRODUCTS)
 #include "cpu/quantized/bfloat16_neon.h"
+#else
+#include "cpu/quantized/bfloat16_widened.h"
+#endif
+
+namespace fastlstm {
+namespace {
+
+constexpr bool kAdds = false;
+
+template <class Number>
+inline void bfloat16_dots(i64 n, const Number* const* a, const uint16_t* w, const float* scales, i64 pairs,
+                          Columns* sums) {
+  with_rows<kBfloat16Most>(n, [&](auto rows) { tile_dots<decltype(rows)::value>(a, w, scales, pairs, sums); });
+}
+
+}  // namespace
+}  // namespace fastlstm
 #endif

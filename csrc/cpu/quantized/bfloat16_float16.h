@@ -9,7 +9,7 @@ namespace {
 
 constexpr double kBfloat16Rate = 36;
 constexpr int kBfloat16Most = kFloat16Rows, kPaired = 1;
-constexpr bool kScaled = true, kAdds = false;
+constexpr bool kScaled = true;
 
 // Panels of scaled weights.
 constexpr Preparing kPreparing{58, 2, 4, 1, kPanelRows};
@@ -69,11 +69,6 @@ __attribute__((noinline)) void tile_dots(const uint16_t* const* a, const uint16_
                                          Columns* sums) {
   with_scales(scales,
               [&](const auto& weights) FASTLSTM_INLINE_LAMBDA { float16_dots<R>(a, 2, w, weights, pairs, sums); });
-}
-
-inline void bfloat16_dots(i64 n, const uint16_t* const* a, const uint16_t* w, const float* scales, i64 pairs,
-                          Columns* sums) {
-  with_rows<kBfloat16Most>(n, [&](auto rows) { tile_dots<decltype(rows)::value>(a, w, scales, pairs, sums); });
 }
 
 inline void prepared_dots(i64 n, const uint16_t* const* a, const void* panel, i64 pairs, Columns* sums) {

@@ -18,7 +18,7 @@ namespace {
 constexpr double kBfloat16Rate = 40;  // between Neoverse N2 and V2
 constexpr int kBfloat16Most = 8;
 constexpr int kPaired = 2;
-constexpr bool kScaled = false, kAdds = false;
+constexpr bool kScaled = false;
 constexpr Preparing kPreparing{};
 using Bfloat16Rows = RoundedRows<2>;
 
@@ -99,11 +99,6 @@ __attribute__((noinline)) void tile_dots(const uint16_t* const* rows, const uint
     for (int p = 0; p < (R + 1) / 2; ++p) a[p] = rows[2 * p];
     for (int first = 0; first < kColumns / 4; first += kAtOnce) bfloat16_columns<R, kAtOnce>(a, w, pairs, sums, first);
   }
-}
-
-inline void bfloat16_dots(i64 n, const uint16_t* const* a, const uint16_t* w, const float* scales, i64 pairs,
-                          Columns* sums) {
-  with_rows<kBfloat16Most>(n, [&](auto rows) { tile_dots<decltype(rows)::value>(a, w, scales, pairs, sums); });
 }
 
 }  // namespace

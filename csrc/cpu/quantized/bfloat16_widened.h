@@ -9,7 +9,7 @@ namespace {
 // Of two vectors of products a cycle, a seventh is spent on widening, if rows are many enough to share it.
 constexpr double kBfloat16Rate = 1.45 * kLanes<float>;
 constexpr int kBfloat16Most = kTallestTile, kPaired = 1;
-constexpr bool kScaled = false, kAdds = false;
+constexpr bool kScaled = false;
 
 // Vectors of columns that R rows take at once: enough sums to keep the multipliers busy, and as few as the registers
 // hold beside the weights.
@@ -85,11 +85,6 @@ void tile_dots(const float* const* a, const uint16_t* w, const float*, i64 pairs
   std::memset(sums, 0, R * sizeof sums[0]);
   for (int first = 0; first < kColumns; first += kAtOnce * kLanes<float>)
     bfloat16_columns<R, kAtOnce>(a, w, pairs, sums, first);
-}
-
-inline void bfloat16_dots(i64 n, const float* const* a, const uint16_t* w, const float* scales, i64 pairs,
-                          Columns* sums) {
-  with_rows<kBfloat16Most>(n, [&](auto rows) { tile_dots<decltype(rows)::value>(a, w, scales, pairs, sums); });
 }
 
 // Prepared panels are [kColumns / kPanel][2 * pairs][kPanel].
